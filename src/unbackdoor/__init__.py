@@ -1,0 +1,85 @@
+"""Find backdoors in neural-network classifiers, remove them, and prove what was done.
+
+What stands in ``__all__`` is the public surface; everything else may move. Names are imported at their
+first use, so that ``import unbackdoor`` does not cost the import of torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from unbackdoor.errors import (
+    ConfigError,
+    InputError,
+    IntegrityError,
+    MethodFailed,
+    MissingExtra,
+    UnbackdoorError,
+    UnsafeFile,
+    UnsupportedModel,
+)
+
+if TYPE_CHECKING:
+    from unbackdoor.attacks import AttackTruth
+    from unbackdoor.data.datasets import load_dataset
+    from unbackdoor.data.loaders import load_images
+    from unbackdoor.engine.caller import run
+    from unbackdoor.models import build, load_model, save_model
+    from unbackdoor.types import Classifier, CleanData, Finding, Images, Purified, ScanReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttackTruth",
+    "Classifier",
+    "CleanData",
+    "ConfigError",
+    "Finding",
+    "Images",
+    "InputError",
+    "IntegrityError",
+    "MethodFailed",
+    "MissingExtra",
+    "Purified",
+    "ScanReport",
+    "UnbackdoorError",
+    "UnsafeFile",
+    "UnsupportedModel",
+    "__version__",
+    "build",
+    "load_dataset",
+    "load_images",
+    "load_model",
+    "run",
+    "save_model",
+]
+
+_HOMES = {
+    "AttackTruth": "unbackdoor.attacks",
+    "Classifier": "unbackdoor.types",
+    "CleanData": "unbackdoor.types",
+    "Finding": "unbackdoor.types",
+    "Images": "unbackdoor.types",
+    "Purified": "unbackdoor.types",
+    "ScanReport": "unbackdoor.types",
+    "build": "unbackdoor.models",
+    "load_dataset": "unbackdoor.data.datasets",
+    "load_images": "unbackdoor.data.loaders",
+    "load_model": "unbackdoor.models",
+    "run": "unbackdoor.engine.caller",
+    "save_model": "unbackdoor.models",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,97 @@
+"""The row: the one form in which a measured result is stored, reported and committed.
+
+Rates are in 0..1 and numbers are numbers; a failed cell is a row with its error. ``docs/benchmark.md``
+explains every column.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from unbackdoor.errors import InputError
+from unbackdoor.files import atomic_write
+
+
+class Row(BaseModel):
+    """One measured cell of a benchmark; the order of the fields is the order of the columns."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    suite: str
+    version: int = 1
+    dataset: str
+    architecture: str
+    width: float
+    recipe: str
+    attack: str
+    poison_rate: float
+    target: int | None = None
+    victim_seed: int
+    defense: str
+    preset: str = "default"
+    selection: str = "held-out clean"
+    clean_images: int
+    defender_seed: int
+    acc_before: float | None = None
+    asr_before: float | None = None
+    ra_before: float | None = None
+    acc: float | None = None
+    asr: float | None = None
+    ra: float | None = None
+    der: float | None = None
+    seconds: float | None = None
+    peak_mb: float | None = None
+    device: str = ""
+    commit: str = ""
+    flags: tuple[str, ...] = ()
+    error: str | None = None
+
+    def key(self) -> tuple[Any, ...]:
+        """Return what makes this row a different experiment from another."""
+        return (
+            self.suite,
+            self.version,
+            self.dataset,
+            self.architecture,
+            self.width,
+            self.recipe,
+            self.attack,
+            self.poison_rate,
+            self.target,
+            self.victim_seed,
+            self.defense,
+            self.preset,
+            self.selection,
+            self.clean_images,
+            self.defender_seed,
+        )
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read a JSON-lines file of rows; an absent file has none.
+
+    Raises:
+        InputError: If a line is no row; the line is named.
+    """
+    return list(_rows(path)) if path.exists() else []
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Replace a JSON-lines file by the given rows, atomically."""
+    with atomic_write(path) as draft:
+        draft.write_text("".join(row.model_dump_json() + "\n" for row in rows), encoding="utf-8")
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            yield Row.model_validate(json.loads(line))
+        except (ValidationError, ValueError) as error:
+            raise InputError("a line is not a result row", got=str(error), where=f"{path}, line {number}") from None

@@ -1,0 +1,250 @@
+"""Options that several commands share, and what they turn into. Imports torch only when called."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unbackdoor.errors import ConfigError, InputError
+from unbackdoor.registry import near_match
+
+if TYPE_CHECKING:
+    from unbackdoor.data.datasets import DataSet
+    from unbackdoor.engine.run import Run
+    from unbackdoor.types import Classifier, Images, Progress
+
+SUFFIX = ".safetensors"
+
+
+class PrecisionPolicy(StrEnum):
+    """Number formats that can be asked for."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class AugmentationName(StrEnum):
+    """What may be done to an image without changing its class."""
+
+    none = "none"
+    crop = "crop"
+    crop_flip = "crop+flip"
+
+
+_COMPUTE, _OUTPUT = "Computing", "Output"
+
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder that holds the data sets; else the environment variable UNBACKDOOR_DATA, else download.",
+        show_default=False,
+        rich_help_panel="Data",
+    ),
+]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of every random draw.", rich_help_panel=_COMPUTE)]
+Device = Annotated[
+    str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.", rich_help_panel=_COMPUTE)
+]
+PrecisionOption = Annotated[
+    PrecisionPolicy,
+    typer.Option(
+        "--precision",
+        help="Number format; auto is bf16 where the processor has it, else fp32.",
+        rich_help_panel=_COMPUTE,
+    ),
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace files that exist.", rich_help_panel=_OUTPUT)
+]
+AsJson = Annotated[
+    bool,
+    typer.Option("--json", help="Print the result as JSON on standard output.", rich_help_panel=_OUTPUT),
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Show no progress.", rich_help_panel=_OUTPUT)
+]
+CardlessArchitecture = Annotated[
+    str | None,
+    typer.Option(
+        "--architecture",
+        help="Architecture of a model that has no card, such as resnet18\\[width=64].",
+        show_default=False,
+        rich_help_panel="Models without a card",
+    ),
+]
+Mean = Annotated[
+    str | None,
+    typer.Option(
+        help="Per-channel mean, comma-separated, of a model without a card; default: the named data set's.",
+        show_default=False,
+        rich_help_panel="Models without a card",
+    ),
+]
+Std = Annotated[
+    str | None,
+    typer.Option(
+        help="Per-channel deviation, likewise.", show_default=False, rich_help_panel="Models without a card"
+    ),
+]
+
+
+def pairs(texts: Sequence[str], option: str) -> dict[str, str]:
+    """Split ``key=value`` texts.
+
+    Raises:
+        ConfigError: If one has another form or a key stands twice; all faults at once.
+    """
+    out: dict[str, str] = {}
+    faults = []
+    for text in texts:
+        key, equals, value = (part.strip() for part in text.partition("="))
+        if not (key and equals and value):
+            faults.append(f"expected key=value, got {text!r}")
+        elif key in out:
+            faults.append(f"{key!r} stands twice")
+        else:
+            out[key] = value
+    if faults:
+        raise ConfigError(f"the option {option}", faults)
+    return out
+
+
+def numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+    """Return comma-separated numbers.
+
+    Raises:
+        ConfigError: If one is none.
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"the option {option}", [f"expected numbers such as 0.49,0.48,0.45, got {text!r}"]
+        ) from None
+
+
+def open_run(seed: int, device: str, precision: PrecisionPolicy, progress: Progress) -> Run:
+    """Return the surroundings of a computation.
+
+    Raises:
+        InputError: If there is no such device.
+    """
+    import torch
+
+    from unbackdoor.engine.run import Run
+
+    available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    known = [*available, "cuda"] if len(available) > 1 else available
+    if device not in known:
+        raise InputError(
+            f"there is no device {device!r}{near_match(device, known)}",
+            expected="one of " + ", ".join(known),
+            where="--device",
+        )
+    return Run.create(seed=seed, device=device, policy=precision.value, progress=progress)
+
+
+def new_file(out: Path, *, force: bool, beside: Sequence[str], never: Path | None = None) -> Path:
+    """Return the weights file to write, after checking that nothing is lost and that it can be written.
+
+    Args:
+        out: As typed; the suffix is appended where it is missing.
+        force: Whether existing files may be replaced.
+        beside: Suffixes of the files that are written with it.
+        never: A file that is not replaced even then.
+
+    Raises:
+        InputError: If a file exists, or the folder cannot be written.
+    """
+    out = out if out.suffix == SUFFIX else out.with_name(out.name + SUFFIX)
+    if never is not None and out.resolve() == never.resolve():
+        raise InputError(
+            "the repaired model would replace the suspicious one", where=out, remedy="Choose another --out"
+        )
+    existing = [file for file in (out, *(out.with_suffix(s) for s in beside)) if file.exists()]
+    if existing and not force:
+        raise InputError(
+            "the file exists", where=existing[0], remedy="Choose another --out, or replace it with --force"
+        )
+    folder = out.parent
+    while not folder.exists():  # the missing folders are made when the file is written
+        folder = folder.parent
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        # Said now, and not after an hour of training.
+        raise InputError("the folder cannot be written", where=folder, remedy="Choose another --out")
+    return out
+
+
+def existing_model(path: Path) -> Path:
+    """Return the weights file, with its suffix appended where only that exists."""
+    with_suffix = path.with_name(path.name + SUFFIX)
+    return with_suffix if not path.exists() and with_suffix.exists() else path
+
+
+def has_card(model: Path) -> bool:
+    """Tell whether a card lies beside a weights file."""
+    return model.suffix == SUFFIX and model.with_suffix(".json").exists()
+
+
+def open_model(
+    path: Path,
+    like: Images | None,
+    *,
+    architecture: str | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    default: DataSet | None = None,
+) -> Classifier:
+    """Load a model; without a card, its input and its classes are those of the images.
+
+    Args:
+        path: Weights file.
+        like: Images of the form that the model takes.
+        architecture: Of a model without a card.
+        mean: Likewise.
+        std: Likewise.
+        default: Data set whose normalisation a model without a card gets where none is given.
+
+    Raises:
+        UnbackdoorError: See :func:`unbackdoor.models.load_model`.
+    """
+    from unbackdoor.models import load_model
+
+    if has_card(path):
+        if architecture is not None or mean is not None or std is not None:
+            raise ConfigError(
+                "the model", ["it has a card, so that --architecture, --mean and --std must not be given"]
+            )
+        return load_model(path)
+    if path.exists() and (architecture is None or like is None):
+        raise InputError(
+            "the model has no card",
+            expected=path.with_suffix(".json"),
+            where=path,
+            remedy="Put the card beside the weights, or give --architecture",
+        )
+    if default is not None and mean is None and std is None:
+        mean, std = default.mean, default.std
+    return load_model(
+        path,
+        architecture=architecture,
+        input_shape=like.shape if like is not None else None,
+        class_names=like.class_names if like is not None else None,
+        mean=mean,
+        std=std,
+    )
+
+
+def history_of(model: Path) -> list[dict[str, Any]]:
+    """Return what the card of a model says was done to it; nothing where there is no card."""
+    from unbackdoor.models import read_card
+
+    return list(read_card(model.with_suffix(".json")).history) if has_card(model) else []

@@ -1,0 +1,107 @@
+"""What the commands print: results on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from unbackdoor.bench.judge import Scores
+    from unbackdoor.metrics import Rate
+
+PIPED_WIDTH = 120  # columns where standard output is no terminal, and nobody can tell how wide it is
+_WIDEST_PARAGRAPH = 100
+
+
+def plain(text: object) -> str:
+    """Return a text whose control characters are spelled out, because names come from strangers' files."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text)
+    )
+
+
+def paragraph(text: object) -> str:
+    """Return a text as one paragraph, wrapped to the terminal."""
+    width = min(shutil.get_terminal_size((PIPED_WIDTH, 24)).columns, _WIDEST_PARAGRAPH)
+    joined = plain(" ".join(str(text).split()))
+    return textwrap.fill(joined, max(width, 20), break_long_words=False, break_on_hyphens=False)
+
+
+def complain(text: object) -> None:
+    """Print one paragraph on standard error."""
+    print(paragraph(text), file=sys.stderr, flush=True)
+
+
+def note(text: object, *, quiet: bool = False) -> None:
+    """Print one paragraph on standard error unless the user asked for silence."""
+    if not quiet:
+        complain(text)
+
+
+def say(text: object = "") -> None:
+    """Print a line of the results."""
+    print(plain(text))
+
+
+def emit(result: Mapping[str, Any]) -> None:
+    """Print a result as JSON, the only thing on standard output."""
+    print(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table; a column whose name starts with ``>`` is aligned to the right."""
+    grid = Table(title=Text(plain(title)), title_justify="left", title_style="bold", header_style="bold")
+    for column in columns:
+        grid.add_column(
+            Text(column.removeprefix(">")),
+            justify="right" if column.startswith(">") else "left",
+            overflow="fold",
+        )
+    for row in rows:
+        grid.add_row(*(Text(plain(cell)) for cell in row))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=PIPED_WIDTH)
+    console.print(grid)
+
+
+def scores_table(title: str, rows: Mapping[str, Scores]) -> None:
+    """Print ACC, ASR and RA with their 95 % intervals, one row for each model."""
+    cells = [
+        (name, *(_with_interval(rate) for rate in (scores.acc, scores.asr, scores.ra)))
+        for name, scores in rows.items()
+    ]
+    table(title, ("", ">ACC (95 % interval)", ">ASR (95 % interval)", ">RA (95 % interval)"), cells)
+
+
+def scores_json(scores: Scores) -> dict[str, Any]:
+    """Return the three rates with counts and 95 % intervals; None where there was no attack."""
+    return {name: rate_json(getattr(scores, name)) for name in ("acc", "asr", "ra")}
+
+
+def rate_json(rate: Rate) -> dict[str, Any] | None:
+    """Return a measured share with its counts and 95 % interval, or None where nothing was looked at."""
+    if not rate.total:
+        return None
+    return {
+        "value": rate.value,
+        "low": rate.interval.low,
+        "high": rate.interval.high,
+        "hits": rate.hits,
+        "total": rate.total,
+    }
+
+
+def _with_interval(rate: Rate) -> str:
+    from unbackdoor.report import words
+
+    shown = words.rate(rate)
+    return f"{shown} ({words.interval(rate)})" if rate.total else shown

@@ -1,0 +1,1 @@
+"""Data sets, seeded splits, batches that stay where the pixels lie, augmentation."""

@@ -1,0 +1,178 @@
+"""Reconstructive neuron pruning: forget the clean task, relearn it by switching channels off, prune those.
+
+Unlearning clean images leaves the channels of the backdoor standing. Relearning the same images while
+channels may only be scaled down switches off what stands in the way of the clean task; in the original
+network exactly these channels are pruned.
+
+Paper:   Li, Lyu, Ma, Koren, Lyu, Li & Jiang, ICML 2023, arXiv 2305.14876.
+Needs:   clean images and labels.          Changes: batch-norm scales (or channels), set to zero.
+Departs: clipping works, the stop is checked every step, and a step that falls too far is taken back (see
+         engine/unlearning.py); a channel is scored by the mean of its mask over the relearning, because many
+         last masks are exactly 0 and leave no order (preset ``reference``: none of these three). The
+         threshold is chosen on held-out clean images, where the public code sweeps it against the true
+         attack. Preset ``stored-statistics`` normalises by the stored statistics in both stages, as the
+         pruned network will.
+Cost:    (unlearning steps + recover epochs x N / batch) x (1 forward + 1 backward), plus the sweep.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unbackdoor.data.batches import batches
+from unbackdoor.engine import rng
+from unbackdoor.engine.heads import find_head
+from unbackdoor.engine.masks import Masks, Site, channel_sites, fold, keep_above, removed
+from unbackdoor.engine.passes import accuracy, frozen, logits_of, mode
+from unbackdoor.engine.run import Run
+from unbackdoor.engine.selection import harshest_within
+from unbackdoor.engine.unlearning import unlearn
+from unbackdoor.registry import Config, defense, option
+from unbackdoor.types import Classifier, CleanData, Purified
+
+
+class RNPConfig(Config):
+    """Options of RNP."""
+
+    unlearn_lr: float = option(
+        0.01, "step of the ascent", source="reference code, --unlearning_lr", gt=0, le=1
+    )
+    clip: float = option(20.0, "largest gradient norm of the ascent", source="reference code", gt=0)
+    margin: float = option(
+        0.1,
+        "unlearn down to chance + margin",
+        source="reference code, --clean_threshold 0.20 of 10 classes",
+        gt=0,
+        lt=1,
+    )
+    max_drop: float = option(0.15, "largest fall of accuracy in one step", source="this project", gt=0, le=1)
+    max_steps: int = option(500, "steps after which unlearning is given up", source="this project", ge=1)
+    recover_lr: float = option(
+        0.04, "step on the masks", source="reference code, --recovering_lr 0.2 times --alpha 0.2", gt=0, le=10
+    )
+    recover_epochs: int = option(20, "passes of the relearning", source="reference code", ge=1, le=10_000)
+    averaged: bool = option(
+        True,
+        "score a channel by the mean of its mask over the relearning, not by the last mask",
+        source="this project: many last masks are exactly 0, which leaves no order among them",
+    )
+    momentum: float = option(0.9, "momentum of SGD in both stages", source="reference code", ge=0, lt=1)
+    weight_decay: float = option(5e-4, "L2 penalty of the ascent", source="reference code", ge=0, le=1)
+    batch_size: int = option(128, "images a step", source="reference code", ge=2)
+    batch_norm: Literal["batch", "frozen"] = option(
+        "batch",
+        "statistics that normalise in both stages: the batch's or the stored ones",
+        source="reference code",
+    )
+    tolerance: float = option(
+        0.02,
+        "largest loss of held-out accuracy by pruning",
+        source="BackdoorBenchmark's port, delta",
+        ge=0,
+        le=1,
+    )
+    step: float = option(
+        0.05, "distance of the thresholds that are tried", source="reference code", gt=0, le=1
+    )
+    highest: float = option(0.95, "highest threshold that is tried", source="reference code", gt=0, le=1)
+
+
+@defense(
+    "rnp",
+    config=RNPConfig,
+    paper="arXiv:2305.14876",
+    needs={"images", "labels"},
+    presets={
+        "reference": {"clip": 1e9, "max_drop": 1.0, "averaged": False},
+        "stored-statistics": {"batch_norm": "frozen"},
+    },
+)
+def purify(model: Classifier, data: CleanData, cfg: RNPConfig, *, run: Run) -> Purified:
+    """Unlearn, recover channel masks, prune the original network."""
+    sites = channel_sites(model, skip=(find_head(model).name,))
+    forgotten = unlearn(
+        model,
+        data.fit,
+        run,
+        lr=cfg.unlearn_lr,
+        batch_size=cfg.batch_size,
+        momentum=cfg.momentum,
+        weight_decay=cfg.weight_decay,
+        clip=cfg.clip,
+        margin=cfg.margin,
+        max_drop=cfg.max_drop,
+        max_steps=cfg.max_steps,
+        batch_norm=cfg.batch_norm,
+        augmentation=data.augmentation,
+    )
+    scores, recovered = recover(forgotten.model, sites, data, cfg, run)
+    levels = [0.0, *(float(level) for level in np.arange(cfg.step, cfg.highest + 1e-9, cfg.step))]
+    choice = harshest_within(
+        model,
+        levels,
+        lambda level: fold(model, sites, keep_above(scores, level)),
+        data,
+        run,
+        tolerance=cfg.tolerance,
+    )
+    cut = keep_above(scores, choice.level) if choice.level is not None else {}
+    evidence: dict[str, Any] = {
+        "unlearning": forgotten.evidence(),
+        "recovery": recovered,
+        "choice": choice.evidence(),
+        "channels": sum(site.shape[0] for site in sites),
+        "cut": removed(cut),
+        "cut_per_layer": {name: int((mask == 0).sum()) for name, mask in cut.items()},
+    }
+    return Purified(choice.model.copy(), evidence)
+
+
+def recover(
+    forgotten: Classifier, sites: list[Site], data: CleanData, cfg: RNPConfig, run: Run
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Learn masks in [0, 1] that bring the clean task back into the unlearned network.
+
+    Returns:
+        The score of every channel in [0, 1] by site, low for what stood in the way; and the losses and the
+        final accuracy as evidence.
+    """
+    # A copy, because batch statistics would move the stored ones of the unlearned network.
+    network = forgotten.copy()
+    masks = Masks(network, sites)
+    sums = {name: torch.zeros_like(mask) for name, mask in masks.values.items()}
+    optimizer = torch.optim.SGD(masks.parameters(), lr=cfg.recover_lr, momentum=cfg.momentum)
+    losses, steps = [], 0
+    with frozen(network):
+        for epoch in run.progress(range(cfg.recover_epochs), "recovering"):
+            first, total = steps, 0.0
+            with (
+                mode(network, training=cfg.batch_norm == "batch"),
+                rng.seeded(run.seed, "recovery dropout", epoch),
+            ):
+                for pixels, labels in batches(
+                    data.fit,
+                    cfg.batch_size,
+                    generator=run.generator("recovery epoch", epoch),
+                    device=run.device,
+                    augmentation=data.augmentation,
+                    min_batch=2,
+                ):
+                    assert labels is not None  # the method is registered as needing labels
+                    loss = F.cross_entropy(logits_of(masks, pixels, run), labels)
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()
+                    optimizer.step()
+                    masks.clamp_()
+                    for name, mask in masks.values.items():
+                        sums[name] += mask.detach()
+                    total, steps = total + float(loss.detach()), steps + 1
+            losses.append(total / (steps - first))
+        reached = accuracy(network, data.fit, run, network=masks)
+    last = {name: mask.detach() for name, mask in masks.values.items()}
+    scores = {name: value / steps for name, value in sums.items()} if cfg.averaged else last
+    return scores, {"losses": losses, "steps": steps, "accuracy": reached}

@@ -1,0 +1,278 @@
+"""The trusted caller: the only way a method is run.
+
+A method is untrusted code. It receives a deep copy of the model, copies of the clean images, its options
+and a seed, and nothing else; what comes back is checked before anybody looks at it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unbackdoor.engine import rng
+from unbackdoor.engine.precision import Policy
+from unbackdoor.engine.run import Run
+from unbackdoor.errors import InputError, IntegrityError, MethodFailed, UnbackdoorError
+from unbackdoor.registry import DEFENSES, Config, Part
+from unbackdoor.types import (
+    Classifier,
+    CleanData,
+    Images,
+    Progress,
+    Purified,
+    require_fit,
+    require_labels,
+    silent,
+)
+
+PROBED = 8  # images that the repaired model is tried on before it is handed over
+
+
+def run(
+    method: str | Part[Any],
+    model: Classifier,
+    data: CleanData,
+    *,
+    options: Mapping[str, Any] | Config | None = None,
+    preset: str | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    precision: Policy = "auto",
+    progress: Progress = silent,
+) -> Purified:
+    """Run a defense on a model and verify what it did.
+
+    Args:
+        method: Registered name, or a part.
+        model: The suspicious classifier; never changed.
+        data: The defender's clean images.
+        options: Options of the method, or its whole config.
+        preset: Named set of options that ``options`` are laid over.
+        seed: Seed of every draw of the method.
+        device: Where to compute, such as ``cpu`` or ``cuda:0``.
+        precision: ``auto``, ``fp32`` or ``bf16``.
+        progress: Progress display.
+
+    Returns:
+        The repaired model on the CPU in evaluation mode, with evidence, seconds and the options used.
+
+    Raises:
+        InputError: If the images or the weights cannot be used.
+        ConfigError: If an option does not fit.
+        UnsupportedModel: If the method cannot work on this network.
+        MethodFailed: If the method raised, or returned something unusable.
+        IntegrityError: If it changed what it must not change, or left something behind.
+
+    Example:
+        >>> import unbackdoor
+        >>> repaired = unbackdoor.run("none", model, data)  # doctest: +SKIP
+    """
+    part = DEFENSES[method] if isinstance(method, str) else method
+    config = options if isinstance(options, Config) else part.configure(options, preset=preset)
+    check_inputs(part, model, data)
+    surroundings = Run.create(seed=seed, device=device, policy=precision, progress=progress)
+
+    before = (model.sha256(), data.fingerprint())
+    watched = Surroundings.take()
+    # Words could tell what numbers must not: the copy carries no origin and the images no name.
+    given = model.copy().to(surroundings.device)
+    given.origin = ""
+    shown = replace(data, fit=_anonymous(data.fit), select=_anonymous(data.select))
+    start = time.perf_counter()
+    try:
+        returned: Purified = part.function(given, shown, config, run=surroundings)
+    except Exception as error:
+        _refuse_traces(part, watched, model, data, before, error)
+        if isinstance(error, UnbackdoorError):
+            raise
+        raise MethodFailed(f"the method {part.name!r} raised {type(error).__name__}: {error}") from error
+    except BaseException:
+        watched.restore()
+        raise
+    seconds = time.perf_counter() - start
+    _refuse_traces(part, watched, model, data, before, None)
+    repaired = check_output(part, returned, model, data, surroundings)
+    repaired.origin = model.origin
+    return replace(
+        returned,
+        model=repaired,
+        seconds=seconds,
+        method={
+            "name": part.name,
+            "version": part.version,
+            "preset": preset or "default",
+            "options": config.model_dump(),
+            "seed": seed,
+            "precision": surroundings.precision.name,
+            "device": str(surroundings.device),
+        },
+    )
+
+
+def check_inputs(part: Part[Any], model: Classifier, data: CleanData) -> None:
+    """Refuse weights and images that no method can do anything with.
+
+    Raises:
+        InputError: Missing labels, one class only, or weights that are not finite.
+        UnsupportedModel: Images or labels that do not fit the model.
+    """
+    for images in (data.fit, data.select):
+        require_fit(model, images)
+    if "labels" in part.needs:
+        require_labels(data, f"the method {part.name!r}")
+        if len(torch.unique(data.all.truth)) < 2:
+            raise InputError(
+                "the clean images are all of one class",
+                expected="at least 2 classes",
+                got=1,
+                where=data.fit.name,
+                remedy="Add images of the other classes",
+            )
+    for name, value in model.network.state_dict().items():
+        if not _finite(value):
+            raise InputError("a weight is not a finite number", where=name, remedy="Check the weights file")
+
+
+def check_output(
+    part: Part[Any], returned: object, model: Classifier, data: CleanData, surroundings: Run
+) -> Classifier:
+    """Return the repaired model on the CPU, or refuse it.
+
+    Raises:
+        MethodFailed: If it is no classifier of the same shape, or not finite.
+        IntegrityError: If it still carries hooks, gradients, parametrisations or the training mode.
+    """
+
+    def failed(problem: str, **facts: Any) -> MethodFailed:
+        return MethodFailed(f"the method {part.name!r} {problem}", **facts)
+
+    if not isinstance(returned, Purified) or not isinstance(returned.model, Classifier):
+        raise failed("returned no repaired classifier", expected="Purified", got=type(returned).__name__)
+    out = returned.model
+    if out is model:
+        raise IntegrityError(f"the method {part.name!r} returned the model it must not touch")
+    traces = _traces(out)
+    if traces:
+        raise IntegrityError(f"the method {part.name!r} left traces on the model", got="; ".join(traces[:5]))
+    out = out.to("cpu")
+    then, now = model.network.state_dict(), out.network.state_dict()
+    if {n: (v.shape, v.dtype) for n, v in then.items()} != {n: (v.shape, v.dtype) for n, v in now.items()}:
+        differing = sorted(
+            n for n in {*then, *now} if n not in then or n not in now or then[n].shape != now[n].shape
+        )
+        raise failed("changed the form of the network", where=", ".join(differing[:5]) or "tensor types")
+    for name, value in now.items():
+        if not _finite(value):
+            raise failed("returned weights that are not finite", where=name)
+    same = [p.requires_grad for p in out.parameters()] == [p.requires_grad for p in model.parameters()]
+    if not same:
+        raise IntegrityError(f"the method {part.name!r} changed which parameters learn")
+    with torch.inference_mode():
+        logits = out(data.fit.pixels[:PROBED].float() / 255)
+    if logits.shape != (min(PROBED, len(data.fit)), model.classes) or not _finite(logits):
+        raise failed("returned a model whose logits are not finite", got=tuple(logits.shape))
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------
+# Traces
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """The state of the process that no method may change."""
+
+    randomness: rng.GlobalRandomness
+    flags: Mapping[str, object]
+
+    @classmethod
+    def take(cls) -> Surroundings:
+        """Read it."""
+        return cls(rng.GlobalRandomness.take(), {name: read() for name, (read, _) in _FLAGS.items()})
+
+    def changed(self) -> list[str]:
+        """Return in words what has changed."""
+        flags = [name for name, (read, _) in _FLAGS.items() if read() != self.flags[name]]
+        return self.randomness.changed() + flags
+
+    def restore(self) -> None:
+        """Put everything back."""
+        self.randomness.restore()
+        for name, (_, write) in _FLAGS.items():
+            write(self.flags[name])
+
+
+def _hook_table(table: dict[int, Any]) -> tuple[Callable[[], Any], Callable[[Any], object]]:
+    def write(kept: Any) -> None:
+        for key in [key for key in table if key not in kept]:
+            del table[key]
+
+    return lambda: tuple(table), write
+
+
+_HOOKS = nn.modules.module
+_FLAGS: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
+    "the gradient mode": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "torch's default type": (torch.get_default_dtype, torch.set_default_dtype),
+    "the number of threads": (torch.get_num_threads, torch.set_num_threads),
+    "the deterministic mode": (
+        torch.are_deterministic_algorithms_enabled,
+        torch.use_deterministic_algorithms,
+    ),
+    "CPU autocast": (
+        lambda: torch.is_autocast_enabled("cpu"),
+        lambda on: torch.set_autocast_enabled("cpu", on),
+    ),
+    "anomaly detection": (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+    "torch's global forward hooks": _hook_table(_HOOKS._global_forward_hooks),
+    "torch's global forward-pre hooks": _hook_table(_HOOKS._global_forward_pre_hooks),
+    "torch's global backward hooks": _hook_table(_HOOKS._global_backward_hooks),
+}
+
+
+def _refuse_traces(
+    part: Part[Any],
+    watched: Surroundings,
+    model: Classifier,
+    data: CleanData,
+    before: tuple[str, str],
+    cause: BaseException | None,
+) -> None:
+    changed = watched.changed()
+    watched.restore()
+    if model.sha256() != before[0]:
+        changed.append("the weights it was given to read")
+    if data.fingerprint() != before[1]:
+        changed.append("the clean images")
+    if changed:
+        raise IntegrityError(
+            f"the method {part.name!r} changed what it must not change", got=", ".join(changed)
+        ) from cause
+
+
+def _traces(model: nn.Module) -> list[str]:
+    found = []
+    for name, module in model.named_modules():
+        for table in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            if getattr(module, table):
+                found.append(f"a hook on {name or 'the classifier'}")
+        if hasattr(module, "parametrizations"):
+            found.append(f"a parametrisation on {name}")
+        if module.training:
+            found.append(f"training mode on {name or 'the classifier'}")
+    found += [f"a gradient on {name}" for name, p in model.named_parameters() if p.grad is not None]
+    return found
+
+
+def _anonymous(images: Images) -> Images:
+    labels = None if images.labels is None else images.labels.clone()
+    return replace(images, pixels=images.pixels.clone(), labels=labels, name="clean images")
+
+
+def _finite(value: Tensor) -> bool:
+    return not value.is_floating_point() or bool(torch.isfinite(value).all())

@@ -1,0 +1,95 @@
+"""Forward passes over image sets, and the model states they run in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from unbackdoor.data.batches import batches, to_float
+from unbackdoor.engine.run import Run
+from unbackdoor.types import Images
+
+Network = Callable[[Tensor], Tensor]
+EVALUATION_BATCH = 500  # images; large enough to fill a processor, small enough for any memory
+
+
+@contextmanager
+def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put every module into training or evaluation mode inside the block, and back after it."""
+    before = {module: module.training for module in model.modules()}
+    try:
+        model.train(training)
+        yield
+    finally:
+        for module, was in before.items():
+            module.training = was
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Take ``requires_grad`` off all parameters inside the block.
+
+    Where only masks or inputs learn, the backward pass then skips every weight gradient.
+    """
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for p, _ in before:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p, was in before:
+            p.requires_grad_(was)
+
+
+def logits_of(network: Network, pixels: Tensor, run: Run) -> Tensor:
+    """Return fp32 logits (B, K) for pixels (B, C, H, W), computed in the run's precision."""
+    with run.precision.autocast():
+        out = network(pixels)
+    return out.float()
+
+
+@torch.inference_mode()
+def predict(
+    network: Network,
+    images: Images,
+    run: Run,
+    *,
+    transform: Callable[[Tensor], Tensor] | None = None,
+    label: str | None = None,
+) -> Tensor:
+    """Return fp32 logits (N, K) on the CPU, in the order of the images.
+
+    Args:
+        network: Takes pixels in [0, 1]; the caller has put it into the mode that is meant.
+        images: The images.
+        run: Device and precision.
+        transform: Applied to each batch of uint8 pixels first, such as a trigger.
+        label: Shows a progress bar under this name.
+    """
+    starts = range(0, len(images), EVALUATION_BATCH)
+    out: list[Tensor] = []
+    for start in starts if label is None else run.progress(starts, label):
+        pixels = images.pixels[start : start + EVALUATION_BATCH]  # (B, C, H, W)
+        pixels = pixels if transform is None else transform(pixels)
+        out.append(logits_of(network, to_float(pixels, run.device), run).cpu())
+    return torch.cat(out)  # (N, K)
+
+
+def accuracy(model: nn.Module, images: Images, run: Run, network: Network | None = None) -> float:
+    """Return the share of images classified as labelled, in evaluation mode.
+
+    Args:
+        model: Whose mode is set.
+        images: Labelled images.
+        run: Device and precision.
+        network: What is called instead of ``model``, such as a masked form of it.
+    """
+    with mode(model, training=False):
+        predicted = predict(network or model, images, run).argmax(1)
+    return float((predicted == images.truth).float().mean())
+
+
+__all__ = ["Network", "accuracy", "batches", "frozen", "logits_of", "mode", "predict"]

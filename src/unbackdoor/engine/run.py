@@ -1,0 +1,53 @@
+"""What a method receives besides the model, the data and its options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from unbackdoor.engine import rng
+from unbackdoor.engine.precision import Policy, Precision, resolve
+from unbackdoor.types import Progress, silent
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The surroundings of one call of a method; holds nothing that a defender would not have.
+
+    Attributes:
+        seed: Seed of the run.
+        device: Where the model and the batches are.
+        precision: Number format of forward passes.
+        show: Progress display.
+    """
+
+    seed: int
+    device: torch.device
+    precision: Precision
+    show: Progress = silent
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        policy: Policy = "auto",
+        progress: Progress = silent,
+    ) -> Run:
+        """Return a run on a device, its precision resolved from the policy."""
+        place = torch.device(device)
+        return cls(seed, place, resolve(policy, place), progress)
+
+    def generator(self, *labels: str | int) -> torch.Generator:
+        """Return a CPU generator for the draws that the labels name."""
+        return rng.generator(self.seed, *labels)
+
+    def progress(self, items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
+        """Yield the items and show how far the loop has come."""
+        return self.show(items, label, total)

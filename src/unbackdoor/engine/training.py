@@ -1,0 +1,253 @@
+"""Gradient descent on a classifier's weights: the trainer of victims and the fine-tuning of defenses.
+
+A recipe is a named, recorded part of a victim, because it decides what can be detected later. The default
+is what the field uses: plain cross-entropy, SGD with momentum and weight decay 5e-4.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unbackdoor.data.batches import batches, resident
+from unbackdoor.engine import rng
+from unbackdoor.engine.passes import logits_of, mode
+from unbackdoor.engine.run import Run
+from unbackdoor.errors import ConfigError, IntegrityError, MethodFailed
+from unbackdoor.files import atomic_write
+from unbackdoor.registry import Config, near_match, option
+from unbackdoor.types import Augmentation, Classifier, Images
+
+
+class Recipe(Config):
+    """How weights are trained."""
+
+    epochs: int = option(15, "passes over the training images", source="this project", ge=1, le=10_000)
+    batch_size: int = option(128, "images a step", source="common CIFAR-10 practice", ge=2, le=65_536)
+    lr: float = option(0.1, "peak learning rate", source="He et al. 2016, section 4.2", gt=0, le=10)
+    momentum: float = option(0.9, "momentum of SGD", source="He et al. 2016", ge=0, lt=1)
+    weight_decay: float = option(5e-4, "L2 penalty", source="Zagoruyko & Komodakis 2016", ge=0, le=1)
+    schedule: Literal["one-cycle", "cosine", "constant"] = option(
+        "one-cycle", "course of the learning rate", source="Smith & Topin 2018"
+    )
+    warmup: float = option(
+        0.25, "share of the steps that lr rises in one-cycle", source="this project", ge=0, lt=1
+    )
+    label_smoothing: float = option(
+        0.0, "mass moved off the true label", source="off: it hides margins", ge=0, lt=1
+    )
+    mixup: float = option(
+        0.0, "alpha of the Beta distribution; 0 is off", source="Zhang et al. 2018", ge=0, le=10
+    )
+    augmentation: Literal["auto", "none", "crop", "crop+flip"] = option(
+        "auto", "random changes of the training images; auto takes the data set's own", source="this project"
+    )
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "plain": Recipe(),
+    "short": Recipe(epochs=8),
+    "long": Recipe(epochs=100),
+    "label-smoothing": Recipe(label_smoothing=0.1),
+    "mixup": Recipe(mixup=0.2),
+}
+
+
+def recipe_named(name: str, **changes: Any) -> Recipe:
+    """Return a named recipe with some options changed.
+
+    Raises:
+        ConfigError: If the name or an option is unknown; near matches are given.
+    """
+    if name not in RECIPES:
+        known = ", ".join(RECIPES)
+        raise ConfigError(
+            "the recipe", [f"unknown name {name!r}{near_match(name, RECIPES)}; there are: {known}"]
+        )
+    return Recipe.parse({**RECIPES[name].model_dump(), **changes}, subject=f"the recipe {name!r}")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training run has to tell.
+
+    Attributes:
+        losses: Mean training loss of each epoch.
+        images_seen: Images that went forward and backward in this process.
+        resumed_from: Epoch that was taken up from a checkpoint, 0 for a fresh start.
+    """
+
+    losses: tuple[float, ...]
+    images_seen: int
+    resumed_from: int = 0
+
+
+def train(
+    model: Classifier,
+    images: Images,
+    recipe: Recipe,
+    run: Run,
+    *,
+    augmentation: Augmentation = "none",
+    checkpoint: Path | None = None,
+    label: str = "training",
+) -> Trained:
+    """Train all weights of a classifier in place; it is left in evaluation mode.
+
+    A run that was killed and is started again with the same arguments continues at the last whole epoch and
+    ends with the same weights, because every epoch draws from its own seed.
+
+    Args:
+        model: On the run's device.
+        images: Labelled training images.
+        recipe: See :class:`Recipe`.
+        run: Seed, device, precision and progress.
+        augmentation: What ``auto`` in the recipe stands for.
+        checkpoint: File written after every epoch and removed at the end.
+        label: Name in the progress display.
+
+    Raises:
+        MethodFailed: If the loss stops being finite.
+        IntegrityError: If the checkpoint belongs to another training run.
+    """
+    images.truth  # noqa: B018  raises where there are no labels
+    images = resident(images, run.device)
+    epochs, steps = recipe.epochs, _steps(len(images), recipe.batch_size)
+    kind = augmentation if recipe.augmentation == "auto" else recipe.augmentation
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+    )
+    key = _key(recipe, images, model, run, kind) if checkpoint else ""
+    losses = _resume(checkpoint, key, model, optimizer) if checkpoint else []
+    first = len(losses)
+
+    def one_pass(epoch: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        draws = run.generator("epoch", epoch)
+        stream = batches(
+            images, recipe.batch_size, generator=draws, device=run.device, augmentation=kind, min_batch=2
+        )
+        for step, (pixels, labels) in enumerate(stream):
+            assert labels is not None  # train() asked for the labels above
+            yield epoch * steps + step, pixels, labels
+
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    ticks = iter(run.progress(range(first * steps, epochs * steps), label, (epochs - first) * steps))
+    with mode(model, training=True):
+        for epoch in range(first, epochs):
+            total = torch.zeros((), device=run.device)
+            with rng.seeded(run.seed, "dropout", epoch):
+                for step, pixels, labels in one_pass(epoch):
+                    next(ticks, None)
+                    for group in optimizer.param_groups:
+                        group["lr"] = recipe.lr * _rate(recipe, step / (epochs * steps))
+                    loss = _loss(model, pixels, labels, recipe, run, step)
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()
+                    optimizer.step()
+                    total += loss.detach()
+            losses.append(float(total) / steps)
+            if not math.isfinite(losses[-1]):
+                raise MethodFailed(
+                    "training diverged",
+                    expected="a finite loss",
+                    got=losses[-1],
+                    where=f"epoch {epoch + 1}",
+                    remedy="Lower the learning rate",
+                )
+            if checkpoint and epoch + 1 < epochs:
+                _save(checkpoint, key, model, optimizer, losses)
+    next(ticks, None)  # lets the progress display close its bar
+    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    model.zero_grad(set_to_none=True)
+    model.eval()
+    if checkpoint:
+        checkpoint.unlink(missing_ok=True)
+    return Trained(tuple(losses), (epochs - first) * len(images), first)
+
+
+def _steps(count: int, batch_size: int) -> int:
+    # A last batch of one image is dropped: batch normalisation has no variance to train on there.
+    full, rest = divmod(count, batch_size)
+    return full + (rest >= 2 or full == 0)
+
+
+def _rate(recipe: Recipe, done: float) -> float:
+    """Return the factor on the peak learning rate after a share ``done`` of all steps."""
+    if recipe.schedule == "constant":
+        return 1.0
+    if recipe.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    if done < recipe.warmup:
+        return max(0.04, done / recipe.warmup)
+    return max(0.001, (1 - done) / (1 - recipe.warmup))
+
+
+def _loss(model: Classifier, pixels: Tensor, labels: Tensor, recipe: Recipe, run: Run, step: int) -> Tensor:
+    if not recipe.mixup:
+        return F.cross_entropy(logits_of(model, pixels, run), labels, label_smoothing=recipe.label_smoothing)
+    draws = run.generator("mixup", step)
+    pair = torch.randperm(len(pixels), generator=draws).to(pixels.device)
+    # A Beta(a, a) draw as the ratio of two Gamma draws, which is the one that takes a generator.
+    gammas = torch._standard_gamma(torch.full((2,), recipe.mixup), generator=draws)
+    share = float(gammas[0] / gammas.sum().clamp_min(1e-12))
+    out = logits_of(model, share * pixels + (1 - share) * pixels[pair], run)  # (B, K)
+    smooth = recipe.label_smoothing
+    one = F.cross_entropy(out, labels, label_smoothing=smooth)
+    return share * one + (1 - share) * F.cross_entropy(out, labels[pair], label_smoothing=smooth)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def _key(recipe: Recipe, images: Images, model: Classifier, run: Run, augmentation: str) -> str:
+    facts = {
+        "recipe": recipe.model_dump(),
+        "data": images.fingerprint(),
+        "start": model.sha256(),
+        "seed": run.seed,
+        "augmentation": augmentation,
+        "precision": run.precision.name,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _save(
+    path: Path, key: str, model: Classifier, optimizer: torch.optim.Optimizer, losses: list[float]
+) -> None:
+    state = {
+        "key": key,
+        "losses": losses,
+        "model": model.network.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    with atomic_write(path) as temporary:
+        torch.save(state, temporary)
+
+
+def _resume(path: Path, key: str, model: Classifier, optimizer: torch.optim.Optimizer) -> list[float]:
+    if not path.exists():
+        return []
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if state.get("key") != key:
+        raise IntegrityError(
+            "the checkpoint belongs to another training run",
+            where=path,
+            remedy="Delete it, or start with the options it was made with",
+        )
+    model.network.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    losses: list[float] = state["losses"]
+    return losses

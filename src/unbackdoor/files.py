@@ -1,0 +1,114 @@
+"""Writing files so that a reader sees the old content or the new one, never half of it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from unbackdoor.errors import InputError
+
+_HASH_CHUNK = 1 << 20
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` that takes its place when the block ends without an error.
+
+    The folder is created where it is missing. The content is on the disk before the name changes, and the
+    temporary file is removed on every failure, KeyboardInterrupt included. Of two processes that write
+    the same path the later one wins, whole.
+
+    Args:
+        path: The file to write or to replace.
+
+    Raises:
+        InputError: If the disk is full or the folder cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> target = Path(tempfile.mkdtemp()) / "notes.txt"
+        >>> with atomic_write(target) as draft:
+        ...     _ = draft.write_text("whole")
+        >>> target.read_text()
+        'whole'
+    """
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield draft
+        _sync(draft)
+        draft.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if explained := _explained(error, path):
+            raise explained from error
+        raise
+    finally:
+        # After a success the draft is gone already.
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+def write_json(path: Path, obj: object) -> None:
+    """Write an object as indented UTF-8 JSON with a final newline, atomically.
+
+    Args:
+        path: The file to write or to replace.
+        obj: Anything ``json`` can write; NaN and infinities are refused because JSON has none.
+    """
+    # Before the file is touched: an object that cannot be written must not cost a disk write.
+    text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with atomic_write(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file's content as 64 hex digits."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(_HASH_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    # Some file systems refuse to sync a folder; the file itself is safe by then.
+    with contextlib.suppress(OSError):
+        _sync(folder)
+
+
+def _explained(error: OSError, path: Path) -> InputError | None:
+    if error.errno in _FULL:
+        return InputError(
+            "the disk is full",
+            where=path,
+            expected="room for the whole file",
+            got=error.strerror,
+            remedy="Free some space or choose another folder; nothing half-written was left behind",
+        )
+    if error.errno in _REFUSED:
+        return InputError(
+            "the file cannot be written",
+            where=error.filename or path,
+            got=error.strerror,
+            remedy="Choose a folder that you may write to",
+        )
+    return None

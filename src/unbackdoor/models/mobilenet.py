@@ -1,0 +1,107 @@
+"""MobileNetV2 with the strides for small images.
+
+Paper:   Sandler et al., "MobileNetV2", CVPR 2018, arXiv:1801.04381.
+Keys:    those of torchvision's ``mobilenet_v2``, and the same shapes at three channels.
+Departs: stride 1 in the stem and in the second stage, as is usual at 32 pixels; no dropout before the
+         head, so that training draws no random number of its own.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from unbackdoor.models._layers import global_average, initialise_convs
+from unbackdoor.models.geometry import Geometry
+from unbackdoor.registry import Config, architecture, option
+
+# (expansion, channels, blocks, stride of the first block), table 2 of the paper but for the strides.
+_STAGES = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 1),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+
+
+class MobileNetConfig(Config):
+    """Options of MobileNetV2."""
+
+    width: float = option(
+        1.0,
+        "multiplier of all channels, which are then rounded to multiples of 8",
+        source="arXiv:1801.04381",
+        ge=0.05,
+        le=16,
+    )
+
+
+def _rounded(channels: float) -> int:
+    # Multiples of 8, but never more than 10 % below what was asked for; the rule of the authors' code.
+    nearest = max(8, int(channels + 4) // 8 * 8)
+    return nearest if nearest >= 0.9 * channels else nearest + 8
+
+
+def _unit(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU6(),
+    )
+
+
+class InvertedResidual(nn.Module):
+    """Expand by 1x1, filter each channel by 3x3, project by 1x1 without an activation."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        hidden = inputs * expansion
+        self.residual = stride == 1 and inputs == outputs
+        self.conv = nn.Sequential(
+            *([_unit(inputs, hidden, 1)] if expansion != 1 else []),
+            _unit(hidden, hidden, 3, stride, groups=hidden),
+            nn.Conv2d(hidden, outputs, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, I, H, W) to (B, O, H / stride, W / stride)."""
+        out: Tensor = self.conv(x)
+        return x + out if self.residual else out
+
+
+class MobileNetV2(nn.Module):
+    """Stem, seventeen inverted residuals, 1x1 conv, global average, linear head."""
+
+    def __init__(self, geometry: Geometry, multiplier: float) -> None:
+        super().__init__()
+        inputs = _rounded(32 * multiplier)
+        # The last conv is never narrowed, as in the paper.
+        last = _rounded(1280 * max(1.0, multiplier))
+        layers: list[nn.Module] = [_unit(geometry.channels, inputs, 3)]
+        for expansion, channels, blocks, first_stride in _STAGES:
+            outputs = _rounded(channels * multiplier)
+            for block in range(blocks):
+                layers.append(InvertedResidual(inputs, outputs, first_stride if block == 0 else 1, expansion))
+                inputs = outputs
+        layers.append(_unit(inputs, last, 1))
+        self.features = nn.Sequential(*layers)
+        # The identity stands where torchvision has its dropout, so that the head is ``classifier.1``.
+        self.classifier = nn.Sequential(nn.Identity(), nn.Linear(last, geometry.classes))
+        initialise_convs(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (B, K) for normalised images (B, C, H, W)."""
+        x = self.features(x)  # (B, 1280, H/8, W/8)
+        logits: Tensor = self.classifier(global_average(x))  # (B, K)
+        return logits
+
+
+@architecture(
+    "mobilenet_v2", config=MobileNetConfig, paper="arXiv:1801.04381", traits={"conv", "bn", "depthwise"}
+)
+def mobilenet_v2(cfg: MobileNetConfig, geometry: Geometry) -> nn.Module:
+    """MobileNetV2 with the strides for small images; torchvision's parameter names."""
+    return MobileNetV2(geometry, cfg.width)

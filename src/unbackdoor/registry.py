@@ -1,0 +1,233 @@
+"""One table per kind of part: who exists, what it needs, which options it takes.
+
+A part registers itself where it is written::
+
+    @defense("ft", config=FTConfig, paper="...", needs={"images", "labels"})
+    def purify(model, data, cfg, *, run): ...
+
+Listings, command-line options, documentation and the contract tests read these tables, so that a name,
+a default or a bound stands in one place only.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Generic, Self, TypeVar, cast
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from unbackdoor.errors import ConfigError, InputError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def option(
+    default: Any,
+    meaning: str,
+    *,
+    source: str,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+) -> Any:
+    """Declare one option of a config: its default, meaning, bounds and the source of the default.
+
+    Args:
+        default: Value used when the user says nothing.
+        meaning: What it does, with unit and range, in one line.
+        source: Paper, reference code or measurement that the default comes from.
+        ge: Smallest allowed value.
+        gt: Value that must be exceeded.
+        le: Largest allowed value.
+        lt: Value that must not be reached.
+    """
+    return Field(
+        default, description=meaning, json_schema_extra={"source": source}, ge=ge, gt=gt, le=le, lt=lt
+    )
+
+
+class Config(BaseModel):
+    """Options of a part: frozen, strict, and complete in its complaints.
+
+    Raises:
+        ConfigError: From :meth:`parse`, with every fault at once and near matches for misspelt names.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], *, subject: str) -> Self:
+        """Build a config from plain values, reporting all faults in one ConfigError."""
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise ConfigError(subject, list(_faults(cls, error))) from None
+
+    @classmethod
+    def parse_text(cls, pairs: Mapping[str, str], *, subject: str) -> Self:
+        """Build a config from texts such as ``{"epochs": "20"}``, as typed on a command line."""
+        try:
+            return cls.model_validate_strings(dict(pairs), strict=False)
+        except ValidationError as error:
+            raise ConfigError(subject, list(_faults(cls, error))) from None
+
+
+def _faults(config: type[BaseModel], error: ValidationError) -> Iterator[str]:
+    for fault in error.errors():
+        name = ".".join(str(part) for part in fault["loc"]) or "options"
+        if fault["type"] == "extra_forbidden":
+            yield f"unknown option {name!r}{near_match(name, config.model_fields)}"
+        else:
+            yield f"{name}: {fault['msg']}, got {fault['input']!r}"
+
+
+def near_match(name: str, known: Mapping[str, Any] | list[str]) -> str:
+    """Return `` (did you mean ...?)`` for the closest known name, or an empty text."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+@dataclass(frozen=True)
+class Part(Generic[F]):
+    """A registered part: an attack, a defense, a scanner or an architecture."""
+
+    name: str
+    kind: str
+    function: F
+    config: type[Config]
+    paper: str
+    needs: frozenset[str]
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    traits: frozenset[str] = frozenset()
+    version: int = 1
+
+    @property
+    def summary(self) -> str:
+        """First sentence of the module's (or else the function's) documentation."""
+        module = inspect.getmodule(self.function)
+        text = (
+            inspect.getdoc(self.function) if self.kind == "architecture" else getattr(module, "__doc__", None)
+        )
+        return (text or inspect.getdoc(self.function) or "").strip().split("\n\n")[0].replace("\n", " ")
+
+    def configure(self, values: Mapping[str, Any] | None = None, *, preset: str | None = None) -> Config:
+        """Return the config of a preset with the given values laid over it.
+
+        Raises:
+            ConfigError: If the preset is unknown or a value does not fit; all faults at once.
+        """
+        return self.config.parse({**self._preset(preset), **(values or {})}, subject=self._subject)
+
+    def configure_text(self, pairs: Mapping[str, str], *, preset: str | None = None) -> Config:
+        """Like :meth:`configure` for values typed as text."""
+        base = {name: str(value) for name, value in self._preset(preset).items()}
+        return self.config.parse_text({**base, **pairs}, subject=self._subject)
+
+    @property
+    def _subject(self) -> str:
+        return f"the {self.kind} {self.name!r}"
+
+    def _preset(self, name: str | None) -> Mapping[str, Any]:
+        if name is None or (name == "default" and name not in self.presets):
+            return {}
+        if name not in self.presets:
+            known = ", ".join(["default", *self.presets])
+            raise ConfigError(
+                self._subject, [f"unknown preset {name!r}{near_match(name, self.presets)}; it has: {known}"]
+            )
+        return self.presets[name]
+
+
+class Registry(Generic[F]):
+    """The parts of one kind by name; their package is imported at the first look-up.
+
+    Args:
+        kind: Word used in messages, such as ``defense``.
+        package: Package whose import registers the parts. Named, not imported, because the tables lie
+            below the parts.
+    """
+
+    def __init__(self, kind: str, package: str) -> None:
+        self.kind = kind
+        self._package = package
+        self._parts: dict[str, Part[F]] = {}
+
+    def register(
+        self,
+        name: str,
+        *,
+        config: type[Config] = Config,
+        paper: str = "",
+        needs: set[str] | frozenset[str] = frozenset(),
+        presets: Mapping[str, Mapping[str, Any]] | None = None,
+        traits: set[str] | frozenset[str] = frozenset(),
+        version: int = 1,
+    ) -> Callable[[F], F]:
+        """Return a decorator that enters a function under ``name``; a second owner of a name is refused."""
+
+        def enter(function: F) -> F:
+            if name in self._parts and self._parts[name].function.__module__ != function.__module__:
+                raise ConfigError(f"the {self.kind} registry", [f"the name {name!r} is taken"])
+            self._parts[name] = Part(
+                name=name,
+                kind=self.kind,
+                function=function,
+                config=config,
+                paper=paper,
+                needs=frozenset(needs),
+                presets=MappingProxyType({k: MappingProxyType(dict(v)) for k, v in (presets or {}).items()}),
+                traits=frozenset(traits),
+                version=version,
+            )
+            return function
+
+        return enter
+
+    def __getitem__(self, name: str) -> Part[F]:
+        parts = self._loaded()
+        if name not in parts:
+            raise InputError(
+                f"unknown {self.kind} {name!r}{near_match(name, parts)}",
+                expected="one of " + ", ".join(sorted(parts)),
+            )
+        return parts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._loaded()))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._loaded()
+
+    def __len__(self) -> int:
+        return len(self._loaded())
+
+    def _loaded(self) -> dict[str, Part[F]]:
+        importlib.import_module(self._package)
+        return self._parts
+
+
+DEFENSES: Registry[Any] = Registry("defense", "unbackdoor.defenses")
+ATTACKS: Registry[Any] = Registry("attack", "unbackdoor.attacks")
+SCANNERS: Registry[Any] = Registry("scanner", "unbackdoor.scanners")
+ARCHITECTURES: Registry[Any] = Registry("architecture", "unbackdoor.models")
+
+defense = DEFENSES.register
+attack = ATTACKS.register
+scanner = SCANNERS.register
+architecture = ARCHITECTURES.register
+
+
+def load_all(package: str) -> None:
+    """Import every public module of a package, so that its parts register themselves."""
+    import pkgutil
+
+    parent = cast(Any, importlib.import_module(package))
+    for module in pkgutil.iter_modules(parent.__path__):
+        if not module.name.startswith("_"):
+            importlib.import_module(f"{package}.{module.name}")

@@ -1,0 +1,38 @@
+"""From a template to a page that loads nothing: no script, no font, no address outside of the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from unbackdoor.files import atomic_write
+from unbackdoor.report import words
+
+
+def render(template: str, **content: Any) -> str:
+    """Return the page of a template.
+
+    Everything is escaped but ``Markup``, because names of classes, files and models come from strangers.
+
+    Args:
+        template: File name in ``templates``.
+        content: Variables of the template; a missing one is an error.
+    """
+    environment = Environment(
+        loader=PackageLoader("unbackdoor.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    for name in ("percent", "rate", "interval", "duration"):
+        environment.filters[name] = getattr(words, name)
+    return environment.get_template(template).render(**content)
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write a page, whole or not at all."""
+    with atomic_write(path) as draft:
+        draft.write_text(page, encoding="utf-8")

@@ -1,0 +1,38 @@
+"""Rates and times in words, the same in every table."""
+
+from __future__ import annotations
+
+from unbackdoor.metrics import Rate
+
+NOTHING = "–"  # where there is no number
+
+
+def percent(value: float) -> str:
+    """Return a share of 0..1 as a percentage with one decimal."""
+    return f"{100 * value:.1f} %"
+
+
+def rate(measured: Rate) -> str:
+    """Return a measured share, or a dash where nothing was looked at."""
+    return percent(measured.value) if measured.total else NOTHING
+
+
+def interval(measured: Rate) -> str:
+    """Return the 95 % interval of a measured share in percent, or an empty text."""
+    low, high = (100 * end for end in measured.interval)
+    return f"{low:.1f} to {high:.1f}" if measured.total else ""
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the unit that suits it.
+
+    Example:
+        >>> duration(0.04), duration(7.25), duration(125)
+        ('0.04 s', '7.2 s', '2 min 5 s')
+    """
+    if seconds < 1:
+        return f"{seconds:.2f} s"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s"

@@ -1,0 +1,377 @@
+"""The values that pass between the parts; they keep the judge and the defender apart.
+
+Nothing here can hold a trigger, a target class or a test set: those live in ``attacks.truth``, which no
+defense and no scanner may import.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from unbackdoor.errors import InputError, UnsupportedModel
+
+T = TypeVar("T")
+Augmentation = Literal["none", "crop", "crop+flip"]
+AUGMENTATIONS: tuple[Augmentation, ...] = ("none", "crop", "crop+flip")
+
+
+class Progress(Protocol):
+    """Shows how far a loop has come; library code never prints."""
+
+    def __call__(self, items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
+        """Yield the items, showing ``label`` and the time left; ``total`` where ``len`` is unknown."""
+        ...
+
+
+def silent(items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
+    """The progress display that shows nothing."""
+    return items
+
+
+# ---------------------------------------------------------------------------------------------------
+# Images
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images of one size with their labels, resident in memory.
+
+    Attributes:
+        pixels: uint8 tensor (N, C, H, W).
+        labels: int64 tensor (N,) with values in 0..K-1, or None where there are none.
+        class_names: K names, in label order.
+        name: What the set is called in messages and reports.
+    """
+
+    pixels: Tensor
+    labels: Tensor | None
+    class_names: tuple[str, ...]
+    name: str = "images"
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.pixels.shape)
+        if self.pixels.dtype != torch.uint8 or len(shape) != 4:
+            raise InputError(
+                "images have the wrong form",
+                expected="uint8 pixels of shape (N, C, H, W)",
+                got=f"{self.pixels.dtype} of shape {shape}",
+                where=self.name,
+            )
+        if self.labels is None:
+            return
+        if self.labels.dtype != torch.int64 or tuple(self.labels.shape) != shape[:1]:
+            raise InputError(
+                "labels have the wrong form",
+                expected=f"int64 of shape ({shape[0]},)",
+                got=f"{self.labels.dtype} of shape {tuple(self.labels.shape)}",
+                where=self.name,
+            )
+        wrong = ((self.labels < 0) | (self.labels >= self.classes)).nonzero().flatten()
+        if len(wrong):
+            row = int(wrong[0])
+            raise InputError(
+                "a label is out of range",
+                expected=f"0..{self.classes - 1}",
+                got=int(self.labels[row]),
+                where=f"{self.name}, row {row}",
+                remedy="Check the class names and the label column",
+            )
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes K."""
+        return len(self.class_names)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of one image, (C, H, W)."""
+        c, h, w = self.pixels.shape[1:]
+        return (int(c), int(h), int(w))
+
+    @property
+    def truth(self) -> Tensor:
+        """The labels; raises InputError where the set has none."""
+        if self.labels is None:
+            raise InputError("labels are needed here, and this set has none", where=self.name)
+        return self.labels
+
+    def subset(self, index: Tensor | Sequence[int], name: str | None = None) -> Images:
+        """Return the images at the given positions, in that order."""
+        rows = torch.as_tensor(index, dtype=torch.int64)
+        labels = None if self.labels is None else self.labels[rows]
+        return replace(self, pixels=self.pixels[rows], labels=labels, name=name or self.name)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of pixels, labels and class names, as 64 hex digits."""
+        digest = hashlib.sha256(repr((tuple(self.pixels.shape), self.class_names)).encode())
+        _update(digest, self.pixels)
+        if self.labels is not None:
+            _update(digest, self.labels)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class CleanData:
+    """The defender's clean images: a part to fit on and a part to choose thresholds on.
+
+    Attributes:
+        fit: Images that a method may optimise on.
+        select: Images held out from ``fit``, for choosing thresholds and stopping.
+        augmentation: What may be done to an image of this domain without changing its class.
+        select_is_fit: True where there were too few images to hold any out; choices are then optimistic.
+    """
+
+    fit: Images
+    select: Images
+    augmentation: Augmentation = "none"
+    select_is_fit: bool = False
+
+    def __len__(self) -> int:
+        return len(self.fit) + (0 if self.select_is_fit else len(self.select))
+
+    @property
+    def all(self) -> Images:
+        """Every clean image, for methods that choose nothing."""
+        if self.select_is_fit:
+            return self.fit
+        labels = None
+        if self.fit.labels is not None and self.select.labels is not None:
+            labels = torch.cat([self.fit.labels, self.select.labels])
+        return replace(self.fit, pixels=torch.cat([self.fit.pixels, self.select.pixels]), labels=labels)
+
+    @classmethod
+    def split(
+        cls,
+        images: Images,
+        *,
+        select_fraction: float = 0.3,
+        augmentation: Augmentation = "none",
+        seed: int = 0,
+    ) -> Self:
+        """Hold out a share of every class for selection.
+
+        A class with one image keeps it in the fitting part. Where nothing can be held out, both parts are
+        the same images and ``select_is_fit`` says so.
+
+        Args:
+            images: The defender's images.
+            select_fraction: Share of each class that is held out, in (0, 1).
+            augmentation: See the attribute.
+            seed: Seed of the draw.
+        """
+        if not len(images):
+            raise InputError("there is no clean image", expected="at least 1", got=0, where=images.name)
+        generator = torch.Generator().manual_seed(seed)
+        labels = images.labels if images.labels is not None else torch.zeros(len(images), dtype=torch.int64)
+        held_out = torch.zeros(len(images), dtype=torch.bool)
+        for k in range(images.classes if images.labels is not None else 1):
+            rows = (labels == k).nonzero().flatten()
+            count = min(round(select_fraction * len(rows)), max(len(rows) - 1, 0))
+            held_out[rows[torch.randperm(len(rows), generator=generator)[:count]]] = True
+        if not held_out.any() or held_out.all():
+            return cls(images, images, augmentation, select_is_fit=True)
+        fit = images.subset((~held_out).nonzero().flatten())
+        return cls(fit, images.subset(held_out.nonzero().flatten()), augmentation)
+
+    def fingerprint(self) -> str:
+        """Return one hash over both parts."""
+        return hashlib.sha256((self.fit.fingerprint() + self.select.fingerprint()).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Networks
+
+
+class Classifier(nn.Module):
+    """A network that takes pixels in [0, 1] and returns logits; its normaliser is inside.
+
+    Args:
+        network: Any module from normalised images (B, C, H, W) to logits (B, K).
+        input_shape: (C, H, W).
+        class_names: K names, in logit order.
+        mean: Per-channel mean subtracted from the pixels; empty for no normalisation.
+        std: Per-channel divisor, all > 0; empty for no normalisation.
+        architecture: How to build ``network`` again, such as ``preact_resnet18[width=16]``.
+        origin: Where the weights came from, in words.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        input_shape: tuple[int, int, int],
+        class_names: Sequence[str],
+        mean: Sequence[float] = (),
+        std: Sequence[float] = (),
+        architecture: str = "",
+        origin: str = "",
+    ) -> None:
+        super().__init__()
+        channels = input_shape[0]
+        if len(mean) not in (0, channels) or len(std) != len(mean) or any(s <= 0 for s in std):
+            raise InputError(
+                "the normalisation does not fit the images",
+                expected=f"no values, or {channels} means and {channels} positive deviations",
+                got=f"mean {tuple(mean)}, std {tuple(std)}",
+            )
+        self.network = network
+        self.input_shape = input_shape
+        self.class_names = tuple(class_names)
+        self.architecture = architecture
+        self.origin = origin
+        # Not persistent: they belong to the card, so that the weights file keeps the network's own keys.
+        for name, values, neutral in (("mean", mean, 0.0), ("std", std, 1.0)):
+            column = torch.tensor(list(values) or [neutral] * channels).view(-1, 1, 1)  # (C, 1, 1)
+            self.register_buffer(name, column, persistent=False)
+        self._normalised = bool(mean)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes K."""
+        return len(self.class_names)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return logits (B, K) for pixels in [0, 1] of shape (B, C, H, W)."""
+        inputs = (pixels - self.mean) / self.std if self._normalised else pixels
+        logits: Tensor = self.network(inputs)
+        return logits
+
+    def copy(self) -> Self:
+        """Return a deep copy in evaluation mode, without gradients."""
+        twin = copy.deepcopy(self)
+        twin.zero_grad(set_to_none=True)
+        return twin.eval()
+
+    def sha256(self) -> str:
+        """Return the SHA-256 over names, shapes, types and bytes of all weights and buffers."""
+        return state_sha256(self.network.state_dict())
+
+
+def state_sha256(state: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of a state dict, independent of key order, device and memory layout."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name]
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        _update(digest, tensor)
+    return digest.hexdigest()
+
+
+def _update(digest: Any, tensor: Tensor) -> None:
+    # Viewed as bytes because numpy has no bfloat16; flattened first so that scalars can be viewed too.
+    flat = tensor.detach().cpu().contiguous().flatten()
+    digest.update(flat.view(torch.uint8).numpy().data)
+
+
+# ---------------------------------------------------------------------------------------------------
+# What methods return
+
+
+@dataclass(frozen=True)
+class Purified:
+    """A repaired model and what the method has to say about it.
+
+    Attributes:
+        model: The repaired classifier; same architecture and shapes as the one received.
+        evidence: JSON-ready facts, such as masks per layer or the threshold and how it was chosen. It is
+            never a result: what the repair achieved is measured by somebody else.
+        seconds: Wall time of the method, filled in by the trusted caller.
+        method: Name, preset and options, filled in by the trusted caller.
+    """
+
+    model: Classifier
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    method: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One piece of evidence of a scanner.
+
+    Attributes:
+        statistic: Name of the number.
+        value: The number.
+        direction: What a large or small value means, in words.
+        threshold: The limit it was held against.
+        threshold_source: How the limit came about.
+        p_value: Calibrated probability of such a value without a backdoor, or None.
+        classes: Suspected target classes.
+        per_class: The statistic for every class, in label order.
+        artefacts: Tensors to show, such as a recovered trigger.
+    """
+
+    statistic: str
+    value: float
+    direction: str
+    threshold: float
+    threshold_source: str
+    p_value: float | None = None
+    classes: tuple[int, ...] = ()
+    per_class: tuple[float, ...] = ()
+    artefacts: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+Verdict = Literal["backdoor found", "no evidence found", "undecided"]
+
+
+@dataclass(frozen=True)
+class ScanReport:
+    """What was looked for, what was found, what failed and what was left out; the four add up.
+
+    Attributes:
+        verdict: ``backdoor found``, ``no evidence found`` or ``undecided``; never "clean".
+        findings: Evidence, strongest first.
+        errors: Checks that crashed, with the reason; any entry makes the report partial.
+        skipped: Checks that were not run, with the reason.
+        coverage: Checks that ran to their end.
+    """
+
+    verdict: Verdict
+    findings: tuple[Finding, ...] = ()
+    errors: Mapping[str, str] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    coverage: tuple[str, ...] = ()
+
+    @property
+    def partial(self) -> bool:
+        """True where a check crashed, so that silence proves less."""
+        return bool(self.errors)
+
+
+def require_labels(data: CleanData, method: str) -> None:
+    """Raise InputError unless both parts carry labels."""
+    if data.fit.labels is None or data.select.labels is None:
+        raise InputError(f"{method} needs labelled images", got="no labels", where=data.fit.name)
+
+
+def require_fit(model: Classifier, images: Images) -> None:
+    """Raise UnsupportedModel unless the images fit the model's input and classes."""
+    if images.shape != model.input_shape:
+        raise UnsupportedModel(
+            "the images do not fit the model",
+            expected=f"(C, H, W) = {model.input_shape}",
+            got=images.shape,
+            where=images.name,
+            remedy="Resize the images, or give the input size the model was trained with",
+        )
+    if images.labels is not None and len(images) and int(images.labels.max()) >= model.classes:
+        raise UnsupportedModel(
+            "the labels do not fit the model",
+            expected=f"labels in 0..{model.classes - 1}",
+            got=int(images.labels.max()),
+            where=images.name,
+        )

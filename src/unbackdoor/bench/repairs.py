@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from unbackdoor.attacks import AttackTruth
 from unbackdoor.bench.judge import Scores, der, judge
 from unbackdoor.data.datasets import DataSet
@@ -61,36 +63,30 @@ def repair_and_judge(
 
 def peak_memory_mb() -> float:
     """Return the largest resident memory of this process so far, in MB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (1 if sys.platform == "darwin" else 1024) / (1024 if sys.platform == "darwin" else 1), 1)
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
 
 
 def describe_device(run: Run) -> str:
     """Return the device in words, with threads and precision."""
-    import torch
-
     if run.device.type == "cuda":
         return f"{torch.cuda.get_device_name(run.device)}, {run.precision.name}"
-    return f"{cpu_name()}, {torch.get_num_threads()} thread(s), {run.precision.name}"
-
-
-def cpu_name() -> str:
-    """Return the processor's name."""
-    import torch
-
-    name = torch.cpu.get_capabilities().get("cpu_name")
-    return str(name or platform.processor() or platform.machine())
+    name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} thread(s), {run.precision.name}"
 
 
 def commit_of(folder: Path) -> str:
-    """Return the commit of a checkout, with ``+`` where files differ from it; empty outside of one."""
-    try:
-        head = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10
+    """Return the commit of a checkout, with ``+`` where its source differs from it; empty outside of one."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", *words], check=True, cwd=folder, capture_output=True, text=True, timeout=10
         )
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain", "--", "src"], cwd=folder, capture_output=True, text=True, timeout=10
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + (
+            "+" if git("status", "--porcelain", "--", "src") else ""
         )
     except (OSError, subprocess.SubprocessError):
         return ""
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") if head.returncode == 0 else ""

@@ -94,4 +94,5 @@ def _rows(path: Path) -> Iterator[Row]:
         try:
             yield Row.model_validate(json.loads(line))
         except (ValidationError, ValueError) as error:
-            raise InputError("a line is not a result row", got=str(error), where=f"{path}, line {number}") from None
+            where = f"{path}, line {number}"
+            raise InputError("a line is not a result row", got=str(error), where=where) from None

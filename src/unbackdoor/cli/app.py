@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from inspect import cleandoc
 from typing import Annotated, Any
 
 import typer
@@ -29,7 +30,7 @@ EPILOG = """\
 
   0    done
   1    a check was not passed, or a backdoor was found
-  2    an error: wrong usage, or a file, an option or a method that did not work
+  2    an error: wrong usage, or a file or a method that did not work
   3    the model is of a kind that the method cannot work on
   130  interrupted with Ctrl-C; no half-written file is left behind
 
@@ -39,16 +40,22 @@ Results go to standard output; progress and errors go to standard error."""
 class _Guarded(TyperGroup):
     """A group of commands whose errors are one paragraph."""
 
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            complain("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+
     def main(self, *args: Any, **kwargs: Any) -> Any:
         kwargs["standalone_mode"] = False
         try:
             code = super().main(*args, **kwargs)
         except UnbackdoorError as error:
             code = _explain(error)
-        except KeyboardInterrupt:
-            complain("interrupted")
-            code = INTERRUPTED
-        except Exception as error:  # the last stop before the user
+        except OSError as error:
+            code = _file_trouble(error)
+        except Exception as error:  # noqa: BLE001  the last stop before the user
             code = _usage(error) or _defect()
         sys.exit(code if isinstance(code, int) else SUCCESS)
 
@@ -60,13 +67,25 @@ def _explain(error: UnbackdoorError) -> int:
     return UNSUPPORTED if isinstance(error, UnsupportedModel) else ERROR
 
 
+def _file_trouble(error: OSError) -> int:
+    if error.filename is None:
+        return _defect()
+    if _state["debug"]:
+        traceback.print_exc()
+    complain(f"error: {error.strerror} ({error.filename})")
+    return ERROR
+
+
 def _usage(error: Exception) -> int | None:
     # By its method and not by its class, which has moved between the versions of typer.
     if not hasattr(error, "format_message"):
         return None
+    problem = str(error.format_message()).strip()
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "unbackdoor"
-    complain(f"error: {error.format_message()} Try: {command} --help")
+    if problem:  # without a command, the help has been shown already
+        stop = "" if problem[-1] in ".?!" else "."
+        complain(f"error: {problem}{stop} Try: {command} --help")
     return ERROR
 
 
@@ -108,11 +127,20 @@ def _global(
     _state["debug"] = debug
 
 
-app.command("demo")(demo)
-app.command("train")(train)
-app.command("purify")(purify)
-app.command("evaluate")(evaluate)
-app.command("list")(listing)
+def _flowing(documentation: str | None) -> str:
+    # The lines of a paragraph joined: how wide the help is, the terminal decides.
+    paragraphs = cleandoc(documentation or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
+for _name, _command in (
+    ("demo", demo),
+    ("train", train),
+    ("purify", purify),
+    ("evaluate", evaluate),
+    ("list", listing),
+):
+    app.command(_name, help=_flowing(_command.__doc__))(_command)
 
 
 def main() -> None:

@@ -28,7 +28,9 @@ def evaluate(
     before: Annotated[
         Path | None,
         typer.Option(
-            help="The same model before its repair; adds DER and RIR.", show_default=False, rich_help_panel="Data"
+            help="The same model before its repair; adds DER and RIR.",
+            show_default=False,
+            rich_help_panel="Data",
         ),
     ] = None,
     truth: Annotated[
@@ -70,20 +72,16 @@ def evaluate(
             network = options.open_model(
                 path,
                 data.test,
-                architecture=architecture,
-                mean=options.numbers(mean, "--mean"),
-                std=options.numbers(std, "--std"),
+                options.Cardless.parse(architecture, mean, std),
                 default=data,
             )
             scores[name] = judge(network.to(run.device), attack, data.test, run, label=f"judging {path.name}")
-    measured = scores["after" if before else "model"]
-    gains = (
-        {"der": der(scores["before"], measured), "rir": rir(scores["before"], measured)} if before else {}
-    )
+    judged, measured = list(paths.values())[-1], list(scores.values())[-1]
+    gains = {"der": der(scores["before"], measured), "rir": rir(scores["before"], measured)} if before else {}
     if as_json:
         emit(
             {
-                "model": str(paths["after" if before else "model"]),
+                "model": str(judged),
                 "before_model": str(paths["before"]) if before else None,
                 "truth": str(record),
                 "dataset": data.name,
@@ -95,7 +93,9 @@ def evaluate(
             }
         )
         return
-    scores_table(f"{paths['after' if before else 'model'].name} on {data.name}, attack {attack.attack}", scores)
+    scores_table(
+        f"{paths['after' if before else 'model'].name} on {data.name}, attack {attack.attack}", scores
+    )
     for name, value in gains.items():
         if value is not None:
             say(f"{name.upper()} {percent(value)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -48,9 +49,7 @@ DataRoot = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random draw.", rich_help_panel=_COMPUTE)]
-Device = Annotated[
-    str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.", rich_help_panel=_COMPUTE)
-]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.", rich_help_panel=_COMPUTE)]
 PrecisionOption = Annotated[
     PrecisionPolicy,
     typer.Option(
@@ -59,16 +58,12 @@ PrecisionOption = Annotated[
         rich_help_panel=_COMPUTE,
     ),
 ]
-Force = Annotated[
-    bool, typer.Option("--force", help="Replace files that exist.", rich_help_panel=_OUTPUT)
-]
+Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.", rich_help_panel=_OUTPUT)]
 AsJson = Annotated[
     bool,
     typer.Option("--json", help="Print the result as JSON on standard output.", rich_help_panel=_OUTPUT),
 ]
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Show no progress.", rich_help_panel=_OUTPUT)
-]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.", rich_help_panel=_OUTPUT)]
 CardlessArchitecture = Annotated[
     str | None,
     typer.Option(
@@ -129,6 +124,26 @@ def numbers(text: str | None, option: str) -> tuple[float, ...] | None:
         raise ConfigError(
             f"the option {option}", [f"expected numbers such as 0.49,0.48,0.45, got {text!r}"]
         ) from None
+
+
+@dataclass(frozen=True)
+class Cardless:
+    """What the user says of a model that has no card.
+
+    Attributes:
+        architecture: Spec such as ``resnet18[width=64]``.
+        mean: Per-channel mean.
+        std: Per-channel deviation.
+    """
+
+    architecture: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    @classmethod
+    def parse(cls, architecture: str | None, mean: str | None, std: str | None) -> Cardless:
+        """Return what was typed; raises ConfigError where a number is none."""
+        return cls(architecture, numbers(mean, "--mean"), numbers(std, "--std"))
 
 
 def open_run(seed: int, device: str, precision: PrecisionPolicy, progress: Progress) -> Run:
@@ -195,23 +210,15 @@ def has_card(model: Path) -> bool:
 
 
 def open_model(
-    path: Path,
-    like: Images | None,
-    *,
-    architecture: str | None,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
-    default: DataSet | None = None,
+    path: Path, like: Images | None, cardless: Cardless, *, default: DataSet | None = None
 ) -> Classifier:
     """Load a model; without a card, its input and its classes are those of the images.
 
     Args:
         path: Weights file.
         like: Images of the form that the model takes.
-        architecture: Of a model without a card.
-        mean: Likewise.
-        std: Likewise.
-        default: Data set whose normalisation a model without a card gets where none is given.
+        cardless: What was said of a model without a card.
+        default: Data set whose normalisation such a model gets where none was given.
 
     Raises:
         UnbackdoorError: See :func:`unbackdoor.models.load_model`.
@@ -219,23 +226,24 @@ def open_model(
     from unbackdoor.models import load_model
 
     if has_card(path):
-        if architecture is not None or mean is not None or std is not None:
+        if cardless != Cardless():
             raise ConfigError(
                 "the model", ["it has a card, so that --architecture, --mean and --std must not be given"]
             )
         return load_model(path)
-    if path.exists() and (architecture is None or like is None):
+    if path.exists() and (cardless.architecture is None or like is None):
         raise InputError(
             "the model has no card",
             expected=path.with_suffix(".json"),
             where=path,
             remedy="Put the card beside the weights, or give --architecture",
         )
+    mean, std = cardless.mean, cardless.std
     if default is not None and mean is None and std is None:
         mean, std = default.mean, default.std
     return load_model(
         path,
-        architecture=architecture,
+        architecture=cardless.architecture,
         input_shape=like.shape if like is not None else None,
         class_names=like.class_names if like is not None else None,
         mean=mean,

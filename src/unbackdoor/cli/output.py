@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -23,9 +24,7 @@ _WIDEST_PARAGRAPH = 100
 
 def plain(text: object) -> str:
     """Return a text whose control characters are spelled out, because names come from strangers' files."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text)
-    )
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
 
 
 def paragraph(text: object) -> str:
@@ -58,7 +57,14 @@ def emit(result: Mapping[str, Any]) -> None:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table; a column whose name starts with ``>`` is aligned to the right."""
-    grid = Table(title=Text(plain(title)), title_justify="left", title_style="bold", header_style="bold")
+    grid = Table(
+        title=Text(plain(title)),
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for column in columns:
         grid.add_column(
             Text(column.removeprefix(">")),

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from unbackdoor.types import Augmentation, Classifier, Images, Progress
 
 USUAL_CLEAN_IMAGES = 500
-_SHOWN_EVIDENCE = 40  # characters; longer values are counted, and stand in the JSON
+_SHOWN_EVIDENCE = 40  # characters; longer values stand in the JSON
+_LONG = 8  # entries; tables with more, such as one for each layer, stand in the JSON
 
 
 def purify(
@@ -29,14 +30,12 @@ def purify(
     data: Annotated[
         str,
         typer.Option(
-            help="Clean images: a data set's name, a folder with one folder per class, a .parquet or an .npz file.",
+            help="Clean images: a data set's name, a folder of class folders, a .parquet or an .npz file.",
             show_default=False,
             rich_help_panel="Data",
         ),
     ],
-    method: Annotated[
-        str, typer.Option(help="Defense; see: unbackdoor list defenses.", show_default=False)
-    ],
+    method: Annotated[str, typer.Option(help="Defense; see: unbackdoor list defenses.", show_default=False)],
     out: Annotated[
         Path,
         typer.Option(
@@ -89,7 +88,9 @@ def purify(
     ] = None,
     resize: Annotated[
         bool,
-        typer.Option("--resize", help="Resize images from a path to the model's input.", rich_help_panel="Data"),
+        typer.Option(
+            "--resize", help="Resize images from a path to the model's input.", rich_help_panel="Data"
+        ),
     ] = False,
     data_root: options.DataRoot = None,
     architecture: options.CardlessArchitecture = None,
@@ -104,8 +105,9 @@ def purify(
 ) -> None:
     """Remove a backdoor from a model with a few clean images.
 
-    MODEL is only read. The repaired model goes to OUT with a card that tells its whole history. From a named
-    data set, images are drawn that no model trained by this program has seen; images from a path are all used.
+    MODEL is only read. The repaired model goes to OUT, with a card that tells its whole history. From a
+    named data set, images are drawn that no model trained by this program has seen; images from a path are
+    all used.
 
     Whether a backdoor is gone cannot be told from clean images alone: what is shown here is how well the
     model still does its task. Where the attack is on record, unbackdoor evaluate measures the rest.
@@ -126,17 +128,13 @@ def purify(
     with Display(quiet=quiet) as display:
         run = options.open_run(seed, device, precision, display)
         named = _named(data, data_root, display)
-        without_card = {
-            "architecture": architecture,
-            "mean": options.numbers(mean, "--mean"),
-            "std": options.numbers(std, "--std"),
-        }
+        cardless = options.Cardless.parse(architecture, mean, std)
         if named is not None:
-            victim = options.open_model(source, named.train, default=named, **without_card)
+            victim = options.open_model(source, named.train, cardless, default=named)
             images = _drawn(named, clean, per_class, fraction, seed)
         else:
             _refuse_amounts(clean, per_class, fraction)
-            images, victim = _from_path(Path(data), source, resize, without_card, display)
+            images, victim = _from_path(Path(data), source, resize, cardless, display)
         own: Augmentation = named.augmentation if named is not None else "none"
         held = CleanData.split(
             images,
@@ -217,19 +215,22 @@ def _refuse_amounts(clean: int | None, per_class: int | None, fraction: float | 
     if clean is not None or per_class is not None or fraction is not None:
         raise ConfigError(
             "the clean set",
-            ["--clean, --per-class and --fraction draw from a named data set; images from a path are all used"],
+            [
+                "--clean, --per-class and --fraction draw from a named data set; "
+                "images from a path are all used"
+            ],
         )
 
 
 def _from_path(
-    path: Path, model: Path, resize: bool, without_card: Mapping[str, Any], progress: Progress
+    path: Path, model: Path, resize: bool, cardless: options.Cardless, progress: Progress
 ) -> tuple[Images, Classifier]:
     from unbackdoor.data.loaders import load_images
 
     if not options.has_card(model):
         images = load_images(path, progress=progress)
-        return images, options.open_model(model, images, **without_card)
-    victim = options.open_model(model, None, **without_card)
+        return images, options.open_model(model, images, cardless)
+    victim = options.open_model(model, None, cardless)
     _, height, width = victim.input_shape
     # The card's class names decide which label a folder's images get.
     images = load_images(
@@ -248,11 +249,11 @@ def _accuracy(model: Classifier, images: Images, run: Run) -> Rate | None:
 
 
 def _scalars(evidence: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the single values of a method's evidence under dotted names; a list as its length."""
+    """Yield the single values of a method's evidence under dotted names; what is long as its length."""
     for name, value in evidence.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and len(value) <= _LONG:
             yield from _scalars(value, f"{prefix}{name}.")
-        elif isinstance(value, list | tuple):
+        elif isinstance(value, Mapping | list | tuple):
             yield f"{prefix}{name}", f"{len(value)} entries"
         else:
             yield f"{prefix}{name}", value
@@ -265,9 +266,7 @@ def _show(
     facts: Mapping[str, Any],
     evidence: Mapping[str, Any],
 ) -> None:
-    rows = [
-        (name, rate(value), interval(value)) for name, value in accuracy.items() if value is not None
-    ]
+    rows = [(name, rate(value), interval(value)) for name, value in accuracy.items() if value is not None]
     used = method if preset is None else f"{method}, preset {preset}"
     table(
         f"{used}: {facts['clean_images']} clean images, {duration(facts['seconds'])}",

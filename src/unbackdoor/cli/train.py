@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 def train(
     out: Annotated[
         Path,
-        typer.Option(help="Weights file to write, .safetensors.", show_default=False, rich_help_panel="Output"),
+        typer.Option(
+            help="Weights file to write, .safetensors.", show_default=False, rich_help_panel="Output"
+        ),
     ],
-    dataset: Annotated[
-        str, typer.Option(help="Data set to train on.", rich_help_panel="Data")
-    ] = "cifar10",
+    dataset: Annotated[str, typer.Option(help="Data set to train on.", rich_help_panel="Data")] = "cifar10",
     data_root: options.DataRoot = None,
     architecture: Annotated[
         str, typer.Option(help="Network, with options in brackets.", rich_help_panel="Training")
@@ -54,9 +54,7 @@ def train(
             metavar="KEY=VALUE", help="Option of the attack; may be repeated.", rich_help_panel="Attack"
         ),
     ] = None,
-    recipe: Annotated[
-        str, typer.Option(help="Named way to train.", rich_help_panel="Training")
-    ] = "plain",
+    recipe: Annotated[str, typer.Option(help="Named way to train.", rich_help_panel="Training")] = "plain",
     changes: Annotated[
         list[str] | None,
         typer.Option(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -164,6 +163,3 @@ def _broadcast(mask: Tensor, weight: Tensor) -> Tensor:
     if mask.shape == weight.shape:
         return mask
     return mask.view(-1, *[1] * (weight.dim() - 1))  # (O,) -> (O, 1, ...)
-
-
-Kind = Literal["norm", "unit", "weight"]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from unbackdoor.data.batches import batches, to_float
+from unbackdoor.data.batches import to_float
 from unbackdoor.engine.run import Run
 from unbackdoor.types import Images
 
@@ -90,6 +90,3 @@ def accuracy(model: nn.Module, images: Images, run: Run, network: Network | None
     with mode(model, training=False):
         predicted = predict(network or model, images, run).argmax(1)
     return float((predicted == images.truth).float().mean())
-
-
-__all__ = ["Network", "accuracy", "batches", "frozen", "logits_of", "mode", "predict"]

@@ -34,6 +34,9 @@ class Recipe(Config):
     epochs: int = option(15, "passes over the training images", source="this project", ge=1, le=10_000)
     batch_size: int = option(128, "images a step", source="common CIFAR-10 practice", ge=2, le=65_536)
     lr: float = option(0.1, "peak learning rate", source="He et al. 2016, section 4.2", gt=0, le=10)
+    optimizer: Literal["sgd", "adamw"] = option(
+        "sgd", "rule of the steps; adamw for transformers, with lr near 0.001", source="common practice"
+    )
     momentum: float = option(0.9, "momentum of SGD", source="He et al. 2016", ge=0, lt=1)
     weight_decay: float = option(5e-4, "L2 penalty", source="Zagoruyko & Komodakis 2016", ge=0, le=1)
     schedule: Literal["one-cycle", "cosine", "constant"] = option(
@@ -59,6 +62,7 @@ RECIPES: Mapping[str, Recipe] = {
     "long": Recipe(epochs=100),
     "label-smoothing": Recipe(label_smoothing=0.1),
     "mixup": Recipe(mixup=0.2),
+    "transformer": Recipe(epochs=60, optimizer="adamw", lr=1e-3, weight_decay=0.05),
 }
 
 
@@ -123,12 +127,7 @@ def train(
     images = resident(images, run.device)
     epochs, steps = recipe.epochs, _steps(len(images), recipe.batch_size)
     kind = augmentation if recipe.augmentation == "auto" else recipe.augmentation
-    optimizer = torch.optim.SGD(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-    )
+    optimizer = _optimizer(model, recipe)
     key = _key(recipe, images, model, run, kind) if checkpoint else ""
     losses = _resume(checkpoint, key, model, optimizer) if checkpoint else []
     first = len(losses)
@@ -181,6 +180,13 @@ def _steps(count: int, batch_size: int) -> int:
     # A last batch of one image is dropped: batch normalisation has no variance to train on there.
     full, rest = divmod(count, batch_size)
     return full + (rest >= 2 or full == 0)
+
+
+def _optimizer(model: Classifier, recipe: Recipe) -> torch.optim.Optimizer:
+    learning = [p for p in model.parameters() if p.requires_grad]
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(learning, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(learning, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
 
 
 def _rate(recipe: Recipe, done: float) -> float:

@@ -91,14 +91,22 @@ def unlearn(
         augmentation: Random changes of the images.
 
     Raises:
-        MethodFailed: If the stop band is not reached in ``max_steps``.
+        MethodFailed: If the model does not know the images to begin with, or the stop band is not reached.
     """
     chance = 1 / model.classes
     low, high = chance / 2, chance + margin
     out = model.copy()
     checked = images.subset(torch.randperm(len(images), generator=run.generator("checked"))[:CHECKED])
+    steepest = max(max_drop, 1.01 / len(checked))  # of a handful of images one must be allowed to fall
     optimizer = torch.optim.SGD(out.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
     before = now = accuracy(out, checked, run)
+    if before <= high:
+        raise MethodFailed(
+            "the model hardly classifies the clean images, so there is nothing to unlearn",
+            expected=f"clean accuracy above {high:.3f}",
+            got=f"{before:.3f}",
+            remedy="Check labels, class order and normalisation",
+        )
     trace: list[tuple[int, float, float]] = [(0, now, lr)]
     safe = _snapshot(out)
     restarts = stalled = 0
@@ -114,7 +122,7 @@ def unlearn(
         if finite:
             optimizer.step()
             now = accuracy(out, checked, run)
-        if not finite or now < low or now < trace[-1][1] - max_drop:
+        if not finite or now < low or now < trace[-1][1] - steepest:
             # Too far at once: what falls that fast takes the backdoor with it. Go back, tread more softly.
             restarts += 1
             _restore(out, safe)

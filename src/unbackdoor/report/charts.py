@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup, escape
 
@@ -57,9 +58,9 @@ def grouped_bars(groups: Sequence[str], series: Sequence[Series], *, title: str)
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    settings = {
+    settings: Any = {
         "font.family": _FONT,
-        "font.size": 11,
+        "font.size": 10,
         "text.parse_math": False,
         "svg.fonttype": "none",  # texts stay texts
         "svg.hashsalt": "unbackdoor",  # the same chart is the same file
@@ -70,7 +71,7 @@ def grouped_bars(groups: Sequence[str], series: Sequence[Series], *, title: str)
     }
     # Without pyplot: no global figure, no backend of the user's choosing.
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(7.6, 3.6), layout="constrained")
+        figure = Figure(figsize=(5.6, 3.3), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         width = 0.84 / len(series)
@@ -85,7 +86,12 @@ def grouped_bars(groups: Sequence[str], series: Sequence[Series], *, title: str)
                     continue
                 axes.vlines(middle, low, high, color=_INK, linewidth=1)
                 axes.annotate(
-                    f"{value:.0f}", (middle, high), (0, 3), textcoords="offset points", ha="center", fontsize=9
+                    f"{value:.0f}",
+                    (middle, high),
+                    (0, 3),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=8.5,
                 )
         axes.set_xticks(range(len(groups)), groups)
         axes.set_ylim(0, 110)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from unbackdoor.metrics import Rate
+from typing import TYPE_CHECKING
 
-NOTHING = "–"  # where there is no number
+if TYPE_CHECKING:  # the command line shows words without importing torch
+    from unbackdoor.metrics import Rate
+
+NOTHING = "-"  # where there is no number
 
 
 def percent(value: float) -> str:

@@ -1,0 +1,41 @@
+"""Fixtures that every test may use, and the policing of what a test leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tiny import tiny_classifier, tiny_data
+from unbackdoor.engine.caller import Surroundings
+from unbackdoor.types import Classifier, CleanData
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Two workers with one thread each beat one worker with two, and sums stay in one order."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_traces(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that moves a global generator or flag, unless it is marked as meaning to."""
+    if request.node.get_closest_marker("leaves_traces"):
+        yield
+        return
+    before = Surroundings.take()
+    yield
+    assert before.changed() == []
+
+
+@pytest.fixture(scope="session", params=["conv-bn", "conv", "transformer"])
+def trained(request: pytest.FixtureRequest) -> tuple[Classifier, CleanData]:
+    """A tiny classifier that knows its four classes, one for each family, and clean images."""
+    return tiny_classifier(request.param), CleanData.split(tiny_data(80, seed=1))
+
+
+@pytest.fixture(scope="session")
+def tiny() -> tuple[Classifier, CleanData]:
+    """The convolutional one with batch normalisation, where the family does not matter."""
+    return tiny_classifier("conv-bn"), CleanData.split(tiny_data(80, seed=1))

@@ -1,0 +1,83 @@
+"""Folders are the theory: imports point down only, and no defense can reach the truth."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import unbackdoor
+
+PACKAGE = Path(unbackdoor.__file__).parent
+# From the top down; a room may import rooms below it.
+ORDER = ["cli", "report", "bench", "attacks", "scanners", "defenses", "engine", "models", "data", "bottom"]
+SIBLINGS = {"defenses", "scanners"}  # their members do not import each other
+FORBIDDEN = {"scanners": {"attacks", "bench"}, "defenses": {"attacks", "bench", "scanners"}}
+
+
+def room(path: Path) -> str:
+    """Return the folder that a file stands in, ``bottom`` for files at the top level."""
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0] if len(parts) > 1 else "bottom"
+
+
+def imported(path: Path) -> set[str]:
+    """Return the full names of our own modules that a file imports anywhere, nested imports included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path} has a relative import"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.startswith("unbackdoor.")}
+
+
+FILES = sorted(
+    p for p in PACKAGE.rglob("*.py") if p.name not in ("__main__.py",) and p != PACKAGE / "__init__.py"
+)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_down(path: Path) -> None:
+    here = room(path)
+    for name in imported(path):
+        there = name.split(".")[1]
+        if there not in ORDER:
+            continue  # a file at the bottom
+        assert ORDER.index(there) >= ORDER.index(here), f"{path.name} of {here} imports {name} above it"
+        assert there not in FORBIDDEN.get(here, set()), f"{here} must not know {there}"
+        if here in SIBLINGS and there == here:
+            raise AssertionError(f"{path.name} imports its sibling {name}")
+
+
+def reachable(start: str) -> set[str]:
+    """Return all our modules that importing ``start`` brings along, by following the source."""
+    seen: set[str] = set()
+    todo = [start]
+    while todo:
+        name = todo.pop()
+        file = PACKAGE.parent.joinpath(*name.split("."))
+        path = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
+        if name in seen or not path.exists():
+            continue
+        seen.add(name)
+        todo += imported(path)
+    return seen
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "defenses").glob("[!_]*.py")), ids=lambda p: p.stem)
+def test_no_path_from_a_defense_to_the_truth(path: Path) -> None:
+    names = reachable(f"unbackdoor.defenses.{path.stem}")
+    assert f"unbackdoor.defenses.{path.stem}" in names
+    assert not [name for name in names if name.split(".")[1] in ("attacks", "bench", "cli", "report")]
+
+
+def test_only_the_command_line_prints() -> None:
+    for path in FILES:
+        if room(path) == "cli":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id != "print", f"{path} prints"

@@ -1,0 +1,152 @@
+"""Triggers against closed forms; poisoning against counts."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from tiny import tiny_data
+from unbackdoor.attacks import AttackTruth, poison, stamped
+from unbackdoor.errors import ConfigError, InputError
+from unbackdoor.registry import ATTACKS
+from unbackdoor.types import Images
+
+SHAPES = [(1, 8, 8), (3, 32, 32), (3, 20, 28), (4, 64, 64)]
+NAMES = sorted(ATTACKS)
+
+
+def images(shape: tuple[int, int, int], count: int = 40, classes: int = 4) -> Images:
+    draws = torch.Generator().manual_seed(7)
+    pixels = torch.randint(0, 256, (count, *shape), generator=draws).to(torch.uint8)
+    return Images(pixels, torch.arange(count) % classes, tuple(f"class {k}" for k in range(classes)))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_any_size_and_channel_count(name: str, shape: tuple[int, int, int]) -> None:
+    clean = images(shape)
+    poisoned, truth = poison(clean, name, {} if name != "sig" else {"poison_rate": 0.2}, seed=1)
+    assert poisoned.pixels.shape == clean.pixels.shape
+    assert poisoned.pixels.dtype == torch.uint8
+    triggered = stamped(clean.pixels, truth)
+    assert torch.equal(triggered, clean.pixels) == (name == "none")
+    touched = set(truth.poisoned.tolist()) | set(truth.decoys.tolist())
+    same = (poisoned.pixels == clean.pixels).flatten(1).all(1)
+    assert all(bool(same[i]) for i in range(len(clean)) if i not in touched)
+    assert torch.equal(poisoned.pixels[truth.poisoned], triggered[truth.poisoned])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_clean_set_is_not_changed_and_the_seed_decides(name: str) -> None:
+    clean = images((3, 16, 16))
+    before = clean.fingerprint()
+    options = {"poison_rate": 0.1} if name != "none" else {}
+    first, again, other = (poison(clean, name, options, seed=s)[0].fingerprint() for s in (1, 1, 2))
+    assert clean.fingerprint() == before
+    assert first == again
+    assert (first == other) == (name == "none")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_truth_survives_json(name: str) -> None:
+    clean = images((3, 16, 16))
+    _, truth = poison(clean, name, {"target": 2}, seed=5)
+    twin = AttackTruth.from_spec(json.loads(json.dumps(truth.spec())))
+    assert torch.equal(stamped(clean.pixels, twin), stamped(clean.pixels, truth))
+    assert twin.target == truth.target
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("none", "sig", "badnets_all_to_all")])
+def test_all_to_one_poisons_the_asked_share_of_other_classes(name: str) -> None:
+    clean = images((1, 16, 16), count=100)
+    poisoned, truth = poison(clean, name, {"poison_rate": 0.13, "target": 3}, seed=0)
+    assert len(truth.poisoned) == 13
+    assert (clean.truth[truth.poisoned] != 3).all()
+    assert (poisoned.truth[truth.poisoned] == 3).all()
+    rest = torch.ones(100, dtype=torch.bool)
+    rest[truth.poisoned] = False
+    assert torch.equal(poisoned.truth[rest], clean.truth[rest])
+    # ASR must not count images that are of the target class anyway.
+    assert (truth.eligible(clean).truth != 3).all()
+    assert len(truth.eligible(clean)) == 75
+
+
+def test_all_to_all_shifts_every_label() -> None:
+    clean = images((1, 16, 16))
+    poisoned, truth = poison(clean, "badnets_all_to_all", {"poison_rate": 0.5}, seed=0)
+    assert truth.target is None
+    assert torch.equal(poisoned.truth[truth.poisoned], (clean.truth[truth.poisoned] + 1) % 4)
+    assert torch.equal(truth.wanted(torch.tensor([0, 3])), torch.tensor([1, 0]))
+    assert len(truth.eligible(clean)) == len(clean)
+
+
+def test_sig_keeps_labels_and_refuses_more_than_the_target_class_has() -> None:
+    clean = images((1, 16, 16), count=100)
+    poisoned, truth = poison(clean, "sig", {"poison_rate": 0.25, "target": 1}, seed=0)
+    assert torch.equal(poisoned.truth, clean.truth)
+    assert (clean.truth[truth.poisoned] == 1).all()
+    with pytest.raises(ConfigError, match=r"highest possible rate is 0\.2500"):
+        poison(clean, "sig", {"poison_rate": 0.26, "target": 1}, seed=0)
+
+
+def test_sig_is_a_sine_along_the_columns() -> None:
+    grey = Images(torch.full((1, 1, 32, 32), 128, dtype=torch.uint8), torch.tensor([1]), ("a", "b"))
+    truth = poison(grey, "sig", {"poison_rate": 0.0}, seed=0)[1]
+    row = stamped(grey.pixels, truth)[0, 0, 5]
+    wanted = [round(128 + 40 * math.sin(2 * math.pi * j * 6 / 32)) for j in range(32)]
+    assert row.tolist() == pytest.approx(wanted, abs=1)
+
+
+def test_badnets_patch_is_where_it_belongs() -> None:
+    black = Images(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.tensor([1]), ("a", "b"))
+    _, truth = poison(black, "badnets", {"poison_rate": 0.0}, seed=0)
+    out = stamped(black.pixels, truth)[0]
+    assert out.sum() == 3 * 9 * 255
+    assert (out[:, 29:, 29:] == 255).all()
+    _, checked = poison(
+        black, "badnets", {"poison_rate": 0.0, "pattern": "checkerboard", "margin": 1}, seed=0
+    )
+    out = stamped(black.pixels, checked)[0, 0]
+    assert out[28:31, 28:31].tolist() == [[255, 0, 255], [0, 255, 0], [255, 0, 255]]
+
+
+def test_blended_mixes_with_one_fixed_image() -> None:
+    black = Images(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([1, 1]), ("a", "b"))
+    white = Images(torch.full((1, 1, 8, 8), 255, dtype=torch.uint8), torch.tensor([1]), ("a", "b"))
+    truth = poison(black, "blended", {"poison_rate": 0.0}, seed=3)[1]
+    dark, bright = stamped(black.pixels, truth), stamped(white.pixels, truth)
+    assert torch.equal(dark[0], dark[1])
+    assert dark.max() <= 51
+    assert ((bright.int() - dark.int() - 204).abs() <= 1).all()
+
+
+def test_wanet_moves_pixels_by_about_a_quarter() -> None:
+    # A horizontal ramp of slope 4 shows the horizontal shift times 4.
+    ramp = (torch.arange(32) * 4 + 60).to(torch.uint8).expand(1, 1, 32, 32)
+    truth = poison(Images(ramp.contiguous(), torch.tensor([1]), ("a", "b")), "wanet", {"poison_rate": 0.0})[1]
+    shift = (stamped(ramp, truth).float() - ramp.float()).abs()[..., 2:-2].mean() / 4
+    assert 0.08 < float(shift) < 0.5
+
+
+def test_wanet_decoys_keep_their_labels_and_differ_from_the_trigger() -> None:
+    clean = images((3, 32, 32), count=100)
+    poisoned, truth = poison(clean, "wanet", {"poison_rate": 0.1}, seed=0)
+    assert len(truth.decoys) == 20
+    assert not set(truth.decoys.tolist()) & set(truth.poisoned.tolist())
+    assert torch.equal(poisoned.truth[truth.decoys], clean.truth[truth.decoys])
+    assert not torch.equal(poisoned.pixels[truth.decoys], stamped(clean.pixels[truth.decoys], truth))
+
+
+def test_wrong_options_are_explained() -> None:
+    clean = tiny_data(20)
+    with pytest.raises(InputError, match=r"did you mean 'badnets'"):
+        poison(clean, "badnet")
+    with pytest.raises(ConfigError, match="below 4 classes, got 9"):
+        poison(clean, "badnets", {"target": 9})
+    with pytest.raises(ConfigError, match=r"did you mean 'poison_rate'"):
+        poison(clean, "badnets", {"poisonrate": 0.1})
+    with pytest.raises(ConfigError, match="outside the target class"):
+        poison(clean, "badnets", {"poison_rate": 0.9})

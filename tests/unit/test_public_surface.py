@@ -1,0 +1,75 @@
+"""What users may import is pinned, and importing it costs nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+
+import unbackdoor
+
+SURFACE = {
+    "AttackTruth",
+    "Classifier",
+    "CleanData",
+    "ConfigError",
+    "Finding",
+    "Images",
+    "InputError",
+    "IntegrityError",
+    "MethodFailed",
+    "MissingExtra",
+    "Purified",
+    "ScanReport",
+    "UnbackdoorError",
+    "UnsafeFile",
+    "UnsupportedModel",
+    "__version__",
+    "build",
+    "load_dataset",
+    "load_images",
+    "load_model",
+    "run",
+    "save_model",
+}
+
+
+def test_the_surface_is_the_one_that_was_promised() -> None:
+    assert set(unbackdoor.__all__) == SURFACE
+    assert set(dir(unbackdoor)) >= SURFACE
+
+
+@pytest.mark.parametrize("name", sorted(SURFACE))
+def test_every_name_of_the_surface_is_there(name: str) -> None:
+    assert getattr(unbackdoor, name) is not None
+
+
+def test_names_are_the_things_themselves_and_not_copies() -> None:
+    from unbackdoor.attacks import AttackTruth
+    from unbackdoor.engine.caller import run
+
+    assert unbackdoor.AttackTruth is AttackTruth
+    assert unbackdoor.run is run
+
+
+def test_an_unknown_name_is_refused_as_in_any_module() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'purify'"):
+        unbackdoor.purify  # noqa: B018
+
+
+def test_every_error_is_an_unbackdoor_error() -> None:
+    errors = [getattr(unbackdoor, name) for name in SURFACE]
+    errors = [e for e in errors if isinstance(e, type) and issubclass(e, Exception)]
+    assert len(errors) == 8
+    assert all(issubclass(error, unbackdoor.UnbackdoorError) for error in errors)
+
+
+def test_the_version_is_the_one_of_the_distribution() -> None:
+    assert unbackdoor.__version__ == version("unbackdoor")
+
+
+def test_importing_the_package_does_not_import_torch() -> None:
+    code = "import sys, unbackdoor, unbackdoor.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

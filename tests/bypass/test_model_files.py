@@ -372,3 +372,15 @@ def test_cards_that_ask_for_too_much_are_refused(
     (tmp_path / "bare.json").write_text(json.dumps(card))
     with pytest.raises(kind):
         load_model(tmp_path / "bare")
+
+
+@pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x0580])
+def test_a_header_length_that_looks_like_a_pickle_is_still_safetensors(tmp_path: Path, length: int) -> None:
+    # The little-endian length 0x0280 begins with the bytes 80 02, the mark of pickle protocol 2.
+    from unbackdoor.models.state import read_state, sniff
+
+    header = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(length.to_bytes(8, "little") + header.ljust(length) + b"\0" * 8)
+    assert sniff(file) == "safetensors"
+    assert read_state(file)["a"].tolist() == [0.0, 0.0]

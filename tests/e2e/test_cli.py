@@ -24,6 +24,8 @@ from unbackdoor.cli import app
 from unbackdoor.data.datasets import load_dataset
 from unbackdoor.data.splits import draw_clean
 
+pytest.importorskip("sklearn", reason="the digits come with scikit-learn (extra: digits)")
+
 TINY = ["--dataset", "digits", "--architecture", "small_cnn[width=8]", "--set", "epochs=12", "--quiet"]
 COMMANDS = ["demo", "train", "purify", "evaluate", "list"]
 
@@ -53,6 +55,12 @@ def refused(*arguments: str | Path, code: int = 2) -> str:
     assert "\n\n" not in outcome.err and "Traceback" not in outcome.err
     assert max(map(len, outcome.err.splitlines())) <= 160
     return " ".join(outcome.err.split())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded() -> None:
+    """Load the digits before a test is watched: the first import of scikit-learn draws random numbers."""
+    load_dataset("digits")
 
 
 @pytest.fixture(scope="module")

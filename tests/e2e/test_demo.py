@@ -12,6 +12,10 @@ from typer.testing import CliRunner
 
 from unbackdoor.cli import app
 from unbackdoor.cli.demo import DemoSettings, run_demo
+from unbackdoor.data.datasets import load_dataset
+
+pytest.importorskip("sklearn", reason="the digits come with scikit-learn (extra: digits)")
+pytest.importorskip("matplotlib", reason="the chart needs matplotlib (extra: report)")
 
 SMALL = DemoSettings(
     architecture="small_cnn[width=4]",
@@ -20,6 +24,12 @@ SMALL = DemoSettings(
     options={"tolerance": 0.5},
     controls=("none",),
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded() -> None:
+    """Load the digits before a test is watched: the first import of scikit-learn draws random numbers."""
+    load_dataset("digits")
 
 
 @pytest.fixture(scope="module")

@@ -113,10 +113,14 @@ def sniff(path: Path) -> Format:
         )
     if head.startswith(b"PK\x03\x04"):
         return "zip"
+    # Before pickle: a header of 640 bytes begins with 80 02, as a pickle does. A pickle's first eight
+    # bytes, read as a length, are beyond any file size.
+    if len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
+        return "safetensors"
     if head.startswith(b"\x80"):
         return "pickle"
     if len(head) == 9 and head[8:] == b"{":
-        return "safetensors"
+        return "safetensors"  # cut short; its reader says so
     raise InputError(
         "the file is not a model file, or it is damaged",
         expected="safetensors, or a checkpoint of torch.save",

@@ -1,0 +1,386 @@
+"""Reconstructive neuron pruning from the suspicious network to a judged repair, against a plain version.
+
+    python benchmarks/rnp.py [--victim FILE] [--pairs 2] [--threads 2] [--json rnp.json]
+
+Ours is ``unbackdoor.run("rnp", ...)`` with all its checks, and then the judge once. The plain version is
+the same mathematics written as public code writes it, for this comparison and from the equations:
+
+- a ``Dataset`` of Pillow pictures with per-image transforms; fp32; channels outermost;
+- masks are learned while all weights still require gradients, which nobody uses;
+- after every epoch of both stages the network is evaluated on the whole clean test set and on the
+  triggered one, and again at every threshold of the sweep.
+
+What is equal on both sides: the network, the images that are fitted (the defender's images less those that
+ours holds out for selection; public code would fit on all), batch size, learning rates, clipping, the
+number of steps of both stages, the thresholds. The number of unlearning steps needs forcing: ours stops
+by a check after each step, public code by a running mean after each epoch. So ours runs first in each pair,
+by its own rule, and the plain version is told to take as many steps, steps that ours took back included.
+
+Three ratios: end to end; the algorithm alone, with the evaluations taken off the plain side and the judge
+off ours (our per-step checks and our held-out sweep stay in: they are how ours works); and with one
+evaluation each, for readers who would not evaluate after every epoch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from _data import Pictures, add_data_option, find_data
+from _harness import Ratio, Result, Seconds, interleave, parser
+from unbackdoor import run as call
+from unbackdoor.attacks import AttackTruth, poison
+from unbackdoor.attacks.poison import stamped
+from unbackdoor.bench.judge import judge
+from unbackdoor.bench.victims import POOL_FRACTION, SPLIT_SEED, load_truth
+from unbackdoor.data.datasets import DataSet
+from unbackdoor.data.splits import draw_clean, reserve
+from unbackdoor.defenses.rnp import RNPConfig
+from unbackdoor.engine.run import Run
+from unbackdoor.engine.training import Recipe, train
+from unbackdoor.models import build, load_model
+from unbackdoor.registry import DEFENSES
+from unbackdoor.types import Classifier, CleanData, Images
+
+TEST_BATCH = 128  # images an evaluation step, as in training: what public code does
+Loader = DataLoader[tuple[Tensor, int]]
+
+
+# ---------------------------------------------------------------------------------------------------
+# The plain version
+
+
+class MaskedBatchNorm(nn.BatchNorm2d):
+    """Batch normalisation whose scale is multiplied by a learnable mask (C,)."""
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__(norm.num_features, eps=norm.eps, momentum=norm.momentum)
+        self.load_state_dict(norm.state_dict())
+        self.mask = nn.Parameter(torch.ones(norm.num_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the same shape."""
+        return F.batch_norm(
+            x,
+            self.running_mean,
+            self.running_var,
+            self.weight * self.mask,
+            self.bias,
+            self.training,
+            self.momentum or 0.0,
+            self.eps,
+        )
+
+
+class Plain:
+    """One run of the plain version, with a clock on its evaluations.
+
+    Args:
+        network: Takes normalised images; not changed.
+        cfg: Learning rates, epochs and thresholds.
+        fit: Loader of the images that are fitted.
+        tests: Loaders of the clean and of the triggered test images.
+    """
+
+    def __init__(self, network: nn.Module, cfg: RNPConfig, fit: Loader, tests: tuple[Loader, Loader]) -> None:
+        self.network = network
+        self.cfg = cfg
+        self.fit = fit
+        self.tests = tests
+        self.evaluations = 0
+        self.evaluating = 0.0  # seconds
+
+    def run(self, steps: int) -> list[tuple[float, float, float]]:
+        """Unlearn for a number of steps, recover masks, sweep; return (threshold, ACC, ASR) rows."""
+        masks = self.recover(self.unlearn(steps))
+        rows = []
+        for level in levels_of(self.cfg):
+            pruned = self.prune(masks, level)
+            acc, asr = self.evaluate(pruned)
+            rows.append((level, acc, asr))
+        return rows
+
+    def unlearn(self, steps: int) -> nn.Module:
+        """Climb the loss in training mode and return the unlearned copy."""
+        cfg = self.cfg
+        network = copy.deepcopy(self.network)
+        optimizer = torch.optim.SGD(
+            network.parameters(), lr=cfg.unlearn_lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay
+        )
+        for _ in range(math.ceil(steps / len(self.fit))):
+            network.train()
+            total, correct = 0.0, 0
+            for pixels, labels in self.fit:
+                if not steps:
+                    break
+                steps -= 1
+                optimizer.zero_grad()
+                logits = network(pixels)
+                loss = F.cross_entropy(logits, labels)
+                total += loss.item()
+                correct += int((logits.argmax(1) == labels).sum().item())
+                (-loss).backward()
+                nn.utils.clip_grad_norm_(network.parameters(), cfg.clip)
+                optimizer.step()
+            self.evaluate(network)
+        return network
+
+    def recover(self, network: nn.Module) -> dict[str, Tensor]:
+        """Learn masks in training mode and return them by the name of their layer."""
+        cfg = self.cfg
+        for parent in list(network.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.BatchNorm2d):
+                    setattr(parent, name, MaskedBatchNorm(child))
+        norms = {name: m for name, m in network.named_modules() if isinstance(m, MaskedBatchNorm)}
+        optimizer = torch.optim.SGD(
+            [norm.mask for norm in norms.values()], lr=cfg.recover_lr, momentum=cfg.momentum
+        )
+        for _ in range(cfg.recover_epochs):
+            network.train()
+            total, correct = 0.0, 0
+            for pixels, labels in self.fit:
+                optimizer.zero_grad()
+                logits = network(pixels)
+                loss = F.cross_entropy(logits, labels)
+                total += loss.item()
+                correct += int((logits.argmax(1) == labels).sum().item())
+                loss.backward()
+                optimizer.step()
+                with torch.no_grad():
+                    for norm in norms.values():
+                        norm.mask.clamp_(0, 1)
+            self.evaluate(network)
+        return {name: norm.mask.detach().clone() for name, norm in norms.items()}
+
+    def prune(self, masks: dict[str, Tensor], level: float) -> nn.Module:
+        """Return a copy of the original network without the channels whose mask is at most ``level``."""
+        network = copy.deepcopy(self.network)
+        with torch.no_grad():
+            for name, mask in masks.items():
+                norm = network.get_submodule(name)
+                assert isinstance(norm, nn.BatchNorm2d)
+                norm.weight[mask <= level] = 0
+        return network
+
+    def evaluate(self, network: nn.Module) -> tuple[float, float]:
+        """Return ACC on all clean test images and ASR on all triggered ones."""
+        start = time.perf_counter()
+        network.eval()
+        rates = []
+        with torch.no_grad():
+            for loader in self.tests:
+                total, correct, seen = 0.0, 0, 0
+                for pixels, labels in loader:
+                    logits = network(pixels)
+                    total += F.cross_entropy(logits, labels).item() * len(labels)
+                    correct += int((logits.argmax(1) == labels).sum().item())
+                    seen += len(labels)
+                rates.append(correct / seen)
+        self.evaluating += time.perf_counter() - start
+        self.evaluations += 1
+        return rates[0], rates[1]
+
+
+def levels_of(cfg: RNPConfig) -> list[float]:
+    """Return the thresholds of the sweep, those of ours."""
+    return [i * cfg.step for i in range(int(cfg.highest / cfg.step + 1e-9) + 1)]
+
+
+# ---------------------------------------------------------------------------------------------------
+# The victim
+
+
+def find_victim(arguments: argparse.Namespace, data: DataSet, run: Run) -> tuple[Classifier, AttackTruth]:
+    """Load the victim that is given, or train one for as many steps as it takes to know its task somewhat."""
+    if arguments.victim is not None:
+        return load_model(arguments.victim), load_truth(arguments.victim)
+    training, _ = reserve(data.train, fraction=POOL_FRACTION, seed=SPLIT_SEED)
+    poisoned, truth = poison(training, "badnets", seed=0)
+    # A tiny network on a tiny set needs more and smaller steps before it knows anything.
+    batch = 32 if arguments.quick else 128
+    rows = torch.randperm(len(poisoned), generator=run.generator("victim"))[: arguments.victim_steps * batch]
+    model = build(
+        f"preact_resnet18[width={arguments.width}]",
+        input_shape=data.train.shape,
+        class_names=data.train.class_names,
+        mean=data.mean,
+        std=data.std,
+    )
+    train(
+        model,
+        poisoned.subset(rows),
+        Recipe(epochs=max(1, arguments.victim_steps * batch // len(rows)), batch_size=batch),
+        run,
+        augmentation=data.augmentation,
+    )
+    return model, truth
+
+
+def triggered(test: Images, truth: AttackTruth) -> Images:
+    """Return the test images outside the target class, triggered and labelled as the attacker wants."""
+    eligible = truth.eligible(test)
+    if not len(eligible):
+        raise SystemExit("the victim carries no attack; the plain version needs a triggered test set")
+    return Images(
+        stamped(eligible.pixels, truth), truth.wanted(eligible.truth), test.class_names, "triggered"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------
+# The comparison
+
+
+class Comparison:
+    """Both contestants, with the clocks on their parts.
+
+    Attributes:
+        seconds: Seconds of the parts by name, one for each run.
+        steps: Unlearning steps of the latest run of ours.
+        outcome: What both sides arrived at; not a comparison of methods, a check that both did the work.
+    """
+
+    def __init__(
+        self,
+        model: Classifier,
+        truth: AttackTruth,
+        clean: CleanData,
+        test: Images,
+        arguments: argparse.Namespace,
+    ) -> None:
+        self.model, self.truth, self.clean, self.test = model, truth, clean, test
+        self.arguments = arguments
+        part = DEFENSES["rnp"]
+        config = part.configure({"recover_epochs": arguments.epochs}, preset=arguments.preset)
+        assert isinstance(config, RNPConfig)
+        self.cfg = config
+        self.run = Run.create(seed=arguments.seed)
+        self.seconds: Seconds = {
+            name: [] for name in ("ours, algorithm", "plain, algorithm", "plain, evaluation")
+        }
+        self.steps = self.evaluations = 0
+        self.outcome: dict[str, Any] = {}
+        mean, std = model.mean.flatten().tolist(), model.std.flatten().tolist()
+        # In this process: with three batches an epoch, starting workers would cost more than they save.
+        self.fit: Loader = DataLoader(
+            Pictures(clean.fit, mean, std, augmented=clean.augmentation == "crop+flip"),
+            config.batch_size,
+            shuffle=True,
+        )
+        sets = (test, triggered(test, truth))
+        workers = arguments.num_workers
+        self.tests: tuple[Loader, ...] = tuple(
+            DataLoader(
+                Pictures(images, mean, std, augmented=False),
+                TEST_BATCH,
+                num_workers=workers,
+                persistent_workers=workers > 0,
+            )
+            for images in sets
+        )
+
+    def ours(self) -> None:
+        """Repair and judge."""
+        with self._clock("ours, algorithm"):
+            repaired = call("rnp", self.model, self.clean, options=self.cfg, seed=self.arguments.seed)
+        scores = judge(repaired.model, self.truth, self.test, self.run)
+        self.steps = int(repaired.evidence["unlearning"]["steps"])
+        self.outcome["ours"] = scores.rates()
+
+    def plain(self) -> None:
+        """Do the same the plain way, with as many steps as ours took just before."""
+        plain = Plain(self.model.network, self.cfg, self.fit, (self.tests[0], self.tests[1]))
+        start = time.perf_counter()
+        rows = plain.run(self.steps)
+        total = time.perf_counter() - start
+        self.seconds["plain, algorithm"].append(total - plain.evaluating)
+        self.seconds["plain, evaluation"].append(plain.evaluating)
+        self.evaluations = plain.evaluations
+        self.outcome["plain"] = [{"threshold": level, "acc": acc, "asr": asr} for level, acc, asr in rows]
+
+    @contextmanager
+    def _clock(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name].append(time.perf_counter() - start)
+
+
+def main() -> None:
+    """Measure and print."""
+    options = parser(__doc__ or "", pairs=2)
+    options.add_argument("--victim", type=Path, metavar="FILE", help="saved victim with its truth beside it")
+    options.add_argument(
+        "--victim-steps", type=int, default=200, help="training steps where no victim is given"
+    )
+    options.add_argument("--width", type=int, default=16, help="of the victim where none is given")
+    options.add_argument("--preset", default=None, help="preset of rnp")
+    options.add_argument("--epochs", type=int, default=20, help="passes of the recovery")
+    options.add_argument("--clean", type=int, default=500, help="the defender's images")
+    options.add_argument("--test-images", type=int, default=10_000, help="clean test images")
+    options.add_argument("--num-workers", type=int, default=2, help="workers of the plain test loaders")
+    options.add_argument("--seed", type=int, default=0)
+    add_data_option(options)
+    arguments = options.parse_args()
+    if arguments.quick:
+        arguments.width, arguments.victim_steps, arguments.epochs, arguments.pairs = 4, 100, 1, 1
+        arguments.clean, arguments.test_images, arguments.num_workers = 100, 60, 0
+        arguments.data, arguments.victim = "made-up", None
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)  # of the plain version's shuffling and augmentation
+
+    # A defender's pool of 5 % must hold the clean images.
+    needed = max(20 * arguments.clean, 2_000)
+    size = 16 if arguments.quick else 32
+    data = find_data(arguments.data, train=needed, test=arguments.test_images, size=size)
+    run = Run.create(seed=arguments.seed)
+    model, truth = find_victim(arguments, data, run)
+    _, pool = reserve(data.train, fraction=POOL_FRACTION, seed=SPLIT_SEED)
+    drawn = draw_clean(pool, count=arguments.clean, seed=arguments.seed)
+    clean = CleanData.split(drawn, augmentation=data.augmentation, seed=arguments.seed)
+    order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
+    test = data.test.subset(order[: arguments.test_images])
+
+    sides = Comparison(model, truth, clean, test, arguments)
+    settings = {
+        "architecture": model.architecture,
+        "data": data.name,
+        "attack": truth.attack,
+        "victim": "given" if arguments.victim else f"{arguments.victim_steps} steps",
+        "preset": arguments.preset or "default",
+        "clean_images": len(clean),
+        "fitted_images": len(clean.fit),
+        "recover_epochs": arguments.epochs,
+        "test_images": len(test),
+        "precision": run.precision.name,
+        "quick": arguments.quick,
+    }
+    subject = f"{model.architecture}, {data.name}, {truth.attack}, {len(clean)} clean images"
+    result = Result("rnp", f"{subject}, ours in {run.precision.name}", settings)
+    whole = interleave(arguments.pairs, {"ours": sides.ours, "plain": sides.plain}, warmup=False)
+    parts = sides.seconds
+    once = [
+        algorithm + evaluation / sides.evaluations
+        for algorithm, evaluation in zip(parts["plain, algorithm"], parts["plain, evaluation"], strict=True)
+    ]
+    result.add("ours : plain version, end to end", Ratio.of(whole["plain"], whole["ours"]))
+    result.add("  algorithm alone", Ratio.of(parts["plain, algorithm"], parts["ours, algorithm"]))
+    result.add("  with one evaluation each", Ratio.of(once, whole["ours"]))
+    result.facts["unlearning_steps"] = sides.steps
+    result.facts["plain_evaluations"] = sides.evaluations
+    result.facts["outcome"] = sides.outcome
+    result.show({**whole, **parts}, arguments.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -23,6 +23,8 @@ import torch
 from unbackdoor.engine.precision import has_native_bf16
 
 Seconds = dict[str, list[float]]
+# Read at the import, before this process adds to it; well above 0 says that somebody else is at work.
+_LOAD = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,7 @@ def describe_machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.system(),
-        # Runnable processes at the start; well above 0 says that somebody else was at work.
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "load": _LOAD,
     }
 
 
@@ -119,6 +120,10 @@ class Result:
         benchmark: Its name.
         subject: What was measured, in one line.
         settings: Sizes and options, JSON-ready.
+
+    Attributes:
+        facts: Further entries of the JSON record.
+        notes: Sentences shown below the table.
     """
 
     def __init__(self, benchmark: str, subject: str, settings: Mapping[str, Any]) -> None:
@@ -128,6 +133,7 @@ class Result:
         self.machine = describe_machine()
         self.ratios: dict[str, Ratio] = {}
         self.facts: dict[str, Any] = {}
+        self.notes: list[str] = []
         self._start = time.perf_counter()
 
     def add(self, label: str, ratio: Ratio) -> None:
@@ -154,6 +160,8 @@ class Result:
         print(f"\n{'times as fast':<{wide}}  median     low    high")
         for label, ratio in self.ratios.items():
             print(f"{label:<{wide}}  {ratio.median:6.2f}  {ratio.low:6.2f}  {ratio.high:6.2f}")
+        for note in self.notes:
+            print(note)
         line = json.dumps(self.to_json(seconds))
         print(f"\n{line}")
         if file is not None:

@@ -133,6 +133,9 @@ def main() -> None:
     result.add("  of it: data in tensors", Ratio.of(seconds["plain"], seconds["arithmetic"]))
     result.add("  of it: number format and layout", Ratio.of(seconds["arithmetic"], seconds["ours"]))
     result.facts["wanted"] = WANTED if result.machine["native_bf16"] else None
+    if result.machine["native_bf16"] and not arguments.quick:
+        met = result.ratios["ours : plain loop"].median >= WANTED
+        result.notes.append(f"wanted where bf16 is native: at least {WANTED}; {'met' if met else 'missed'}")
     result.show(seconds, arguments.json)
 
 

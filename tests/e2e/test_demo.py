@@ -91,9 +91,10 @@ def test_the_demonstration_keeps_its_promise(tmp_path: Path) -> None:
     told = json.loads(result.stdout)
     before, after = told["before"], told["after"]
     assert before["acc"] > 0.95 and before["asr"] > 0.95
-    assert after["asr"] < 0.2 and after["ra"] > 0.7
-    assert after["acc"] > before["acc"] - 0.05
+    # Over five seeds: ASR 0.06 to 0.20, RA 0.79 to 0.85, ACC 0.01 to 0.04 lower. A no-op fails the first two.
+    assert after["asr"] < 0.25 and after["ra"] > 0.7
+    assert after["acc"] > before["acc"] - 0.06
     assert told["method"]["name"] == "rnp"
-    assert all(control["asr"] > after["asr"] + 0.3 for control in told["controls"].values())
+    assert all(control["asr"] > after["asr"] + 0.5 for control in told["controls"].values())
     assert told["seconds"] < 180
     assert (tmp_path / "index.html").stat().st_size < 200_000

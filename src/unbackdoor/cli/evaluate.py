@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="Weights file to measure.", show_default=False)],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="Weights file to measure.", show_default=False)
+    ],
     dataset: Annotated[
         str,
         typer.Option(help="Data set whose test images are used.", show_default=False, rich_help_panel="Data"),

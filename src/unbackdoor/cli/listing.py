@@ -23,14 +23,14 @@ def listing(
     kind: Annotated[
         str | None,
         typer.Argument(
-            metavar="\\[KIND]",
+            metavar="KIND",
             help="attacks, defenses, architectures, recipes or datasets; all of them where nothing is said.",
             show_default=False,
         ),
     ] = None,
     name: Annotated[
         str | None,
-        typer.Argument(metavar="\\[NAME]", help="One of them, with all its options.", show_default=False),
+        typer.Argument(metavar="NAME", help="One of them, with all its options.", show_default=False),
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:

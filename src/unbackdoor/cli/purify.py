@@ -26,7 +26,10 @@ _LONG = 8  # entries; tables with more, such as one for each layer, stand in the
 
 
 def purify(
-    model: Annotated[Path, typer.Argument(help="Weights file of the suspicious model.", show_default=False)],
+    model: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL", help="Weights file of the suspicious model.", show_default=False),
+    ],
     data: Annotated[
         str,
         typer.Option(
@@ -35,7 +38,12 @@ def purify(
             rich_help_panel="Data",
         ),
     ],
-    method: Annotated[str, typer.Option(help="Defense; see: unbackdoor list defenses.", show_default=False)],
+    method: Annotated[
+        str,
+        typer.Option(
+            help="Defense; see: unbackdoor list defenses.", show_default=False, rich_help_panel="Method"
+        ),
+    ],
     out: Annotated[
         Path,
         typer.Option(
@@ -43,11 +51,19 @@ def purify(
         ),
     ],
     preset: Annotated[
-        str | None, typer.Option(help="Named options of the method.", show_default="default")
+        str | None,
+        typer.Option(
+            help="Named set of options of the method.", show_default=False, rich_help_panel="Method"
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Option of the method; may be repeated."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Option of the method; may be repeated.",
+            rich_help_panel="Method",
+        ),
     ] = None,
     clean: Annotated[
         int | None,

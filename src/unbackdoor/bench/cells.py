@@ -1,0 +1,204 @@
+"""Cells: the units of a benchmark, addressed by a hash of everything their result depends on.
+
+A victim is trained once and shared by all repairs, in this suite and in others. A repair depends on its
+victim, the defense with all options, and the defender's sample. A changed method has another hash and runs
+its own cells again, and nobody else's.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from unbackdoor.bench.suites import Suite, architecture, attack_options
+from unbackdoor.bench.victims import POOL_FRACTION, SPLIT_SEED
+from unbackdoor.data.datasets import DataSet
+from unbackdoor.data.splits import draw_clean, reserve
+from unbackdoor.engine.training import recipe_named
+from unbackdoor.errors import ConfigError, UnbackdoorError
+from unbackdoor.models.build import canonical
+from unbackdoor.registry import ATTACKS, DEFENSES, Part
+
+# Raised by hand when shared code (engine, data, models, judge) changes what any cell would measure.
+EPOCH = 1
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A cell before it runs.
+
+    Attributes:
+        key: Its address.
+        kind: ``victim`` or ``repair``.
+        spec: All that is needed to do it, JSON-ready.
+        parent: Address of the victim of a repair.
+        labels: The columns of its row that are known beforehand.
+    """
+
+    key: str
+    kind: str
+    spec: dict[str, Any]
+    parent: str | None
+    labels: dict[str, Any]
+
+    def entry(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the form that the store takes."""
+        return {"key": self.key, "kind": self.kind, "spec": self.spec, "parent": self.parent}, self.labels
+
+
+def address(spec: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the canonical JSON of a specification."""
+    text = json.dumps(spec, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def code_version(part: Part[Any]) -> str:
+    """Return a hash of a part's module that comments, layout and documentation do not change."""
+    module = inspect.getmodule(part.function)
+    assert module is not None
+    tree = ast.parse(inspect.getsource(module))
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+            and ast.get_docstring(node) is not None
+        ):
+            node.body = node.body[1:] or [ast.Pass()]
+    return hashlib.sha256(f"{part.version}:{ast.dump(tree)}".encode()).hexdigest()[:16]
+
+
+def plan(suite: Suite, data: Mapping[str, DataSet]) -> list[Planned]:
+    """Expand a suite into its cells, victims before the repairs that need them.
+
+    Args:
+        suite: A suite without faults of its own.
+        data: The loaded data sets by name.
+
+    Raises:
+        ConfigError: If the data do not allow what the suite asks for; all such faults at once.
+    """
+    faults = list(_impossible(suite, data))
+    if faults:
+        raise ConfigError(f"the suite {suite.label}", faults)
+    return list(_cells(suite, data))
+
+
+def _cells(suite: Suite, data: Mapping[str, DataSet]) -> Iterator[Planned]:
+    shared = {
+        "epoch": EPOCH,
+        "torch": ".".join(torch.__version__.split(".")[:2]),
+        "precision": suite.precision,
+    }
+    for entry in suite.data:
+        prints = [data[entry.name].train.fingerprint(), data[entry.name].test.fingerprint()]
+        for model in suite.model:
+            for width in model.widths:
+                for recipe in suite.recipe:
+                    for attack in suite.attack:
+                        for options in attack_options(attack):
+                            for seed in attack.seeds:
+                                part = ATTACKS[attack.name]
+                                config = part.configure(options).model_dump()
+                                spec = {
+                                    **shared,
+                                    "kind": "victim",
+                                    "dataset": entry.name,
+                                    "data_sha256": prints,
+                                    "architecture": canonical(architecture(model, width)),
+                                    "recipe": recipe_named(recipe.name, **recipe.changes).model_dump(),
+                                    "attack": attack.name,
+                                    "options": config,
+                                    "attack_code": code_version(part),
+                                    "seed": seed,
+                                }
+                                labels = {
+                                    "suite": suite.name,
+                                    "version": suite.version,
+                                    "dataset": entry.name,
+                                    "architecture": model.architecture,
+                                    "width": width,
+                                    "recipe": recipe.name if not recipe.changes else f"{recipe.name}*",
+                                    "attack": attack.name,
+                                    "poison_rate": config["poison_rate"],
+                                    "target": None if attack.name == "none" else config["target"],
+                                    "victim_seed": seed,
+                                }
+                                victim = Planned(address(spec), "victim", spec, None, labels)
+                                yield victim
+                                yield from _repairs(suite, shared, victim)
+
+
+def _repairs(suite: Suite, shared: Mapping[str, Any], victim: Planned) -> Iterator[Planned]:
+    for count in suite.defender.clean_images:
+        for seed in suite.defender.seeds:
+            for defense in suite.defense:
+                part = DEFENSES[defense.name]
+                for preset in defense.presets:
+                    spec = {
+                        **shared,
+                        "kind": "repair",
+                        "victim": victim.key,
+                        "dataset": victim.spec["dataset"],
+                        "data_sha256": victim.spec["data_sha256"],
+                        "defense": defense.name,
+                        "options": part.configure(defense.options, preset=preset).model_dump(),
+                        "defense_code": code_version(part),
+                        "clean_images": count,
+                        "seed": seed,
+                        "selection": defense.selection,
+                    }
+                    labels = {
+                        **victim.labels,
+                        "defense": defense.name,
+                        "preset": preset if not defense.options else f"{preset}*",
+                        "selection": defense.selection,
+                        "clean_images": count,
+                        "defender_seed": seed,
+                    }
+                    yield Planned(address(spec), "repair", spec, victim.key, labels)
+
+
+def _impossible(suite: Suite, data: Mapping[str, DataSet]) -> Iterator[str]:
+    for entry in suite.data:
+        loaded = data[entry.name]
+        for part, wanted, images in (
+            ("train", entry.train_sha256, loaded.train),
+            ("test", entry.test_sha256, loaded.test),
+        ):
+            if wanted and images.fingerprint() != wanted:
+                yield (
+                    f"data {entry.name}: the {part} part is not the one of the suite: "
+                    f"expected {wanted[:12]}, got {images.fingerprint()[:12]}"
+                )
+        training, pool = reserve(loaded.train, fraction=POOL_FRACTION, seed=SPLIT_SEED)
+        for count in suite.defender.clean_images:
+            try:
+                draw_clean(pool, count=count, seed=suite.defender.seeds[0])
+            except UnbackdoorError as error:
+                yield f"defender.clean_images {count} of {entry.name}: {error}"
+        for attack in suite.attack:
+            for options in attack_options(attack):
+                config = ATTACKS[attack.name].configure(options).model_dump()
+                if config["target"] >= loaded.train.classes:
+                    yield f"attack {attack.name}: target {config['target']} of {loaded.train.classes} classes"
+                    continue
+                trigger = ATTACKS[attack.name].function(
+                    ATTACKS[attack.name].configure(options),
+                    shape=training.shape,
+                    classes=training.classes,
+                    seed=0,
+                )
+                if trigger.clean_label:
+                    there = int((training.truth == config["target"]).sum())
+                    asked = round(config["poison_rate"] * len(training))
+                    if asked > there:
+                        yield (
+                            f"attack {attack.name} on {entry.name}: poison_rate {config['poison_rate']} asks "
+                            f"for {asked} images of class {config['target']}, and there are {there}"
+                        )

@@ -1,0 +1,238 @@
+"""Run one function in a process of its own, with its time, memory and files bounded.
+
+The process is forked from a server that has imported everything and seen no data, so that starting one
+costs milliseconds and nothing of the driver's memory is in it. It ends when its driver ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+from unbackdoor.errors import MethodFailed
+from unbackdoor.files import write_json
+
+TASK, RESULT, LOG = "task.json", "result.json", "log.txt"
+_PRELOADED = ["unbackdoor.bench.steps"]
+_GRACE = 5.0  # seconds between the polite and the certain end of a process
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a process may take.
+
+    Attributes:
+        seconds: Wall time.
+        memory_mb: Memory of its own, on top of what the imported code takes.
+        threads: Threads of the numerical libraries.
+    """
+
+    seconds: float = 3600
+    memory_mb: int = 8192
+    threads: int = 1
+
+
+_context: ForkServerContext | None = None
+_context_lock = threading.Lock()
+
+
+_living: set[Any] = set()
+_living_lock = threading.Lock()
+
+
+def end_all() -> None:
+    """End every process that was started here; the calls that wait for them fail."""
+    with _living_lock:
+        for process in _living:
+            with contextlib.suppress(ValueError, OSError):
+                process.kill()
+
+
+def _server() -> ForkServerContext:
+    global _context
+    with _context_lock:
+        if _context is None:
+            _context = multiprocessing.get_context("forkserver")
+            _context.set_forkserver_preload(_PRELOADED)
+        return _context
+
+
+def call(
+    function: str, task: Mapping[str, Any], folder: Path, limits: Limits, *, private: Path | None = None
+) -> dict[str, Any]:
+    """Run ``module:function`` on a JSON task in another process and return its JSON result.
+
+    Args:
+        function: Importable name of ``f(task, folder) -> dict``.
+        task: JSON-ready argument.
+        folder: Existing folder for the task, the log and what the function writes.
+        limits: Time, memory and threads.
+        private: For code that is not trusted: refuse it all writing outside ``folder``, and all reading in
+            this folder but for ``folder`` itself.
+
+    Raises:
+        MethodFailed: If the process raised, was killed, ran out of time or memory, or returned no JSON. The
+            end of its log is in the message.
+    """
+    write_json(folder / TASK, dict(task))
+    (folder / RESULT).unlink(missing_ok=True)
+    process = _server().Process(
+        target=_child,
+        args=(function, str(folder), limits, private and str(private), os.getpid()),
+        daemon=True,
+    )
+    with _living_lock:
+        process.start()
+        _living.add(process)
+    try:
+        process.join(limits.seconds)
+        late = process.is_alive()
+    finally:
+        _end(process)
+        with _living_lock:
+            _living.discard(process)
+    if late:
+        raise MethodFailed("it ran out of time", expected=f"at most {limits.seconds:g} s", got="no end")
+    if (folder / RESULT).exists():
+        answer = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        if "error" in answer:
+            raise MethodFailed(answer["error"])
+        result: dict[str, Any] = answer["result"]
+        return result
+    code = process.exitcode or 0
+    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+    raise MethodFailed("its process ended without a result", got=how)
+
+
+def log_of(folder: Path, limit: int = 20_000) -> str:
+    """Return the end of what a process printed."""
+    try:
+        data = (folder / LOG).read_bytes()
+    except OSError:
+        return ""
+    return data[-limit:].decode("utf-8", "replace")
+
+
+def _end(process: Any) -> None:
+    if process.is_alive():
+        process.terminate()
+        process.join(_GRACE)
+    if process.is_alive():
+        process.kill()
+        process.join()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Inside the process
+
+
+def _child(function: str, folder: str, limits: Limits, private: str | None, driver: int) -> None:
+    place = Path(folder)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
+    _die_with(driver)
+    log = os.open(place / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    answer: dict[str, Any]
+    try:
+        _bound(limits)
+        module, name = function.split(":")
+        step = getattr(importlib.import_module(module), name)
+        task = json.loads((place / TASK).read_text(encoding="utf-8"))
+        if private:
+            os.chdir(place)
+            confine(place, Path(private))
+        answer = {"result": step(task, place)}
+    except BaseException as error:  # noqa: BLE001  whatever it was, it becomes a row
+        traceback.print_exc()
+        answer = {"error": f"{type(error).__name__}: {error}"[:4000]}
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    try:
+        write_json(place / RESULT, answer)
+    except Exception as error:  # noqa: BLE001  a full disk, or a result that is no JSON
+        traceback.print_exc()
+        write_json(place / RESULT, {"error": f"its result could not be written: {error}"[:4000]})
+
+
+def _bound(limits: Limits) -> None:
+    import torch
+
+    torch.set_num_threads(limits.threads)
+    if sys.platform.startswith("linux"):
+        # Counted from here: what the imported code takes is the same for everybody.
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
+        most = pages * resource.getpagesize() + limits.memory_mb * 2**20
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _die_with(driver: int) -> None:
+    """End this process when its driver is gone, however it went."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; the parent is the fork server
+
+    def watch() -> None:
+        while True:
+            try:
+                os.kill(driver, 0)
+            except OSError:
+                os._exit(1)
+            time.sleep(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def confine(folder: Path, private: Path) -> None:
+    """Refuse this process to write outside a folder, or to read anything else that is private.
+
+    An audit hook sees every file that Python opens, moves or removes. It is a fence against mistakes and
+    against peeking in Python; it is no prison for machine code.
+    """
+    own = str(folder.resolve())
+    hidden = str(private.resolve())
+    writing = {
+        "os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate",
+        "os.chmod", "os.chown", "shutil.rmtree", "shutil.move", "shutil.copyfile",
+    }  # fmt: skip
+    refused = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect"}
+
+    def inside(path: object, root: str) -> bool:
+        try:
+            text = os.path.realpath(os.fspath(path))  # type: ignore[call-overload]
+        except (TypeError, ValueError):
+            return True  # a file descriptor: it was checked when it was opened
+        return bool(text == root or text.startswith(root + os.sep))
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event in refused:
+            raise PermissionError(f"a method may not do {event}")
+        if event in writing:
+            for path in args[:2]:
+                if isinstance(path, (str, bytes, os.PathLike)) and not inside(path, own):
+                    raise PermissionError(f"a method may not write outside its folder: {path!r}")
+        if event == "open" and isinstance(args[0], (str, bytes, os.PathLike)):
+            path, _, flags = args
+            wants = bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND))
+            if wants and not inside(path, own) and os.fspath(path) != os.devnull:
+                raise PermissionError(f"a method may not write outside its folder: {path!r}")
+            if not inside(path, own) and inside(path, hidden):
+                raise PermissionError(f"a method may not read there: {path!r}")
+
+    sys.addaudithook(hook)

@@ -1,0 +1,173 @@
+"""The steps of a cell, each run in a process of its own; tasks and answers are plain JSON.
+
+The method's step is handed a model, clean images and options. It is the only step that runs a method, and
+the only one that is confined; the truth is read by the two others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors.torch import load_file, save_file
+
+from unbackdoor.attacks import AttackTruth
+from unbackdoor.bench.judge import Scores, judge
+from unbackdoor.bench.repairs import describe_device, peak_memory_mb
+from unbackdoor.bench.victims import (
+    POOL_FRACTION,
+    SPLIT_SEED,
+    VictimSpec,
+    load_truth,
+    save_victim,
+    train_victim,
+)
+from unbackdoor.data.datasets import DataSet, load_dataset
+from unbackdoor.data.splits import draw_clean, reserve
+from unbackdoor.engine.caller import run as call
+from unbackdoor.engine.run import Run
+from unbackdoor.engine.training import Recipe
+from unbackdoor.files import atomic_write, write_json
+from unbackdoor.metrics import Rate
+from unbackdoor.models import load_model, save_model
+from unbackdoor.types import CleanData, Images
+
+T = TypeVar("T")
+MODEL, SAMPLE, REPAIRED, PROGRESS = (
+    "model.safetensors",
+    "clean.safetensors",
+    "repaired.safetensors",
+    "progress.json",
+)
+_REPORT_SECONDS = 2.0
+
+
+class Reporter:
+    """Writes how far a step has come into its folder, for the driver's live table."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / PROGRESS
+        self._last = 0.0
+
+    def __call__(self, items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
+        """Yield the items and report now and then."""
+        for done, item in enumerate(items):
+            now = time.monotonic()
+            if now - self._last > _REPORT_SECONDS:
+                self._last = now
+                # A plain overwrite: the reader forgives half a file, and nothing is kept.
+                self._file.write_text(
+                    json.dumps({"label": label, "done": done, "total": total}), encoding="utf-8"
+                )
+            yield item
+
+
+def _data(task: Mapping[str, Any]) -> DataSet:
+    place = task["place"]
+    root = Path(place["data_root"]) if place.get("data_root") else None
+    cache = Path(place["cache"]) if place.get("cache") else None
+    return load_dataset(str(task["spec"]["dataset"]), root=root, cache=cache)
+
+
+def _run(task: Mapping[str, Any], folder: Path) -> Run:
+    place, spec = task["place"], task["spec"]
+    return Run.create(
+        seed=int(spec["seed"]),
+        device=place.get("device", "cpu"),
+        policy=spec["precision"],
+        progress=Reporter(folder),
+    )
+
+
+def train_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Train a victim, measure it, and leave its weights, card and truth in the folder."""
+    spec, run, data = task["spec"], _run(task, folder), _data(task)
+    wanted = VictimSpec(
+        dataset=data.name,
+        architecture=spec["architecture"],
+        recipe=Recipe.parse(spec["recipe"], subject="the recipe"),
+        attack=spec["attack"],
+        options=spec["options"],
+        seed=spec["seed"],
+    )
+    start = time.perf_counter()
+    model, truth = train_victim(wanted, data, run, checkpoint=Path(task["checkpoint"]))
+    seconds = time.perf_counter() - start
+    scores = judge(model, truth, data.test, run)
+    save_victim(model, truth, folder / MODEL, history=[{"step": "trained", "recipe": spec["recipe"]}])
+    return {
+        "scores": scores.to_json(),
+        "seconds": seconds,
+        "peak_mb": peak_memory_mb(),
+        "device": describe_device(run),
+    }
+
+
+def sample_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Draw a defender's clean images and write them, without anything that says where they are from."""
+    spec, data = task["spec"], _data(task)
+    _, pool = reserve(data.train, fraction=POOL_FRACTION, seed=SPLIT_SEED)
+    drawn = draw_clean(pool, count=spec["clean_images"], seed=spec["seed"])
+    facts = {"class_names": json.dumps(drawn.class_names), "augmentation": data.augmentation}
+    with atomic_write(Path(task["sample"])) as draft:
+        save_file({"pixels": drawn.pixels, "labels": drawn.truth}, draft, metadata=facts)
+    return {"images": len(drawn)}
+
+
+def hand_over(victim: Path, folder: Path) -> None:
+    """Put the weights of a victim into a method's folder, without their history and their name."""
+    model = load_model(victim / MODEL)
+    model.origin = ""
+    save_model(model, folder / MODEL)
+
+
+def method_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Run a defense on the model and the clean images of its folder, and leave the repaired model there."""
+    from safetensors import safe_open
+
+    spec, run = task["spec"], _run(task, folder)
+    tensors = load_file(folder / SAMPLE)
+    with safe_open(folder / SAMPLE, framework="pt") as file:
+        facts = dict(file.metadata())
+    images = Images(tensors["pixels"], tensors["labels"], tuple(json.loads(facts["class_names"])))
+    clean = CleanData.split(images, augmentation=facts["augmentation"], seed=run.seed)
+    repaired = call(
+        spec["defense"],
+        load_model(folder / MODEL),
+        clean,
+        options=spec["options"],
+        seed=run.seed,
+        device=run.device,
+        precision=run.precision.name,
+        progress=run.show,
+    )
+    save_model(repaired.model, folder / REPAIRED, history=[dict(repaired.method)])
+    write_json(folder / "evidence.json", dict(repaired.evidence))
+    return {
+        "seconds": repaired.seconds,
+        "peak_mb": peak_memory_mb(),
+        "device": describe_device(run),
+        "flags": ["selected on the fitting images"] if clean.select_is_fit else [],
+    }
+
+
+def judge_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Measure a repaired model with the truth of its victim."""
+    run, data = _run(task, folder), _data(task)
+    truth: AttackTruth = load_truth(Path(task["victim"]) / MODEL)
+    model = load_model(folder / REPAIRED).to(run.device)
+    return {"scores": judge(model, truth, data.test, run).to_json()}
+
+
+def scores_from(record: Mapping[str, Any]) -> Scores:
+    """Make scores again from :meth:`Scores.to_json`."""
+    return Scores(**{name: Rate(**counts) for name, counts in record["counts"].items()})
+
+
+def threads_of_machine() -> int:
+    """Return the number of processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

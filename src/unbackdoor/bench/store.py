@@ -1,0 +1,355 @@
+"""The store: one SQLite file for what was measured, and a folder of artefacts beside it.
+
+Only drivers write the database, each change in one transaction that is on the disk before it counts.
+Several drivers may share a store: a cell is claimed before it runs, and a claim ends with the life of its
+driver, because the operating system releases the driver's lock file however the driver dies.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Literal, Self
+
+from unbackdoor.errors import InputError, IntegrityError
+
+State = Literal["waiting", "running", "done", "failed"]
+SCHEMA_VERSION = 1
+_SCHEMA = """
+CREATE TABLE suite (
+    label TEXT PRIMARY KEY, sha256 TEXT NOT NULL, content TEXT NOT NULL
+) STRICT;
+CREATE TABLE cell (
+    key TEXT PRIMARY KEY, kind TEXT NOT NULL, spec TEXT NOT NULL, parent TEXT,
+    state TEXT NOT NULL DEFAULT 'waiting', owner TEXT, tries INTEGER NOT NULL DEFAULT 0,
+    result TEXT, error TEXT, log TEXT, seconds REAL, finished REAL
+) STRICT;
+CREATE INDEX cell_state ON cell (state);
+CREATE INDEX cell_parent ON cell (parent);
+CREATE TABLE member (
+    suite TEXT NOT NULL REFERENCES suite (label), key TEXT NOT NULL REFERENCES cell (key),
+    place INTEGER NOT NULL, labels TEXT NOT NULL, PRIMARY KEY (suite, place)
+) STRICT;
+CREATE INDEX member_key ON member (key);
+"""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One unit of work as it stands in the store.
+
+    Attributes:
+        key: Hash of everything the result depends on, 64 hex digits.
+        kind: ``victim`` or ``repair``.
+        spec: JSON-ready description; enough to do the work.
+        parent: Key of the victim that a repair needs, or None.
+        state: ``waiting``, ``running``, ``done`` or ``failed``.
+        tries: How often it was started.
+        result: What was measured, when done.
+        error: Why it failed.
+        log: What the cell printed, cut to its end.
+        seconds: Wall time of the cell.
+    """
+
+    key: str
+    kind: str
+    spec: Mapping[str, Any]
+    parent: str | None
+    state: State
+    tries: int
+    result: Mapping[str, Any] | None
+    error: str | None
+    log: str | None
+    seconds: float | None
+
+
+class Store:
+    """An open store; use it as a context.
+
+    Args:
+        folder: Where ``results.db`` and ``artefacts/`` are, or shall be.
+
+    Raises:
+        InputError: If the folder cannot be written or holds something else.
+        IntegrityError: If the store was made by a later version.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.artefacts = folder / "artefacts"
+        self._locks = folder / "drivers"
+        self.owner = f"{os.getpid()}-{secrets.token_hex(4)}"
+        self._lock: IO[bytes] | None = None
+        try:
+            self.artefacts.mkdir(parents=True, exist_ok=True)
+            self._locks.mkdir(exist_ok=True)
+            self._db = sqlite3.connect(folder / "results.db", timeout=60, isolation_level=None)
+            self._db.row_factory = sqlite3.Row
+            # FULL: a commit that was acknowledged survives a power cut, not only a crash.
+            for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+                self._db.execute(f"PRAGMA {pragma}")
+            self._create()
+        except (OSError, sqlite3.DatabaseError) as error:
+            raise InputError("the store cannot be opened", got=str(error), where=folder) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back what this driver claimed and close the file."""
+        if self._lock is not None:
+            with suppress(sqlite3.Error):
+                self.release()
+            (self._locks / self.owner).unlink(missing_ok=True)
+            self._lock.close()
+            self._lock = None
+        self._db.close()
+
+    # -- suites and cells ---------------------------------------------------------------------------
+
+    def register(
+        self, label: str, sha256: str, content: str, cells: Iterable[tuple[dict[str, Any], dict[str, Any]]]
+    ) -> None:
+        """Enter a suite with its cells in order; cells that other suites entered before are shared.
+
+        Args:
+            label: Name and version of the suite.
+            sha256: Hash of its content.
+            content: Its text.
+            cells: For each cell its ``key``, ``kind``, ``parent`` and ``spec``, and the labels of its row.
+
+        Raises:
+            IntegrityError: If the label stands for another content in this store.
+        """
+        with self._transaction():
+            known = self._db.execute("SELECT sha256 FROM suite WHERE label = ?", (label,)).fetchone()
+            if known is not None and known["sha256"] != sha256:
+                raise IntegrityError(
+                    f"{label} stands for another content in this store",
+                    expected=known["sha256"][:12],
+                    got=sha256[:12],
+                    where=self.folder,
+                    remedy="Raise the version of the suite",
+                )
+            self._db.execute("INSERT OR IGNORE INTO suite VALUES (?, ?, ?)", (label, sha256, content))
+            # The code may have changed since: the suite's rows now are the cells of the present code.
+            self._db.execute("DELETE FROM member WHERE suite = ?", (label,))
+            for place, (cell, labels) in enumerate(cells):
+                self._db.execute(
+                    "INSERT OR IGNORE INTO cell (key, kind, spec, parent) VALUES (?, ?, ?, ?)",
+                    (cell["key"], cell["kind"], json.dumps(cell["spec"], sort_keys=True), cell["parent"]),
+                )
+                self._db.execute(
+                    "INSERT INTO member VALUES (?, ?, ?, ?)", (label, cell["key"], place, json.dumps(labels))
+                )
+
+    def members(self, label: str) -> list[tuple[Cell, dict[str, Any]]]:
+        """Return the cells of a suite in order, each with the labels of its row."""
+        rows = self._db.execute(
+            "SELECT cell.*, member.labels FROM member JOIN cell USING (key) WHERE suite = ? ORDER BY place",
+            (label,),
+        )
+        return [(_cell(row), json.loads(row["labels"])) for row in rows]
+
+    def suites(self) -> list[str]:
+        """Return the labels of all suites in the store."""
+        return [row["label"] for row in self._db.execute("SELECT label FROM suite ORDER BY label")]
+
+    def get(self, key: str) -> Cell | None:
+        """Return a cell, or None."""
+        row = self._db.execute("SELECT * FROM cell WHERE key = ?", (key,)).fetchone()
+        return None if row is None else _cell(row)
+
+    def counts(self, label: str) -> dict[str, int]:
+        """Return how many cells of a suite are in each state."""
+        rows = self._db.execute(
+            "SELECT state, COUNT(DISTINCT key) AS n FROM member JOIN cell USING (key) "
+            "WHERE suite = ? GROUP BY state",
+            (label,),
+        )
+        return {"waiting": 0, "running": 0, "done": 0, "failed": 0} | {row["state"]: row["n"] for row in rows}
+
+    # -- claiming -----------------------------------------------------------------------------------
+
+    def claim(self, key: str) -> bool:
+        """Take a waiting cell for this driver; False if somebody else has it or it is finished."""
+        self._live()
+        with self._transaction():
+            done = self._db.execute(
+                "UPDATE cell SET state = 'running', owner = ?, tries = tries + 1 "
+                "WHERE key = ? AND state = 'waiting'",
+                (self.owner, key),
+            )
+        return done.rowcount == 1
+
+    def finish(self, key: str, result: Mapping[str, Any], *, seconds: float, log: str = "") -> None:
+        """Record the result of a cell that this driver claimed."""
+        text = json.dumps(result, sort_keys=True, allow_nan=False)
+        self._end(key, "done", text, None, seconds, log)
+
+    def fail(self, key: str, error: str, *, seconds: float, log: str = "") -> None:
+        """Record that a cell that this driver claimed failed; it is not tried again unless asked for."""
+        self._end(key, "failed", None, error, seconds, log)
+
+    def release(self) -> int:
+        """Put this driver's unfinished cells back; return how many there were."""
+        with self._transaction():
+            done = self._db.execute(
+                "UPDATE cell SET state = 'waiting', owner = NULL WHERE state = 'running' AND owner = ?",
+                (self.owner,),
+            )
+        return done.rowcount
+
+    def reclaim(self) -> int:
+        """Put back the unfinished cells of drivers that are no longer alive; return how many."""
+        owners = [
+            row["owner"]
+            for row in self._db.execute("SELECT DISTINCT owner FROM cell WHERE state = 'running'")
+        ]
+        dead = [owner for owner in owners if owner != self.owner and not self._alive(owner)]
+        total = 0
+        for owner in dead:
+            with self._transaction():
+                done = self._db.execute(
+                    "UPDATE cell SET state = 'waiting', owner = NULL WHERE state = 'running' AND owner = ?",
+                    (owner,),
+                )
+                total += done.rowcount
+            (self._locks / owner).unlink(missing_ok=True)
+        return total
+
+    def retry(self, label: str) -> int:
+        """Put the failed cells of a suite back; return how many there were."""
+        with self._transaction():
+            done = self._db.execute(
+                "UPDATE cell SET state = 'waiting', error = NULL WHERE state = 'failed' "
+                "AND key IN (SELECT key FROM member WHERE suite = ?)",
+                (label,),
+            )
+        return done.rowcount
+
+    # -- artefacts ----------------------------------------------------------------------------------
+
+    def artefact(self, key: str) -> Path:
+        """Return the folder of a cell's artefacts, whether it exists or not."""
+        return artefact_folder(self.artefacts, key)
+
+    def collect_garbage(self, *, dry_run: bool = False) -> list[Path]:
+        """Remove cells and artefacts that no suite refers to; return the folders of the artefacts."""
+        wanted = {row["key"] for row in self._db.execute("SELECT DISTINCT key FROM member")}
+        wanted |= {
+            row["parent"]
+            for row in self._db.execute(
+                "SELECT DISTINCT parent FROM cell JOIN member USING (key) WHERE parent IS NOT NULL"
+            )
+        }
+        folders = [f for f in sorted(self.artefacts.glob("*/*")) if f.name not in wanted and _old(f)]
+        if dry_run:
+            return folders
+        with self._transaction():
+            for row in self._db.execute("SELECT key FROM cell WHERE state <> 'running'").fetchall():
+                if row["key"] not in wanted:
+                    self._db.execute("DELETE FROM cell WHERE key = ?", (row["key"],))
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        return folders
+
+    # -- inside -------------------------------------------------------------------------------------
+
+    def _create(self) -> None:
+        with self._transaction():
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if version > SCHEMA_VERSION:
+                raise IntegrityError(
+                    "the store was made by a later version of unbackdoor",
+                    expected=f"at most {SCHEMA_VERSION}",
+                    got=version,
+                    where=self.folder,
+                    remedy="Update unbackdoor, or use another store",
+                )
+            if version == 0:
+                for statement in _SCHEMA.split(";"):
+                    if statement.strip():
+                        self._db.execute(statement)
+                self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+    def _end(
+        self, key: str, state: State, result: str | None, error: str | None, seconds: float, log: str
+    ) -> None:
+        with self._transaction():
+            done = self._db.execute(
+                "UPDATE cell SET state = ?, owner = NULL, result = ?, error = ?, log = ?, seconds = ?, "
+                "finished = ? WHERE key = ? AND state = 'running' AND owner = ?",
+                (state, result, error, log[-20_000:], seconds, time.time(), key, self.owner),
+            )
+        if done.rowcount != 1:
+            raise IntegrityError("a cell was finished that this driver does not hold", where=key)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        # IMMEDIATE takes the write lock at once, so that two drivers wait instead of failing half-way.
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            with suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    def _live(self) -> None:
+        """Hold this driver's lock for as long as the process lives."""
+        if self._lock is None:
+            lock = (self._locks / self.owner).open("wb")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = lock
+
+    def _alive(self, owner: str) -> bool:
+        try:
+            with (self._locks / owner).open("rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        return False
+
+
+def artefact_folder(root: Path, key: str) -> Path:
+    """Return where the artefacts of a cell belong."""
+    return root / key[:2] / key
+
+
+def _old(folder: Path) -> bool:
+    """Spare drafts that a worker may still be writing."""
+    return not folder.name.startswith(".") or time.time() - folder.stat().st_mtime > 24 * 3600
+
+
+def _cell(row: sqlite3.Row) -> Cell:
+    return Cell(
+        key=row["key"],
+        kind=row["kind"],
+        spec=json.loads(row["spec"]),
+        parent=row["parent"],
+        state=row["state"],
+        tries=row["tries"],
+        result=json.loads(row["result"]) if row["result"] else None,
+        error=row["error"],
+        log=row["log"],
+        seconds=row["seconds"],
+    )

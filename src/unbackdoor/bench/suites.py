@@ -1,0 +1,268 @@
+"""Suites: frozen, versioned descriptions of what is measured.
+
+A suite is a TOML file that names everything a number depends on. All mistakes in it are reported at once,
+before anything runs; a changed suite under an old version is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from unbackdoor.data.datasets import dataset_names
+from unbackdoor.engine.training import RECIPES, recipe_named
+from unbackdoor.errors import ConfigError, InputError, IntegrityError
+from unbackdoor.files import write_json
+from unbackdoor.models.build import configure
+from unbackdoor.registry import ATTACKS, DEFENSES, Registry, near_match
+
+LOCK = "LOCK.json"  # beside the suites: the hash of every version that was ever run
+Metric = Literal["acc", "asr", "ra", "der"]
+Selection = Literal["held-out clean", "oracle"]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataEntry(_Table):
+    """A data set, pinned by the fingerprints of its two parts; empty where it is bundled with the code."""
+
+    name: str
+    train_sha256: str = ""
+    test_sha256: str = ""
+
+
+class ModelEntry(_Table):
+    """An architecture at some widths."""
+
+    architecture: str
+    widths: tuple[float, ...] = Field(min_length=1)
+    options: Mapping[str, Any] = {}
+
+
+class RecipeEntry(_Table):
+    """How victims are trained: a named recipe and what differs from it."""
+
+    name: str = "plain"
+    changes: Mapping[str, Any] = {}
+
+
+class AttackEntry(_Table):
+    """An attack at some rates, targets and seeds; every combination is a victim."""
+
+    name: str
+    poison_rates: tuple[float, ...] = (0.1,)
+    targets: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    options: Mapping[str, Any] = {}
+
+
+class DefenderEntry(_Table):
+    """What the defenders own: numbers of clean images, and the seeds of the draws."""
+
+    clean_images: tuple[int, ...] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+
+
+class DefenseEntry(_Table):
+    """A defense with some presets."""
+
+    name: str
+    presets: tuple[str, ...] = ("default",)
+    options: Mapping[str, Any] = {}
+    selection: Selection = "held-out clean"
+
+
+class LimitEntry(_Table):
+    """What one cell may take."""
+
+    seconds: float = Field(default=3600, gt=0)
+    memory_mb: int = Field(default=8192, ge=256)
+
+
+class Suite(_Table):
+    """A whole suite; see the fields of its tables."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    version: int = Field(ge=1)
+    about: str = ""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    metrics: tuple[Metric, ...] = ("acc", "asr", "ra", "der")
+    data: tuple[DataEntry, ...] = Field(min_length=1)
+    model: tuple[ModelEntry, ...] = Field(min_length=1)
+    recipe: tuple[RecipeEntry, ...] = (RecipeEntry(),)
+    attack: tuple[AttackEntry, ...] = Field(min_length=1)
+    defender: DefenderEntry
+    defense: tuple[DefenseEntry, ...] = Field(min_length=1)
+    limit: LimitEntry = LimitEntry()
+
+    @property
+    def label(self) -> str:
+        """Name and version, such as ``smoke-v1``."""
+        return f"{self.name}-v{self.version}"
+
+    def sha256(self) -> str:
+        """Return the hash of everything that decides a number; words about the suite do not."""
+        content = self.model_dump(exclude={"about", "limit"}, mode="json")
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def find_suite(name: str, folder: Path) -> Path:
+    """Return the file of a suite given by path or by label.
+
+    Raises:
+        InputError: If there is none; the closest label is named.
+    """
+    if name.endswith(".toml"):
+        if Path(name).is_file():
+            return Path(name)
+        raise InputError("the suite file does not exist", where=name)
+    known = {file.stem: file for file in sorted(folder.glob("*.toml"))}
+    if name not in known:
+        raise InputError(
+            f"there is no suite {name!r}{near_match(name, known)}",
+            expected="one of " + (", ".join(known) or "none"),
+            where=folder,
+        )
+    return known[name]
+
+
+def load_suite(file: Path) -> Suite:
+    """Read and check a suite.
+
+    Raises:
+        ConfigError: With every mistake that can be seen without the data.
+    """
+    subject = f"the suite {file.name}"
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(subject, [f"it is not TOML: {error}"]) from None
+    try:
+        suite = Suite.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(subject, [_fault(fault, values) for fault in error.errors()]) from None
+    faults = list(_faults(suite))
+    if file.stem != suite.label:
+        faults.append(f"the file of {suite.label} must be called {suite.label}.toml, and is {file.name}")
+    if faults:
+        raise ConfigError(subject, faults)
+    return suite
+
+
+def check_lock(suite: Suite, folder: Path, *, write: bool = True) -> None:
+    """Refuse a suite whose content changed under its version; record a version seen for the first time.
+
+    Raises:
+        IntegrityError: If the content differs from what the version stood for.
+    """
+    file = folder / LOCK
+    known: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    digest = suite.sha256()
+    if known.get(suite.label, digest) != digest:
+        raise IntegrityError(
+            f"the content of {suite.label} changed under the same version",
+            expected=known[suite.label][:12],
+            got=digest[:12],
+            where=file,
+            remedy=f"Undo the change, or copy the suite to {suite.name}-v{suite.version + 1} and change that",
+        )
+    if write and suite.label not in known:
+        write_json(file, dict(sorted({**known, suite.label: digest}.items())))
+
+
+def _fault(fault: Any, values: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return f"unknown key {where!r}{_near_key(fault['loc'])}"
+    return f"{where}: {fault['msg']}" + (f", got {fault['input']!r}" if fault["type"] != "missing" else "")
+
+
+def _near_key(path: tuple[int | str, ...]) -> str:
+    """Suggest a key of the table that the path leads to."""
+    model: type[BaseModel] = Suite
+    for part in path[:-1]:
+        if isinstance(part, str) and part in model.model_fields:
+            inner = re.search(r"(\w+Entry)", str(model.model_fields[part].annotation))
+            if inner:
+                model = globals()[inner.group(1)]
+    return near_match(str(path[-1]), model.model_fields)
+
+
+def _faults(suite: Suite) -> Iterator[str]:
+    for data in suite.data:
+        if data.name not in dataset_names():
+            yield _unknown("data set", data.name, dataset_names())
+    for model in suite.model:
+        for width in model.widths:
+            yield from _caught(lambda m=model, w=width: configure(architecture(m, w)))
+    for recipe in suite.recipe:
+        if recipe.name not in RECIPES:
+            yield _unknown("recipe", recipe.name, list(RECIPES))
+        else:
+            yield from _caught(lambda r=recipe: recipe_named(r.name, **r.changes))
+    for attack in suite.attack:
+        yield from _attack_faults(attack)
+    for defense in suite.defense:
+        yield from _part_faults(DEFENSES, defense.name, [(p, defense.options) for p in defense.presets])
+    if "none" not in {defense.name for defense in suite.defense}:
+        yield "defense: the null row 'none' is missing; every suite runs it"
+    if "none" not in {attack.name for attack in suite.attack}:
+        yield "attack: the clean control 'none' is missing; every suite runs it"
+    if min(suite.defender.clean_images) < 1:
+        yield f"defender.clean_images: must be at least 1, got {min(suite.defender.clean_images)}"
+
+
+def _attack_faults(attack: AttackEntry) -> Iterator[str]:
+    if attack.name not in ATTACKS:
+        yield _unknown("attack", attack.name, list(ATTACKS))
+        return
+    for options in attack_options(attack):
+        yield from _caught(lambda o=options: ATTACKS[attack.name].configure(o))
+
+
+def _part_faults(
+    table: Registry[Any], name: str, settings: list[tuple[str, Mapping[str, Any]]]
+) -> Iterator[str]:
+    if name not in table:
+        yield _unknown(table.kind, name, list(table))
+        return
+    for preset, options in settings:
+        yield from _caught(lambda p=preset, o=options: table[name].configure(o, preset=p))
+
+
+def attack_options(attack: AttackEntry) -> Iterator[dict[str, Any]]:
+    """Yield the options of every combination of rate and target; the clean control has only one."""
+    if attack.name == "none":
+        yield dict(attack.options)
+        return
+    for rate in attack.poison_rates:
+        for target in attack.targets:
+            yield {**attack.options, "poison_rate": rate, "target": target}
+
+
+def architecture(model: ModelEntry, width: float) -> str:
+    """Return the specification string of a model entry at one width."""
+    shown = int(width) if float(width).is_integer() and model.architecture != "mobilenet_v2" else width
+    options = ",".join([f"width={shown}", *(f"{k}={v}" for k, v in model.options.items())])
+    return f"{model.architecture}[{options}]"
+
+
+def _unknown(kind: str, name: str, known: list[str]) -> str:
+    return f"unknown {kind} {name!r}{near_match(name, known)}; there are: {', '.join(known)}"
+
+
+def _caught(check: Any) -> Iterator[str]:
+    try:
+        check()
+    except ConfigError as error:
+        yield from (f"{error.subject}: {fault}" for fault in error.faults)

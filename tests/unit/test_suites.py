@@ -1,0 +1,148 @@
+"""Suites: all mistakes at once, frozen versions, and cells that depend on what they say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tiny import tiny_data
+from unbackdoor.bench.cells import code_version, plan
+from unbackdoor.bench.suites import Suite, check_lock, find_suite, load_suite
+from unbackdoor.data.datasets import DataSet
+from unbackdoor.errors import ConfigError, InputError, IntegrityError
+from unbackdoor.registry import DEFENSES
+
+FOLDER = Path(__file__).parents[2] / "suites"
+TEXT = """
+name = "try"
+version = 1
+[[data]]
+name = "digits"
+[[model]]
+architecture = "small_cnn"
+widths = [4]
+[[attack]]
+name = "badnets"
+[[attack]]
+name = "none"
+[defender]
+clean_images = [4]
+seeds = [0, 1]
+[[defense]]
+name = "none"
+[[defense]]
+name = "rnp"
+presets = ["default", "reference"]
+"""
+
+
+def written(folder: Path, text: str = TEXT, name: str = "try-v1.toml") -> Path:
+    file = folder / name
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def fake_data(each: int = 40) -> dict[str, DataSet]:
+    return {"digits": DataSet("digits", tiny_data(4 * each), tiny_data(40, seed=1), "none", (), ())}
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.toml")), ids=lambda f: f.stem)
+def test_the_shipped_suites_are_sound_and_locked(file: Path) -> None:
+    suite = load_suite(file)
+    check_lock(suite, FOLDER, write=False)
+    assert suite.about
+
+
+def test_cells_are_shared_and_ordered(tmp_path: Path) -> None:
+    cells = plan(load_suite(written(tmp_path)), fake_data())
+    assert [cell.kind for cell in cells].count("victim") == 2
+    assert len(cells) == 2 + 2 * 2 * 3
+    assert len({cell.key for cell in cells}) == len(cells)
+    seen = set()
+    for cell in cells:
+        assert cell.parent is None or cell.parent in seen
+        seen.add(cell.key)
+    again = plan(load_suite(written(tmp_path)), fake_data())
+    assert [cell.key for cell in again] == [cell.key for cell in cells]
+
+
+def test_a_method_is_told_nothing_of_the_attack(tmp_path: Path) -> None:
+    for cell in plan(load_suite(written(tmp_path)), fake_data()):
+        if cell.kind == "repair":
+            assert not {"attack", "target", "poison_rate"} & set(cell.spec)
+
+
+def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
+    text = (
+        TEXT.replace('"badnets"', '"badnet"')
+        .replace('"rnp"', '"rpn"')
+        .replace('"small_cnn"', '"smal_cnn"')
+        .replace('name = "digits"', 'name = "digitz"')
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_suite(written(tmp_path, text))
+    faults = "\n".join(caught.value.faults)
+    assert len(caught.value.faults) == 4
+    for near in ("badnets", "rnp", "small_cnn", "digits"):
+        assert f"did you mean {near!r}" in faults
+
+
+def test_a_typo_in_a_key_has_a_near_match(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"defender.clean_image'.*did you mean 'clean_images'") as caught:
+        load_suite(written(tmp_path, TEXT.replace("clean_images", "clean_image")))
+    assert len(caught.value.faults) == 2  # the unknown key, and the missing one
+
+
+def test_the_controls_must_be_there(tmp_path: Path) -> None:
+    text = TEXT.replace('[[attack]]\nname = "none"\n', "").replace('[[defense]]\nname = "none"\n', "")
+    with pytest.raises(ConfigError) as caught:
+        load_suite(written(tmp_path, text))
+    assert [fault.split(":")[0] for fault in caught.value.faults] == ["defense", "attack"]
+
+
+def test_what_the_data_do_not_allow_is_reported_at_once(tmp_path: Path) -> None:
+    text = TEXT.replace('[[attack]]\nname = "badnets"', '[[attack]]\nname = "sig"\npoison_rates = [0.1, 0.5]')
+    text = text.replace("clean_images = [4]", "clean_images = [4, 4000]")
+    with pytest.raises(ConfigError) as caught:
+        plan(load_suite(written(tmp_path, text)), fake_data())
+    faults = "\n".join(caught.value.faults)
+    assert len(caught.value.faults) == 2
+    assert "clean_images 4000 of digits" in faults
+    assert "poison_rate 0.5 asks for 76 images of class 0, and there are 38" in faults
+
+
+def test_other_data_than_the_suite_pins_are_refused(tmp_path: Path) -> None:
+    text = TEXT.replace('name = "digits"', 'name = "digits"\ntrain_sha256 = "00"')
+    with pytest.raises(ConfigError, match="is not the one of the suite"):
+        plan(load_suite(written(tmp_path, text)), fake_data())
+
+
+def test_a_version_is_frozen(tmp_path: Path) -> None:
+    suite = load_suite(written(tmp_path))
+    check_lock(suite, tmp_path)
+    check_lock(suite, tmp_path)
+    reworded = load_suite(written(tmp_path, TEXT.replace("version = 1", 'version = 1\nabout = "words"')))
+    check_lock(reworded, tmp_path)
+    changed = load_suite(written(tmp_path, TEXT.replace("seeds = [0, 1]", "seeds = [0, 2]")))
+    with pytest.raises(IntegrityError, match="try-v2"):
+        check_lock(changed, tmp_path)
+    raised = Suite.model_validate({**changed.model_dump(), "version": 2})
+    check_lock(raised, tmp_path)
+
+
+def test_files_are_named_by_their_label(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"must be called try-v1\.toml"):
+        load_suite(written(tmp_path, name="other.toml"))
+    with pytest.raises(ConfigError, match="not TOML"):
+        load_suite(written(tmp_path, "name = "))
+    with pytest.raises(InputError, match="did you mean 'try-v1'"):
+        find_suite("tri-v1", written(tmp_path).parent)
+
+
+def test_only_code_changes_the_version_of_code() -> None:
+    part = DEFENSES["rnp"]
+    assert code_version(part) == code_version(part)
+    assert code_version(part) != code_version(replace(part, version=part.version + 1))
+    assert code_version(part) != code_version(DEFENSES["fp"])

@@ -47,10 +47,16 @@ _REPORT_SECONDS = 2.0
 
 
 class Reporter:
-    """Writes how far a step has come into its folder, for the driver's live table."""
+    """Writes how far a step has come into its folder, for the driver's live table.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: Of the step.
+        images_a_step: Training images of one item of a loop, 0 where that is not known.
+    """
+
+    def __init__(self, folder: Path, images_a_step: int = 0) -> None:
         self._file = folder / PROGRESS
+        self._images = images_a_step
         self._last = 0.0
 
     def __call__(self, items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
@@ -79,7 +85,7 @@ def _run(task: Mapping[str, Any], folder: Path) -> Run:
         seed=int(spec["seed"]),
         device=place.get("device", "cpu"),
         policy=spec["precision"],
-        progress=Reporter(folder),
+        progress=Reporter(folder, spec.get("recipe", {}).get("batch_size", 0)),
     )
 
 

@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from unbackdoor import __version__
+from unbackdoor.cli.bench import bench
 from unbackdoor.cli.demo import demo
 from unbackdoor.cli.evaluate import evaluate
 from unbackdoor.cli.listing import listing
@@ -141,6 +142,7 @@ for _name, _command in (
     ("list", listing),
 ):
     app.command(_name, help=_flowing(_command.__doc__))(_command)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

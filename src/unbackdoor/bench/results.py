@@ -1,0 +1,236 @@
+"""Rows from a store, and what can be said of many rows: summaries and differences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from unbackdoor.bench.rows import Row
+from unbackdoor.bench.store import Cell, Store
+from unbackdoor.bench.victims import ATTACK_TOOK
+from unbackdoor.errors import MissingExtra
+
+WEAK = "attack did not take"
+# Two-sided 95 % quantiles of Student's t for 1 to 10 degrees of freedom; beyond, the normal one is close.
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+def rows_of(store: Store, label: str, *, commit: str = "") -> list[Row]:
+    """Return one row for every finished or failed repair of a suite, in the suite's order."""
+    members = store.members(label)
+    victims = {cell.key: cell for cell, _ in members if cell.kind == "victim"}
+    return [
+        _row(cell, labels, victims[cell.parent], commit)
+        for cell, labels in members
+        if cell.kind == "repair" and cell.state in ("done", "failed") and cell.parent is not None
+    ]
+
+
+def _row(cell: Cell, labels: dict[str, Any], victim: Cell, commit: str) -> Row:
+    before = victim.result["scores"] if victim.result else {}
+    result = cell.result or {}
+    after = result.get("scores", {})
+    flags = list(result.get("flags", []))
+    asr = before.get("asr")
+    if asr is not None and asr < ATTACK_TOOK:
+        flags.append(WEAK)
+    return Row(
+        **labels,
+        acc_before=before.get("acc"),
+        asr_before=asr,
+        ra_before=before.get("ra"),
+        acc=after.get("acc"),
+        asr=after.get("asr"),
+        ra=after.get("ra"),
+        der=result.get("der"),
+        seconds=round(result["seconds"], 3) if result else None,
+        peak_mb=result.get("peak_mb"),
+        device=result.get("device", ""),
+        commit=commit,
+        flags=tuple(flags),
+        error=cell.error,
+    )
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over rows.
+
+    Attributes:
+        value: The mean, NaN where there is no row.
+        half: Half the width of its 95 % interval by Student's t, NaN for a single row.
+        worst: The worst single value.
+        n: Number of rows.
+    """
+
+    value: float
+    half: float
+    worst: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float], *, worst: str = "max") -> Mean:
+        """Return the mean of some values; ``worst`` is ``max`` or ``min``."""
+        if not values:
+            return cls(math.nan, math.nan, math.nan, 0)
+        n = len(values)
+        quantile = 1.96 if n > len(_T95) + 1 else _T95[max(0, n - 2)]
+        half = quantile * stdev(values) / math.sqrt(n) if n > 1 else math.nan
+        return cls(fmean(values), half, max(values) if worst == "max" else min(values), n)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How one defense did at one budget, over all attacks that took, and on clean models.
+
+    Attributes:
+        defense: Name with its preset.
+        selection: How it chose; ``oracle`` is ranked apart.
+        clean_images: The budget.
+        acc_lost: Accuracy lost on backdoored models.
+        asr: Attack success left.
+        ra: Robust accuracy.
+        der: Defense effectiveness.
+        seconds: Wall time.
+        acc_lost_clean: Accuracy lost on clean models.
+        failed: Rows with an error.
+        weak: Rows left out because the attack had not taken.
+    """
+
+    defense: str
+    selection: str
+    clean_images: int
+    acc_lost: Mean
+    asr: Mean
+    ra: Mean
+    der: Mean
+    seconds: Mean
+    acc_lost_clean: Mean
+    failed: int
+    weak: int
+
+
+def summarise(rows: Iterable[Row]) -> list[Summary]:
+    """Group rows by defense, preset, selection and budget; honest selections first, then by mean DER."""
+    groups: dict[tuple[str, str, int], list[Row]] = {}
+    for row in rows:
+        name = row.defense if row.preset == "default" else f"{row.defense}:{row.preset}"
+        groups.setdefault((name, row.selection, row.clean_images), []).append(row)
+    out = [_summary(*key, group) for key, group in groups.items()]
+    return sorted(
+        out,
+        key=lambda s: (
+            s.selection == "oracle",
+            s.clean_images,
+            math.inf if math.isnan(s.der.value) else -s.der.value,
+            s.defense,
+        ),
+    )
+
+
+def _summary(defense: str, selection: str, clean_images: int, rows: list[Row]) -> Summary:
+    fine = [row for row in rows if row.error is None]
+    took = [row for row in fine if row.asr is not None and WEAK not in row.flags]
+    clean = [row for row in fine if row.attack == "none"]
+    return Summary(
+        defense=defense,
+        selection=selection,
+        clean_images=clean_images,
+        acc_lost=Mean.of([_lost(row) for row in took]),
+        asr=Mean.of([row.asr for row in took if row.asr is not None]),
+        ra=Mean.of([row.ra for row in took if row.ra is not None], worst="min"),
+        der=Mean.of([row.der for row in took if row.der is not None], worst="min"),
+        seconds=Mean.of([row.seconds for row in fine if row.seconds is not None]),
+        acc_lost_clean=Mean.of([_lost(row) for row in clean]),
+        failed=len(rows) - len(fine),
+        weak=sum(WEAK in row.flags for row in fine),
+    )
+
+
+def _lost(row: Row) -> float:
+    return (row.acc_before or 0.0) - (row.acc or 0.0)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What became of one experiment between two sets of rows.
+
+    Attributes:
+        key: See :meth:`Row.key`, without suite and version.
+        kind: ``changed``, ``only in A`` or ``only in B``.
+        columns: For a changed one: name -> (value in A, value in B).
+    """
+
+    key: tuple[Any, ...]
+    kind: str
+    columns: dict[str, tuple[Any, Any]]
+
+
+def differences(a: Iterable[Row], b: Iterable[Row], *, tolerance: float = 0.0) -> list[Difference]:
+    """Compare two sets of rows experiment by experiment, over the measured columns.
+
+    Args:
+        a: Rows.
+        b: Other rows.
+        tolerance: Largest difference of a rate that counts as none.
+    """
+    left, right = {row.key()[2:]: row for row in a}, {row.key()[2:]: row for row in b}
+    out = []
+    for key in [*left, *(key for key in right if key not in left)]:
+        if key not in right:
+            out.append(Difference(key, "only in A", {}))
+        elif key not in left:
+            out.append(Difference(key, "only in B", {}))
+        else:
+            columns = {
+                name: (one, other)
+                for name in (
+                    "acc_before",
+                    "asr_before",
+                    "ra_before",
+                    "acc",
+                    "asr",
+                    "ra",
+                    "der",
+                    "flags",
+                    "error",
+                )
+                if not _equal(one := getattr(left[key], name), other := getattr(right[key], name), tolerance)
+            }
+            if columns:
+                out.append(Difference(key, "changed", columns))
+    return out
+
+
+def _equal(one: Any, other: Any, tolerance: float) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        return abs(one - other) <= tolerance
+    return bool(one == other)
+
+
+def write_parquet(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows as Parquet, atomically.
+
+    Raises:
+        MissingExtra: Without pyarrow.
+    """
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise MissingExtra("pyarrow", "parquet", "writing Parquet files") from None
+    from unbackdoor.files import atomic_write
+
+    kinds = {"int": pa.int64(), "float": pa.float64(), "tuple": pa.list_(pa.string())}
+    fields = []
+    for name, field in Row.model_fields.items():
+        text = str(field.annotation)
+        kind = next((kinds[word] for word in ("tuple", "float", "int") if word in text), pa.string())
+        fields.append(pa.field(name, kind))
+    table = pa.Table.from_pylist([row.model_dump() for row in rows], schema=pa.schema(fields))
+    with atomic_write(path) as draft:
+        pq.write_table(table, draft)

@@ -1,0 +1,374 @@
+"""``unbackdoor bench``: run a suite of honest cells, look at it, and take the rows out."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unbackdoor.cli import options
+from unbackdoor.cli.output import complain, emit, note, say, table
+from unbackdoor.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from unbackdoor.bench.driver import Progress
+    from unbackdoor.bench.engines import Engine
+    from unbackdoor.bench.rows import Row
+    from unbackdoor.bench.suites import Suite
+
+bench = typer.Typer(no_args_is_help=True, help="Run suites of attacks and defenses, and report the rows.")
+
+
+class EngineName(StrEnum):
+    """Where cells run."""
+
+    local = "local"
+    dask = "dask"
+
+
+class Format(StrEnum):
+    """Forms of exported rows."""
+
+    jsonl = "jsonl"
+    parquet = "parquet"
+
+
+SuiteName = Annotated[str, typer.Argument(help="Label of a suite such as smoke-v1, or a .toml file.")]
+StoreFolder = Annotated[Path, typer.Option("--store", help="Folder of the results.", rich_help_panel="Data")]
+SuiteFolder = Annotated[Path, typer.Option("--suites", help="Folder of the suites.", rich_help_panel="Data")]
+STORE, SUITES = Path("runs/bench"), Path("suites")
+
+
+@bench.command("run")
+def run(
+    suite: SuiteName,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            help="Run only what matches, as in */badnets/rnp: data set/architecture-width/attack/defense.",
+            show_default=False,
+        ),
+    ] = None,
+    engine: Annotated[EngineName, typer.Option(help="Where cells run.")] = EngineName.local,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Cells at a time; 0 for one for each processor.", show_default=False)
+    ] = 0,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(help="Address of a Dask scheduler; default: workers of its own.", show_default=False),
+    ] = None,
+    gpus: Annotated[float, typer.Option(min=0, help="GPU resource that a cell takes of a Dask worker.")] = 0,
+    budget: Annotated[
+        str | None, typer.Option(help="Stop after this time, such as 90s, 30m or 2h.", show_default=False)
+    ] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Try failed cells again.")] = False,
+    store: StoreFolder = STORE,
+    suites: SuiteFolder = SUITES,
+    data_root: options.DataRoot = None,
+    device: options.Device = "cpu",
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Run the cells of a suite that are not done yet.
+
+    A run may be killed at any moment and started again: finished cells stay, and at most the cells in
+    progress are lost. Several runs may share a store.
+    """
+    from unbackdoor.bench.driver import drive
+    from unbackdoor.bench.steps import threads_of_machine
+    from unbackdoor.bench.store import Store
+
+    chosen, cells, text = _planned(suite, suites, data_root)
+    seconds = _seconds(budget)
+    slots = workers or threads_of_machine()
+    threads = max(1, threads_of_machine() // slots)
+    place = {
+        "store": str(store.resolve()),
+        "data_root": str(data_root.resolve()) if data_root else os.environ.get("UNBACKDOOR_DATA"),
+        "cache": os.environ.get("UNBACKDOOR_CACHE"),
+        "device": device,
+        "limits": {"seconds": chosen.limit.seconds, "memory_mb": chosen.limit.memory_mb, "threads": threads},
+    }
+    with Store(store) as opened:
+        opened.register(chosen.label, chosen.sha256(), text, [cell.entry() for cell in cells])
+        if retry:
+            note(f"{opened.retry(chosen.label)} failed cells are tried again.", quiet=quiet)
+        where = _engine(engine, slots, scheduler, gpus)
+        try:
+            with _terminable(), _live(chosen.label, slots, store, quiet=quiet) as watch:
+                done = drive(opened, chosen.label, where, place, only=only, budget=seconds, watch=watch)
+        finally:
+            where.close()
+        counts = opened.counts(chosen.label)
+    if as_json:
+        emit({"suite": chosen.label, "finished": done, **counts})
+    else:
+        say(f"{chosen.label}: {_words(counts)}" + ("" if done else "; the budget ended"))
+        if counts["waiting"]:
+            say(f"Go on with: unbackdoor bench resume {suite}")
+
+
+@bench.command("resume")
+def resume(
+    suite: SuiteName,
+    budget: Annotated[str | None, typer.Option(help="Stop after this time.", show_default=False)] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Cells at a time; 0 for one for each processor.")] = 0,
+    retry: Annotated[bool, typer.Option("--retry", help="Try failed cells again.")] = False,
+    store: StoreFolder = STORE,
+    suites: SuiteFolder = SUITES,
+    data_root: options.DataRoot = None,
+    device: options.Device = "cpu",
+    quiet: options.Quiet = False,
+) -> None:
+    """Go on with a suite on this machine where its last run ended."""
+    if not (store / "results.db").exists():
+        raise InputError(
+            "there is nothing to resume", where=store, remedy=f"Start with: unbackdoor bench run {suite}"
+        )
+    run(
+        suite, budget=budget, workers=workers, retry=retry, store=store, suites=suites,
+        data_root=data_root, device=device, quiet=quiet,
+    )  # fmt: skip
+
+
+@bench.command("status")
+def status(
+    suite: Annotated[str | None, typer.Argument(help="Label of a suite; default: all in the store.")] = None,
+    store: StoreFolder = STORE,
+    as_json: options.AsJson = False,
+) -> None:
+    """Show how far the suites of a store are, and which cells failed."""
+    with _opened(store) as opened:
+        labels = [suite] if suite else opened.suites()
+        counts = {label: opened.counts(label) for label in labels}
+        failed = [
+            (label, cell.key[:12], names, cell.error or "")
+            for label in labels
+            for cell, names in opened.members(label)
+            if cell.state == "failed"
+        ]
+    if as_json:
+        emit(
+            {
+                "suites": counts,
+                "failed": [{"suite": f[0], "cell": f[1], "row": f[2], "error": f[3]} for f in failed],
+            }
+        )
+        return
+    table("Suites", ("suite", ">done", ">running", ">failed", ">left"), [
+        (label, n["done"], n["running"], n["failed"], n["waiting"]) for label, n in counts.items()
+    ])  # fmt: skip
+    for label, key, names, error in failed:
+        complain(f"{label} {key} {names.get('attack')} {names.get('defense', 'victim')}: {error}")
+
+
+@bench.command("export")
+def export(
+    suite: SuiteName,
+    out: Annotated[
+        Path | None, typer.Option(help="File; default: results/SUITE.jsonl.", show_default=False)
+    ] = None,
+    form: Annotated[Format, typer.Option("--format", help="Form of the rows.")] = Format.jsonl,
+    store: StoreFolder = STORE,
+) -> None:
+    """Write the rows of a suite as JSON lines or Parquet."""
+    from unbackdoor.bench.results import write_parquet
+    from unbackdoor.bench.rows import write_rows
+
+    rows = _rows(suite, store)
+    file = out or Path("results") / f"{Path(suite).stem}.{form.value}"
+    if form is Format.parquet:
+        write_parquet(file, rows)
+    else:
+        write_rows(file, rows)
+    say(f"{len(rows)} rows: {file}")
+
+
+@bench.command("diff")
+def diff(
+    a: Annotated[str, typer.Argument(help="Label of a suite in the store, or a .jsonl file.")],
+    b: Annotated[str, typer.Argument(help="The other one.")],
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="Largest difference of a rate that counts as none.")
+    ] = 0.0,
+    store: StoreFolder = STORE,
+    as_json: options.AsJson = False,
+) -> None:
+    """Compare two sets of rows experiment by experiment; exit code 1 if they differ."""
+    from unbackdoor.bench.results import differences
+
+    found = differences(_rows(a, store), _rows(b, store), tolerance=tolerance)
+    if as_json:
+        emit({"differences": [{"key": list(d.key), "kind": d.kind, "columns": d.columns} for d in found]})
+    else:
+        for one in found:
+            words = ", ".join(f"{name} {left} -> {right}" for name, (left, right) in one.columns.items())
+            say(" ".join(str(part) for part in one.key if part is not None) + f": {one.kind} {words}")
+        say(f"{len(found)} differences")
+    if found:
+        raise typer.Exit(1)
+
+
+@bench.command("clean")
+def clean(
+    store: StoreFolder = STORE,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+) -> None:
+    """Remove artefacts that no suite of the store refers to any more."""
+    with _opened(store) as opened:
+        folders = opened.collect_garbage(dry_run=dry_run)
+    for folder in folders:
+        say(folder)
+    say(f"{len(folders)} folders " + ("would go" if dry_run else "removed"))
+
+
+# ---------------------------------------------------------------------------------------------------
+
+
+def _planned(name: str, folder: Path, data_root: Path | None) -> tuple[Suite, list[Any], str]:
+    from unbackdoor.bench.cells import plan
+    from unbackdoor.bench.suites import check_lock, find_suite, load_suite
+    from unbackdoor.cli.progress import Display
+    from unbackdoor.data.datasets import load_dataset
+
+    file = find_suite(name, folder)
+    suite = load_suite(file)
+    check_lock(suite, file.parent)
+    with Display() as display:
+        data = {d.name: load_dataset(d.name, root=data_root, progress=display) for d in suite.data}
+    return suite, plan(suite, data), file.read_text(encoding="utf-8")
+
+
+def _engine(kind: EngineName, slots: int, scheduler: str | None, gpus: float) -> Engine:
+    from unbackdoor.bench.engines import DaskEngine, LocalEngine
+
+    if kind is EngineName.local:
+        return LocalEngine(slots)
+    return DaskEngine(slots, address=scheduler, resources={"GPU": gpus} if gpus else None)
+
+
+def _opened(store: Path) -> Any:
+    from unbackdoor.bench.store import Store
+
+    if not (store / "results.db").exists():
+        raise InputError("there is no store", where=store, remedy="Give its folder with --store")
+    return Store(store)
+
+
+def _rows(name: str, store: Path) -> list[Row]:
+    from unbackdoor.bench.repairs import commit_of
+    from unbackdoor.bench.results import rows_of
+    from unbackdoor.bench.rows import read_rows
+    from unbackdoor.registry import near_match
+
+    if name.endswith(".jsonl"):
+        if not Path(name).exists():
+            raise InputError("the file does not exist", where=name)
+        return read_rows(Path(name))
+    with _opened(store) as opened:
+        if name not in opened.suites():
+            raise InputError(
+                f"the store has no suite {name!r}{near_match(name, opened.suites())}",
+                expected="one of " + (", ".join(opened.suites()) or "none"),
+                where=store,
+            )
+        return rows_of(opened, name, commit=commit_of(Path.cwd()))
+
+
+def _seconds(text: str | None) -> float | None:
+    if text is None:
+        return None
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    try:
+        value = float(text[:-1]) * units[text[-1]]
+    except (KeyError, ValueError, IndexError):
+        value = -1.0
+    if not 0 < value < 1e9:
+        raise InputError(
+            "the budget is not a time", expected="such as 90s, 30m or 2h", got=text, where="--budget"
+        )
+    return value
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let a polite kill end a run as Ctrl-C does: what runs is put back."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _live(label: str, slots: int, store: Path, *, quiet: bool) -> Iterator[Any]:
+    """Show a table that lives while the run does; a line now and then where there is no terminal."""
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console(stderr=True, quiet=quiet)
+    last = [0.0]
+    if not console.is_terminal:
+
+        def line(progress: Progress) -> None:
+            if not quiet and time.monotonic() - last[0] > 20:
+                last[0] = time.monotonic()
+                complain(f"{label}: {_words(progress.counts)}{_eta(progress, slots)}")
+
+        yield line
+        return
+    with Live(console=console, transient=True, refresh_per_second=4) as live:
+        yield lambda progress: live.update(_table(label, progress, slots, store))
+
+
+def _table(label: str, progress: Progress, slots: int, store: Path) -> Any:
+    from rich.table import Table
+
+    rate = 0.0
+    grid = Table(title=f"{label}: {_words(progress.counts)}{_eta(progress, slots)}", title_justify="left")
+    for column in ("running", "step", "done", "seconds"):
+        grid.add_column(column)
+    for name, folder, start in progress.running.values():
+        step, done, total, images = _step(store / "work" / folder)
+        seconds = time.monotonic() - start
+        rate += images / seconds if seconds else 0.0
+        grid.add_row(name, step, f"{done}/{total}" if total else "", f"{seconds:.0f}")
+    grid.caption = f"{rate:.0f} training images a second" if rate else None
+    return grid
+
+
+def _step(folder: Path) -> tuple[str, int, int | None, int]:
+    import json
+
+    try:
+        told = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+        return str(told["label"]), int(told["done"]), told["total"], int(told.get("images", 0))
+    except (OSError, ValueError, KeyError):
+        return "starting", 0, None, 0
+
+
+def _eta(progress: Progress, slots: int) -> str:
+    left = progress.left_seconds(slots)
+    if left is None:
+        return ""
+    hours, minutes = divmod(int(left) // 60, 60)
+    return f"; about {hours} h {minutes:02d} min left" if hours else f"; about {minutes} min left"
+
+
+def _words(counts: Any) -> str:
+    return (
+        f"{counts['done']} cells done, {counts['running']} running, {counts['failed']} failed, "
+        f"{counts['waiting']} left"
+    )

@@ -23,8 +23,6 @@ from unbackdoor.bench.repairs import commit_of, describe_device, peak_memory_mb,
 from unbackdoor.bench.rows import Row, read_rows, write_rows
 from unbackdoor.bench.victims import (
     ATTACK_TOOK,
-    POOL_FRACTION,
-    SPLIT_SEED,
     VictimSpec,
     load_victim,
     save_victim,
@@ -89,7 +87,7 @@ def run_attack(attack: str, runs: Path, threads: int) -> None:
         run = Run.create(seed=VICTIM_SEED, progress=display)
         data = load_dataset("cifar10", progress=display)
         model, truth, before = load_victim(file, data, run)
-        _, pool = reserve(data.train, fraction=POOL_FRACTION, seed=SPLIT_SEED)
+        _, pool = reserve(data.train)
         rows_file = runs / f"{attack}.jsonl"
         rows = read_rows(rows_file)
         for seed in DEFENDER_SEEDS:

@@ -109,12 +109,11 @@ class Part(Generic[F]):
 
     @property
     def summary(self) -> str:
-        """First sentence of the module's (or else the function's) documentation."""
+        """First sentence of the documentation of the part's module, or of its function where that differs."""
         module = inspect.getmodule(self.function)
-        text = (
-            inspect.getdoc(self.function) if self.kind == "architecture" else getattr(module, "__doc__", None)
-        )
-        return (text or inspect.getdoc(self.function) or "").strip().split("\n\n")[0].replace("\n", " ")
+        own_file = module is not None and module.__name__.endswith(f".{self.name}")
+        text = inspect.getdoc(module if own_file else self.function)
+        return (text or "").strip().split("\n\n")[0].replace("\n", " ")
 
     def configure(self, values: Mapping[str, Any] | None = None, *, preset: str | None = None) -> Config:
         """Return the config of a preset with the given values laid over it.

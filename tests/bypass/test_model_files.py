@@ -21,6 +21,9 @@ from unbackdoor.models import build, load_model, read_card, save_model
 from unbackdoor.models import state as state_module
 from unbackdoor.models.state import read_state
 
+# Initialisers and inputs are drawn from the global generator here; it is put back.
+pytestmark = pytest.mark.leaves_traces
+
 SHAPE = (3, 8, 8)
 GIVEN: dict[str, Any] = {
     "architecture": "small_cnn[width=4]",

@@ -17,6 +17,9 @@ from unbackdoor.models.build import canonical, network, parse_spec
 from unbackdoor.models.geometry import Geometry
 from unbackdoor.registry import ARCHITECTURES
 
+# Initialisers and inputs are drawn from the global generator here; it is put back.
+pytestmark = pytest.mark.leaves_traces
+
 NARROW = {
     "preact_resnet18": "preact_resnet18[width=4]",
     "resnet18": "resnet18[width=4]",

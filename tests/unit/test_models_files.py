@@ -16,6 +16,9 @@ from unbackdoor.models import ModelCard, build, load_model, read_card, save_mode
 from unbackdoor.models import files as model_files
 from unbackdoor.types import Classifier
 
+# Initialisers and inputs are drawn from the global generator here; it is put back.
+pytestmark = pytest.mark.leaves_traces
+
 SHAPE = (3, 8, 8)
 SPEC = "small_cnn[width=4]"
 GIVEN: dict[str, Any] = {"architecture": SPEC, "input_shape": SHAPE, "class_names": ["cat", "dog"]}

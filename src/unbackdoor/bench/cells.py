@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from unbackdoor.bench.suites import Suite, architecture, attack_options
-from unbackdoor.bench.victims import POOL_FRACTION, SPLIT_SEED
 from unbackdoor.data.datasets import DataSet
 from unbackdoor.data.splits import draw_clean, reserve
 from unbackdoor.engine.training import recipe_named
@@ -176,7 +175,7 @@ def _impossible(suite: Suite, data: Mapping[str, DataSet]) -> Iterator[str]:
                     f"data {entry.name}: the {part} part is not the one of the suite: "
                     f"expected {wanted[:12]}, got {images.fingerprint()[:12]}"
                 )
-        training, pool = reserve(loaded.train, fraction=POOL_FRACTION, seed=SPLIT_SEED)
+        training, pool = reserve(loaded.train)
         for count in suite.defender.clean_images:
             try:
                 draw_clean(pool, count=count, seed=suite.defender.seeds[0])

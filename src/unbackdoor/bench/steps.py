@@ -19,8 +19,6 @@ from unbackdoor.attacks import AttackTruth
 from unbackdoor.bench.judge import Scores, judge
 from unbackdoor.bench.repairs import describe_device, peak_memory_mb
 from unbackdoor.bench.victims import (
-    POOL_FRACTION,
-    SPLIT_SEED,
     VictimSpec,
     load_truth,
     save_victim,
@@ -116,7 +114,7 @@ def train_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
 def sample_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Draw a defender's clean images and write them, without anything that says where they are from."""
     spec, data = task["spec"], _data(task)
-    _, pool = reserve(data.train, fraction=POOL_FRACTION, seed=SPLIT_SEED)
+    _, pool = reserve(data.train)
     drawn = draw_clean(pool, count=spec["clean_images"], seed=spec["seed"])
     facts = {"class_names": json.dumps(drawn.class_names), "augmentation": data.augmentation}
     with atomic_write(Path(task["sample"])) as draft:

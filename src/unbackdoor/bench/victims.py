@@ -20,8 +20,6 @@ from unbackdoor.models import build, load_model, save_model
 from unbackdoor.types import Classifier
 
 TRUTH_SUFFIX = ".truth.json"
-POOL_FRACTION = 0.05  # share of every class that is kept out of training for defenders
-SPLIT_SEED = 0  # one split for all victims, so that a defender's images are never in any training set
 ATTACK_TOOK = 0.8  # below this ASR there is no backdoor to remove, and the row is flagged
 
 
@@ -83,7 +81,7 @@ def train_victim(
         checkpoint: See :func:`unbackdoor.engine.training.train`.
         label: Name in the progress display.
     """
-    training, _ = reserve(data.train, fraction=POOL_FRACTION, seed=SPLIT_SEED)
+    training, _ = reserve(data.train)
     poisoned, truth = poison(training, spec.attack, spec.options, seed=spec.seed)
     model = build(
         spec.architecture,

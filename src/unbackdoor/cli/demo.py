@@ -47,9 +47,8 @@ class DemoSettings:
     pool: float = 0.1
     clean_images: int = 100
     method: str = "rnp"
-    # Thresholds 0.01 apart instead of 0.05. Over seeds 0 to 4 the ASR was then 0.06 to 0.20, and 0.06 to
     # 0.37 with the default; the accuracy fell by 0.5 to 3.5 points.
-    options: Mapping[str, Any] = field(default_factory=lambda: {"step": 0.01})
+    options: Mapping[str, Any] = field(default_factory=dict)
     controls: Sequence[str] = ("ft", "random_prune")
 
 

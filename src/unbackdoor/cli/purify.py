@@ -217,10 +217,9 @@ def _named(data: str, root: Path | None, progress: Progress) -> DataSet | None:
 def _drawn(
     data: DataSet, clean: int | None, per_class: int | None, fraction: float | None, seed: int
 ) -> Images:
-    from unbackdoor.bench.victims import POOL_FRACTION, SPLIT_SEED
     from unbackdoor.data.splits import draw_clean, reserve
 
-    _, pool = reserve(data.train, fraction=POOL_FRACTION, seed=SPLIT_SEED)
+    _, pool = reserve(data.train)
     if clean is None and per_class is None and fraction is None:
         smallest = int(pool.truth.bincount(minlength=pool.classes).min())
         clean = min(USUAL_CLEAN_IMAGES, smallest * pool.classes)

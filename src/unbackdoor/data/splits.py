@@ -8,8 +8,13 @@ from torch import Tensor
 from unbackdoor.errors import ConfigError, InputError
 from unbackdoor.types import Images
 
+POOL_FRACTION = 0.05  # share of every class that is kept out of all training, for defenders
+SPLIT_SEED = 0  # one split for all, so that a defender's images are never in any training set
 
-def reserve(images: Images, *, fraction: float = 0.05, seed: int = 0) -> tuple[Images, Images]:
+
+def reserve(
+    images: Images, *, fraction: float = POOL_FRACTION, seed: int = SPLIT_SEED
+) -> tuple[Images, Images]:
     """Hold a share of every class out of training, as the pool that the defender draws from.
 
     Args:

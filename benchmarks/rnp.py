@@ -43,9 +43,9 @@ from unbackdoor import run as call
 from unbackdoor.attacks import AttackTruth, poison
 from unbackdoor.attacks.poison import stamped
 from unbackdoor.bench.judge import judge
-from unbackdoor.bench.victims import POOL_FRACTION, SPLIT_SEED, load_truth
+from unbackdoor.bench.victims import load_truth
 from unbackdoor.data.datasets import DataSet
-from unbackdoor.data.splits import draw_clean, reserve
+from unbackdoor.data.splits import POOL_FRACTION, draw_clean, reserve
 from unbackdoor.defenses.rnp import RNPConfig
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe, train
@@ -206,7 +206,7 @@ def find_victim(arguments: argparse.Namespace, data: DataSet, run: Run) -> tuple
     """Load the victim that is given, or train one for as many steps as it takes to know its task somewhat."""
     if arguments.victim is not None:
         return load_model(arguments.victim), load_truth(arguments.victim)
-    training, _ = reserve(data.train, fraction=POOL_FRACTION, seed=SPLIT_SEED)
+    training, _ = reserve(data.train)
     poisoned, truth = poison(training, "badnets", seed=0)
     # A tiny network on a tiny set needs more and smaller steps before it knows anything.
     batch = 32 if arguments.quick else 128
@@ -339,13 +339,13 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)  # of the plain version's shuffling and augmentation
 
-    # A defender's pool of 5 % must hold the clean images.
-    needed = max(20 * arguments.clean, 2_000)
+    # The defender's pool, a share of the training set, must hold the clean images.
+    needed = max(math.ceil(arguments.clean / POOL_FRACTION), 2_000)
     size = 16 if arguments.quick else 32
     data = find_data(arguments.data, train=needed, test=arguments.test_images, size=size)
     run = Run.create(seed=arguments.seed)
     model, truth = find_victim(arguments, data, run)
-    _, pool = reserve(data.train, fraction=POOL_FRACTION, seed=SPLIT_SEED)
+    _, pool = reserve(data.train)
     drawn = draw_clean(pool, count=arguments.clean, seed=arguments.seed)
     clean = CleanData.split(drawn, augmentation=data.augmentation, seed=arguments.seed)
     order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))

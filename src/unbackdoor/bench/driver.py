@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
@@ -16,7 +17,8 @@ from typing import Any
 from unbackdoor.bench.engines import Answer, Engine
 from unbackdoor.bench.store import Cell, Store
 
-_LOOK = 0.5  # seconds between two looks at the clock and at other drivers
+_LOOK = 0.5  # seconds between two looks at the clock
+_LOOK_AT_STORE = 5.0  # seconds between two looks at what other drivers did, while all slots are busy
 LOST = "its victim failed"
 
 
@@ -31,7 +33,7 @@ class Progress:
         started: When the driver began.
     """
 
-    counts: Mapping[str, int] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
     running: dict[str, tuple[str, str, float]] = field(default_factory=dict)
     finished: int = 0
     seconds: float = 0.0
@@ -74,32 +76,59 @@ def drive(
     progress = Progress()
     end = None if budget is None else time.monotonic() + budget
     running: dict[Future[Answer], Cell] = {}
-    names = {cell.key: name_of(labels) for cell, labels in reversed(store.members(label))}
+    members = store.members(label)
+    cells = {cell.key: cell for cell, _ in members}
+    names = {cell.key: name_of(labels) for cell, labels in reversed(members)}
+    asked = _asked(members, only)
+    states: Mapping[str, str] = {}
+    looked = -_LOOK_AT_STORE
     try:
         while True:
-            store.reclaim()
-            cells = {cell.key: cell for cell, _ in store.members(label)}
-            asked = _asked(store, label, only)
-            todo = [cells[key] for key in asked if cells[key].state == "waiting"]
-            _fail_orphans(store, todo, cells)
-            ready = [cell for cell in todo if cell.parent is None or cells[cell.parent].state == "done"]
             late = end is not None and time.monotonic() >= end
-            for cell in ready[: 0 if late else max(0, engine.slots - len(running))]:
-                if store.claim(cell.key):
-                    job = _job(cell, cells, place)
-                    running[engine.submit(job)] = cell
-                    progress.running[cell.key] = (names[cell.key], job["work"], time.monotonic())
-            progress.counts = store.counts(label)
+            if time.monotonic() - looked >= _LOOK_AT_STORE or len(running) < engine.slots:
+                looked = time.monotonic()
+                store.reclaim()
+                states = store.states(label)
+                _fail_orphans(store, asked, cells, states)
+                if not late:
+                    _start(store, engine, asked, cells, states, names, running, progress, place)
+            progress.counts = Counter({"waiting": 0, "running": 0, "done": 0, "failed": 0})
+            progress.counts.update(states.values())
             watch(progress)
-            if late or (not running and not _pending(asked, store)):
+            if late or (not running and not any(states[key] in ("waiting", "running") for key in asked)):
                 return not late
             done, _ = wait(running, timeout=_LOOK, return_when=FIRST_COMPLETED)
             if not running:
                 time.sleep(_LOOK)  # the rest is with other drivers
             for future in done:
                 _record(store, running.pop(future), future.result(), progress)
+            if done:
+                states = store.states(label)
     finally:
         store.release()
+
+
+def _start(
+    store: Store,
+    engine: Engine,
+    asked: Iterable[str],
+    cells: Mapping[str, Cell],
+    states: Mapping[str, str],
+    names: Mapping[str, str],
+    running: dict[Future[Answer], Cell],
+    progress: Progress,
+    place: Mapping[str, Any],
+) -> None:
+    """Claim ready cells in order until every slot has one."""
+    for key in asked:
+        if len(running) >= engine.slots:
+            return
+        cell = cells[key]
+        ready = states[key] == "waiting" and (cell.parent is None or states[cell.parent] == "done")
+        if ready and store.claim(key):
+            job = _job(store, cell, place)
+            running[engine.submit(job)] = cell
+            progress.running[key] = (names[key], job["work"], time.monotonic())
 
 
 def name_of(labels: Mapping[str, Any]) -> str:
@@ -112,10 +141,10 @@ def name_of(labels: Mapping[str, Any]) -> str:
     return "/".join(parts)
 
 
-def _asked(store: Store, label: str, only: str | None) -> list[str]:
+def _asked(members: Iterable[tuple[Cell, Mapping[str, Any]]], only: str | None) -> list[str]:
     """Return the keys that match, in order, each with its victim before it and none twice."""
     keys: dict[str, None] = {}
-    for cell, labels in store.members(label):
+    for cell, labels in members:
         name = name_of(labels)
         if only is None or fnmatchcase(name, only) or fnmatchcase(name, f"*{only}*"):
             if cell.parent is not None:
@@ -124,23 +153,23 @@ def _asked(store: Store, label: str, only: str | None) -> list[str]:
     return list(keys)
 
 
-def _pending(keys: Iterable[str], store: Store) -> bool:
-    return any(cell is not None and cell.state in ("waiting", "running") for cell in map(store.get, keys))
+def _fail_orphans(
+    store: Store, asked: Iterable[str], cells: Mapping[str, Cell], states: Mapping[str, str]
+) -> None:
+    for key in asked:
+        parent = cells[key].parent
+        orphan = states[key] == "waiting" and parent is not None and states[parent] == "failed"
+        if orphan and store.claim(key):
+            store.fail(key, LOST, seconds=0.0)
 
 
-def _fail_orphans(store: Store, todo: Iterable[Cell], cells: Mapping[str, Cell]) -> None:
-    for cell in todo:
-        if cell.parent is not None and cells[cell.parent].state == "failed" and store.claim(cell.key):
-            store.fail(cell.key, LOST, seconds=0.0)
-
-
-def _job(cell: Cell, cells: Mapping[str, Cell], place: Mapping[str, Any]) -> dict[str, Any]:
-    parent = cells[cell.parent].result if cell.parent is not None else None
+def _job(store: Store, cell: Cell, place: Mapping[str, Any]) -> dict[str, Any]:
+    parent = store.get(cell.parent) if cell.parent is not None else None
     return {
         "key": cell.key,
         "kind": cell.kind,
         "spec": dict(cell.spec),
-        "victim": None if parent is None else dict(parent),
+        "victim": None if parent is None or parent.result is None else dict(parent.result),
         "work": uuid.uuid4().hex,
         "place": dict(place),
     }

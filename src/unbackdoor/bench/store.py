@@ -175,6 +175,13 @@ class Store:
         row = self._db.execute("SELECT * FROM cell WHERE key = ?", (key,)).fetchone()
         return None if row is None else _cell(row)
 
+    def states(self, label: str) -> dict[str, State]:
+        """Return the state of every cell of a suite by key; much cheaper than :meth:`members`."""
+        rows = self._db.execute(
+            "SELECT DISTINCT key, state FROM member JOIN cell USING (key) WHERE suite = ?", (label,)
+        )
+        return {row["key"]: row["state"] for row in rows}
+
     def counts(self, label: str) -> dict[str, int]:
         """Return how many cells of a suite are in each state."""
         rows = self._db.execute(

@@ -1,0 +1,143 @@
+"""The driver against an engine that answers at once, never, or with failure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unbackdoor.bench.driver import LOST, drive
+from unbackdoor.bench.results import differences, rows_of, summarise
+from unbackdoor.bench.store import Store
+
+RATES = {"acc": 0.9, "asr": 1.0, "ra": 0.0}
+LABELS = {
+    "suite": "demo", "version": 1, "dataset": "digits", "architecture": "small_cnn", "width": 8.0,
+    "recipe": "plain", "attack": "badnets", "poison_rate": 0.1, "target": 0, "victim_seed": 0,
+}  # fmt: skip
+
+
+def opened(folder: Path, repairs: int = 3) -> Store:
+    store = Store(folder)
+    victim = {"key": "v" * 64, "kind": "victim", "spec": {}, "parent": None}
+    entries: list[tuple[dict[str, Any], dict[str, Any]]] = [(victim, LABELS)]
+    for n in range(repairs):
+        cell = {"key": f"{n:064x}", "kind": "repair", "spec": {"n": n}, "parent": "v" * 64}
+        more = {"defense": "ft", "preset": "default", "selection": "held-out clean"}
+        entries.append((cell, {**LABELS, **more, "clean_images": 10, "defender_seed": n}))
+    store.register("demo-v1", "x", "", entries)
+    return store
+
+
+class Fake:
+    """Answers in the calling thread; keeps what it was asked."""
+
+    def __init__(self, answer: Callable[[dict[str, Any]], dict[str, Any] | None], slots: int = 2) -> None:
+        self.slots, self.answer, self.jobs = slots, answer, []  # type: ignore[var-annotated]
+
+    def submit(self, job: dict[str, Any]) -> Future[dict[str, Any]]:
+        self.jobs.append(job)
+        future: Future[dict[str, Any]] = Future()
+        answer = self.answer(job)
+        if answer is not None:
+            future.set_result({"seconds": 1.0, "log": "", **answer})
+        return future
+
+    def close(self) -> None:
+        pass
+
+
+def fine(job: dict[str, Any]) -> dict[str, Any]:
+    if job["kind"] == "victim":
+        return {"result": {"scores": RATES}}
+    return {"result": {"scores": {**RATES, "asr": 0.1}, "der": 0.95, "seconds": 2.0}}
+
+
+def test_everything_is_done_victims_first_and_once(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        engine = Fake(fine)
+        assert drive(store, "demo-v1", engine, {"store": "x"})
+        assert [job["kind"] for job in engine.jobs] == ["victim", "repair", "repair", "repair"]
+        assert engine.jobs[1]["victim"] == {"scores": RATES}
+        assert store.counts("demo-v1")["done"] == 4
+        again = Fake(fine)
+        assert drive(store, "demo-v1", again, {})
+        assert again.jobs == []
+
+
+def test_a_failed_victim_fails_its_repairs_with_the_reason(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        assert drive(store, "demo-v1", Fake(lambda job: {"error": "MethodFailed: no luck"}), {})
+        rows = rows_of(store, "demo-v1")
+        assert [row.error for row in rows] == [LOST] * 3
+        assert store.retry("demo-v1") == 4
+        assert drive(store, "demo-v1", Fake(fine), {})
+        assert [row.error for row in rows_of(store, "demo-v1")] == [None] * 3
+
+
+def test_a_failed_repair_is_a_row_beside_the_others(tmp_path: Path) -> None:
+    def sometimes(job: dict[str, Any]) -> dict[str, Any]:
+        return {"error": "boom"} if job["spec"].get("n") == 1 else fine(job)
+
+    with opened(tmp_path) as store:
+        assert drive(store, "demo-v1", Fake(sometimes), {})
+        rows = rows_of(store, "demo-v1")
+        assert [row.error for row in rows] == [None, "boom", None]
+        assert rows[1].acc is None
+        (summary,) = summarise(rows)
+        assert (summary.failed, summary.asr.n, summary.asr.value) == (1, 2, pytest.approx(0.1))
+
+
+@pytest.mark.parametrize(
+    ("only", "jobs"), [("*/badnets/ft", 4), ("ft", 4), ("nothing", 0), ("digits/*/badnets", 4)]
+)
+def test_only_what_matches_runs_with_its_victim(tmp_path: Path, only: str, jobs: int) -> None:
+    with opened(tmp_path) as store:
+        engine = Fake(fine)
+        assert drive(store, "demo-v1", engine, {}, only=only)
+        assert len(engine.jobs) == jobs
+
+
+def test_the_budget_ends_a_run_and_gives_back_what_runs(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        assert not drive(store, "demo-v1", Fake(lambda job: None), {}, budget=0.3)
+        assert store.counts("demo-v1") == {"waiting": 4, "running": 0, "done": 0, "failed": 0}
+
+
+def test_ctrl_c_gives_back_what_runs(tmp_path: Path) -> None:
+    def interrupt(progress: object) -> None:
+        raise KeyboardInterrupt
+
+    with opened(tmp_path) as store:
+        with pytest.raises(KeyboardInterrupt):
+            drive(store, "demo-v1", Fake(lambda job: None), {}, watch=interrupt)
+        assert store.counts("demo-v1")["running"] == 0
+
+
+def test_two_drivers_share_and_nothing_is_done_twice(tmp_path: Path) -> None:
+    engines = [Fake(fine, slots=1), Fake(fine, slots=1)]
+    opened(tmp_path, repairs=12).close()
+
+    def one_driver(engine: Fake) -> bool:
+        with Store(tmp_path) as store:
+            return drive(store, "demo-v1", engine, {})
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(one_driver, engines)) == [True, True]
+    keys = [job["key"] for engine in engines for job in engine.jobs]
+    assert len(keys) == len(set(keys)) == 13
+
+
+def test_differences_are_found_by_experiment(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        drive(store, "demo-v1", Fake(fine), {})
+        rows = rows_of(store, "demo-v1")
+    assert differences(rows, rows) == []
+    other = [rows[0].model_copy(update={"asr": 0.2}), rows[1]]
+    changed, gone = differences(rows, other)
+    assert changed.columns == {"asr": (0.1, 0.2)}
+    assert gone.kind == "only in A"
+    assert differences(rows[:1], other[:1], tolerance=0.2) == []

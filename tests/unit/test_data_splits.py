@@ -103,13 +103,25 @@ def test_the_remainder_goes_to_classes_chosen_by_the_seed() -> None:
     assert len(chosen) > 1 and all(sorted(counts) == [1, 1, 1, 2, 2] for counts in chosen)
 
 
-@pytest.mark.parametrize("amount", [{"per_class": 4}, {"count": 8}])
-def test_fewer_than_asked_for(amount: dict[str, int]) -> None:
+def test_fewer_of_a_class_than_asked_for() -> None:
     with pytest.raises(
         InputError,
         match=r"'c1' has too few images \(numbered, label 1\): expected at least 4, got 3\. Ask for fewer",
     ):
-        draw_clean(numbered([9, 3]), **amount)
+        draw_clean(numbered([9, 3]), per_class=4)
+
+
+def test_fewer_in_all_than_asked_for() -> None:
+    with pytest.raises(InputError, match=r"too few images \(numbered\): expected at least 13, got 12\. Ask"):
+        draw_clean(numbered([9, 3]), count=13)
+
+
+def test_what_small_classes_lack_comes_evenly_from_the_others() -> None:
+    assert draw_clean(numbered([9, 3]), count=8).truth.bincount().tolist() == [5, 3]
+    counts = draw_clean(numbered([1, 2, 9, 9, 9]), count=20).truth.bincount().tolist()
+    assert counts[:2] == [1, 2]
+    assert sorted(counts[2:]) == [5, 6, 6]
+    assert len(draw_clean(numbered([9, 3]), count=12)) == 12
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def draw_clean(
     Args:
         pool: Labelled images that no model was trained on.
         count: Images in total, at least 1; ``count // K`` of each class, and one more of classes chosen by
-            the seed.
+            the seed. What a small class lacks is drawn from the others, as evenly as they allow.
         per_class: Images of each class, at least 1.
         fraction: Share of each class in (0, 1], at least one image.
         seed: Seed of the draw.
@@ -71,7 +71,7 @@ def draw_clean(
 
     Raises:
         ConfigError: If not exactly one of the three amounts is given, or it is out of range.
-        InputError: If a class has fewer images than asked for.
+        InputError: If a class, or for ``count`` the whole pool, has fewer images than asked for.
 
     Example:
         >>> images = Images(torch.zeros(40, 1, 2, 2, dtype=torch.uint8), torch.arange(40) % 2, ("a", "b"))
@@ -85,6 +85,7 @@ def draw_clean(
         wanted = [count // pool.classes] * pool.classes
         for k in torch.randperm(pool.classes, generator=generator)[: count % pool.classes].tolist():
             wanted[k] += 1
+        wanted = _as_balanced_as_possible(wanted, [len(rows) for rows in by_class], pool, generator)
     elif per_class is not None:
         wanted = [per_class] * pool.classes
     else:
@@ -96,6 +97,28 @@ def draw_clean(
             raise _too_few(pool, k, number, len(rows), "Ask for fewer images, or give a larger pool")
         drawn.append(_some(rows, number, generator))
     return pool.subset(torch.cat(drawn).sort().values, name=f"{pool.name} (clean)")
+
+
+def _as_balanced_as_possible(
+    wanted: list[int], there: list[int], pool: Images, generator: torch.Generator
+) -> list[int]:
+    if sum(wanted) > sum(there):
+        raise InputError(
+            "there are too few images",
+            expected=f"at least {sum(wanted)}",
+            got=sum(there),
+            where=pool.name,
+            remedy="Ask for fewer images, or give a larger pool",
+        )
+    taken = [min(number, held) for number, held in zip(wanted, there, strict=True)]
+    lacking = sum(wanted) - sum(taken)
+    while lacking:
+        # One round gives every class that still has images one more, in an order that the seed draws.
+        for k in torch.randperm(len(there), generator=generator).tolist():
+            if lacking and taken[k] < there[k]:
+                taken[k] += 1
+                lacking -= 1
+    return taken
 
 
 def _require_one(count: int | None, per_class: int | None, fraction: float | None) -> None:

@@ -16,6 +16,16 @@ from unbackdoor.errors import InputError
 
 _HASH_CHUNK = 1 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+def _ordinary_mode() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+# Read once, because reading it means setting it. Some writers make files that only their owner can read.
+_MODE = _ordinary_mode()
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -46,6 +56,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield draft
+        draft.chmod(_MODE)
         _sync(draft)
         draft.replace(path)
         _sync_folder(path.parent)

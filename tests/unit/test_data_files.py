@@ -97,3 +97,12 @@ def test_sha256_file(tmp_path: Path) -> None:
     (tmp_path / "abc").write_bytes(b"abc")
     # FIPS 180-2, appendix B.1.
     assert sha256_file(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_file_can_be_read_by_whom_the_user_lets(tmp_path: Path) -> None:
+    with atomic_write(tmp_path / "plain") as draft:
+        draft.write_text("x")
+        draft.chmod(0o600)  # as some writers leave it
+    other = tmp_path / "other"
+    other.write_text("x")
+    assert (tmp_path / "plain").stat().st_mode == other.stat().st_mode

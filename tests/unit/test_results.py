@@ -1,0 +1,56 @@
+"""Committed numbers: every page is what its rows say, and the rows are whole."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from unbackdoor.bench.rows import read_rows
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def foundation() -> ModuleType:
+    """The script that makes the page, imported by its file."""
+    spec = importlib.util.spec_from_file_location("foundation", ROOT / "scripts" / "foundation.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_foundation_page_is_made_from_its_rows(foundation: ModuleType) -> None:
+    rows = read_rows(foundation.RESULTS)
+    assert foundation.PAGE.read_text(encoding="utf-8") == foundation.render(rows)
+
+
+def test_the_foundation_rows_are_whole(foundation: ModuleType) -> None:
+    rows = read_rows(foundation.RESULTS)
+    found = {(row.attack, row.defense, row.preset, row.defender_seed) for row in rows}
+    wanted = {
+        (attack, defense, preset, seed)
+        for attack in foundation.ATTACKS
+        for defense, preset in foundation.DEFENSES
+        for seed in foundation.DEFENDER_SEEDS
+    }
+    assert found == wanted
+    assert len(rows) == len(wanted)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "results").glob("*.jsonl")), ids=lambda f: f.stem)
+def test_rates_are_rates_and_der_follows_from_them(file: Path) -> None:
+    for row in read_rows(file):
+        rates = [row.acc, row.asr, row.ra, row.acc_before, row.asr_before, row.ra_before]
+        assert all(rate is None or 0 <= rate <= 1 for rate in rates)
+        assert (row.acc is None) == (row.error is not None)
+        if row.asr is None or row.asr_before is None or row.acc is None or row.acc_before is None:
+            continue
+        assert row.ra is not None
+        assert row.asr + row.ra <= 1 + 1e-9
+        der = (max(0, row.asr_before - row.asr) - max(0, row.acc_before - row.acc) + 1) / 2
+        assert row.der == pytest.approx(der)

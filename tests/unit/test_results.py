@@ -54,3 +54,13 @@ def test_rates_are_rates_and_der_follows_from_them(file: Path) -> None:
         assert row.asr + row.ra <= 1 + 1e-9
         der = (max(0, row.asr_before - row.asr) - max(0, row.acc_before - row.acc) + 1) / 2
         assert row.der == pytest.approx(der)
+
+
+def test_the_measured_table_is_made_from_its_records() -> None:
+    spec = importlib.util.spec_from_file_location("render", ROOT / "benchmarks" / "render.py")
+    assert spec is not None
+    assert spec.loader is not None
+    render = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(render)
+    page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    assert page == render.readme(page, ROOT / "benchmarks" / "measured")

@@ -133,7 +133,7 @@ def summarise(rows: Iterable[Row]) -> list[Summary]:
 
 
 def _summary(defense: str, selection: str, clean_images: int, rows: list[Row]) -> Summary:
-    fine = [row for row in rows if row.error is None]
+    fine = [row for row in rows if row.error is None and row.acc is not None]
     took = [row for row in fine if row.asr is not None and WEAK not in row.flags]
     clean = [row for row in fine if row.attack == "none"]
     return Summary(
@@ -152,7 +152,8 @@ def _summary(defense: str, selection: str, clean_images: int, rows: list[Row]) -
 
 
 def _lost(row: Row) -> float:
-    return (row.acc_before or 0.0) - (row.acc or 0.0)
+    assert row.acc is not None  # rows without one were left out
+    return (row.acc if row.acc_before is None else row.acc_before) - row.acc
 
 
 @dataclass(frozen=True)

@@ -192,6 +192,35 @@ def export(
     say(f"{len(rows)} rows: {file}")
 
 
+@bench.command("report")
+def report(
+    suite: Annotated[str, typer.Argument(help="Label of a suite in the store, or a .jsonl file of rows.")],
+    out: Annotated[Path, typer.Option(help="Folder of index.html and report.md.")] = Path("bench-report"),
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="Published numbers to lay beside ours, as a .csv file.", show_default=False),
+    ] = None,
+    store: StoreFolder = STORE,
+) -> None:
+    """Render the rows of a suite as one HTML page that loads nothing, and as Markdown."""
+    from unbackdoor.report.charts import require_charts
+
+    require_charts()
+    from unbackdoor import __version__
+    from unbackdoor.bench.reference import read_published
+    from unbackdoor.report.bench import bench_report
+    from unbackdoor.report.page import write_page
+
+    published = read_published(reference) if reference else None
+    rows = _rows(suite, store)
+    made = bench_report(
+        rows, published=published, colophon=f"Made by unbackdoor {__version__} of {len(rows):,} rows."
+    )
+    for file, text in ((out / "index.html", made.html()), (out / "report.md", made.markdown())):
+        write_page(file, text)
+        say(file)
+
+
 @bench.command("diff")
 def diff(
     a: Annotated[str, typer.Argument(help="Label of a suite in the store, or a .jsonl file.")],

@@ -1,0 +1,50 @@
+"""Write the measured table of the README from the records in ``benchmarks/measured/``.
+
+python benchmarks/render.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+HERE = Path(__file__).parent
+MARK = "## Measured\n"
+
+
+def table(folder: Path) -> str:
+    """Return the table of all records, with the machines they were made on."""
+    lines = ["| benchmark | ratio | median | low | high | pairs |", "|---|---|---:|---:|---:|---:|"]
+    machines = set()
+    for file in sorted(folder.glob("*.json")):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        name = f"{record['benchmark']}: {record['subject']}"
+        for label, ratio in record["ratios"].items():
+            cells = [f"{ratio[key]:.2f}" for key in ("median", "low", "high")]
+            lines.append("| " + " | ".join([name, label, *cells, str(len(ratio["pairs"]))]) + " |")
+            name = ""
+        m = record["machine"]
+        bf16 = "native bf16" if m["native_bf16"] else "no native bf16"
+        machines.add(
+            f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['memory_gib']} GiB, {bf16}, "
+            f"torch {m['torch']}, Python {m['python']}"
+        )
+    return "\n".join([*lines, "", "Measured on: " + "; ".join(sorted(machines)) + "."])
+
+
+def readme(text: str, folder: Path) -> str:
+    """Return the README with its last section made anew."""
+    head, found, _ = text.partition(MARK)
+    assert found, "the README has lost its section of measurements"
+    note = "Made by `python benchmarks/render.py` from `measured/`. Do not edit."
+    return f"{head}{MARK}\n{note}\n\n{table(folder)}\n"
+
+
+def main() -> None:
+    """Write the README."""
+    file = HERE / "README.md"
+    file.write_text(readme(file.read_text(encoding="utf-8"), HERE / "measured"), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

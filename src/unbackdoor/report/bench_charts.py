@@ -1,0 +1,147 @@
+"""The charts of a benchmark: what a defense leaves of the attack, what it costs, and what more images buy."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from unbackdoor.report.charts import _FONT, _GRID, _INK, _SERIES, _inline, require_charts
+
+MOST = 24  # defenses in one chart; more cannot be told apart
+# Seven shapes and six colours: 42 pairs before one comes again.
+_SHAPES = "osD^vPX"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How a defense is drawn, the same in every chart of a page.
+
+    Attributes:
+        name: In the legend.
+        place: Decides shape and colour.
+        hollow: For what was chosen with the truth.
+    """
+
+    name: str
+    place: int
+    hollow: bool
+
+
+def scatter(points: Mapping[Mark, tuple[float, float]], *, title: str, key: str) -> Markup:
+    """Return an ``<svg>`` of ACC against ASR, one mark for each defense.
+
+    Args:
+        points: For each defense its ASR and ACC in 0..1.
+        title: What the chart shows, for those who cannot see it.
+        key: Makes the identifiers inside the picture unique in the page.
+
+    Raises:
+        MissingExtra: If matplotlib is not installed.
+    """
+
+    def draw(axes: Any) -> None:
+        for mark, (asr, acc) in points.items():
+            axes.plot([100 * asr], [100 * acc], linestyle="none", clip_on=False, zorder=3, **_style(mark))
+        heights = [100 * acc for _, acc in points.values()]
+        low, high = min(heights), max(heights)
+        margin = max(1.0, 0.1 * (high - low))
+        axes.set_ylim(low - margin, high + margin)
+        _percent_axis(axes.xaxis)
+        axes.set_xlabel("ASR after the repair: lower is better")
+        axes.set_ylabel("ACC: higher is better")
+
+    return _drawn(draw, list(points), title, key)
+
+
+def over_budgets(lines: Mapping[Mark, Sequence[tuple[int, float]]], *, title: str, key: str) -> Markup:
+    """Return an ``<svg>`` of ASR against the number of clean images, one line for each defense.
+
+    Args:
+        lines: For each defense the number of clean images, at least 1, and the ASR in 0..1.
+        title: What the chart shows, for those who cannot see it.
+        key: Makes the identifiers inside the picture unique in the page.
+
+    Raises:
+        MissingExtra: If matplotlib is not installed.
+    """
+
+    def draw(axes: Any) -> None:
+        for mark, line in lines.items():
+            axes.plot(
+                [x for x, _ in line], [100 * y for _, y in line], linewidth=1.4, clip_on=False, **_style(mark)
+            )
+        budgets = sorted({x for line in lines.values() for x, _ in line})
+        axes.set_xscale("log")
+        axes.set_xticks(budgets, [f"{x:,}" for x in budgets])
+        axes.set_xticks([], minor=True)
+        _percent_axis(axes.yaxis)
+        axes.set_xlabel("clean images of the defender, logarithmic")
+        axes.set_ylabel("ASR after the repair")
+
+    return _drawn(draw, list(lines), title, key)
+
+
+def _style(mark: Mark) -> dict[str, Any]:
+    colour = _SERIES[mark.place % len(_SERIES)]
+    return {
+        "color": colour,
+        "marker": _SHAPES[mark.place % len(_SHAPES)],
+        "markersize": 7,
+        "markerfacecolor": "none" if mark.hollow else colour,
+        "markeredgecolor": colour,
+        # A label that begins with an underscore would be left out of the legend.
+        "label": "\u200b" + mark.name,
+    }
+
+
+def _percent_axis(axis: Any) -> None:
+    axis.axes.set(**{f"{axis.axis_name}lim": (-2, 102)})
+    axis.set_ticks(range(0, 101, 25), [f"{tick} %" for tick in range(0, 101, 25)])
+
+
+def _drawn(draw: Any, marks: Sequence[Mark], title: str, key: str) -> Markup:
+    require_charts()
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    settings: Any = {
+        "font.family": _FONT,
+        "font.size": 10,
+        "text.parse_math": False,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "unbackdoor",
+        "text.color": _INK,
+        "axes.labelcolor": _INK,
+        "xtick.color": _INK,
+        "ytick.color": _INK,
+    }
+    legend_rows = -(-len(marks) // 2)
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        # The texts stay texts: a letter that the measuring font lacks is the reader's font's to draw.
+        warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
+        figure = Figure(figsize=(4.6, 3.2 + 0.2 * legend_rows), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        draw(axes)
+        axes.yaxis.set_major_formatter(lambda value, place: f"{value:g} %")
+        axes.set_axisbelow(True)
+        axes.grid(color=_GRID, linewidth=0.8)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=9, handlelength=1.4)
+        buffer = io.StringIO()
+        figure.savefig(
+            buffer,
+            format="svg",
+            transparent=True,
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
+    svg = str(_inline(buffer.getvalue(), title))  # a str, because Markup escapes what is put into it
+    return Markup(re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{key}-", svg))

@@ -1,0 +1,45 @@
+(() => {
+  "use strict";
+  const collator = new Intl.Collator("en", { numeric: true });
+  const value = (row, at) => {
+    const cell = row.cells[at], key = cell.dataset.v;
+    return key === undefined ? cell.textContent.trim() : key === "" ? null : Number(key);
+  };
+  const compare = (a, b) => typeof a === "number" && typeof b === "number" ? a - b : collator.compare(a, b);
+
+  for (const table of document.querySelectorAll("table.sortable")) {
+    const body = table.tBodies[0], heads = [...table.tHead.rows[0].cells];
+    heads.forEach((head, at) => {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.append(...head.childNodes);
+      head.append(button);
+      button.addEventListener("click", () => {
+        const up = head.getAttribute("aria-sort") !== "ascending";
+        heads.forEach((other) => other.removeAttribute("aria-sort"));
+        head.setAttribute("aria-sort", up ? "ascending" : "descending");
+        const keyed = [...body.rows].map((row) => [value(row, at), row]);
+        keyed.sort(([a], [b]) => a === null || b === null
+          ? (a === null) - (b === null)
+          : up ? compare(a, b) : compare(b, a));
+        body.append(...keyed.map(([, row]) => row));
+      });
+    });
+  }
+
+  for (const line of document.querySelectorAll(".filter")) {
+    const rows = [...document.getElementById(line.dataset.table).tBodies[0].rows];
+    const texts = rows.map((row) => row.textContent.toLowerCase());
+    const told = line.querySelector("output");
+    line.hidden = false;
+    line.querySelector("input").addEventListener("input", (event) => {
+      const words = event.target.value.toLowerCase().split(/\s+/);
+      let shown = 0;
+      rows.forEach((row, at) => {
+        row.hidden = !words.every((word) => texts[at].includes(word));
+        shown += !row.hidden;
+      });
+      told.textContent = `${shown} of ${rows.length} rows`;
+    });
+  }
+})();

@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from statistics import fmean
 from textwrap import wrap
 from typing import Any
 
 import torch
 
 from unbackdoor.bench.repairs import commit_of, describe_device, peak_memory_mb, repair_and_judge
+from unbackdoor.bench.results import WEAK, summarise
 from unbackdoor.bench.rows import Row, read_rows, write_rows
 from unbackdoor.bench.victims import (
     ATTACK_TOOK,
@@ -122,7 +122,7 @@ def run_attack(attack: str, runs: Path, threads: int) -> None:
                     defense, model, truth, before, clean, data, repair_run, preset=preset
                 )
                 if before.asr.total and before.asr.value < ATTACK_TOOK:
-                    measured["flags"] = (*measured["flags"], "attack did not take")
+                    measured["flags"] = (*measured["flags"], WEAK)
                 rows.append(row.model_copy(update={**measured, "peak_mb": peak_memory_mb()}))
                 write_rows(rows_file, rows)
                 print(f"{attack} {defense} {preset} seed {seed}: {measured}")
@@ -191,26 +191,23 @@ def _means(rows: list[Row]) -> list[str]:
         "| defense | preset | rows | ACC lost | ASR | worst ASR | RA | DER | ACC lost, clean model |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
+    found = {summary.defense: summary for summary in summarise(rows)}
     for defense, preset in DEFENSES:
-        mine = [row for row in rows if (row.defense, row.preset) == (defense, preset)]
-        took = [row for row in mine if row.asr is not None and "attack did not take" not in row.flags]
-        clean = [row for row in mine if row.attack == "none" and row.acc is not None]
-        if not took:
+        summary = found.get(defense if preset == "default" else f"{defense}:{preset}")
+        if summary is None or not summary.asr.n:
             continue
-        lost = [(row.acc_before or 0) - (row.acc or 0) for row in took]
-        asr = [row.asr for row in took if row.asr is not None]
-        ra = [row.ra for row in took if row.ra is not None]
-        der = [row.der for row in took if row.der is not None]
-        lost_clean = [(row.acc_before or 0) - (row.acc or 0) for row in clean]
+        clean = summary.acc_lost_clean
         cells = [
             defense,
             preset,
-            str(len(took)),
-            _percent(fmean(lost)),
-            _percent(fmean(asr)),
-            _percent(max(asr)),
+            str(summary.asr.n),
+            _percent(summary.acc_lost.value),
+            _percent(summary.asr.value),
+            _percent(summary.asr.worst),
+            _percent(summary.ra.value),
+            f"{summary.der.value:.3f}",
+            _percent(clean.value) if clean.n else "",
         ]
-        cells += [_percent(fmean(ra)), f"{fmean(der):.3f}", _percent(fmean(lost_clean)) if lost_clean else ""]
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
 

@@ -13,15 +13,20 @@ from unbackdoor.bench.rows import read_rows
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def foundation() -> ModuleType:
-    """The script that makes the page, imported by its file."""
-    spec = importlib.util.spec_from_file_location("foundation", ROOT / "scripts" / "foundation.py")
+def imported(file: Path) -> ModuleType:
+    """Import a script, which stands in no package, by its file."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def foundation() -> ModuleType:
+    """The script that makes the page."""
+    return imported(ROOT / "scripts" / "foundation.py")
 
 
 def test_the_foundation_page_is_made_from_its_rows(foundation: ModuleType) -> None:
@@ -57,10 +62,6 @@ def test_rates_are_rates_and_der_follows_from_them(file: Path) -> None:
 
 
 def test_the_measured_table_is_made_from_its_records() -> None:
-    spec = importlib.util.spec_from_file_location("render", ROOT / "benchmarks" / "render.py")
-    assert spec is not None
-    assert spec.loader is not None
-    render = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(render)
+    render = imported(ROOT / "benchmarks" / "render.py")
     page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     assert page == render.readme(page, ROOT / "benchmarks" / "measured")

@@ -11,13 +11,23 @@ import ast
 import hashlib
 import inspect
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
+from itertools import product
 from typing import Any
 
 import torch
 
-from unbackdoor.bench.suites import Suite, architecture, attack_options
+from unbackdoor.bench.suites import (
+    AttackEntry,
+    ModelEntry,
+    RecipeEntry,
+    Suite,
+    architecture,
+    attack_options,
+)
 from unbackdoor.data.datasets import DataSet
 from unbackdoor.data.splits import draw_clean, reserve
 from unbackdoor.engine.training import recipe_named
@@ -60,16 +70,20 @@ def address(spec: Mapping[str, Any]) -> str:
 
 def code_version(part: Part[Any]) -> str:
     """Return a hash of a part's module that comments, layout and documentation do not change."""
-    module = inspect.getmodule(part.function)
-    assert module is not None
-    tree = ast.parse(inspect.getsource(module))
+    return _code_version(part.function.__module__, part.version)
+
+
+@cache
+def _code_version(module: str, version: int) -> str:
+    # Remembered: a suite asks once for every cell, and parsing takes milliseconds.
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
     for node in ast.walk(tree):
         if (
             isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
             and ast.get_docstring(node) is not None
         ):
             node.body = node.body[1:] or [ast.Pass()]
-    return hashlib.sha256(f"{part.version}:{ast.dump(tree)}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{version}:{ast.dump(tree)}".encode()).hexdigest()[:16]
 
 
 def plan(suite: Suite, data: Mapping[str, DataSet]) -> list[Planned]:
@@ -96,41 +110,51 @@ def _cells(suite: Suite, data: Mapping[str, DataSet]) -> Iterator[Planned]:
     }
     for entry in suite.data:
         prints = [data[entry.name].train.fingerprint(), data[entry.name].test.fingerprint()]
-        for model in suite.model:
-            for width in model.widths:
-                for recipe in suite.recipe:
-                    for attack in suite.attack:
-                        for options in attack_options(attack):
-                            for seed in attack.seeds:
-                                part = ATTACKS[attack.name]
-                                config = part.configure(options).model_dump()
-                                spec = {
-                                    **shared,
-                                    "kind": "victim",
-                                    "dataset": entry.name,
-                                    "data_sha256": prints,
-                                    "architecture": canonical(architecture(model, width)),
-                                    "recipe": recipe_named(recipe.name, **recipe.changes).model_dump(),
-                                    "attack": attack.name,
-                                    "options": config,
-                                    "attack_code": code_version(part),
-                                    "seed": seed,
-                                }
-                                labels = {
-                                    "suite": suite.name,
-                                    "version": suite.version,
-                                    "dataset": entry.name,
-                                    "architecture": model.architecture,
-                                    "width": width,
-                                    "recipe": recipe.name if not recipe.changes else f"{recipe.name}*",
-                                    "attack": attack.name,
-                                    "poison_rate": config["poison_rate"],
-                                    "target": None if attack.name == "none" else config["target"],
-                                    "victim_seed": seed,
-                                }
-                                victim = Planned(address(spec), "victim", spec, None, labels)
-                                yield victim
-                                yield from _repairs(suite, shared, victim)
+        for model, width, recipe, attack, options, seed in _victims(suite):
+            part = ATTACKS[attack.name]
+            config = part.configure(options).model_dump()
+            spec = {
+                **shared,
+                "kind": "victim",
+                "dataset": entry.name,
+                "data_sha256": prints,
+                "architecture": canonical(architecture(model, width)),
+                "recipe": recipe_named(recipe.name, **recipe.changes).model_dump(),
+                "attack": attack.name,
+                "options": config,
+                "attack_code": code_version(part),
+                "seed": seed,
+            }
+            labels = {
+                "suite": suite.name,
+                "version": suite.version,
+                "dataset": entry.name,
+                "architecture": model.architecture,
+                "width": width,
+                "recipe": recipe.name if not recipe.changes else f"{recipe.name}*",
+                "attack": attack.name,
+                "poison_rate": config["poison_rate"],
+                "target": None if attack.name == "none" else config["target"],
+                "victim_seed": seed,
+            }
+            victim = Planned(address(spec), "victim", spec, None, labels)
+            yield victim
+            yield from _repairs(suite, shared, victim)
+
+
+def _victims(
+    suite: Suite,
+) -> Iterator[tuple[ModelEntry, float, RecipeEntry, AttackEntry, dict[str, Any], int]]:
+    """Yield every combination of model, width, recipe, attack, options and seed, in the suite's order."""
+    networks = [(model, width) for model in suite.model for width in model.widths]
+    attacks = [
+        (attack, options, seed)
+        for attack in suite.attack
+        for options in attack_options(attack)
+        for seed in attack.seeds
+    ]
+    for (model, width), recipe, (attack, options, seed) in product(networks, suite.recipe, attacks):
+        yield model, width, recipe, attack, options, seed
 
 
 def _repairs(suite: Suite, shared: Mapping[str, Any], victim: Planned) -> Iterator[Planned]:

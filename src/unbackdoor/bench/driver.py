@@ -30,14 +30,12 @@ class Progress:
         counts: Cells by state.
         running: Labels of the running cells, with the name of their work folder and their start.
         finished: Cells finished by this driver, and their summed seconds.
-        started: When the driver began.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     running: dict[str, tuple[str, str, float]] = field(default_factory=dict)
     finished: int = 0
     seconds: float = 0.0
-    started: float = field(default_factory=time.monotonic)
 
     def left_seconds(self, slots: int) -> float | None:
         """Estimate the time left from the mean of the finished cells, or None before the first."""

@@ -46,29 +46,6 @@ class VictimSpec:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Victim:
-    """A trained victim.
-
-    Attributes:
-        model: On the CPU, in evaluation mode; its card says nothing about the attack.
-        truth: The attack.
-        scores: ACC, ASR and RA on the test set.
-        seconds: Wall time of the training.
-    """
-
-    model: Classifier
-    truth: AttackTruth
-    scores: Scores
-    seconds: float
-
-    @property
-    def flags(self) -> tuple[str, ...]:
-        """``attack did not take`` where there is no backdoor to remove."""
-        attacked = self.scores.asr.total > 0
-        return ("attack did not take",) if attacked and self.scores.asr.value < ATTACK_TOOK else ()
-
-
 def train_victim(
     spec: VictimSpec, data: DataSet, run: Run, *, checkpoint: Path | None = None, label: str = "training"
 ) -> tuple[Classifier, AttackTruth]:

@@ -65,3 +65,13 @@ def test_the_measured_table_is_made_from_its_records() -> None:
     render = imported(ROOT / "benchmarks" / "render.py")
     page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     assert page == render.readme(page, ROOT / "benchmarks" / "measured")
+
+
+@pytest.mark.parametrize("attack", ["badnets", "blended", "wanet", "sig", "none"])
+def test_the_training_page_quotes_its_rows(attack: str) -> None:
+    row = next(row for row in read_rows(ROOT / "results" / "foundation.jsonl") if row.attack == attack)
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").lower()
+    line = next(line for line in page.splitlines() if line.startswith(f"| {attack}"))
+    assert row.acc_before is not None
+    assert f"| {100 * row.acc_before:.2f} % |" in line
+    assert (f"| {100 * row.asr_before:.2f} % |" in line) if row.asr_before is not None else ("| | " in line)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from unbackdoor.report.charts import _FONT, _GRID, _INK, _SERIES, _inline, require_charts
+from unbackdoor.report.charts import SERIES, drawn
 
 MOST = 24  # defenses in one chart; more cannot be told apart
 # Seven shapes and six colours: 42 pairs before one comes again.
@@ -88,7 +87,7 @@ def over_budgets(lines: Mapping[Mark, Sequence[tuple[int, float]]], *, title: st
 
 
 def _style(mark: Mark) -> dict[str, Any]:
-    colour = _SERIES[mark.place % len(_SERIES)]
+    colour = SERIES[mark.place % len(SERIES)]
     return {
         "color": colour,
         "marker": _SHAPES[mark.place % len(_SHAPES)],
@@ -106,42 +105,15 @@ def _percent_axis(axis: Any) -> None:
 
 
 def _drawn(draw: Any, marks: Sequence[Mark], title: str, key: str) -> Markup:
-    require_charts()
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    settings: Any = {
-        "font.family": _FONT,
-        "font.size": 10,
-        "text.parse_math": False,
-        "svg.fonttype": "none",
-        "svg.hashsalt": "unbackdoor",
-        "text.color": _INK,
-        "axes.labelcolor": _INK,
-        "xtick.color": _INK,
-        "ytick.color": _INK,
-    }
-    legend_rows = -(-len(marks) // 2)
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
-        # The texts stay texts: a letter that the measuring font lacks is the reader's font's to draw.
-        warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
-        figure = Figure(figsize=(4.6, 3.2 + 0.2 * legend_rows), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
+    def with_percent(axes: Any) -> None:
         draw(axes)
         axes.yaxis.set_major_formatter(lambda value, place: f"{value:g} %")
-        axes.set_axisbelow(True)
-        axes.grid(color=_GRID, linewidth=0.8)
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-        figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=9, handlelength=1.4)
-        buffer = io.StringIO()
-        figure.savefig(
-            buffer,
-            format="svg",
-            transparent=True,
-            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-        )
-    svg = str(_inline(buffer.getvalue(), title))  # a str, because Markup escapes what is put into it
+
+    legend = {"loc": "outside lower left", "fontsize": 9, "handlelength": 1.4}
+    size = (4.6, 3.2 + 0.2 * -(-len(marks) // 2))  # two names a row of the legend
+    with warnings.catch_warnings():
+        # The texts stay texts: a letter that the measuring font lacks is the reader's font's to draw.
+        warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
+        chart = drawn(with_percent, size=size, title=title, grid="both", legend=legend)
+    svg = str(chart)  # a str, because Markup escapes what is put into it
     return Markup(re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{key}-", svg))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from markupsafe import Markup, escape
 
@@ -15,9 +15,9 @@ from unbackdoor.metrics import Rate
 
 # Drawn in stand-in colours that are replaced by variables of the style sheet, so that the chart follows
 # the reader's light or dark setting. No two of them are alike, and none is a colour anybody would choose.
-_INK, _GRID = "#010203", "#010204"
-_SERIES = ("#020301", "#020302", "#020303", "#020304", "#020305", "#020306")
-_VARIABLES = {_INK: "--ink", _GRID: "--line", **{c: f"--series-{i}" for i, c in enumerate(_SERIES, 1)}}
+INK, _GRID = "#010203", "#010204"
+SERIES = ("#020301", "#020302", "#020303", "#020304", "#020305", "#020306")
+_VARIABLES = {INK: "--ink", _GRID: "--line", **{c: f"--series-{i}" for i, c in enumerate(SERIES, 1)}}
 _FONT = "DejaVu Sans"  # comes with matplotlib, which has to measure the texts
 
 
@@ -53,29 +53,10 @@ def grouped_bars(groups: Sequence[str], series: Sequence[Series], *, title: str)
     Raises:
         MissingExtra: If matplotlib is not installed.
     """
-    require_charts()
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
 
-    settings: Any = {
-        "font.family": _FONT,
-        "font.size": 10,
-        "text.parse_math": False,
-        "svg.fonttype": "none",  # texts stay texts
-        "svg.hashsalt": "unbackdoor",  # the same chart is the same file
-        "text.color": _INK,
-        "axes.labelcolor": _INK,
-        "xtick.color": _INK,
-        "ytick.color": _INK,
-    }
-    # Without pyplot: no global figure, no backend of the user's choosing.
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(5.6, 3.3), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
+    def draw(axes: Any) -> None:
         width = 0.84 / len(series)
-        for place, (one, colour) in enumerate(zip(series, _SERIES, strict=False)):
+        for place, (one, colour) in enumerate(zip(series, SERIES, strict=False)):
             centres = [g + (place - (len(series) - 1) / 2) * width for g in range(len(groups))]
             values = [100 * r.value if r.total else 0.0 for r in one.rates]
             bars = axes.bar(centres, values, width * 0.92, color=colour, label=one.name)
@@ -84,7 +65,7 @@ def grouped_bars(groups: Sequence[str], series: Sequence[Series], *, title: str)
                 middle = bar.get_x() + bar.get_width() / 2
                 if not measured.total:
                     continue
-                axes.vlines(middle, low, high, color=_INK, linewidth=1)
+                axes.vlines(middle, low, high, color=INK, linewidth=1)
                 axes.annotate(
                     f"{value:.0f}",
                     (middle, high),
@@ -96,11 +77,58 @@ def grouped_bars(groups: Sequence[str], series: Sequence[Series], *, title: str)
         axes.set_xticks(range(len(groups)), groups)
         axes.set_ylim(0, 110)
         axes.set_yticks(range(0, 101, 25), [f"{tick} %" for tick in range(0, 101, 25)])
+
+    legend = {"loc": "outside upper left", "handlelength": 1, "handleheight": 1}
+    return drawn(draw, size=(5.6, 3.3), title=title, grid="y", legend=legend)
+
+
+def drawn(
+    draw: Callable[[Any], None],
+    *,
+    size: tuple[float, float],
+    title: str,
+    grid: Literal["x", "y", "both"],
+    legend: Mapping[str, Any],
+) -> Markup:
+    """Return an ``<svg>`` of one pair of axes in the style that all charts share.
+
+    Args:
+        draw: Puts the content onto the axes.
+        size: Width and height in inches.
+        title: What the chart shows, for those who cannot see it.
+        grid: Which lines to show.
+        legend: Place and form of the legend, as matplotlib's ``Figure.legend`` takes them.
+
+    Raises:
+        MissingExtra: If matplotlib is not installed.
+    """
+    require_charts()
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    settings: Any = {
+        "font.family": _FONT,
+        "font.size": 10,
+        "text.parse_math": False,
+        "svg.fonttype": "none",  # texts stay texts
+        "svg.hashsalt": "unbackdoor",  # the same chart is the same file
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+    }
+    # Without pyplot: no global figure, no backend of the user's choosing.
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        draw(axes)
         axes.set_axisbelow(True)
-        axes.grid(axis="y", color=_GRID, linewidth=0.8)
+        axes.grid(axis=grid, color=_GRID, linewidth=0.8)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-        figure.legend(loc="outside upper left", ncols=2, frameon=False, handlelength=1, handleheight=1)
+        figure.legend(ncols=2, frameon=False, **legend)
         buffer = io.StringIO()
         figure.savefig(
             buffer,

@@ -338,6 +338,8 @@ class ScanReport:
         errors: Checks that crashed, with the reason; any entry makes the report partial.
         skipped: Checks that were not run, with the reason.
         coverage: Checks that ran to their end.
+        seconds: Wall time of the scanner, filled in by the trusted caller.
+        method: Name, preset and options, filled in by the trusted caller.
     """
 
     verdict: Verdict
@@ -345,6 +347,8 @@ class ScanReport:
     errors: Mapping[str, str] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
     coverage: tuple[str, ...] = ()
+    seconds: float = 0.0
+    method: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def partial(self) -> bool:

@@ -7,45 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tiny import tiny_data
+from small_suite import TEXT, fake_data, written
 from unbackdoor.bench.cells import code_version, plan
 from unbackdoor.bench.suites import Suite, check_lock, find_suite, load_suite
-from unbackdoor.data.datasets import DataSet
 from unbackdoor.errors import ConfigError, InputError, IntegrityError
 from unbackdoor.registry import DEFENSES
 
 FOLDER = Path(__file__).parents[2] / "suites"
-TEXT = """
-name = "try"
-version = 1
-[[data]]
-name = "digits"
-[[model]]
-architecture = "small_cnn"
-widths = [4]
-[[attack]]
-name = "badnets"
-[[attack]]
-name = "none"
-[defender]
-clean_images = [4]
-seeds = [0, 1]
-[[defense]]
-name = "none"
-[[defense]]
-name = "rnp"
-presets = ["default", "reference"]
-"""
-
-
-def written(folder: Path, text: str = TEXT, name: str = "try-v1.toml") -> Path:
-    file = folder / name
-    file.write_text(text, encoding="utf-8")
-    return file
-
-
-def fake_data(each: int = 40) -> dict[str, DataSet]:
-    return {"digits": DataSet("digits", tiny_data(4 * each), tiny_data(40, seed=1), "none", (), ())}
 
 
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("*.toml")), ids=lambda f: f.stem)

@@ -1,8 +1,8 @@
 """Cells: the units of a benchmark, addressed by a hash of everything their result depends on.
 
-A victim is trained once and shared by all repairs, in this suite and in others. A repair depends on its
-victim, the defense with all options, and the defender's sample. A changed method has another hash and runs
-its own cells again, and nobody else's.
+A victim is trained once and shared by all repairs and scans, in this suite and in others. A repair or a scan
+depends on its victim, the method with all options, and the defender's sample. A changed method has another
+hash and runs its own cells again, and nobody else's.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from unbackdoor.data.splits import draw_clean, reserve
 from unbackdoor.engine.training import recipe_named
 from unbackdoor.errors import ConfigError, UnbackdoorError
 from unbackdoor.models.build import canonical
-from unbackdoor.registry import ATTACKS, DEFENSES, Part
+from unbackdoor.registry import ATTACKS, DEFENSES, SCANNERS, Part
 
 # Raised by hand when shared code (engine, data, models, judge) changes what any cell would measure.
 EPOCH = 1
@@ -45,9 +45,9 @@ class Planned:
 
     Attributes:
         key: Its address.
-        kind: ``victim`` or ``repair``.
+        kind: ``victim``, ``repair`` or ``scan``.
         spec: All that is needed to do it, JSON-ready.
-        parent: Address of the victim of a repair.
+        parent: Address of the victim of a repair or a scan.
         labels: The columns of its row that are known beforehand.
     """
 
@@ -139,7 +139,7 @@ def _cells(suite: Suite, data: Mapping[str, DataSet]) -> Iterator[Planned]:
             }
             victim = Planned(address(spec), "victim", spec, None, labels)
             yield victim
-            yield from _repairs(suite, shared, victim)
+            yield from _looks(suite, shared, victim)
 
 
 def _victims(
@@ -157,34 +157,47 @@ def _victims(
         yield model, width, recipe, attack, options, seed
 
 
-def _repairs(suite: Suite, shared: Mapping[str, Any], victim: Planned) -> Iterator[Planned]:
-    for count in suite.defender.clean_images:
-        for seed in suite.defender.seeds:
-            for defense in suite.defense:
-                part = DEFENSES[defense.name]
-                for preset in defense.presets:
-                    spec = {
-                        **shared,
-                        "kind": "repair",
-                        "victim": victim.key,
-                        "dataset": victim.spec["dataset"],
-                        "data_sha256": victim.spec["data_sha256"],
-                        "defense": defense.name,
-                        "options": part.configure(defense.options, preset=preset).model_dump(),
-                        "defense_code": code_version(part),
-                        "clean_images": count,
-                        "seed": seed,
-                        "selection": defense.selection,
-                    }
-                    labels = {
-                        **victim.labels,
-                        "defense": defense.name,
-                        "preset": preset if not defense.options else f"{preset}*",
-                        "selection": defense.selection,
-                        "clean_images": count,
-                        "defender_seed": seed,
-                    }
-                    yield Planned(address(spec), "repair", spec, victim.key, labels)
+def _looks(suite: Suite, shared: Mapping[str, Any], victim: Planned) -> Iterator[Planned]:
+    """Yield the repairs and scans of a victim, by what the defender owns."""
+    for count, seed in product(suite.defender.clean_images, suite.defender.seeds):
+        owned = {
+            **shared,
+            "victim": victim.key,
+            "dataset": victim.spec["dataset"],
+            "data_sha256": victim.spec["data_sha256"],
+            "clean_images": count,
+            "seed": seed,
+        }
+        labels = {**victim.labels, "clean_images": count, "defender_seed": seed}
+        for defense in suite.defense:
+            part = DEFENSES[defense.name]
+            for preset in defense.presets:
+                spec = {
+                    **owned,
+                    "kind": "repair",
+                    "defense": defense.name,
+                    "options": part.configure(defense.options, preset=preset).model_dump(),
+                    "defense_code": code_version(part),
+                    "selection": defense.selection,
+                }
+                if defense.choices:
+                    tables = [{**defense.options, **choice} for choice in defense.choices]
+                    spec["choices"] = [part.configure(t, preset=preset).model_dump() for t in tables]
+                named = {"defense": defense.name, "preset": preset if not defense.options else f"{preset}*"}
+                labelled = {**labels, **named, "selection": defense.selection}
+                yield Planned(address(spec), "repair", spec, victim.key, labelled)
+        for scanner in suite.scanner:
+            part = SCANNERS[scanner.name]
+            for preset in scanner.presets:
+                spec = {
+                    **owned,
+                    "kind": "scan",
+                    "scanner": scanner.name,
+                    "options": part.configure(scanner.options, preset=preset).model_dump(),
+                    "scanner_code": code_version(part),
+                }
+                named = {"scanner": scanner.name, "preset": preset if not scanner.options else f"{preset}*"}
+                yield Planned(address(spec), "scan", spec, victim.key, {**labels, **named})
 
 
 def _impossible(suite: Suite, data: Mapping[str, DataSet]) -> Iterator[str]:

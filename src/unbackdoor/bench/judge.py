@@ -5,6 +5,7 @@ The triggered test set is a function of the attack and its seed, made batch by b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -87,3 +88,17 @@ def rir(before: Scores, after: Scores) -> float | None:
     return robust_improvement(
         acc_before=before.acc.value, acc=after.acc.value, ra_before=before.ra.value, ra=after.ra.value
     )
+
+
+def judge_scan(verdict: str, classes: Sequence[int], truth: AttackTruth) -> dict[str, bool | None]:
+    """Say whether a scanner was right.
+
+    Returns:
+        ``right``: its verdict agrees with the truth, None where it left it undecided. ``target_found``: the
+        attacker's class is among those it suspects; None where there is no single such class.
+    """
+    there = truth.trigger.mapping != "none"
+    return {
+        "right": None if verdict == "undecided" else (verdict == "backdoor found") == there,
+        "target_found": truth.target in classes if truth.target is not None else None,
+    }

@@ -6,6 +6,7 @@ import platform
 import resource
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,19 @@ def describe_device(run: Run) -> str:
     return f"{name}, {torch.get_num_threads()} thread(s), {run.precision.name}"
 
 
-def commit_of(folder: Path) -> str:
-    """Return the commit of a checkout, with ``+`` where its source differs from it; empty outside of one."""
+@cache
+def running_commit() -> str:
+    """Return the commit of the code that runs; empty for an installed package that no checkout tracks."""
+    return commit_of(Path(__file__).parent, tracked=Path(__file__))
+
+
+def commit_of(folder: Path, *, tracked: Path | None = None) -> str:
+    """Return the commit of a checkout, with ``+`` where its source differs from it; empty outside of one.
+
+    Args:
+        folder: Inside the checkout.
+        tracked: A file that must belong to it, because an installed package may lie in somebody's checkout.
+    """
 
     def git(*words: str) -> str:
         done = subprocess.run(
@@ -85,8 +97,10 @@ def commit_of(folder: Path) -> str:
         return done.stdout.strip()
 
     try:
+        if tracked is not None:
+            git("ls-files", "--error-unmatch", str(tracked))
         return git("rev-parse", "--short=12", "HEAD") + (
-            "+" if git("status", "--porcelain", "--", "src") else ""
+            "+" if git("status", "--porcelain", "--", ":(top)src") else ""
         )
     except (OSError, subprocess.SubprocessError):
         return ""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from unbackdoor.bench.rows import Row
+from pydantic import BaseModel
+
+from unbackdoor.bench.rows import Row, ScanRow
 from unbackdoor.bench.store import Cell, Store
 from unbackdoor.bench.victims import ATTACK_TOOK
 from unbackdoor.errors import MissingExtra
@@ -19,41 +21,64 @@ WEAK = "attack did not take"
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
-def rows_of(store: Store, label: str, *, commit: str = "") -> list[Row]:
+def rows_of(store: Store, label: str) -> list[Row]:
     """Return one row for every finished or failed repair of a suite, in the suite's order."""
+    return [_row(*found) for found in _ended(store, label, "repair")]
+
+
+def scans_of(store: Store, label: str) -> list[ScanRow]:
+    """Return one row for every finished or failed scan of a suite, in the suite's order."""
+    return [_scan_row(*found) for found in _ended(store, label, "scan")]
+
+
+def _ended(store: Store, label: str, kind: str) -> Iterator[tuple[Cell, dict[str, Any], Cell]]:
+    """Yield the ended cells of a kind, each with the labels of its row and its victim."""
     members = store.members(label)
     victims = {cell.key: cell for cell, _ in members if cell.kind == "victim"}
-    return [
-        _row(cell, labels, victims[cell.parent], commit)
-        for cell, labels in members
-        if cell.kind == "repair" and cell.state in ("done", "failed") and cell.parent is not None
-    ]
+    for cell, labels in members:
+        if cell.kind == kind and cell.state in ("done", "failed") and cell.parent is not None:
+            yield cell, labels, victims[cell.parent]
 
 
-def _row(cell: Cell, labels: dict[str, Any], victim: Cell, commit: str) -> Row:
+def _row(cell: Cell, labels: dict[str, Any], victim: Cell) -> Row:
     before = victim.result["scores"] if victim.result else {}
     result = cell.result or {}
     after = result.get("scores", {})
-    flags = list(result.get("flags", []))
-    asr = before.get("asr")
-    if asr is not None and asr < ATTACK_TOOK:
-        flags.append(WEAK)
     return Row(
         **labels,
-        acc_before=before.get("acc"),
-        asr_before=asr,
         ra_before=before.get("ra"),
         acc=after.get("acc"),
         asr=after.get("asr"),
         ra=after.get("ra"),
         der=result.get("der"),
-        seconds=round(result["seconds"], 3) if result else None,
-        peak_mb=result.get("peak_mb"),
-        device=result.get("device", ""),
-        commit=commit,
-        flags=tuple(flags),
-        error=cell.error,
+        **_measured(cell, before),
     )
+
+
+def _scan_row(cell: Cell, labels: dict[str, Any], victim: Cell) -> ScanRow:
+    result = cell.result or {}
+    names = ("verdict", "classes", "statistic", "value", "p_value", "right", "target_found")
+    told = {name: result[name] for name in names if name in result}
+    return ScanRow(**labels, **told, **_measured(cell, victim.result["scores"] if victim.result else {}))
+
+
+def _measured(cell: Cell, before: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns that repairs and scans share."""
+    result = cell.result or {}
+    flags = list(result.get("flags", []))
+    asr = before.get("asr")
+    if asr is not None and asr < ATTACK_TOOK:
+        flags.append(WEAK)
+    return {
+        "acc_before": before.get("acc"),
+        "asr_before": asr,
+        "seconds": round(result["seconds"], 3) if result else None,
+        "peak_mb": result.get("peak_mb"),
+        "device": result.get("device", ""),
+        "commit": result.get("commit", ""),
+        "flags": tuple(flags),
+        "error": cell.error,
+    }
 
 
 @dataclass(frozen=True)
@@ -157,6 +182,70 @@ def _lost(row: Row) -> float:
 
 
 @dataclass(frozen=True)
+class ScanSummary:
+    """How one scanner did at one budget.
+
+    Attributes:
+        scanner: Name with its preset.
+        clean_images: The budget.
+        found: Backdoored models that it called backdoored; those whose attack did not take are left out.
+        missed: Backdoored models in which it found no evidence.
+        undecided: Backdoored models that it left undecided.
+        backdoored: All of them.
+        target: Attacks with a single target whose class was among the suspects, and all such attacks.
+        alarms: Clean models that it called backdoored.
+        undecided_clean: Clean models that it left undecided.
+        clean: All of them.
+        seconds: Wall time.
+        failed: Scans with an error.
+    """
+
+    scanner: str
+    clean_images: int
+    found: int
+    missed: int
+    undecided: int
+    backdoored: int
+    target: tuple[int, int]
+    alarms: int
+    undecided_clean: int
+    clean: int
+    seconds: Mean
+    failed: int
+
+
+def summarise_scans(rows: Iterable[ScanRow]) -> list[ScanSummary]:
+    """Group scans by scanner, preset and budget, in the order of their first row."""
+    groups: dict[tuple[str, int], list[ScanRow]] = {}
+    for row in rows:
+        name = row.scanner if row.preset == "default" else f"{row.scanner}:{row.preset}"
+        groups.setdefault((name, row.clean_images), []).append(row)
+    return [_scan_summary(*key, group) for key, group in groups.items()]
+
+
+def _scan_summary(scanner: str, clean_images: int, rows: list[ScanRow]) -> ScanSummary:
+    fine = [row for row in rows if row.error is None]
+    clean = [row.verdict for row in fine if row.attack == "none"]
+    took = [row for row in fine if row.attack != "none" and WEAK not in row.flags]
+    verdicts = [row.verdict for row in took]
+    aimed = [row.target_found for row in took if row.target_found is not None]
+    return ScanSummary(
+        scanner=scanner,
+        clean_images=clean_images,
+        found=verdicts.count("backdoor found"),
+        missed=verdicts.count("no evidence found"),
+        undecided=verdicts.count("undecided"),
+        backdoored=len(took),
+        target=(sum(aimed), len(aimed)),
+        alarms=clean.count("backdoor found"),
+        undecided_clean=clean.count("undecided"),
+        clean=len(clean),
+        seconds=Mean.of([row.seconds for row in fine if row.seconds is not None]),
+        failed=len(rows) - len(fine),
+    )
+
+
+@dataclass(frozen=True)
 class Difference:
     """What became of one experiment between two sets of rows.
 
@@ -213,8 +302,8 @@ def _equal(one: Any, other: Any, tolerance: float) -> bool:
     return bool(one == other)
 
 
-def write_parquet(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows as Parquet, atomically.
+def write_parquet(path: Path, rows: Sequence[BaseModel], kind: type[BaseModel] = Row) -> None:
+    """Write rows of a kind as Parquet, atomically.
 
     Raises:
         MissingExtra: Without pyarrow.
@@ -226,12 +315,17 @@ def write_parquet(path: Path, rows: Sequence[Row]) -> None:
         raise MissingExtra("pyarrow", "parquet", "writing Parquet files") from None
     from unbackdoor.files import atomic_write
 
-    kinds = {"int": pa.int64(), "float": pa.float64(), "tuple": pa.list_(pa.string())}
+    kinds = {
+        "tuple[int": pa.list_(pa.int64()),
+        "tuple": pa.list_(pa.string()),
+        "float": pa.float64(),
+        "int": pa.int64(),
+        "bool": pa.bool_(),
+    }
     fields = []
-    for name, field in Row.model_fields.items():
+    for name, field in kind.model_fields.items():
         text = str(field.annotation)
-        kind = next((kinds[word] for word in ("tuple", "float", "int") if word in text), pa.string())
-        fields.append(pa.field(name, kind))
+        fields.append(pa.field(name, next((kinds[word] for word in kinds if word in text), pa.string())))
     table = pa.Table.from_pylist([row.model_dump() for row in rows], schema=pa.schema(fields))
     with atomic_write(path) as draft:
         pq.write_table(table, draft)

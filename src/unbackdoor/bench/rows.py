@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from unbackdoor.errors import InputError
 from unbackdoor.files import atomic_write
 
+R = TypeVar("R", bound=BaseModel)
 
-class Row(BaseModel):
-    """One measured cell of a benchmark; the order of the fields is the order of the columns."""
+
+class _Experiment(BaseModel):
+    """The columns that say which victim was looked at."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -32,6 +34,21 @@ class Row(BaseModel):
     poison_rate: float
     target: int | None = None
     victim_seed: int
+
+    def key(self) -> tuple[Any, ...]:
+        """Return what makes this row a different experiment from another."""
+        return tuple(getattr(self, name) for name in type(self).asked())
+
+    @classmethod
+    def asked(cls) -> tuple[str, ...]:
+        """Return the columns that were known before anything ran."""
+        names = list(cls.model_fields)
+        return tuple(names[: names.index("defender_seed") + 1])
+
+
+class Row(_Experiment):
+    """One measured repair; the order of the fields is the order of the columns."""
+
     defense: str
     preset: str = "default"
     selection: str = "held-out clean"
@@ -51,25 +68,29 @@ class Row(BaseModel):
     flags: tuple[str, ...] = ()
     error: str | None = None
 
-    def key(self) -> tuple[Any, ...]:
-        """Return what makes this row a different experiment from another."""
-        return (
-            self.suite,
-            self.version,
-            self.dataset,
-            self.architecture,
-            self.width,
-            self.recipe,
-            self.attack,
-            self.poison_rate,
-            self.target,
-            self.victim_seed,
-            self.defense,
-            self.preset,
-            self.selection,
-            self.clean_images,
-            self.defender_seed,
-        )
+
+class ScanRow(_Experiment):
+    """One scan; the order of the fields is the order of the columns."""
+
+    scanner: str
+    preset: str = "default"
+    clean_images: int
+    defender_seed: int
+    acc_before: float | None = None
+    asr_before: float | None = None
+    verdict: str | None = None
+    classes: tuple[int, ...] = ()
+    statistic: str = ""
+    value: float | None = None
+    p_value: float | None = None
+    right: bool | None = None
+    target_found: bool | None = None
+    seconds: float | None = None
+    peak_mb: float | None = None
+    device: str = ""
+    commit: str = ""
+    flags: tuple[str, ...] = ()
+    error: str | None = None
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -78,21 +99,26 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         InputError: If a line is no row; the line is named.
     """
-    return list(_rows(path)) if path.exists() else []
+    return list(_rows(path, Row)) if path.exists() else []
 
 
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
+def read_scans(path: Path) -> list[ScanRow]:
+    """Read a JSON-lines file of scans, as :func:`read_rows` does."""
+    return list(_rows(path, ScanRow)) if path.exists() else []
+
+
+def write_rows(path: Path, rows: Iterable[BaseModel]) -> None:
     """Replace a JSON-lines file by the given rows, atomically."""
     with atomic_write(path) as draft:
         draft.write_text("".join(row.model_dump_json() + "\n" for row in rows), encoding="utf-8")
 
 
-def _rows(path: Path) -> Iterator[Row]:
+def _rows(path: Path, kind: type[R]) -> Iterator[R]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
         try:
-            yield Row.model_validate(json.loads(line))
+            yield kind.model_validate(json.loads(line))
         except (ValidationError, ValueError) as error:
             where = f"{path}, line {number}"
             raise InputError("a line is not a result row", got=str(error), where=where) from None

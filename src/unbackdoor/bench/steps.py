@@ -7,12 +7,14 @@ the only one that is confined; the truth is read by the two others.
 from __future__ import annotations
 
 import json
-import os
+import math
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from unbackdoor.attacks import AttackTruth
@@ -27,6 +29,7 @@ from unbackdoor.bench.victims import (
 from unbackdoor.data.datasets import DataSet, load_dataset
 from unbackdoor.data.splits import draw_clean, reserve
 from unbackdoor.engine.caller import run as call
+from unbackdoor.engine.caller import scan
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe
 from unbackdoor.files import atomic_write, write_json
@@ -41,6 +44,7 @@ MODEL, SAMPLE, REPAIRED, PROGRESS = (
     "repaired.safetensors",
     "progress.json",
 )
+EVIDENCE, ARTEFACTS = "evidence.json", "artefacts.safetensors"
 _REPORT_SECONDS = 2.0
 
 
@@ -131,14 +135,7 @@ def hand_over(victim: Path, folder: Path) -> None:
 
 def method_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Run a defense on the model and the clean images of its folder, and leave the repaired model there."""
-    from safetensors import safe_open
-
-    spec, run = task["spec"], _run(task, folder)
-    tensors = load_file(folder / SAMPLE)
-    with safe_open(folder / SAMPLE, framework="pt") as file:
-        facts = dict(file.metadata())
-    images = Images(tensors["pixels"], tensors["labels"], tuple(json.loads(facts["class_names"])))
-    clean = CleanData.split(images, augmentation=facts["augmentation"], seed=run.seed)
+    spec, run, clean = task["spec"], _run(task, folder), _owned(folder, task)
     repaired = call(
         spec["defense"],
         load_model(folder / MODEL),
@@ -150,9 +147,59 @@ def method_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
         progress=run.show,
     )
     save_model(repaired.model, folder / REPAIRED, history=[dict(repaired.method)])
-    write_json(folder / "evidence.json", dict(repaired.evidence))
+    write_json(folder / EVIDENCE, dict(repaired.evidence))
+    return _cost(repaired.seconds, clean, run)
+
+
+def scan_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Run a scanner on the model and the clean images of its folder, and leave its findings there."""
+    spec, run, clean = task["spec"], _run(task, folder), _owned(folder, task)
+    report = scan(
+        spec["scanner"],
+        load_model(folder / MODEL),
+        clean,
+        options=spec["options"],
+        seed=run.seed,
+        device=run.device,
+        precision=run.precision.name,
+        progress=run.show,
+    )
+    findings = [{**asdict(replace(one, artefacts={}))} for one in report.findings]
+    write_json(
+        folder / EVIDENCE,
+        {"findings": findings, "errors": dict(report.errors), "skipped": dict(report.skipped)},
+    )
+    tensors = {
+        f"{n}.{name}": value.contiguous()
+        for n, one in enumerate(report.findings)
+        for name, value in one.artefacts.items()
+    }
+    if tensors:
+        with atomic_write(folder / ARTEFACTS) as draft:
+            save_file(tensors, draft)
+    strongest = report.findings[0] if report.findings else None
     return {
-        "seconds": repaired.seconds,
+        "verdict": report.verdict,
+        "classes": sorted({k for one in report.findings for k in one.classes}),
+        "statistic": strongest.statistic if strongest else "",
+        "value": strongest.value if strongest and math.isfinite(strongest.value) else None,
+        "p_value": strongest.p_value if strongest else None,
+        **_cost(report.seconds, clean, run),
+    }
+
+
+def _owned(folder: Path, task: Mapping[str, Any]) -> CleanData:
+    """Read the defender's images of a folder."""
+    tensors = load_file(folder / SAMPLE)
+    with safe_open(folder / SAMPLE, framework="pt") as file:
+        facts = dict(file.metadata())
+    images = Images(tensors["pixels"], tensors["labels"], tuple(json.loads(facts["class_names"])))
+    return CleanData.split(images, augmentation=facts["augmentation"], seed=int(task["spec"]["seed"]))
+
+
+def _cost(seconds: float, clean: CleanData, run: Run) -> dict[str, Any]:
+    return {
+        "seconds": seconds,
         "peak_mb": peak_memory_mb(),
         "device": describe_device(run),
         "flags": ["selected on the fitting images"] if clean.select_is_fit else [],
@@ -170,8 +217,3 @@ def judge_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
 def scores_from(record: Mapping[str, Any]) -> Scores:
     """Make scores again from :meth:`Scores.to_json`."""
     return Scores(**{name: Rate(**counts) for name, counts in record["counts"].items()})
-
-
-def threads_of_machine() -> int:
-    """Return the number of processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -50,9 +50,9 @@ class Cell:
 
     Attributes:
         key: Hash of everything the result depends on, 64 hex digits.
-        kind: ``victim`` or ``repair``.
+        kind: ``victim``, ``repair`` or ``scan``.
         spec: JSON-ready description; enough to do the work.
-        parent: Key of the victim that a repair needs, or None.
+        parent: Key of the victim that a repair or a scan needs, or None.
         state: ``waiting``, ``running``, ``done`` or ``failed``.
         tries: How often it was started.
         result: What was measured, when done.
@@ -212,6 +212,21 @@ class Store:
     def fail(self, key: str, error: str, *, seconds: float, log: str = "") -> None:
         """Record that a cell that this driver claimed failed; it is not tried again unless asked for."""
         self._end(key, "failed", None, error, seconds, log)
+
+    def adopt(self, key: str, kind: str, spec: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
+        """Enter a finished cell that was done elsewhere; False if this store has its own result already."""
+        text = json.dumps(result, sort_keys=True, allow_nan=False)
+        with self._transaction():
+            self._db.execute(
+                "INSERT OR IGNORE INTO cell (key, kind, spec) VALUES (?, ?, ?)",
+                (key, kind, json.dumps(spec, sort_keys=True)),
+            )
+            done = self._db.execute(
+                "UPDATE cell SET state = 'done', result = ?, error = NULL, finished = ? "
+                "WHERE key = ? AND state IN ('waiting', 'failed')",
+                (text, time.time(), key),
+            )
+        return done.rowcount == 1
 
     def release(self) -> int:
         """Put this driver's unfinished cells back; return how many there were."""

@@ -21,7 +21,7 @@ from unbackdoor.engine.training import RECIPES, recipe_named
 from unbackdoor.errors import ConfigError, InputError, IntegrityError
 from unbackdoor.files import write_json
 from unbackdoor.models.build import configure
-from unbackdoor.registry import ATTACKS, DEFENSES, Registry, near_match
+from unbackdoor.registry import ATTACKS, DEFENSES, SCANNERS, Registry, near_match
 
 LOCK = "LOCK.json"  # beside the suites: the hash of every version that was ever run
 Metric = Literal["acc", "asr", "ra", "der"]
@@ -73,12 +73,25 @@ class DefenderEntry(_Table):
 
 
 class DefenseEntry(_Table):
-    """A defense with some presets."""
+    """A defense with some presets.
+
+    With ``selection = "oracle"`` it is run once for every table of ``choices``, laid over ``options``, and
+    the judge keeps the one with the best true result: what a choice that saw the attack would have reached.
+    """
 
     name: str
     presets: tuple[str, ...] = ("default",)
     options: Mapping[str, Any] = {}
     selection: Selection = "held-out clean"
+    choices: tuple[Mapping[str, Any], ...] = ()
+
+
+class ScannerEntry(_Table):
+    """A scanner with some presets."""
+
+    name: str
+    presets: tuple[str, ...] = ("default",)
+    options: Mapping[str, Any] = {}
 
 
 class LimitEntry(_Table):
@@ -102,6 +115,7 @@ class Suite(_Table):
     attack: tuple[AttackEntry, ...] = Field(min_length=1)
     defender: DefenderEntry
     defense: tuple[DefenseEntry, ...] = Field(min_length=1)
+    scanner: tuple[ScannerEntry, ...] = ()
     limit: LimitEntry = LimitEntry()
 
     @property
@@ -112,6 +126,12 @@ class Suite(_Table):
     def sha256(self) -> str:
         """Return the hash of everything that decides a number; words about the suite do not."""
         content = self.model_dump(exclude={"about", "limit"}, mode="json")
+        # What came later is left out where it says nothing, so that older suites keep their hash.
+        if not self.scanner:
+            del content["scanner"]
+        for defense in content["defense"]:
+            if not defense["choices"]:
+                del defense["choices"]
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -213,7 +233,12 @@ def _faults(suite: Suite) -> Iterator[str]:
     for attack in suite.attack:
         yield from _attack_faults(attack)
     for defense in suite.defense:
-        yield from _part_faults(DEFENSES, defense.name, [(p, defense.options) for p in defense.presets])
+        tables = [{**defense.options, **choice} for choice in defense.choices or ({},)]
+        yield from _part_faults(DEFENSES, defense.name, [(p, t) for p in defense.presets for t in tables])
+        if (defense.selection == "oracle") != bool(defense.choices):
+            yield f'defense {defense.name}: selection = "oracle" and a list of choices belong together'
+    for scanner in suite.scanner:
+        yield from _part_faults(SCANNERS, scanner.name, [(p, scanner.options) for p in scanner.presets])
     if "none" not in {defense.name for defense in suite.defense}:
         yield "defense: the null row 'none' is missing; every suite runs it"
     if "none" not in {attack.name for attack in suite.attack}:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from unbackdoor.bench.driver import Progress
     from unbackdoor.bench.engines import Engine
-    from unbackdoor.bench.rows import Row
+    from unbackdoor.bench.rows import Row, ScanRow
     from unbackdoor.bench.suites import Suite
 
 bench = typer.Typer(no_args_is_help=True, help="Run suites of attacks and defenses, and report the rows.")
@@ -45,6 +45,7 @@ SuiteName = Annotated[str, typer.Argument(help="Label of a suite such as smoke-v
 StoreFolder = Annotated[Path, typer.Option("--store", help="Folder of the results.", rich_help_panel="Data")]
 SuiteFolder = Annotated[Path, typer.Option("--suites", help="Folder of the suites.", rich_help_panel="Data")]
 STORE, SUITES = Path("runs/bench"), Path("suites")
+_SCANS = ".scans"  # before the ending of the file that holds a suite's scans
 
 
 @bench.command("run")
@@ -83,13 +84,13 @@ def run(
     progress are lost. Several runs may share a store.
     """
     from unbackdoor.bench.driver import drive
-    from unbackdoor.bench.steps import threads_of_machine
     from unbackdoor.bench.store import Store
+    from unbackdoor.data.decode import processors
 
     chosen, cells, text = _planned(suite, suites, data_root)
     seconds = _seconds(budget)
-    slots = workers or threads_of_machine()
-    threads = max(1, threads_of_machine() // slots)
+    slots = workers or processors()
+    threads = max(1, processors() // slots)
     place = {
         "store": str(store.resolve()),
         "data_root": str(data_root.resolve()) if data_root else os.environ.get("UNBACKDOOR_DATA"),
@@ -177,19 +178,45 @@ def export(
         Path | None, typer.Option(help="File; default: results/SUITE.jsonl.", show_default=False)
     ] = None,
     form: Annotated[Format, typer.Option("--format", help="Form of the rows.")] = Format.jsonl,
+    victims: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the trained victims too, for others to import.", show_default=False),
+    ] = None,
     store: StoreFolder = STORE,
 ) -> None:
-    """Write the rows of a suite as JSON lines or Parquet."""
+    """Write the rows of a suite as JSON lines or Parquet; scans go into a second file beside them."""
     from unbackdoor.bench.results import write_parquet
-    from unbackdoor.bench.rows import write_rows
+    from unbackdoor.bench.rows import Row, ScanRow, write_rows
 
-    rows = _rows(suite, store)
+    rows, scans = _rows(suite, store), _scans(suite, store)
     file = out or Path("results") / f"{Path(suite).stem}.{form.value}"
-    if form is Format.parquet:
-        write_parquet(file, rows)
-    else:
-        write_rows(file, rows)
-    say(f"{len(rows)} rows: {file}")
+    beside = file.with_name(f"{file.stem}{_SCANS}{file.suffix}")
+    for where, found, kind in ((file, rows, Row), (beside, scans, ScanRow)):
+        if where == beside and not scans:
+            continue
+        if form is Format.parquet:
+            write_parquet(where, found, kind)
+        else:
+            write_rows(where, found)
+        say(f"{len(found)} rows: {where}")
+    if victims is not None:
+        from unbackdoor.bench.exchange import give
+
+        with _holding(suite, store) as opened:
+            say(f"{len(give(opened, suite, victims))} victims: {victims}")
+
+
+@bench.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(help="Folder of victims, from bench export --victims.")],
+    store: StoreFolder = STORE,
+) -> None:
+    """Take trained victims over, so that their suites need not train them again."""
+    from unbackdoor.bench.exchange import take
+    from unbackdoor.bench.store import Store
+
+    with Store(store) as opened:
+        say(f"{len(take(opened, folder))} new victims")
 
 
 @bench.command("report")
@@ -214,7 +241,10 @@ def report(
     published = read_published(reference) if reference else None
     rows = _rows(suite, store)
     made = bench_report(
-        rows, published=published, colophon=f"Made by unbackdoor {__version__} of {len(rows):,} rows."
+        rows,
+        scans=_scans(suite, store),
+        published=published,
+        colophon=f"Made by unbackdoor {__version__} of {len(rows):,} rows.",
     )
     for file, text in ((out / "index.html", made.html()), (out / "report.md", made.markdown())):
         write_page(file, text)
@@ -293,23 +323,41 @@ def _opened(store: Path) -> Any:
 
 
 def _rows(name: str, store: Path) -> list[Row]:
-    from unbackdoor.bench.repairs import commit_of
     from unbackdoor.bench.results import rows_of
     from unbackdoor.bench.rows import read_rows
-    from unbackdoor.registry import near_match
 
     if name.endswith(".jsonl"):
         if not Path(name).exists():
             raise InputError("the file does not exist", where=name)
         return read_rows(Path(name))
-    with _opened(store) as opened:
-        if name not in opened.suites():
-            raise InputError(
-                f"the store has no suite {name!r}{near_match(name, opened.suites())}",
-                expected="one of " + (", ".join(opened.suites()) or "none"),
-                where=store,
-            )
-        return rows_of(opened, name, commit=commit_of(Path.cwd()))
+    with _holding(name, store) as opened:
+        return rows_of(opened, name)
+
+
+def _scans(name: str, store: Path) -> list[ScanRow]:
+    from unbackdoor.bench.results import scans_of
+    from unbackdoor.bench.rows import read_scans
+
+    if name.endswith(".jsonl"):
+        return read_scans(Path(name.removesuffix(".jsonl") + _SCANS + ".jsonl"))
+    with _holding(name, store) as opened:
+        return scans_of(opened, name)
+
+
+def _holding(name: str, store: Path) -> Any:
+    """Open a store that holds a suite."""
+    from unbackdoor.registry import near_match
+
+    opened = _opened(store)
+    known = opened.suites()
+    if name not in known:
+        opened.close()
+        raise InputError(
+            f"the store has no suite {name!r}{near_match(name, known)}",
+            expected="one of " + (", ".join(known) or "none"),
+            where=store,
+        )
+    return opened
 
 
 def _seconds(text: str | None) -> float | None:

@@ -75,7 +75,7 @@ def decode(
     require_memory(count * 3 * height * width, name)
     pixels = np.empty((count, 3, height, width), dtype=np.uint8)
     if workers is None:
-        workers = min(MAX_WORKERS, _cores()) if count >= PARALLEL_FROM else 0
+        workers = min(MAX_WORKERS, processors()) if count >= PARALLEL_FROM else 0
     if workers < 2 or not sys.executable or not Path(_decode.__file__).is_file():
         workers = 0
     done, grey = 0, True
@@ -258,8 +258,11 @@ def _until(items: Iterator[Item], limit: int) -> Iterator[Item]:
             return
 
 
-def _cores() -> int:
-    # A container or a batch system may grant fewer cores than the machine has.
+def processors() -> int:
+    """Return the number of processors that this process may use.
+
+    A container or a batch system may grant fewer than the machine has.
+    """
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

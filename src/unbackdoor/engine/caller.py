@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,15 @@ from unbackdoor.engine import rng
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError, IntegrityError, MethodFailed, UnbackdoorError
-from unbackdoor.registry import DEFENSES, Config, Part
+from unbackdoor.registry import DEFENSES, SCANNERS, Config, Part
 from unbackdoor.types import (
     Classifier,
     CleanData,
     Images,
     Progress,
     Purified,
+    ScanReport,
+    Verdict,
     require_fit,
     require_labels,
     silent,
@@ -74,9 +76,68 @@ def run(
     """
     part = DEFENSES[method] if isinstance(method, str) else method
     config = options if isinstance(options, Config) else part.configure(options, preset=preset)
-    check_inputs(part, model, data)
     surroundings = Run.create(seed=seed, device=device, policy=precision, progress=progress)
+    returned, seconds = _lend(part, model, data, config, surroundings)
+    repaired = check_output(part, returned, model, data, surroundings)
+    repaired.origin = model.origin
+    purified: Purified = returned
+    return replace(
+        purified,
+        model=repaired,
+        seconds=seconds,
+        method=_described(part, preset, config, surroundings),
+    )
 
+
+def scan(
+    scanner: str | Part[Any],
+    model: Classifier,
+    data: CleanData,
+    *,
+    options: Mapping[str, Any] | Config | None = None,
+    preset: str | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    precision: Policy = "auto",
+    progress: Progress = silent,
+) -> ScanReport:
+    """Run a scanner on a model and verify that it only looked.
+
+    Args:
+        scanner: Registered name, or a part.
+        model: The suspicious classifier; never changed.
+        data: The defender's clean images.
+        options: Options of the scanner, or its whole config.
+        preset: Named set of options that ``options`` are laid over.
+        seed: Seed of every draw of the scanner.
+        device: Where to compute, such as ``cpu`` or ``cuda:0``.
+        precision: ``auto``, ``fp32`` or ``bf16``.
+        progress: Progress display.
+
+    Returns:
+        Its report, with seconds and the options used.
+
+    Raises:
+        InputError: If the images or the weights cannot be used.
+        ConfigError: If an option does not fit.
+        UnsupportedModel: If the scanner cannot work on this network.
+        MethodFailed: If the scanner raised, or returned something unusable.
+        IntegrityError: If it changed what it must not change, or left something behind.
+    """
+    part = SCANNERS[scanner] if isinstance(scanner, str) else scanner
+    config = options if isinstance(options, Config) else part.configure(options, preset=preset)
+    surroundings = Run.create(seed=seed, device=device, policy=precision, progress=progress)
+    returned, seconds = _lend(part, model, data, config, surroundings)
+    check_report(part, returned, model)
+    report: ScanReport = returned
+    return replace(report, seconds=seconds, method=_described(part, preset, config, surroundings))
+
+
+def _lend(
+    part: Part[Any], model: Classifier, data: CleanData, config: Config, surroundings: Run
+) -> tuple[Any, float]:
+    """Call a part with copies, and refuse what it returns if it touched anything else."""
+    check_inputs(part, model, data)
     before = (model.sha256(), data.fingerprint())
     watched = Surroundings.take()
     # Words could tell what numbers must not: the copy carries no origin and the images no name.
@@ -85,33 +146,30 @@ def run(
     shown = replace(data, fit=_anonymous(data.fit), select=_anonymous(data.select))
     start = time.perf_counter()
     try:
-        returned: Purified = part.function(given, shown, config, run=surroundings)
+        returned = part.function(given, shown, config, run=surroundings)
     except Exception as error:
         _refuse_traces(part, watched, model, data, before, error)
         if isinstance(error, UnbackdoorError):
             raise
-        raise MethodFailed(f"the method {part.name!r} raised {type(error).__name__}: {error}") from error
+        raise MethodFailed(f"the {part.kind} {part.name!r} raised {type(error).__name__}: {error}") from error
     except BaseException:
         watched.restore()
         raise
     seconds = time.perf_counter() - start
     _refuse_traces(part, watched, model, data, before, None)
-    repaired = check_output(part, returned, model, data, surroundings)
-    repaired.origin = model.origin
-    return replace(
-        returned,
-        model=repaired,
-        seconds=seconds,
-        method={
-            "name": part.name,
-            "version": part.version,
-            "preset": preset or "default",
-            "options": config.model_dump(),
-            "seed": seed,
-            "precision": surroundings.precision.name,
-            "device": str(surroundings.device),
-        },
-    )
+    return returned, seconds
+
+
+def _described(part: Part[Any], preset: str | None, config: Config, surroundings: Run) -> dict[str, Any]:
+    return {
+        "name": part.name,
+        "version": part.version,
+        "preset": preset or "default",
+        "options": config.model_dump(),
+        "seed": surroundings.seed,
+        "precision": surroundings.precision.name,
+        "device": str(surroundings.device),
+    }
 
 
 def check_inputs(part: Part[Any], model: Classifier, data: CleanData) -> None:
@@ -124,7 +182,7 @@ def check_inputs(part: Part[Any], model: Classifier, data: CleanData) -> None:
     for images in (data.fit, data.select):
         require_fit(model, images)
     if "labels" in part.needs:
-        require_labels(data, f"the method {part.name!r}")
+        require_labels(data, f"the {part.kind} {part.name!r}")
         if len(torch.unique(data.all.truth)) < 2:
             raise InputError(
                 "the clean images are all of one class",
@@ -177,6 +235,30 @@ def check_output(
     if logits.shape != (min(PROBED, len(data.fit)), model.classes) or not _finite(logits):
         raise failed("returned a model whose logits are not finite", got=tuple(logits.shape))
     return out
+
+
+def check_report(part: Part[Any], returned: object, model: Classifier) -> None:
+    """Refuse a report that says nothing usable.
+
+    Raises:
+        MethodFailed: If it is no report, names a class that there is none of, or gives a probability outside
+            of 0..1.
+    """
+
+    def failed(problem: str, **facts: Any) -> MethodFailed:
+        return MethodFailed(f"the scanner {part.name!r} {problem}", **facts)
+
+    if not isinstance(returned, ScanReport):
+        raise failed("returned no report", expected="ScanReport", got=type(returned).__name__)
+    if returned.verdict not in get_args(Verdict):
+        raise failed("gave an unknown verdict", expected=" | ".join(get_args(Verdict)), got=returned.verdict)
+    for finding in returned.findings:
+        if any(not 0 <= k < model.classes for k in finding.classes):
+            raise failed("named a class that there is none of", got=finding.classes)
+        if finding.p_value is not None and not 0.0 <= finding.p_value <= 1.0:
+            raise failed("gave a p-value outside of 0..1", got=finding.p_value, where=finding.statistic)
+        if len(finding.per_class) not in (0, model.classes):
+            raise failed("gave a table that does not fit the classes", where=finding.statistic)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -251,7 +333,7 @@ def _refuse_traces(
         changed.append("the clean images")
     if changed:
         raise IntegrityError(
-            f"the method {part.name!r} changed what it must not change", got=", ".join(changed)
+            f"the {part.kind} {part.name!r} changed what it must not change", got=", ".join(changed)
         ) from cause
 
 

@@ -14,8 +14,8 @@ from typing import NamedTuple, TypeVar
 from markupsafe import Markup
 
 from unbackdoor.bench.reference import Published, PublishedTable
-from unbackdoor.bench.results import WEAK, Mean, Summary, summarise
-from unbackdoor.bench.rows import Row
+from unbackdoor.bench.results import WEAK, Mean, Summary, summarise, summarise_scans
+from unbackdoor.bench.rows import Row, ScanRow
 from unbackdoor.bench.victims import ATTACK_TOOK
 from unbackdoor.errors import InputError
 from unbackdoor.report.bench_charts import MOST, Mark, over_budgets, scatter
@@ -30,6 +30,7 @@ HONEST = "held-out clean"
 _LONGEST = 60  # characters of a name
 _LONGEST_ERROR = 300
 K = TypeVar("K")
+R = TypeVar("R", Row, ScanRow)
 
 MEANINGS = (
     ("ACC", "accuracy: test images classified rightly; higher is better"),
@@ -159,7 +160,7 @@ class _Setting(NamedTuple):
     recipe: str
 
     @classmethod
-    def of(cls, row: Row) -> _Setting:
+    def of(cls, row: Row | ScanRow) -> _Setting:
         return cls(row.dataset, row.architecture, row.width, row.recipe)
 
     def __str__(self) -> str:
@@ -183,13 +184,18 @@ class _Group:
 
 
 def bench_report(
-    rows: Sequence[Row], *, published: PublishedTable | None = None, colophon: str = ""
+    rows: Sequence[Row],
+    *,
+    scans: Sequence[ScanRow] = (),
+    published: PublishedTable | None = None,
+    colophon: str = "",
 ) -> Report:
     """Say in tables and charts what rows say.
 
     Args:
         rows: Of one suite or several; means are taken within a data set, an architecture, a width and a
             training recipe only.
+        scans: What scanners said of the same victims.
         published: Numbers of others, shown beside ours where the setting matches.
         colophon: Last line.
 
@@ -207,6 +213,7 @@ def bench_report(
         _summary_part(settings),
         _chart_part(settings),
         _attack_part(settings),
+        _scan_part(scans),
         _published_part(settings, published),
         _left_out_part(rows),
         _failed_part(rows),
@@ -315,6 +322,48 @@ def _summary_cells(s: Summary, rows: list[Row], most: int) -> tuple[Cell, ...]:
         _number(s.failed, tone="bad"),
         _number(s.weak, tone="fair"),
     )
+
+
+def _scan_part(scans: Sequence[ScanRow]) -> Part:
+    columns = (
+        Column("scanner", number=False),
+        Column("clean images"),
+        Column("found"),
+        Column("missed"),
+        Column("undecided"),
+        Column("target named"),
+        Column("false alarms"),
+        Column("undecided on clean models"),
+        Column("cost"),
+        Column("failed"),
+    )
+    tables: list[Table] = []
+    for setting, rows in _grouped(scans, _Setting.of).items():
+        cells = []
+        for s in summarise_scans(rows):
+            cells.append(
+                (
+                    _who(s.scanner, HONEST),
+                    _number(s.clean_images),
+                    _share(s.found, s.backdoored),
+                    _share(s.missed, s.backdoored),
+                    _share(s.undecided, s.backdoored),
+                    _share(*s.target),
+                    _share(s.alarms, s.clean),
+                    _share(s.undecided_clean, s.clean),
+                    _cost(s.seconds, None),
+                    _number(s.failed, tone="bad"),
+                )
+            )
+        caption = (
+            "Counts over attacks, poison rates and seeds; victims whose attack did not take are left out."
+        )
+        tables.append(_table(f"scans-{len(tables)}", str(setting), caption, columns, cells))
+    return Part("scans", "Scanners", tables=tuple(tables))
+
+
+def _share(part: int, whole: int) -> Cell:
+    return Cell(f"{part:,} of {whole:,}", key=part / whole) if whole else Cell(NOTHING)
 
 
 def _attack_part(settings: dict[_Setting, list[Row]]) -> Part:
@@ -656,8 +705,8 @@ def _table(
     return Table(identifier, heading, caption, columns, rows[:MOST_ROWS], count, filtered)
 
 
-def _grouped(rows: Iterable[Row], key: Callable[[Row], K]) -> dict[K, list[Row]]:
-    groups: dict[K, list[Row]] = {}
+def _grouped(rows: Iterable[R], key: Callable[[R], K]) -> dict[K, list[R]]:
+    groups: dict[K, list[R]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
     return groups

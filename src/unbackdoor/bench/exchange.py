@@ -1,0 +1,110 @@
+"""Give trained victims away and take them over, so that a repair can be measured again without training.
+
+A victim travels as a folder: weights, card, the record of the attack, and ``cell.json`` with its
+specification, what the judge measured, and the hash of every file. The specification hashes to its address,
+so a store takes a victim over exactly where its own suites would have trained the same one.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from unbackdoor.bench.cells import address
+from unbackdoor.bench.store import Store
+from unbackdoor.bench.victims import load_truth
+from unbackdoor.errors import InputError, IntegrityError
+from unbackdoor.files import sha256_file, write_json
+from unbackdoor.models import load_model
+
+CELL, MODEL = "cell.json", "model.safetensors"
+
+
+def give(store: Store, label: str, folder: Path) -> list[Path]:
+    """Copy the trained victims of a suite into a folder each, and return those folders.
+
+    Args:
+        store: Where they are.
+        label: Of the suite.
+        folder: Where they go; folders that are there already are replaced.
+    """
+    given = []
+    for cell, labels in store.members(label):
+        if cell.kind != "victim" or cell.state != "done" or cell.result is None:
+            continue
+        name = f"{labels['attack']}-{labels['poison_rate']:g}-seed{labels['victim_seed']}-{cell.key[:8]}"
+        draft, target = folder / f".{uuid.uuid4().hex}", folder / name
+        draft.mkdir(parents=True)
+        try:
+            hashes = {}
+            for file in sorted(store.artefact(cell.key).glob("model.*")):
+                shutil.copyfile(file, draft / file.name)
+                hashes[file.name] = sha256_file(draft / file.name)
+            write_json(
+                draft / CELL,
+                {"key": cell.key, "spec": dict(cell.spec), "result": dict(cell.result), "sha256": hashes},
+            )
+            shutil.rmtree(target, ignore_errors=True)
+            draft.rename(target)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        given.append(target)
+    return given
+
+
+def take(store: Store, folder: Path) -> list[str]:
+    """Take victims over from a folder that :func:`give` made, and return the addresses that were new.
+
+    The weights are trusted no further than their hash goes: they are read by the safe reader, and what the
+    judge is said to have measured can be measured again.
+
+    Raises:
+        InputError: If there is no victim, or a file is missing or cannot be read.
+        IntegrityError: If a file or a specification is not what its hash says.
+    """
+    files = sorted(folder.glob(f"*/{CELL}"))
+    if not files:
+        raise InputError("there is no victim to take over", expected=f"*/{CELL}", where=folder)
+    return [key for file in files if (key := _take(store, file)) is not None]
+
+
+def _take(store: Store, file: Path) -> str | None:
+    told = _read(file)
+    key, spec = str(told["key"]), dict(told["spec"])
+    if address(spec) != key or spec.get("kind") != "victim":
+        raise IntegrityError("the specification is not the one of its address", got=key[:12], where=file)
+    if any(Path(name).name != name for name in told["sha256"]) or MODEL not in told["sha256"]:
+        raise IntegrityError("the list of files is not one of a victim", where=file)
+    work = store.folder / "work" / uuid.uuid4().hex
+    work.mkdir(parents=True)
+    try:
+        for name, digest in told["sha256"].items():
+            source = file.parent / name
+            if not source.is_file():
+                raise InputError("a file of the victim is missing", where=source)
+            shutil.copyfile(source, work / name)
+            if sha256_file(work / name) != digest:
+                raise IntegrityError("a file of the victim was changed", where=source)
+        load_model(work / MODEL)
+        load_truth(work / MODEL)
+        target = store.artefact(key)
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            work.rename(target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return key if store.adopt(key, "victim", spec, told["result"]) else None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+        missing = {"key", "spec", "result", "sha256"} - set(told)
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError("the record of a victim cannot be read", got=str(error), where=file) from None
+    if missing or "scores" not in told["result"]:
+        raise InputError("the record of a victim is not complete", got=sorted(missing), where=file)
+    return dict(told)

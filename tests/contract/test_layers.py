@@ -67,11 +67,16 @@ def reachable(start: str) -> set[str]:
     return seen
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "defenses").glob("[!_]*.py")), ids=lambda p: p.stem)
-def test_no_path_from_a_defense_to_the_truth(path: Path) -> None:
-    names = reachable(f"unbackdoor.defenses.{path.stem}")
-    assert f"unbackdoor.defenses.{path.stem}" in names
+METHODS = [p for room in ("defenses", "scanners") for p in sorted((PACKAGE / room).glob("[!_]*.py"))]
+
+
+@pytest.mark.parametrize("path", METHODS, ids=lambda p: p.stem)
+def test_no_path_from_a_method_to_the_truth(path: Path) -> None:
+    names = reachable(f"unbackdoor.{path.parent.name}.{path.stem}")
+    assert f"unbackdoor.{path.parent.name}.{path.stem}" in names
     assert not [name for name in names if name.split(".")[1] in ("attacks", "bench", "cli", "report")]
+    # Of the data it needs to make batches, and nothing that could open a test set.
+    assert {name for name in names if name.startswith("unbackdoor.data.")} <= {"unbackdoor.data.batches"}
 
 
 def test_only_the_command_line_prints() -> None:

@@ -12,14 +12,17 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from heapq import heappop, heappush
 from typing import Any
 
 from unbackdoor.bench.engines import Answer, Engine
-from unbackdoor.bench.store import Cell, Store
+from unbackdoor.bench.store import Cell, State, Store
+from unbackdoor.errors import IntegrityError
 
 _LOOK = 0.5  # seconds between two looks at the clock
 _LOOK_AT_STORE = 5.0  # seconds between two looks at what other drivers did, while all slots are busy
 LOST = "its victim failed"
+_OPEN = ("waiting", "running")
 
 
 @dataclass
@@ -74,11 +77,8 @@ def drive(
     progress = Progress()
     end = None if budget is None else time.monotonic() + budget
     running: dict[Future[Answer], Cell] = {}
-    members = store.members(label)
-    cells = {cell.key: cell for cell, _ in members}
-    names = {cell.key: name_of(labels) for cell, labels in reversed(members)}
-    asked = _asked(members, only)
-    states: Mapping[str, str] = {}
+    agenda = Agenda(store, label, only)
+    progress.counts = agenda.counts
     looked = -_LOOK_AT_STORE
     try:
         while True:
@@ -86,14 +86,11 @@ def drive(
             if time.monotonic() - looked >= _LOOK_AT_STORE or len(running) < engine.slots:
                 looked = time.monotonic()
                 store.reclaim()
-                states = store.states(label)
-                _fail_orphans(store, asked, cells, states)
+                agenda.look()
                 if not late:
-                    _start(store, engine, asked, cells, states, names, running, progress, place)
-            progress.counts = Counter({"waiting": 0, "running": 0, "done": 0, "failed": 0})
-            progress.counts.update(states.values())
+                    _start(store, engine, agenda, running, progress, place)
             watch(progress)
-            if late or (not running and not any(states[key] in ("waiting", "running") for key in asked)):
+            if late or (not running and not agenda.left):
                 return not late
             done, _ = wait(running, timeout=_LOOK, return_when=FIRST_COMPLETED)
             if not running:
@@ -101,32 +98,122 @@ def drive(
             for future in done:
                 _record(store, running.pop(future), future.result(), progress)
             if done:
-                states = store.states(label)
+                agenda.look()
     finally:
         store.release()
+
+
+class Agenda:
+    """What is to do in a suite, kept in memory and brought up to date from the store's changes alone.
+
+    Looking costs what has changed since the last look and not what the suite holds, so a driver can look
+    after every answer at any size.
+
+    Args:
+        store: Open store in which the suite is registered.
+        label: Of the suite.
+        only: See :func:`drive`.
+
+    Attributes:
+        counts: Cells of the suite by state.
+        left: How many of the cells that were asked for are waiting or running, whoever runs them.
+        names: Of the cells that were asked for, by key.
+    """
+
+    def __init__(self, store: Store, label: str, only: str | None = None) -> None:
+        self._store = store
+        self._seen = store.last_change()  # read first: what changes meanwhile is told again
+        self._states: dict[str, State] = {}
+        self.counts: Counter[str] = Counter({"waiting": 0, "running": 0, "done": 0, "failed": 0})
+        self.left = 0
+        members = [(key, parent, name_of(labels)) for key, parent, labels in store.outline(label)]
+        self.names = {key: name for key, _, name in reversed(members)}
+        self._parents = {key: parent for key, parent, _ in members}
+        self._order = _asked(members, only)
+        self._places = {key: place for place, key in enumerate(self._order)}
+        self._repairs: dict[str, list[str]] = {}
+        for key in self._order:
+            if (parent := self._parents[key]) is not None:
+                self._repairs.setdefault(parent, []).append(key)
+        self._ready: list[int] = []  # a heap of places; what is no longer ready is dropped when it comes up
+        self._orphans: list[str] = []
+        states = store.states(label)
+        for key in self._parents:  # victims stand before their repairs
+            self._enter(key, states[key])
+
+    def look(self) -> None:
+        """Take up what has changed, and give up the repairs whose victim failed."""
+        self._take()
+        if self._orphans:
+            self._store.give_up(self._orphans, LOST)
+            self._orphans = []
+            self._take()
+
+    def next(self) -> str | None:
+        """Return the first cell that could start, each once until it waits anew; None where there is none."""
+        while self._ready:
+            key = self._order[heappop(self._ready)]
+            if self._startable(key):
+                return key
+        return None
+
+    def _take(self) -> None:
+        self._seen, changes = self._store.changes(self._seen)
+        for key, state in changes:
+            if key in self._states:
+                self._enter(key, state)
+
+    def _enter(self, key: str, state: State) -> None:
+        before = self._states.get(key)
+        self._states[key] = state
+        self.counts[state] += 1
+        if before is not None:
+            self.counts[before] -= 1
+        if key not in self._places:
+            return
+        self.left += (state in _OPEN) - (before in _OPEN)
+        if state == "waiting":
+            self._offer(key)
+        elif state in ("done", "failed"):
+            for repair in self._repairs.get(key, ()):
+                if self._states.get(repair) == "waiting":
+                    self._offer(repair)
+
+    def _offer(self, key: str) -> None:
+        parent = self._parents[key]
+        if parent is not None and self._states[parent] == "failed":
+            self._orphans.append(key)
+        elif self._startable(key):
+            heappush(self._ready, self._places[key])
+
+    def _startable(self, key: str) -> bool:
+        parent = self._parents[key]
+        return self._states[key] == "waiting" and (parent is None or self._states[parent] == "done")
 
 
 def _start(
     store: Store,
     engine: Engine,
-    asked: Iterable[str],
-    cells: Mapping[str, Cell],
-    states: Mapping[str, str],
-    names: Mapping[str, str],
+    agenda: Agenda,
     running: dict[Future[Answer], Cell],
     progress: Progress,
     place: Mapping[str, Any],
 ) -> None:
     """Claim ready cells in order until every slot has one."""
-    for key in asked:
-        if len(running) >= engine.slots:
-            return
-        cell = cells[key]
-        ready = states[key] == "waiting" and (cell.parent is None or states[cell.parent] == "done")
-        if ready and store.claim(key):
-            job = _job(store, cell, place)
-            running[engine.submit(job)] = cell
-            progress.running[key] = (names[key], job["work"], time.monotonic())
+    while len(running) < engine.slots and (key := agenda.next()) is not None:
+        claimed, cell = store.claim(key), store.get(key)
+        if cell is None:
+            raise IntegrityError(
+                "a cell of the suite was removed from the store while it ran",
+                where=key,
+                remedy="Start the run again",
+            )
+        if not claimed:
+            continue  # another driver was faster; the next look says so
+        job = _job(store, cell, place)
+        running[engine.submit(job)] = cell
+        progress.running[key] = (agenda.names[key], job["work"], time.monotonic())
+    agenda.look()
 
 
 def name_of(labels: Mapping[str, Any]) -> str:
@@ -139,26 +226,15 @@ def name_of(labels: Mapping[str, Any]) -> str:
     return "/".join(parts)
 
 
-def _asked(members: Iterable[tuple[Cell, Mapping[str, Any]]], only: str | None) -> list[str]:
-    """Return the keys that match, in order, each with its victim before it and none twice."""
+def _asked(members: Iterable[tuple[str, str | None, str]], only: str | None) -> list[str]:
+    """Return the keys whose names match, in order, each with its victim before it and none twice."""
     keys: dict[str, None] = {}
-    for cell, labels in members:
-        name = name_of(labels)
+    for key, parent, name in members:
         if only is None or fnmatchcase(name, only) or fnmatchcase(name, f"*{only}*"):
-            if cell.parent is not None:
-                keys.setdefault(cell.parent)
-            keys.setdefault(cell.key)
+            if parent is not None:
+                keys.setdefault(parent)
+            keys.setdefault(key)
     return list(keys)
-
-
-def _fail_orphans(
-    store: Store, asked: Iterable[str], cells: Mapping[str, Cell], states: Mapping[str, str]
-) -> None:
-    for key in asked:
-        parent = cells[key].parent
-        orphan = states[key] == "waiting" and parent is not None and states[parent] == "failed"
-        if orphan and store.claim(key):
-            store.fail(key, LOST, seconds=0.0)
 
 
 def _job(store: Store, cell: Cell, place: Mapping[str, Any]) -> dict[str, Any]:

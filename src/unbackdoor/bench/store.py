@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal, Self
@@ -24,7 +25,7 @@ from typing import IO, Any, Literal, Self
 from unbackdoor.errors import InputError, IntegrityError
 
 State = Literal["waiting", "running", "done", "failed"]
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _SCHEMA = """
 CREATE TABLE suite (
     label TEXT PRIMARY KEY, sha256 TEXT NOT NULL, content TEXT NOT NULL
@@ -42,6 +43,20 @@ CREATE TABLE member (
 ) STRICT;
 CREATE INDEX member_key ON member (key);
 """
+# What each later version added. Changes are numbered by a trigger, so that a driver of an older version that
+# is at work on a store while it is brought up to date has its own numbered as well.
+_UPGRADES = {
+    2: (
+        "ALTER TABLE cell ADD COLUMN changed INTEGER NOT NULL DEFAULT 0",
+        "CREATE INDEX cell_changed ON cell (changed)",
+        # The largest number in use would not do: removing a cell must not turn the count back.
+        "CREATE TABLE clock (changes INTEGER NOT NULL) STRICT",
+        "INSERT INTO clock VALUES (0)",
+        "CREATE TRIGGER cell_changes AFTER UPDATE OF state ON cell BEGIN "
+        "UPDATE clock SET changes = changes + 1; "
+        "UPDATE cell SET changed = (SELECT changes FROM clock) WHERE key = NEW.key; END",
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -136,32 +151,67 @@ class Store:
         Raises:
             IntegrityError: If the label stands for another content in this store.
         """
+        listed = [(cell, json.dumps(labels)) for cell, labels in cells]
+        known = self._known(label, sha256)
+        if known and self._lists(label, listed):
+            return  # the ordinary case when a run is taken up again
         with self._transaction():
-            known = self._db.execute("SELECT sha256 FROM suite WHERE label = ?", (label,)).fetchone()
-            if known is not None and known["sha256"] != sha256:
-                raise IntegrityError(
-                    f"{label} stands for another content in this store",
-                    expected=known["sha256"][:12],
-                    got=sha256[:12],
-                    where=self.folder,
-                    remedy="Raise the version of the suite",
-                )
-            self._db.execute("INSERT OR IGNORE INTO suite VALUES (?, ?, ?)", (label, sha256, content))
+            # Asked again: another driver may have come first.
+            if not self._known(label, sha256):
+                self._db.execute("INSERT INTO suite VALUES (?, ?, ?)", (label, sha256, content))
             # The code may have changed since: the suite's rows now are the cells of the present code.
             self._db.execute("DELETE FROM member WHERE suite = ?", (label,))
-            for place, (cell, labels) in enumerate(cells):
-                self._db.execute(
-                    "INSERT OR IGNORE INTO cell (key, kind, spec, parent) VALUES (?, ?, ?, ?)",
-                    (cell["key"], cell["kind"], json.dumps(cell["spec"], sort_keys=True), cell["parent"]),
-                )
-                self._db.execute(
-                    "INSERT INTO member VALUES (?, ?, ?, ?)", (label, cell["key"], place, json.dumps(labels))
-                )
+            self._db.executemany(
+                "INSERT OR IGNORE INTO cell (key, kind, spec, parent) VALUES (?, ?, ?, ?)",
+                (
+                    (cell["key"], cell["kind"], json.dumps(cell["spec"], sort_keys=True), cell["parent"])
+                    for cell, _ in listed
+                ),
+            )
+            self._db.executemany(
+                "INSERT INTO member VALUES (?, ?, ?, ?)",
+                ((label, cell["key"], place, labels) for place, (cell, labels) in enumerate(listed)),
+            )
+
+    def _known(self, label: str, sha256: str) -> bool:
+        known = self._db.execute("SELECT sha256 FROM suite WHERE label = ?", (label,)).fetchone()
+        if known is not None and known["sha256"] != sha256:
+            raise IntegrityError(
+                f"{label} stands for another content in this store",
+                expected=known["sha256"][:12],
+                got=sha256[:12],
+                where=self.folder,
+                remedy="Raise the version of the suite",
+            )
+        return known is not None
+
+    def _lists(self, label: str, listed: list[tuple[dict[str, Any], str]]) -> bool:
+        """Return whether the members of a suite are these, in this order; their keys stand for the specs."""
+        rows = self._db.execute("SELECT key, labels FROM member WHERE suite = ? ORDER BY place", (label,))
+        wanted = ((cell["key"], labels) for cell, labels in listed)
+        return all(row is not None and tuple(row) == one for row, one in zip_longest(rows, wanted))
 
     def members(self, label: str) -> list[tuple[Cell, dict[str, Any]]]:
         """Return the cells of a suite in order, each with the labels of its row."""
         rows = self._db.execute(
             "SELECT cell.*, member.labels FROM member JOIN cell USING (key) WHERE suite = ? ORDER BY place",
+            (label,),
+        )
+        return [(_cell(row), json.loads(row["labels"])) for row in rows]
+
+    def outline(self, label: str) -> list[tuple[str, str | None, dict[str, Any]]]:
+        """Return key, parent and labels of a suite's cells in order; much cheaper than :meth:`members`."""
+        rows = self._db.execute(
+            "SELECT key, parent, labels FROM member JOIN cell USING (key) WHERE suite = ? ORDER BY place",
+            (label,),
+        )
+        return [(row["key"], row["parent"], json.loads(row["labels"])) for row in rows]
+
+    def failed(self, label: str) -> list[tuple[Cell, dict[str, Any]]]:
+        """Return the failed cells of a suite in order, as :meth:`members` does."""
+        rows = self._db.execute(
+            "SELECT cell.*, member.labels FROM cell JOIN member USING (key) "
+            "WHERE state = 'failed' AND suite = ? ORDER BY place",
             (label,),
         )
         return [(_cell(row), json.loads(row["labels"])) for row in rows]
@@ -190,6 +240,24 @@ class Store:
             (label,),
         )
         return {"waiting": 0, "running": 0, "done": 0, "failed": 0} | {row["state"]: row["n"] for row in rows}
+
+    def changes(self, since: int) -> tuple[int, list[tuple[str, State]]]:
+        """Return what cells became after a change, whoever changed them; the cost is that of the changes.
+
+        Args:
+            since: Number of the last change that is known; 0 for all.
+
+        Returns:
+            Number of the last change, and key and present state of each changed cell.
+        """
+        rows = self._db.execute(
+            "SELECT key, state, changed FROM cell WHERE changed > ? ORDER BY changed", (since,)
+        ).fetchall()
+        return (rows[-1]["changed"] if rows else since), [(row["key"], row["state"]) for row in rows]
+
+    def last_change(self) -> int:
+        """Return the number of the last change."""
+        return int(self._db.execute("SELECT changes FROM clock").fetchone()[0])
 
     # -- claiming -----------------------------------------------------------------------------------
 
@@ -227,6 +295,16 @@ class Store:
                 (text, time.time(), key),
             )
         return done.rowcount == 1
+
+    def give_up(self, keys: Iterable[str], error: str) -> None:
+        """Fail those of some waiting cells whose victim has failed, all in one transaction."""
+        with self._transaction():
+            self._db.executemany(
+                "UPDATE cell SET state = 'failed', error = ?, log = '', seconds = 0, finished = ?, "
+                "tries = tries + 1 WHERE key = ? AND state = 'waiting' "
+                "AND (SELECT state FROM cell AS victim WHERE victim.key = cell.parent) = 'failed'",
+                [(error, time.time(), key) for key in keys],
+            )
 
     def release(self) -> int:
         """Put this driver's unfinished cells back; return how many there were."""
@@ -304,10 +382,12 @@ class Store:
                     where=self.folder,
                     remedy="Update unbackdoor, or use another store",
                 )
-            if version == 0:
-                for statement in _SCHEMA.split(";"):
-                    if statement.strip():
-                        self._db.execute(statement)
+            statements = [] if version else [text for text in _SCHEMA.split(";") if text.strip()]
+            for later in range(max(version, 1) + 1, SCHEMA_VERSION + 1):
+                statements += _UPGRADES[later]
+            for statement in statements:
+                self._db.execute(statement)
+            if version < SCHEMA_VERSION:
                 self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def _end(

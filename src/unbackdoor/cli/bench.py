@@ -64,7 +64,10 @@ def run(
     ] = 0,
     scheduler: Annotated[
         str | None,
-        typer.Option(help="Address of a Dask scheduler; default: workers of its own.", show_default=False),
+        typer.Option(
+            help="Address of a Dask scheduler, or its scheduler file; default: workers of its own.",
+            show_default=False,
+        ),
     ] = None,
     gpus: Annotated[float, typer.Option(min=0, help="GPU resource that a cell takes of a Dask worker.")] = 0,
     budget: Annotated[
@@ -153,8 +156,7 @@ def status(
         failed = [
             (label, cell.key[:12], names, cell.error or "")
             for label in labels
-            for cell, names in opened.members(label)
-            if cell.state == "failed"
+            for cell, names in opened.failed(label)
         ]
     if as_json:
         emit(

@@ -7,6 +7,7 @@
     ├── UnsupportedModel    a network that a method cannot work on; names the layer
     ├── UnsafeFile          a file that would run code, or is built to do harm
     ├── IntegrityError      something changed that must not change: a hash, an input, a global
+    ├── EngineFailed        the cluster that ran the cells is gone, or cannot run them
     └── MethodFailed        a method raised, returned nonsense, or ran out of budget
 
 A message says what was expected, what was found, where, and what to do; the same facts are attributes.
@@ -110,6 +111,10 @@ class UnsafeFile(UnbackdoorError):
 
 class IntegrityError(UnbackdoorError):
     """Something changed that must not change, or does not match its recorded hash."""
+
+
+class EngineFailed(UnbackdoorError):
+    """What was to run cells is gone or cannot run them; nothing is recorded of the cells in progress."""
 
 
 class MethodFailed(UnbackdoorError):

@@ -7,14 +7,17 @@ driver's business. Both engines run the same function on the same JSON.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Protocol
 
 from unbackdoor.bench import isolate
 from unbackdoor.bench.work import execute
-from unbackdoor.errors import InputError, MissingExtra
+from unbackdoor.errors import EngineFailed, InputError, MissingExtra
 
+_CONNECT_SECONDS = 30
 Job = dict[str, Any]
 Answer = dict[str, Any]
 
@@ -63,9 +66,18 @@ class DaskEngine:
 
     Args:
         workers: Worker processes of a cluster of its own; cells at a time on an existing one.
-        address: Scheduler such as ``tcp://host:8786``, or None for a cluster of its own.
-        resources: What a worker must have free for a cell, such as ``{"GPU": 1}``.
-        retries: How often a cell is tried again when its worker dies.
+        address: Scheduler such as ``tcp://host:8786``, the JSON file in which it wrote its address, or None
+            for a cluster of its own.
+        resources: What a worker must have free for a cell, such as ``{"GPU": 1}``; until there is such a
+            worker the cell waits.
+
+    A cell whose worker dies is tried on another one, as often as the scheduler allows (three times, unless
+    ``distributed.scheduler.allowed-failures`` says otherwise); then it failed. Anything else that a task
+    raises means that the cluster cannot run cells, and the future raises EngineFailed.
+
+    Raises:
+        MissingExtra: Without distributed.
+        EngineFailed: If the scheduler cannot be reached.
     """
 
     def __init__(
@@ -74,42 +86,41 @@ class DaskEngine:
         *,
         address: str | None = None,
         resources: Mapping[str, float] | None = None,
-        retries: int = 2,
     ) -> None:
         try:
-            import dask
             import distributed
         except ImportError:
             raise MissingExtra("distributed", "dask", "running on a cluster") from None
         self.slots = workers
         self._resources = dict(resources or {})
-        self._retries = retries
         self._cluster: Any = None
-        # A worker starts processes of its own, one for each step, which daemons may not.
-        dask.config.set({"distributed.worker.daemon": False})
         if address is None:
             self._cluster = distributed.LocalCluster(
                 n_workers=workers,
                 threads_per_worker=1,
                 processes=True,
                 host="127.0.0.1",
-                dashboard_address=None,
+                dashboard_address="127.0.0.1:0",  # None would take a fixed port, which another one may have
                 resources=self._resources or None,
                 silence_logs=40,
             )
+        self._address = address if address is None else _address(address)
         try:
-            self._client = distributed.Client(self._cluster or address, timeout=30)
-        except (OSError, TimeoutError) as error:
-            raise InputError("the scheduler cannot be reached", got=str(error), where=address) from error
+            self._client = distributed.Client(self._cluster or self._address, timeout=_CONNECT_SECONDS)
+        except (OSError, TimeoutError, ValueError) as error:
+            raise EngineFailed(
+                "the scheduler cannot be reached",
+                got=error,
+                where=address,
+                remedy="Start it with: dask scheduler",
+            ) from error
 
     def submit(self, job: Job) -> Future[Answer]:
         """Send a job to the cluster and follow it."""
         # Its own key: an equal job sent again, after a failure, must run again.
-        task = self._client.submit(
-            execute, job, pure=False, retries=self._retries, resources=self._resources or None
-        )
+        task = self._client.submit(execute, job, pure=False, resources=self._resources or None)
         future: Future[Answer] = Future()
-        task.add_done_callback(lambda done: _settle(done, future))
+        task.add_done_callback(lambda done: self._settle(done, future))
         return future
 
     def close(self) -> None:
@@ -120,10 +131,30 @@ class DaskEngine:
             with contextlib.suppress(Exception):
                 self._cluster.close(timeout=10)
 
+    def _settle(self, task: Any, future: Future[Answer]) -> None:
+        from distributed import KilledWorker
 
-def _settle(task: Any, future: Future[Answer]) -> None:
-    try:
-        future.set_result(task.result())
-    except BaseException as error:  # noqa: BLE001  a lost worker is an answer too
-        if not future.done():
+        try:
+            future.set_result(task.result())
+        except KilledWorker as error:  # it ended every worker that tried it: a fact about the cell
             future.set_result({"error": f"{type(error).__name__}: {error}", "seconds": 0.0, "log": ""})
+        except BaseException as error:  # noqa: BLE001  it must not end with this thread
+            future.set_exception(
+                EngineFailed(
+                    "the cluster lost a cell or could not run it",
+                    got=f"{type(error).__name__}: {error}",
+                    where=self._address,
+                    remedy="See that the scheduler lives and its workers have this version of unbackdoor, "
+                    "and run the same command again: finished cells stay",
+                )
+            )
+
+
+def _address(text: str) -> str:
+    """Return the address of a scheduler, read from its file where a file was given."""
+    if not text.endswith(".json"):
+        return text
+    try:
+        return str(json.loads(Path(text).read_text(encoding="utf-8"))["address"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError("the scheduler file cannot be read", got=error, where=text) from error

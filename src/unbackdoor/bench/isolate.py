@@ -91,6 +91,7 @@ def call(
     """
     write_json(folder / TASK, dict(task))
     (folder / RESULT).unlink(missing_ok=True)
+    _allow_children()
     process = _server().Process(
         target=_child,
         args=(function, str(folder), limits, tuple(str(place) for place in private), os.getpid()),
@@ -117,6 +118,16 @@ def call(
     code = process.exitcode or 0
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
     raise MethodFailed("its process ended without a result", got=how)
+
+
+def _allow_children() -> None:
+    """Let a worker that a nanny of Dask started have processes of its own.
+
+    Such a worker is a daemon, to which multiprocessing refuses children lest they outlive it. Ours do not.
+    """
+    worker = multiprocessing.current_process()
+    if worker.daemon:
+        worker.daemon = False
 
 
 def log_of(folder: Path, limit: int = 20_000) -> str:

@@ -82,10 +82,3 @@ def starts_a_program(task: Task, folder: Path) -> Task:
 
     subprocess.run(["touch", task["path"]], check=True)
     return {}
-
-
-def loads(task: Task, folder: Path) -> Task:
-    """Load a whole data set, test images included."""
-    from unbackdoor.data.datasets import load_dataset
-
-    return {"images": len(load_dataset(task["name"]).test)}

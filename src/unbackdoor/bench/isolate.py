@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -73,7 +73,7 @@ def _server() -> ForkServerContext:
 
 
 def call(
-    function: str, task: Mapping[str, Any], folder: Path, limits: Limits, *, private: Sequence[Path] = ()
+    function: str, task: Mapping[str, Any], folder: Path, limits: Limits, *, private: Path | None = None
 ) -> dict[str, Any]:
     """Run ``module:function`` on a JSON task in another process and return its JSON result.
 
@@ -83,7 +83,7 @@ def call(
         folder: Existing folder for the task, the log and what the function writes.
         limits: Time, memory and threads.
         private: For code that is not trusted: refuse it all writing outside ``folder``, and all reading in
-            these folders but for ``folder`` itself. Empty for code that is trusted.
+            this folder but for ``folder`` itself.
 
     Raises:
         MethodFailed: If the process raised, was killed, ran out of time or memory, or returned no JSON. The
@@ -91,10 +91,9 @@ def call(
     """
     write_json(folder / TASK, dict(task))
     (folder / RESULT).unlink(missing_ok=True)
-    _allow_children()
     process = _server().Process(
         target=_child,
-        args=(function, str(folder), limits, tuple(str(place) for place in private), os.getpid()),
+        args=(function, str(folder), limits, private and str(private), os.getpid()),
         daemon=True,
     )
     with _living_lock:
@@ -120,16 +119,6 @@ def call(
     raise MethodFailed("its process ended without a result", got=how)
 
 
-def _allow_children() -> None:
-    """Let a worker that a nanny of Dask started have processes of its own.
-
-    Such a worker is a daemon, to which multiprocessing refuses children lest they outlive it. Ours do not.
-    """
-    worker = multiprocessing.current_process()
-    if worker.daemon:
-        worker.daemon = False
-
-
 def log_of(folder: Path, limit: int = 20_000) -> str:
     """Return the end of what a process printed."""
     try:
@@ -152,7 +141,7 @@ def _end(process: Any) -> None:
 # Inside the process
 
 
-def _child(function: str, folder: str, limits: Limits, private: tuple[str, ...], driver: int) -> None:
+def _child(function: str, folder: str, limits: Limits, private: str | None, driver: int) -> None:
     place = Path(folder)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
     _die_with(driver)
@@ -167,7 +156,7 @@ def _child(function: str, folder: str, limits: Limits, private: tuple[str, ...],
         task = json.loads((place / TASK).read_text(encoding="utf-8"))
         if private:
             os.chdir(place)
-            confine(place, [Path(hidden) for hidden in private])
+            confine(place, Path(private))
         answer = {"result": step(task, place)}
     except BaseException as error:  # noqa: BLE001  whatever it was, it becomes a row
         traceback.print_exc()
@@ -210,14 +199,14 @@ def _die_with(driver: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def confine(folder: Path, private: Sequence[Path]) -> None:
+def confine(folder: Path, private: Path) -> None:
     """Refuse this process to write outside a folder, or to read anything else that is private.
 
     An audit hook sees every file that Python opens, moves or removes. It is a fence against mistakes and
     against peeking in Python; it is no prison for machine code.
     """
     own = str(folder.resolve())
-    hidden = [str(place.resolve()) for place in private]
+    hidden = str(private.resolve())
     writing = {
         "os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate",
         "os.chmod", "os.chown", "shutil.rmtree", "shutil.move", "shutil.copyfile",
@@ -243,7 +232,7 @@ def confine(folder: Path, private: Sequence[Path]) -> None:
             wants = bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND))
             if wants and not inside(path, own) and os.fspath(path) != os.devnull:
                 raise PermissionError(f"a method may not write outside its folder: {path!r}")
-            if not inside(path, own) and any(inside(path, place) for place in hidden):
+            if not inside(path, own) and inside(path, hidden):
                 raise PermissionError(f"a method may not read there: {path!r}")
 
     sys.addaudithook(hook)

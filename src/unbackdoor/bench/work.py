@@ -23,7 +23,6 @@ from unbackdoor.bench.repairs import running_commit
 from unbackdoor.bench.steps import scores_from
 from unbackdoor.bench.store import artefact_folder
 from unbackdoor.bench.victims import load_truth
-from unbackdoor.data.datasets import data_places
 from unbackdoor.errors import UnbackdoorError
 
 _STEPS = "unbackdoor.bench.steps"
@@ -122,23 +121,11 @@ def _confined(
         "place": {"device": job["place"].get("device", "cpu")},
     }
     try:
-        return call(f"{_STEPS}:{step}", told, folder, _limits(job), private=_hidden(job))
+        return call(f"{_STEPS}:{step}", told, folder, _limits(job), private=store)
     finally:
         logs.append(log_of(folder))
         for name in (steps.SAMPLE, steps.MODEL, steps.MODEL.replace(".safetensors", ".json")):
             (folder / name).unlink(missing_ok=True)
-
-
-def _hidden(job: dict[str, Any]) -> list[Path]:
-    """Return the folders that a method must not read: they hold truths, victims and test sets."""
-    place = job["place"]
-    return [
-        Path(place["store"]),
-        *data_places(
-            root=Path(place["data_root"]) if place.get("data_root") else None,
-            cache=Path(place["cache"]) if place.get("cache") else None,
-        ),
-    ]
 
 
 def _task(job: dict[str, Any]) -> dict[str, Any]:

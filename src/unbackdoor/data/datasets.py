@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -99,15 +98,6 @@ def load_dataset(
     else:
         train, test = _from_archives(facts, root, cache, progress, download, opener)
     return _as_dataset(facts, train, test)
-
-
-def data_places(*, root: Path | None = None, cache: Path | None = None) -> list[Path]:
-    """Return the existing folders from which :func:`load_dataset` reads with these arguments."""
-    bundled = importlib.util.find_spec("sklearn")
-    places = [root or Path(os.environ.get(ROOT_VARIABLE) or os.devnull), cache or default_cache()]
-    if bundled is not None and bundled.origin is not None:
-        places.append(Path(bundled.origin).parent / "datasets")
-    return [place for place in places if place.is_dir()]
 
 
 def _as_dataset(facts: Facts, train: Images, test: Images) -> DataSet:

@@ -76,6 +76,7 @@ def test_an_interruption_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_missing_extra_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "report")])
     assert result.exit_code == 2

@@ -81,6 +81,15 @@ def test_the_split_of_digits_is_fixed_and_disjoint() -> None:
     assert sorted(train + test) == rows.tolist()
 
 
+@pytest.mark.leaves_traces
+def test_digits_where_scikit_learn_has_moved_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = load_dataset("digits")
+    monkeypatch.setattr(datasets, "digits_file", lambda: None)
+    asked = load_dataset("digits")
+    assert read.train.fingerprint() == asked.train.fingerprint()
+    assert read.test.fingerprint() == asked.test.fingerprint()
+
+
 def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)

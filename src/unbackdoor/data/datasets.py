@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -237,14 +238,9 @@ def _checked(images: Images, facts: Facts, part: str, where: Path) -> Images:
 
 
 def _digits(facts: Facts) -> tuple[Images, Images]:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise MissingExtra("scikit-learn", "digits", "the data set 'digits'") from error
-    bunch = load_digits()
-    values = np.asarray(bunch.images)  # (N, H, W), 0..16
+    table = _digits_table()  # (N, H * W + 1), 0..16 and the label
+    values, labels = table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
     pixels = np.rint(values * 255 / 16).astype(np.uint8)[:, None]  # (N, 1, H, W)
-    labels = np.asarray(bunch.target, dtype=np.int64)
     train, test = _stratified(labels, facts.train)
     parts = [
         as_images(pixels[rows], labels[rows], facts.class_names, f"{facts.name} {part}")
@@ -253,6 +249,26 @@ def _digits(facts: Facts) -> tuple[Images, Images]:
     for part, images in zip(PARTS, parts, strict=True):
         _checked(images, facts, part, Path("scikit-learn"))
     return parts[0], parts[1]
+
+
+def digits_file() -> Path | None:
+    """Return the file of the digits in scikit-learn, or None where it is not installed or has moved it."""
+    package = importlib.util.find_spec("sklearn")  # found, not imported: that takes a second
+    if package is None or package.origin is None:
+        return None
+    file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    return file if file.is_file() else None
+
+
+def _digits_table() -> NDArray[np.float64]:
+    if (file := digits_file()) is not None:
+        return np.loadtxt(file, delimiter=",")
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise MissingExtra("scikit-learn", "digits", "the data set 'digits'") from error
+    bunch = load_digits()
+    return np.column_stack([bunch.data, bunch.target])
 
 
 def _stratified(labels: NDArray[np.int64], count: int) -> tuple[list[int], list[int]]:

@@ -283,10 +283,11 @@ class Surroundings:
         return self.randomness.changed() + flags
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Put everything back that has changed."""
         self.randomness.restore()
-        for name, (_, write) in _FLAGS.items():
-            write(self.flags[name])
+        for name, (read, write) in _FLAGS.items():
+            if read() != self.flags[name]:  # writing some of them loads torch's compiler, one second
+                write(self.flags[name])
 
 
 def _hook_table(table: dict[int, Any]) -> tuple[Callable[[], Any], Callable[[Any], object]]:

@@ -27,6 +27,8 @@ def initialise_convs(network: nn.Module) -> None:
     Paper: He et al., "Delving deep into rectifiers", arXiv:1502.01852.
     """
     for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)) and module.weight.is_meta:
+            continue  # only its shapes are wanted; drawing them would load torch's compiler, one second
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:

@@ -2,7 +2,8 @@
 
     UnbackdoorError
     ├── InputError          a file, an image set or an argument that cannot be used
-    │   └── MissingExtra    an optional dependency that is not installed
+    │   ├── MissingExtra    an optional dependency that is not installed
+    │   └── DiskFull        no room for what is to be written; nobody's result, and worth another try
     ├── ConfigError         options of a method, a recipe or a suite; all faults at once
     ├── UnsupportedModel    a network that a method cannot work on; names the layer
     ├── UnsafeFile          a file that would run code, or is built to do harm
@@ -89,6 +90,10 @@ class MissingExtra(InputError):
             f"{purpose} needs the package {module}",
             remedy=f'Install it with: pip install "unbackdoor[{extra}]"',
         )
+
+
+class DiskFull(InputError):
+    """There is no room on the disk; whoever meets it has failed at nothing of its own."""
 
 
 class ConfigError(UnbackdoorError):

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from unbackdoor.errors import InputError
+from unbackdoor.errors import DiskFull, InputError
 
 _HASH_CHUNK = 1 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_FULL_IN_WORDS = "No space left on device"
 
 
 def _ordinary_mode() -> int:
@@ -41,7 +42,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
         path: The file to write or to replace.
 
     Raises:
-        InputError: If the disk is full or the folder cannot be written.
+        DiskFull: If it is, whichever library has written the draft.
+        InputError: If the folder cannot be written.
 
     Example:
         >>> import tempfile
@@ -63,6 +65,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
     except OSError as error:
         if explained := _explained(error, path):
             raise explained from error
+        raise
+    except Exception as error:
+        # Writers in machine code tell of a full disk in words of their own only.
+        if _FULL_IN_WORDS in str(error):
+            raise _disk_full(path, str(error)) from error
         raise
     finally:
         # After a success the draft is gone already.
@@ -106,15 +113,24 @@ def _sync_folder(folder: Path) -> None:
         _sync(folder)
 
 
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether an error says that there is no room on the disk."""
+    return isinstance(error, DiskFull) or (isinstance(error, OSError) and error.errno in _FULL)
+
+
+def _disk_full(path: Path, words: str | None) -> DiskFull:
+    return DiskFull(
+        "the disk is full",
+        where=path,
+        expected="room for the whole file",
+        got=words,
+        remedy="Free some space or choose another folder; nothing half-written was left behind",
+    )
+
+
 def _explained(error: OSError, path: Path) -> InputError | None:
     if error.errno in _FULL:
-        return InputError(
-            "the disk is full",
-            where=path,
-            expected="room for the whole file",
-            got=error.strerror,
-            remedy="Free some space or choose another folder; nothing half-written was left behind",
-        )
+        return _disk_full(path, error.strerror)
     if error.errno in _REFUSED:
         return InputError(
             "the file cannot be written",

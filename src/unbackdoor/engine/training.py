@@ -7,6 +7,7 @@ is what the field uses: plain cross-entropy, SGD with momentum and weight decay 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -239,8 +240,11 @@ def _save(
         "model": model.network.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
+    # Through memory: torch's own writer does not tell a full disk from any other failure.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
     with atomic_write(path) as temporary:
-        torch.save(state, temporary)
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def _resume(path: Path, key: str, model: Classifier, optimizer: torch.optim.Optimizer) -> list[float]:

@@ -82,3 +82,70 @@ def starts_a_program(task: Task, folder: Path) -> Task:
 
     subprocess.run(["touch", task["path"]], check=True)
     return {}
+
+
+def opens_the_database(task: Task, folder: Path) -> Task:
+    """Open the store with what Python does not see."""
+    import sqlite3
+
+    sqlite3.connect(str(Path(task["path"]) / "results.db")).execute("CREATE TABLE t (a)")
+    return {}
+
+
+def lists_the_store(task: Task, folder: Path) -> Task:
+    """Look around."""
+    return {"there": [file.name for file in Path(task["path"]).iterdir()]}
+
+
+def opens_a_socket(task: Task, folder: Path) -> Task:
+    """Have somebody to talk to."""
+    import socket
+
+    socket.socket().bind(("127.0.0.1", 0))
+    return {}
+
+
+def asks_for_a_name(task: Task, folder: Path) -> Task:
+    """Say something in the name that it asks for."""
+    import socket
+
+    socket.getaddrinfo("weights.invalid", 80)
+    return {}
+
+
+def forks(task: Task, folder: Path) -> Task:
+    """Be two."""
+    if os.fork() == 0:
+        os._exit(0)
+    return {}
+
+
+def spawns(task: Task, folder: Path) -> Task:
+    """Start a program by the way that raises no event."""
+    import sys
+    from multiprocessing import util
+
+    util.spawnv_passfds(os.fsencode(sys.executable), [sys.executable, "-c", "pass"], ())
+    return {}
+
+
+def makes_a_temporary_file(task: Task, folder: Path) -> Task:
+    """Do as libraries do."""
+    import tempfile
+
+    with tempfile.NamedTemporaryFile() as file:
+        return {"made": file.name}
+
+
+def finds_no_room(task: Task, folder: Path) -> Task:
+    """Meet a full disk."""
+    import errno
+
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def tells_its_number(task: Task, folder: Path) -> Task:
+    """Leave the process number, and stay."""
+    (folder / "pid").write_text(str(os.getpid()), encoding="utf-8")
+    time.sleep(120)
+    return {}

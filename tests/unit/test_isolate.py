@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
 import time
 from pathlib import Path
 
 import pytest
 
 from unbackdoor.bench.isolate import Limits, call, log_of
-from unbackdoor.errors import MethodFailed
+from unbackdoor.errors import DiskFull, MethodFailed
 
 LIMITS = Limits(seconds=60, memory_mb=512)
 
@@ -23,7 +26,7 @@ def store(tmp_path: Path) -> Path:
 
 
 def run(name: str, store: Path, *, private: bool = True, limits: Limits = LIMITS, **task: object):  # type: ignore[no-untyped-def]
-    return call(f"poisoned:{name}", task, store / "work", limits, private=store if private else None)
+    return call(f"poisoned:{name}", task, store / "work", limits, private=[store] if private else ())
 
 
 def test_an_honest_step_answers_and_leaves_its_files_and_log(store: Path) -> None:
@@ -85,6 +88,66 @@ def test_the_truth_cannot_be_read_by_a_method_and_can_by_the_judge(store: Path) 
     with pytest.raises(MethodFailed, match="may not read there"):
         run("reads_the_truth", store, path="../truth.json")
     assert run("reads_the_truth", store, private=False, path=secret) == {"truth": "target 0"}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("opens_the_database", "may not open a database"),
+        ("lists_the_store", "may not look there"),
+        ("opens_a_socket", "may not do socket"),
+        ("asks_for_a_name", "may not do socket"),
+        ("forks", "may not do os.fork"),
+        ("spawns", "may not start a program"),
+    ],
+)
+def test_what_the_fence_refuses(name: str, words: str, store: Path) -> None:
+    with pytest.raises(MethodFailed, match=words):
+        run(name, store, path=str(store))
+
+
+def test_temporary_files_are_made_in_the_folder(store: Path) -> None:
+    made = Path(run("makes_a_temporary_file", store)["made"])
+    assert made.is_relative_to(store / "work" / "tmp")
+
+
+def test_a_full_disk_is_told_from_a_failure(store: Path) -> None:
+    with pytest.raises(DiskFull, match="No space left"):
+        run("finds_no_room", store)
+
+
+def _driver(store: Path) -> None:
+    run("tells_its_number", store)
+
+
+def test_a_step_ends_with_its_driver_even_where_nobody_waits_for_that(store: Path) -> None:
+    driver = multiprocessing.get_context("spawn").Process(target=_driver, args=(store,))
+    driver.start()
+    number = store / "work" / "pid"
+    while not number.exists() or not number.read_text(encoding="utf-8"):
+        assert driver.is_alive()
+        time.sleep(0.05)
+    step = int(number.read_text(encoding="utf-8"))
+    assert driver.pid is not None
+    os.kill(driver.pid, signal.SIGKILL)
+    # The driver is not waited for here: its number stays taken, as in a container without an init.
+    end = time.monotonic() + 10
+    while time.monotonic() < end and not _gone(step):
+        time.sleep(0.02)
+    gone = _gone(step)
+    driver.join()
+    assert gone
+
+
+def _gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").split(")")[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
 
 
 def test_an_old_answer_is_never_taken_for_a_new_one(store: Path) -> None:

@@ -6,8 +6,9 @@ costs milliseconds and nothing of the driver's memory is in it. It ends when its
 
 from __future__ import annotations
 
+import _posixsubprocess
 import contextlib
-import ctypes
+import errno
 import importlib
 import json
 import multiprocessing
@@ -15,21 +16,24 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import threading
-import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import connection, forkserver, parent_process
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-from unbackdoor.errors import MethodFailed
-from unbackdoor.files import write_json
+from unbackdoor.errors import DiskFull, MethodFailed
+from unbackdoor.files import is_disk_full, write_json
 
 TASK, RESULT, LOG = "task.json", "result.json", "log.txt"
+SCRATCH = "tmp"  # where a confined process makes its temporary files
 _PRELOADED = ["unbackdoor.bench.steps"]
 _GRACE = 5.0  # seconds between the polite and the certain end of a process
+_FULL = errno.ENOSPC  # exit status of a process that found no room, not even for its answer
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,28 @@ def _server() -> ForkServerContext:
         if _context is None:
             _context = multiprocessing.get_context("forkserver")
             _context.set_forkserver_preload(_PRELOADED)
+        with _deaf():
+            forkserver.ensure_running()
         return _context
 
 
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Let a server that is started here never hear Ctrl-C: it ignores it only once it has imported."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def call(
-    function: str, task: Mapping[str, Any], folder: Path, limits: Limits, *, private: Path | None = None
+    function: str,
+    task: Mapping[str, Any],
+    folder: Path,
+    limits: Limits,
+    *,
+    private: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Run ``module:function`` on a JSON task in another process and return its JSON result.
 
@@ -82,10 +103,11 @@ def call(
         task: JSON-ready argument.
         folder: Existing folder for the task, the log and what the function writes.
         limits: Time, memory and threads.
-        private: For code that is not trusted: refuse it all writing outside ``folder``, and all reading in
-            this folder but for ``folder`` itself.
+        private: For code that is not trusted: refuse it all writing outside ``folder``, and all reading of
+            these files and folders but for ``folder`` itself.
 
     Raises:
+        DiskFull: If it found no room for what it had to write.
         MethodFailed: If the process raised, was killed, ran out of time or memory, or returned no JSON. The
             end of its log is in the message.
     """
@@ -93,7 +115,7 @@ def call(
     (folder / RESULT).unlink(missing_ok=True)
     process = _server().Process(
         target=_child,
-        args=(function, str(folder), limits, private and str(private), os.getpid()),
+        args=(function, str(folder), limits, [str(path) for path in private]),
         daemon=True,
     )
     with _living_lock:
@@ -110,13 +132,21 @@ def call(
         raise MethodFailed("it ran out of time", expected=f"at most {limits.seconds:g} s", got="no end")
     if (folder / RESULT).exists():
         answer = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        if answer.get("full"):
+            raise _full(folder, answer["error"])
         if "error" in answer:
             raise MethodFailed(answer["error"])
         result: dict[str, Any] = answer["result"]
         return result
     code = process.exitcode or 0
+    if code == _FULL:
+        raise _full(folder, os.strerror(_FULL))
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
     raise MethodFailed("its process ended without a result", got=how)
+
+
+def _full(folder: Path, words: str) -> DiskFull:
+    return DiskFull("the disk is full", where=folder, got=words, remedy="Free some space")
 
 
 def log_of(folder: Path, limit: int = 20_000) -> str:
@@ -141,10 +171,10 @@ def _end(process: Any) -> None:
 # Inside the process
 
 
-def _child(function: str, folder: str, limits: Limits, private: str | None, driver: int) -> None:
+def _child(function: str, folder: str, limits: Limits, private: Sequence[str]) -> None:
     place = Path(folder)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
-    _die_with(driver)
+    _die_with_driver()
     log = os.open(place / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -156,17 +186,22 @@ def _child(function: str, folder: str, limits: Limits, private: str | None, driv
         task = json.loads((place / TASK).read_text(encoding="utf-8"))
         if private:
             os.chdir(place)
-            confine(place, Path(private))
+            (place / SCRATCH).mkdir(exist_ok=True)
+            tempfile.tempdir = os.environ["TMPDIR"] = str(place / SCRATCH)
+            confine(place, [Path(path) for path in private])
         answer = {"result": step(task, place)}
     except BaseException as error:  # noqa: BLE001  whatever it was, it becomes a row
-        traceback.print_exc()
-        answer = {"error": f"{type(error).__name__}: {error}"[:4000]}
+        with contextlib.suppress(OSError):  # a log that finds no room
+            traceback.print_exc()
+        answer = {"error": f"{type(error).__name__}: {error}"[:4000], "full": is_disk_full(error)}
     with contextlib.suppress(Exception):
         sys.stdout.flush()
         sys.stderr.flush()
     try:
         write_json(place / RESULT, answer)
-    except Exception as error:  # noqa: BLE001  a full disk, or a result that is no JSON
+    except DiskFull:
+        os._exit(_FULL)
+    except Exception as error:  # noqa: BLE001  such as a result that is no JSON
         traceback.print_exc()
         write_json(place / RESULT, {"error": f"its result could not be written: {error}"[:4000]})
 
@@ -183,35 +218,47 @@ def _bound(limits: Limits) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _die_with(driver: int) -> None:
-    """End this process when its driver is gone, however it went."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; the parent is the fork server
+def _die_with_driver() -> None:
+    """End this process when its driver is gone, however it went.
+
+    The driver holds the other end of a pipe, which the operating system closes with it. The fork server is
+    no help: it lives as long as its processes. Nor is the driver's number: it stays taken until somebody
+    has waited for the driver, and may be given to another process after that.
+    """
+    driver = parent_process()
+    assert driver is not None  # only ever called in a process of a fork server
 
     def watch() -> None:
-        while True:
-            try:
-                os.kill(driver, 0)
-            except OSError:
-                os._exit(1)
-            time.sleep(1)
+        connection.wait([driver.sentinel])
+        os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-def confine(folder: Path, private: Path) -> None:
+def confine(folder: Path, private: Sequence[Path]) -> None:
     """Refuse this process to write outside a folder, or to read anything else that is private.
 
     An audit hook sees every file that Python opens, moves or removes. It is a fence against mistakes and
     against peeking in Python; it is no prison for machine code.
     """
     own = str(folder.resolve())
-    hidden = str(private.resolve())
+    hidden = [str(path.resolve()) for path in private]
     writing = {
         "os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate",
         "os.chmod", "os.chown", "shutil.rmtree", "shutil.move", "shutil.copyfile",
     }  # fmt: skip
-    refused = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect"}
+    refused = {
+        "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty",
+        "socket.__new__", "socket.connect", "socket.bind", "socket.sendto", "socket.getaddrinfo",
+        "socket.gethostbyname",
+    }  # fmt: skip
+    listing = {"os.listdir", "os.scandir"}
+
+    def no_program(*words: object) -> int:
+        raise PermissionError("a method may not start a program")
+
+    # What multiprocessing starts programs with, and the one way that raises no event.
+    _posixsubprocess.fork_exec = no_program
 
     def inside(path: object, root: str) -> bool:
         try:
@@ -227,12 +274,18 @@ def confine(folder: Path, private: Path) -> None:
             for path in args[:2]:
                 if isinstance(path, (str, bytes, os.PathLike)) and not inside(path, own):
                     raise PermissionError(f"a method may not write outside its folder: {path!r}")
+        if event == "sqlite3.connect" and args[0] != ":memory:":  # opened by machine code, unseen below
+            raise PermissionError(f"a method may not open a database: {args[0]!r}")
+        if event in listing:
+            place = args[0] or "."
+            if not inside(place, own) and any(inside(place, root) for root in hidden):
+                raise PermissionError(f"a method may not look there: {place!r}")
         if event == "open" and isinstance(args[0], (str, bytes, os.PathLike)):
             path, _, flags = args
             wants = bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND))
             if wants and not inside(path, own) and os.fspath(path) != os.devnull:
                 raise PermissionError(f"a method may not write outside its folder: {path!r}")
-            if not inside(path, own) and inside(path, hidden):
+            if not inside(path, own) and any(inside(path, root) for root in hidden):
                 raise PermissionError(f"a method may not read there: {path!r}")
 
     sys.addaudithook(hook)

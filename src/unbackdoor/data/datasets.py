@@ -251,6 +251,18 @@ def _digits(facts: Facts) -> tuple[Images, Images]:
     return parts[0], parts[1]
 
 
+def places_of_data(root: Path | None = None, cache: Path | None = None) -> list[Path]:
+    """Return every file and folder that :func:`load_dataset` reads named sets from.
+
+    Args:
+        root: As there.
+        cache: As there.
+    """
+    root = _root(root)
+    folders = [] if root is None else [root / name for name in SETS]
+    return [*folders, cache or default_cache(), *filter(None, [digits_file()])]
+
+
 def digits_file() -> Path | None:
     """Return the file of the digits in scikit-learn, or None where it is not installed or has moved it."""
     package = importlib.util.find_spec("sklearn")  # found, not imported: that takes a second

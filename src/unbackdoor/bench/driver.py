@@ -17,7 +17,7 @@ from typing import Any
 
 from unbackdoor.bench.engines import Answer, Engine
 from unbackdoor.bench.store import Cell, State, Store
-from unbackdoor.errors import IntegrityError
+from unbackdoor.errors import DiskFull, IntegrityError
 
 _LOOK = 0.5  # seconds between two looks at the clock
 _LOOK_AT_STORE = 5.0  # seconds between two looks at what other drivers did, while all slots are busy
@@ -72,8 +72,12 @@ def drive(
     Returns:
         True if no cell that was asked for is left; False if the budget ended first.
 
+    Raises:
+        DiskFull: If there was no room for a cell or its result. That is no cell's failure.
+
     Cells that were running when this function is left, by an error or by Ctrl-C, are put back.
     """
+    store.sweep()
     progress = Progress()
     end = None if budget is None else time.monotonic() + budget
     running: dict[Future[Answer], Cell] = {}
@@ -244,13 +248,15 @@ def _job(store: Store, cell: Cell, place: Mapping[str, Any]) -> dict[str, Any]:
         "kind": cell.kind,
         "spec": dict(cell.spec),
         "victim": None if parent is None or parent.result is None else dict(parent.result),
-        "work": uuid.uuid4().hex,
+        "work": f"{store.owner}-{uuid.uuid4().hex}",
         "place": dict(place),
     }
 
 
 def _record(store: Store, cell: Cell, answer: Answer, progress: Progress) -> None:
     progress.running.pop(cell.key, None)
+    if "halt" in answer:
+        raise DiskFull(answer["halt"].rstrip("."), remedy="Finished cells are kept; start again to go on")
     progress.finished += 1
     progress.seconds += answer["seconds"]
     if "error" in answer:

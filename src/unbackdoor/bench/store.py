@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal, Self
 
-from unbackdoor.errors import InputError, IntegrityError
+from unbackdoor.errors import DiskFull, InputError, IntegrityError
 
 State = Literal["waiting", "running", "done", "failed"]
 SCHEMA_VERSION = 2
@@ -88,6 +88,21 @@ class Cell:
     seconds: float | None
 
 
+class _Connection(sqlite3.Connection):
+    """A connection whose troubles are errors of ours, so that a full disk is no defect."""
+
+    def execute(self, *words: Any) -> sqlite3.Cursor:
+        try:
+            return super().execute(*words)
+        except sqlite3.OperationalError as error:
+            full = error.sqlite_errorcode == sqlite3.SQLITE_FULL
+            raise (DiskFull if full else InputError)(
+                "the store cannot be used",
+                got=str(error),
+                remedy="Free some space; finished cells are kept" if full else None,
+            ) from error
+
+
 class Store:
     """An open store; use it as a context.
 
@@ -108,13 +123,15 @@ class Store:
         try:
             self.artefacts.mkdir(parents=True, exist_ok=True)
             self._locks.mkdir(exist_ok=True)
-            self._db = sqlite3.connect(folder / "results.db", timeout=60, isolation_level=None)
+            self._db = sqlite3.connect(
+                folder / "results.db", timeout=60, isolation_level=None, factory=_Connection
+            )
             self._db.row_factory = sqlite3.Row
             # FULL: a commit that was acknowledged survives a power cut, not only a crash.
             for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
                 self._db.execute(f"PRAGMA {pragma}")
             self._create()
-        except (OSError, sqlite3.DatabaseError) as error:
+        except (OSError, sqlite3.DatabaseError, InputError) as error:
             raise InputError("the store cannot be opened", got=str(error), where=folder) from error
 
     def __enter__(self) -> Self:
@@ -128,7 +145,7 @@ class Store:
     def close(self) -> None:
         """Give back what this driver claimed and close the file."""
         if self._lock is not None:
-            with suppress(sqlite3.Error):
+            with suppress(InputError):
                 self.release()
             (self._locks / self.owner).unlink(missing_ok=True)
             self._lock.close()
@@ -343,6 +360,22 @@ class Store:
             )
         return done.rowcount
 
+    def sweep(self) -> None:
+        """Remove what killed drivers left behind: work folders, drafts of files, and their locks."""
+        drafts = [draft for name in ("checkpoints", "samples") for draft in (self.folder / name).glob(".*")]
+        owners = {lock.name for lock in self._locks.glob("[!.]*")} - {self.owner}
+        living = {owner for owner in owners if self._alive(owner)}
+        for folder in (self.folder / "work").glob("*"):
+            owner = "-".join(folder.name.split("-")[:2])
+            if owner != self.owner and owner not in living and not self._alive(owner):
+                shutil.rmtree(folder, ignore_errors=True)
+        # Nobody but a driver has files written. Those that were there before we looked for drivers, and
+        # found none, are nobody's.
+        for draft in [] if living else drafts:
+            draft.unlink(missing_ok=True)
+        for owner in owners - living:
+            (self._locks / owner).unlink(missing_ok=True)
+
     # -- artefacts ----------------------------------------------------------------------------------
 
     def artefact(self, key: str) -> Path:
@@ -408,17 +441,20 @@ class Store:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self._db.execute("COMMIT")
         except BaseException:
-            with suppress(sqlite3.Error):
+            with suppress(InputError):  # there is nothing left to roll back after some failed commits
                 self._db.execute("ROLLBACK")
             raise
-        self._db.execute("COMMIT")
 
     def _live(self) -> None:
         """Hold this driver's lock for as long as the process lives."""
         if self._lock is None:
-            lock = (self._locks / self.owner).open("wb")
+            # Locked before it has its name: whoever finds it unlocked may take it for a dead driver's.
+            draft = self._locks / f".{self.owner}"
+            lock = draft.open("wb")
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            draft.rename(self._locks / self.owner)
             self._lock = lock
 
     def _alive(self, owner: str) -> bool:

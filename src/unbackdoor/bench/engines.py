@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,15 +50,21 @@ class LocalEngine:
     def __init__(self, workers: int) -> None:
         self.slots = workers
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="cell")
+        self._running: set[Future[Answer]] = set()
 
     def submit(self, job: Job) -> Future[Answer]:
         """Start a job in a waiting thread, which starts its processes."""
-        return self._pool.submit(execute, job)
+        future = self._pool.submit(execute, job)
+        self._running = {other for other in self._running if not other.done()} | {future}
+        return future
 
     def close(self) -> None:
         """Kill the processes and wait for the threads."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        # More than once: a thread between two steps starts the next one after everything was ended.
         isolate.end_all()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        while wait(self._running, timeout=0.1).not_done:
+            isolate.end_all()
 
 
 class DaskEngine:

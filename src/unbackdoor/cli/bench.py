@@ -106,11 +106,12 @@ def run(
         if retry:
             note(f"{opened.retry(chosen.label)} failed cells are tried again.", quiet=quiet)
         where = _engine(engine, slots, scheduler, gpus)
-        try:
-            with _terminable(), _live(chosen.label, slots, store, quiet=quiet) as watch:
-                done = drive(opened, chosen.label, where, place, only=only, budget=seconds, watch=watch)
-        finally:
-            where.close()
+        with _terminable():
+            try:
+                with _live(chosen.label, slots, store, quiet=quiet) as watch:
+                    done = drive(opened, chosen.label, where, place, only=only, budget=seconds, watch=watch)
+            finally:
+                where.close()
         counts = opened.counts(chosen.label)
     if as_json:
         emit({"suite": chosen.label, "finished": done, **counts})
@@ -379,16 +380,24 @@ def _seconds(text: str | None) -> float | None:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Let a polite kill end a run as Ctrl-C does: what runs is put back."""
+    """Let a polite kill end a run as Ctrl-C does: what runs is put back, and the exit code is the same.
+
+    Only the first signal counts. A second one would break the clean end that the first one began.
+    """
+    asked = False
 
     def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
+        nonlocal asked
+        if not asked:
+            asked = True
+            raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {which: signal.signal(which, interrupt) for which in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for which, handler in before.items():
+            signal.signal(which, handler)
 
 
 @contextmanager

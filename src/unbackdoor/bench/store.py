@@ -26,6 +26,7 @@ from unbackdoor.errors import DiskFull, InputError, IntegrityError
 
 State = Literal["waiting", "running", "done", "failed"]
 SCHEMA_VERSION = 2
+_PATIENCE = 60.0  # seconds that a driver waits for the others
 _SCHEMA = """
 CREATE TABLE suite (
     label TEXT PRIMARY KEY, sha256 TEXT NOT NULL, content TEXT NOT NULL
@@ -123,13 +124,7 @@ class Store:
         try:
             self.artefacts.mkdir(parents=True, exist_ok=True)
             self._locks.mkdir(exist_ok=True)
-            self._db = sqlite3.connect(
-                folder / "results.db", timeout=60, isolation_level=None, factory=_Connection
-            )
-            self._db.row_factory = sqlite3.Row
-            # FULL: a commit that was acknowledged survives a power cut, not only a crash.
-            for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
-                self._db.execute(f"PRAGMA {pragma}")
+            self._db = self._connected()
             self._create()
         except (OSError, sqlite3.DatabaseError, InputError) as error:
             raise InputError("the store cannot be opened", got=str(error), where=folder) from error
@@ -403,6 +398,28 @@ class Store:
         return folders
 
     # -- inside -------------------------------------------------------------------------------------
+
+    def _connected(self) -> sqlite3.Connection:
+        end = time.monotonic() + _PATIENCE
+        while True:
+            db = sqlite3.connect(
+                self.folder / "results.db", timeout=_PATIENCE, isolation_level=None, factory=_Connection
+            )
+            db.row_factory = sqlite3.Row
+            try:
+                # FULL: a commit that was acknowledged survives a power cut, not only a crash.
+                for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+                    db.execute(f"PRAGMA {pragma}")
+            except BaseException as error:
+                db.close()
+                cause = error.__cause__
+                busy = isinstance(cause, sqlite3.Error) and cause.sqlite_errorcode == sqlite3.SQLITE_BUSY
+                if not busy or time.monotonic() > end:
+                    raise
+                # Two drivers make a store at once: here alone SQLite fails instead of waiting.
+                time.sleep(0.02)
+            else:
+                return db
 
     def _create(self) -> None:
         with self._transaction():

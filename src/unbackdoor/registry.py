@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.metadata
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -146,6 +147,9 @@ class Part(Generic[F]):
 class Registry(Generic[F]):
     """The parts of one kind by name; their package is imported at the first look-up.
 
+    Other distributions add parts of their own: the modules that they name as entry points of a group called
+    like the package are imported too, and register what they hold.
+
     Args:
         kind: Word used in messages, such as ``defense``.
         package: Package whose import registers the parts. Named, not imported, because the tables lie
@@ -156,6 +160,7 @@ class Registry(Generic[F]):
         self.kind = kind
         self._package = package
         self._parts: dict[str, Part[F]] = {}
+        self._complete = False
 
     def register(
         self,
@@ -208,7 +213,24 @@ class Registry(Generic[F]):
 
     def _loaded(self) -> dict[str, Part[F]]:
         importlib.import_module(self._package)
+        if not self._complete:
+            self._complete = True  # now, because a plug-in may look something up while it is imported
+            for entry in importlib.metadata.entry_points(group=self._package):
+                self._load(entry)
         return self._parts
+
+    def _load(self, entry: importlib.metadata.EntryPoint) -> None:
+        try:
+            entry.load()
+        except Exception as error:
+            self._complete = False
+            owner = entry.dist.name if entry.dist else "the package it belongs to"
+            raise InputError(
+                f"the {self.kind} plug-in {entry.name!r} cannot be loaded",
+                got=f"{type(error).__name__}: {error}",
+                where=entry.value,
+                remedy=f"Update or uninstall {owner}",
+            ) from error
 
 
 DEFENSES: Registry[Any] = Registry("defense", "unbackdoor.defenses")

@@ -21,7 +21,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing import connection, forkserver, parent_process
+from multiprocessing import connection, forkserver, parent_process, resource_tracker
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ def _server() -> ForkServerContext:
         if _context is None:
             _context = multiprocessing.get_context("forkserver")
             _context.set_forkserver_preload(_PRELOADED)
+        resource_tracker.ensure_running()  # before, because starting it lets the signal through again
         with _deaf():
             forkserver.ensure_running()
         return _context

@@ -382,7 +382,8 @@ def _seconds(text: str | None) -> float | None:
 def _terminable() -> Iterator[None]:
     """Let a polite kill end a run as Ctrl-C does: what runs is put back, and the exit code is the same.
 
-    Only the first signal counts. A second one would break the clean end that the first one began.
+    Only the first signal counts. A second one would break the clean end that the first one began, which
+    goes on until the process has ended.
     """
     asked = False
 
@@ -397,7 +398,7 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         for which, handler in before.items():
-            signal.signal(which, handler)
+            signal.signal(which, signal.SIG_IGN if asked else handler)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from small_suite import TEXT, fake_data, written
 from tiny import tiny_classifier, tiny_data
 from unbackdoor.attacks import poison
 from unbackdoor.bench import work
-from unbackdoor.bench.cells import plan
+from unbackdoor.bench.cells import address, plan
 from unbackdoor.bench.exchange import give, take
 from unbackdoor.bench.store import Store, artefact_folder
 from unbackdoor.bench.suites import load_suite
@@ -57,21 +57,27 @@ def counts(acc: int, asr: int) -> dict[str, Any]:
 def test_the_judge_keeps_the_best_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     at: list[int] = []
 
-    def method(step: str, spec: dict[str, Any], job: Any, victim: Path, folder: Path, logs: Any) -> Any:
-        at.append(spec["options"]["epochs"])
+    def step(function: str, task: Any, folder: Path, limits: Any, private: Any) -> Any:
+        if function.endswith("judge_step"):
+            return {"scores": counts(**TRIES[at[-1]]), "timings": {"judge": 1.0}}
+        at.append(task["spec"]["options"]["epochs"])
         for name in ("repaired.safetensors", "repaired.json", "evidence.json"):
             (folder / name).write_text(str(at[-1]), encoding="utf-8")
-        return {"seconds": 2.0, "peak_mb": 1.0, "device": "", "flags": []}
+        return {"seconds": 2.0, "peak_mb": 1.0, "device": "", "flags": [], "timings": {"method": 2.0}}
 
-    def judge(step: str, task: Any, folder: Path, limits: Any) -> Any:
-        return {"scores": counts(**TRIES[at[-1]])}
-
-    monkeypatch.setattr(work, "_confined", method)
-    monkeypatch.setattr(work, "call", judge)
+    monkeypatch.setattr(work, "call", step)
+    monkeypatch.setattr(work.steps, "hand_over", lambda victim, folder: None)
+    drawn = {"dataset": "digits", "data_sha256": [], "clean_images": 4, "seed": 0}
+    sample = tmp_path / "samples" / f"{address(drawn)}.safetensors"
+    sample.parent.mkdir()
+    sample.touch()
     choices = [{"epochs": n} for n in (0, 1, 2)]
     job = {
         "key": "a" * 64, "kind": "repair", "work": "w",
-        "spec": {"victim": "v" * 64, "options": choices[0], "choices": choices},
+        "spec": {
+            "victim": "v" * 64, "options": choices[0], "choices": choices, "precision": "fp32",
+            "defense": "fp", **drawn,
+        },
         "victim": {"scores": counts(acc=91, asr=100)},
         "place": {"store": str(tmp_path), "limits": {}},
     }  # fmt: skip
@@ -80,6 +86,7 @@ def test_the_judge_keeps_the_best_choice(tmp_path: Path, monkeypatch: pytest.Mon
     assert answer["result"]["options"] == {"epochs": 1}
     assert answer["result"]["scores"]["asr"] == 0.1
     assert answer["result"]["seconds"] == 6.0
+    assert answer["result"]["timings"]["judge"] == 3.0
     kept = artefact_folder(tmp_path / "artefacts", "a" * 64)
     assert {f.name: f.read_text(encoding="utf-8") for f in kept.iterdir()} == {
         "repaired.safetensors": "1", "repaired.json": "1", "evidence.json": "1",

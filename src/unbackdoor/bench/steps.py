@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -67,10 +68,12 @@ class Reporter:
             now = time.monotonic()
             if now - self._last > _REPORT_SECONDS:
                 self._last = now
-                # A plain overwrite: the reader forgives half a file, and nothing is kept.
-                self._file.write_text(
-                    json.dumps({"label": label, "done": done, "total": total}), encoding="utf-8"
-                )
+                # A plain overwrite: the reader forgives half a file, and nothing is kept. Nor does a step
+                # fail because there is no room to say how far it is.
+                with suppress(OSError):
+                    self._file.write_text(
+                        json.dumps({"label": label, "done": done, "total": total}), encoding="utf-8"
+                    )
             yield item
 
 
@@ -79,6 +82,12 @@ def _data(task: Mapping[str, Any]) -> DataSet:
     root = Path(place["data_root"]) if place.get("data_root") else None
     cache = Path(place["cache"]) if place.get("cache") else None
     return load_dataset(str(task["spec"]["dataset"]), root=root, cache=cache)
+
+
+def _timed(work: Callable[[], T]) -> tuple[T, float]:
+    """Return what a function returns, and its wall seconds."""
+    start = time.perf_counter()
+    return work(), time.perf_counter() - start
 
 
 def _run(task: Mapping[str, Any], folder: Path) -> Run:
@@ -93,7 +102,8 @@ def _run(task: Mapping[str, Any], folder: Path) -> Run:
 
 def train_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train a victim, measure it, and leave its weights, card and truth in the folder."""
-    spec, run, data = task["spec"], _run(task, folder), _data(task)
+    spec, run = task["spec"], _run(task, folder)
+    data, loading = _timed(lambda: _data(task))
     wanted = VictimSpec(
         dataset=data.name,
         architecture=spec["architecture"],
@@ -102,13 +112,14 @@ def train_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
         options=spec["options"],
         seed=spec["seed"],
     )
-    start = time.perf_counter()
-    model, truth = train_victim(wanted, data, run, checkpoint=Path(task["checkpoint"]))
-    seconds = time.perf_counter() - start
-    scores = judge(model, truth, data.test, run)
+    (model, truth), seconds = _timed(
+        lambda: train_victim(wanted, data, run, checkpoint=Path(task["checkpoint"]))
+    )
+    scores, judging = _timed(lambda: judge(model, truth, data.test, run))
     save_victim(model, truth, folder / MODEL, history=[{"step": "trained", "recipe": spec["recipe"]}])
     return {
         "scores": scores.to_json(),
+        "timings": {"data": loading, "train": seconds, "judge": judging},
         "seconds": seconds,
         "peak_mb": peak_memory_mb(),
         "device": describe_device(run),
@@ -199,6 +210,7 @@ def _owned(folder: Path, task: Mapping[str, Any]) -> CleanData:
 
 def _cost(seconds: float, clean: CleanData, run: Run) -> dict[str, Any]:
     return {
+        "timings": {"method": seconds},
         "seconds": seconds,
         "peak_mb": peak_memory_mb(),
         "device": describe_device(run),
@@ -208,10 +220,12 @@ def _cost(seconds: float, clean: CleanData, run: Run) -> dict[str, Any]:
 
 def judge_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Measure a repaired model with the truth of its victim."""
-    run, data = _run(task, folder), _data(task)
+    run = _run(task, folder)
+    data, loading = _timed(lambda: _data(task))
     truth: AttackTruth = load_truth(Path(task["victim"]) / MODEL)
     model = load_model(folder / REPAIRED).to(run.device)
-    return {"scores": judge(model, truth, data.test, run).to_json()}
+    scores, judging = _timed(lambda: judge(model, truth, data.test, run))
+    return {"scores": scores.to_json(), "timings": {"data": loading, "judge": judging}}
 
 
 def scores_from(record: Mapping[str, Any]) -> Scores:

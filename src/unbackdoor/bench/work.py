@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import shutil
 import time
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from unbackdoor.bench import steps
 from unbackdoor.bench.cells import address
-from unbackdoor.bench.isolate import Limits, call, log_of
+from unbackdoor.bench.isolate import SCRATCH, Limits, call, log_of
 from unbackdoor.bench.judge import der, judge_scan
 from unbackdoor.bench.repairs import running_commit
 from unbackdoor.bench.steps import scores_from
 from unbackdoor.bench.store import artefact_folder
 from unbackdoor.bench.victims import load_truth
+from unbackdoor.data.datasets import places_of_data
 from unbackdoor.errors import UnbackdoorError
+from unbackdoor.files import is_disk_full
 
 _STEPS = "unbackdoor.bench.steps"
 
@@ -31,56 +33,146 @@ _STEPS = "unbackdoor.bench.steps"
 def execute(job: dict[str, Any]) -> dict[str, Any]:
     """Do a cell and return ``{"result": ...}`` or ``{"error": ...}``, with seconds and the end of its log.
 
+    An answer with ``halt`` is about the machine and not about the cell: the disk is full.
+
     Args:
         job: ``key``, ``kind``, ``spec``, ``victim`` (the result of the parent, or None), ``work`` (name of
             the folder to work in) and ``place``: the store's folder, data root, cache, device and limits.
     """
     start = time.perf_counter()
-    store = Path(job["place"]["store"])
     logs: list[str] = []
     answer: dict[str, Any]
     try:
-        with _folder(store, job["work"]) as folder:
+        with _folder(Path(job["place"]["store"]), job["work"]) as folder:
+            work = _Work(job, folder, logs)
             try:
-                do = {"victim": _victim, "repair": _repair, "scan": _scan}[job["kind"]]
-                answer = {"result": {**do(job, store, folder, logs), "commit": running_commit()}}
+                result = {"victim": _victim, "repair": _repair, "scan": _scan}[job["kind"]](work)
+                answer = {"result": {**result, "timings": work.times, "commit": running_commit()}}
             finally:
                 logs.append(log_of(folder))
     except (UnbackdoorError, OSError) as error:
         answer = {"error": f"{type(error).__name__}: {error}"}
+        if is_disk_full(error):
+            answer["halt"] = str(error)
     return {**answer, "seconds": time.perf_counter() - start, "log": "\n".join(filter(None, logs))[-20_000:]}
 
 
-def _victim(job: dict[str, Any], store: Path, folder: Path, logs: list[str]) -> dict[str, Any]:
-    checkpoint = store / "checkpoints" / job["key"]
-    task = {**_task(job), "checkpoint": str(checkpoint)}
-    result = call(f"{_STEPS}:train_step", task, folder, _limits(job))
-    logs.append(log_of(folder))
-    _publish(folder, artefact_folder(store / "artefacts", job["key"]))
+@dataclass(frozen=True)
+class _Work:
+    """A cell while it is done.
+
+    Attributes:
+        job: What was asked for.
+        folder: Where it is done.
+        logs: What its steps printed so far.
+        times: Seconds of its steps and of their parts so far; of steps that are repeated, their sums.
+    """
+
+    job: dict[str, Any]
+    folder: Path
+    logs: list[str]
+    times: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        spec: dict[str, Any] = self.job["spec"]
+        return spec
+
+    @property
+    def store(self) -> Path:
+        return Path(self.job["place"]["store"])
+
+    @property
+    def victim(self) -> Path:
+        """The artefacts of the victim that is looked at."""
+        return artefact_folder(self.store / "artefacts", self.spec["victim"])
+
+    def step(self, name: str, *, folder: Path | None = None, **more: Any) -> dict[str, Any]:
+        """Run a trusted step, which is told everything, in a process of its own."""
+        return self._call(
+            name, {"spec": self.spec, "place": self.job["place"], **more}, folder or self.folder
+        )
+
+    def confined(self, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Run a method or a scanner in a confined process that is given a model, clean images and options."""
+        drawn = {column: self.spec[column] for column in ("dataset", "data_sha256", "clean_images", "seed")}
+        sample = self.store / "samples" / f"{address(drawn)}.safetensors"
+        if not sample.exists():
+            with _folder(self.store, f"{self.job['work']}-sample") as aside:
+                self.step("sample", folder=aside, sample=str(sample))
+        shutil.copyfile(sample, self.folder / steps.SAMPLE)
+        steps.hand_over(self.victim, self.folder)
+        # What the method's process is told: no victim, no attack, no path to either.
+        columns = ("defense", "scanner", "seed", "precision")
+        told = {column: self.spec[column] for column in columns if column in self.spec}
+        task = {
+            "spec": {**told, "options": dict(options)},
+            "place": {"device": self.job["place"].get("device", "cpu")},
+        }
+        private = [self.store, *places_of_data(self._path("data_root"), self._path("cache"))]
+        try:
+            return self._call(name, task, self.folder, private)
+        finally:
+            for file in (steps.SAMPLE, steps.MODEL, steps.MODEL.replace(".safetensors", ".json")):
+                (self.folder / file).unlink(missing_ok=True)
+
+    def publish(self) -> None:
+        """Move what the cell leaves to its address; the first of two equal cells wins."""
+        target = artefact_folder(self.store / "artefacts", self.job["key"])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for name in ("task.json", "result.json", steps.PROGRESS):
+            (self.folder / name).unlink(missing_ok=True)
+        shutil.rmtree(self.folder / SCRATCH, ignore_errors=True)
+        if target.exists():
+            return
+        with suppress(FileExistsError):
+            try:
+                self.folder.rename(target)
+            except OSError:
+                if not target.exists():
+                    raise
+
+    def _call(
+        self, name: str, task: dict[str, Any], folder: Path, private: Sequence[Path] = ()
+    ) -> dict[str, Any]:
+        limits = Limits(**self.job["place"]["limits"])
+        start = time.perf_counter()
+        answer = call(f"{_STEPS}:{name}_step", task, folder, limits, private=private)
+        self.logs.append(log_of(folder))
+        took = {f"{name} step": time.perf_counter() - start, **answer.pop("timings", {})}
+        for part, seconds in took.items():
+            self.times[part] = round(self.times.get(part, 0.0) + seconds, 3)
+        return answer
+
+    def _path(self, name: str) -> Path | None:
+        place = self.job["place"].get(name)
+        return Path(place) if place else None
+
+
+def _victim(work: _Work) -> dict[str, Any]:
+    result = work.step("train", checkpoint=str(work.store / "checkpoints" / work.job["key"]))
+    work.publish()
     return result
 
 
-def _repair(job: dict[str, Any], store: Path, folder: Path, logs: list[str]) -> dict[str, Any]:
-    spec = job["spec"]
-    victim = artefact_folder(store / "artefacts", spec["victim"])
-    before = scores_from(job["victim"]["scores"])
-    tries = []
+def _repair(work: _Work) -> dict[str, Any]:
+    before = scores_from(work.job["victim"]["scores"])
+    tries: list[dict[str, Any]] = []
     # One try, or one for each choice of an oracle, of which the judge then keeps the best.
-    for options in spec.get("choices", [spec["options"]]):
-        worked = _confined("method_step", {**spec, "options": options}, job, victim, folder, logs)
-        judged = call(f"{_STEPS}:judge_step", {**_task(job), "victim": str(victim)}, folder, _limits(job))
-        logs.append(log_of(folder))
+    for options in work.spec.get("choices", [work.spec["options"]]):
+        worked = work.confined("method", options)
+        judged = work.step("judge", victim=str(work.victim))
         after = scores_from(judged["scores"])
         tries.append({**worked, "scores": judged["scores"], "der": der(before, after), "options": options})
         if _best(tries) is tries[-1]:
             for name in (steps.REPAIRED, steps.REPAIRED.replace(".safetensors", ".json"), steps.EVIDENCE):
-                (folder / name).replace(folder / f"best-{name}")
-    for file in sorted(folder.glob("best-*")):
-        file.replace(folder / file.name.removeprefix("best-"))
+                (work.folder / name).replace(work.folder / f"best-{name}")
+    for file in sorted(work.folder.glob("best-*")):
+        file.replace(work.folder / file.name.removeprefix("best-"))
     best = dict(_best(tries))
-    if "choices" not in spec:
+    if "choices" not in work.spec:
         del best["options"]
-    _publish(folder, artefact_folder(store / "artefacts", job["key"]))
+    work.publish()
     return {**best, "seconds": sum(one["seconds"] for one in tries)}
 
 
@@ -89,51 +181,11 @@ def _best(tries: list[dict[str, Any]]) -> dict[str, Any]:
     return max(tries, key=lambda one: one["scores"]["acc"] if one["der"] is None else one["der"])
 
 
-def _scan(job: dict[str, Any], store: Path, folder: Path, logs: list[str]) -> dict[str, Any]:
-    victim = artefact_folder(store / "artefacts", job["spec"]["victim"])
-    told = _confined("scan_step", job["spec"], job, victim, folder, logs)
-    judged = judge_scan(told["verdict"], told["classes"], load_truth(victim / steps.MODEL))
-    _publish(folder, artefact_folder(store / "artefacts", job["key"]))
+def _scan(work: _Work) -> dict[str, Any]:
+    told = work.confined("scan", work.spec["options"])
+    judged = judge_scan(told["verdict"], told["classes"], load_truth(work.victim / steps.MODEL))
+    work.publish()
     return {**told, **judged}
-
-
-def _confined(
-    step: str,
-    spec: Mapping[str, Any],
-    job: dict[str, Any],
-    victim: Path,
-    folder: Path,
-    logs: list[str],
-) -> dict[str, Any]:
-    """Run a method or a scanner in a confined process that is given a model, clean images and options."""
-    store = Path(job["place"]["store"])
-    drawn = {name: spec[name] for name in ("dataset", "data_sha256", "clean_images", "seed")}
-    sample = store / "samples" / f"{address(drawn)}.safetensors"
-    if not sample.exists():
-        with _folder(store, uuid.uuid4().hex) as aside:
-            call(f"{_STEPS}:sample_step", {**_task(job), "sample": str(sample)}, aside, _limits(job))
-    shutil.copyfile(sample, folder / steps.SAMPLE)
-    steps.hand_over(victim, folder)
-    # What the method's process is told: no victim, no attack, no path to either.
-    names = ("defense", "scanner", "options", "seed", "precision")
-    told = {
-        "spec": {name: spec[name] for name in names if name in spec},
-        "place": {"device": job["place"].get("device", "cpu")},
-    }
-    try:
-        return call(f"{_STEPS}:{step}", told, folder, _limits(job), private=store)
-    finally:
-        logs.append(log_of(folder))
-        for name in (steps.SAMPLE, steps.MODEL, steps.MODEL.replace(".safetensors", ".json")):
-            (folder / name).unlink(missing_ok=True)
-
-
-def _task(job: dict[str, Any]) -> dict[str, Any]:
-    return {"spec": job["spec"], "place": job["place"]}
-
-
-def _limits(job: dict[str, Any]) -> Limits:
-    return Limits(**job["place"]["limits"])
 
 
 @contextmanager
@@ -146,18 +198,3 @@ def _folder(store: Path, name: str) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _publish(folder: Path, target: Path) -> None:
-    """Move what a cell leaves to its address; the first of two equal cells wins."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for name in ("task.json", "result.json", steps.PROGRESS):
-        (folder / name).unlink(missing_ok=True)
-    if target.exists():
-        return
-    with suppress(FileExistsError):
-        try:
-            folder.rename(target)
-        except OSError:
-            if not target.exists():
-                raise

@@ -223,10 +223,9 @@ def _start(
 def name_of(labels: Mapping[str, Any]) -> str:
     """Return the path-like name of a cell that ``only`` is matched against."""
     parts = [labels["dataset"], f"{labels['architecture']}-{labels['width']:g}", labels["attack"]]
-    if "defense" in labels:
-        parts += [
-            labels["defense"] if labels["preset"] == "default" else f"{labels['defense']}:{labels['preset']}"
-        ]
+    method = labels.get("defense") or labels.get("scanner")
+    if method:
+        parts.append(method if labels["preset"] == "default" else f"{method}:{labels['preset']}")
     return "/".join(parts)
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from small_suite import TEXT, fake_data, written
+from unbackdoor.attacks import poison
 from unbackdoor.bench.cells import code_version, plan
 from unbackdoor.bench.suites import Suite, check_lock, find_suite, load_suite
+from unbackdoor.data.splits import reserve
 from unbackdoor.errors import ConfigError, InputError, IntegrityError
 from unbackdoor.registry import DEFENSES
 
@@ -79,6 +81,23 @@ def test_what_the_data_do_not_allow_is_reported_at_once(tmp_path: Path) -> None:
     assert len(caught.value.faults) == 2
     assert "clean_images 4000 of digits" in faults
     assert "poison_rate 0.5 asks for 76 images of class 0, and there are 38" in faults
+
+
+def test_every_attack_that_the_data_do_not_allow_is_in_the_plan(tmp_path: Path) -> None:
+    # 4 classes of 38 training images each: 114 are outside the target class.
+    entry = '[[attack]]\nname = "badnets"\npoison_rates = [0.75, 0.8, 0.9]\ntargets = [0, 9]'
+    with pytest.raises(ConfigError) as caught:
+        plan(load_suite(written(tmp_path, TEXT.replace('[[attack]]\nname = "badnets"', entry))), fake_data())
+    faults = caught.value.faults
+    assert len(faults) == 5
+    assert sum("target: must be below 4 classes, got 9" in fault for fault in faults) == 3
+    told = (
+        "asks for 122 images outside the target class, and there are 114; the highest possible rate is 0.75"
+    )
+    assert told in faults[1]
+    training, _ = reserve(fake_data()["digits"].train)
+    with pytest.raises(ConfigError, match="asks for 122 images outside the target class"):
+        poison(training, "badnets", {"poison_rate": 0.8})
 
 
 def test_other_data_than_the_suite_pins_are_refused(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor
 from unbackdoor.attacks.truth import AttackTruth
 from unbackdoor.engine import rng
 from unbackdoor.errors import ConfigError
-from unbackdoor.registry import ATTACKS
 from unbackdoor.types import Images
 
 BATCH = 1024  # images stamped at a time; bounds the float copies that some triggers make
@@ -33,35 +32,17 @@ def poison(
         The images in the same order, some of them triggered and relabelled, and the truth.
 
     Raises:
-        ConfigError: If an option does not fit, or there are fewer images to poison than the rate asks for.
+        ConfigError: If an option does not fit, or the images do not allow it; see :func:`impossible`.
     """
-    part = ATTACKS[attack]
-    config = part.configure(options)
-    values = config.model_dump()
-    if values["target"] >= images.classes:
-        raise ConfigError(
-            f"the attack {attack!r}",
-            [f"target: must be below {images.classes} classes, got {values['target']}"],
-        )
-    trigger = part.function(config, shape=images.shape, classes=images.classes, seed=seed)
-    truth = AttackTruth(part.name, values, images.shape, images.classes, seed, trigger)
+    truth = AttackTruth.describe(attack, options, shape=images.shape, classes=images.classes, seed=seed)
+    if faults := impossible(images, truth):
+        raise ConfigError(f"the attack {attack!r}", faults)
+    trigger = truth.trigger
     if trigger.mapping == "none":
         return images, truth
 
-    labels = images.truth
-    wanted = truth.wanted(labels)
-    candidates = ((wanted == labels) if trigger.clean_label else (wanted != labels)).nonzero().flatten()
-    count = round(values["poison_rate"] * len(images))
-    if count > len(candidates):
-        kind = "images of the target class" if trigger.clean_label else "images outside the target class"
-        highest = len(candidates) / len(images)
-        raise ConfigError(
-            f"the attack {attack!r}",
-            [
-                f"poison_rate: {values['poison_rate']} of {len(images)} images asks for {count} {kind}, "
-                f"and there are {len(candidates)}; the highest possible rate is {highest:.4f}"
-            ],
-        )
+    labels, wanted = images.truth, truth.wanted(images.truth)
+    candidates, count = _candidates(labels, truth), _asked(images, truth)
     order = torch.randperm(len(candidates), generator=rng.generator(seed, "poisoned rows"))
     rows = candidates[order[:count]].sort().values
     pixels, new_labels = images.pixels.clone(), labels.clone()
@@ -81,6 +62,33 @@ def poison(
 
     poisoned = replace(images, pixels=pixels, labels=new_labels)
     return poisoned, replace(truth, poisoned=rows, decoys=decoys)
+
+
+def impossible(images: Images, truth: AttackTruth) -> list[str]:
+    """Return what an attack asks for and these clean training images do not allow, in words."""
+    target = truth.options["target"]
+    if target >= images.classes:
+        return [f"target: must be below {images.classes} classes, got {target}"]
+    if truth.trigger.mapping == "none":
+        return []
+    there, asked = len(_candidates(images.truth, truth)), _asked(images, truth)
+    if asked <= there:
+        return []
+    kind = f"of class {target}" if truth.trigger.clean_label else "outside the target class"
+    return [
+        f"poison_rate {truth.options['poison_rate']} asks for {asked} images {kind}, and there are {there}; "
+        f"the highest possible rate is {there / len(images):.4f}"
+    ]
+
+
+def _candidates(labels: Tensor, truth: AttackTruth) -> Tensor:
+    """Return the rows (M,) that may be poisoned: of the wanted class for clean labels, else of others."""
+    already = truth.wanted(labels) == labels
+    return (already if truth.trigger.clean_label else ~already).nonzero().flatten()
+
+
+def _asked(images: Images, truth: AttackTruth) -> int:
+    return round(float(truth.options["poison_rate"]) * len(images))
 
 
 def stamped(pixels: Tensor, truth: AttackTruth) -> Tensor:

@@ -101,11 +101,33 @@ class AttackTruth:
         }
 
     @classmethod
+    def describe(
+        cls,
+        attack: str,
+        options: Mapping[str, Any] | None,
+        *,
+        shape: tuple[int, int, int],
+        classes: int,
+        seed: int,
+    ) -> AttackTruth:
+        """Return an attack on images of this form, before anything is poisoned.
+
+        Raises:
+            ConfigError: If an option does not fit its declaration.
+        """
+        part = ATTACKS[attack]
+        config = part.configure(options)
+        trigger = part.function(config, shape=shape, classes=classes, seed=seed)
+        return cls(part.name, config.model_dump(), shape, classes, seed, trigger)
+
+    @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> AttackTruth:
         """Make the truth again from :meth:`spec`, without the rows of the training set."""
-        part = ATTACKS[str(spec["attack"])]
-        config = part.configure(spec["options"])
         channels, height, width = spec["shape"]
-        shape = (int(channels), int(height), int(width))
-        trigger = part.function(config, shape=shape, classes=int(spec["classes"]), seed=int(spec["seed"]))
-        return cls(part.name, config.model_dump(), shape, int(spec["classes"]), int(spec["seed"]), trigger)
+        return cls.describe(
+            str(spec["attack"]),
+            spec["options"],
+            shape=(int(channels), int(height), int(width)),
+            classes=int(spec["classes"]),
+            seed=int(spec["seed"]),
+        )

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from unbackdoor.attacks import AttackTruth, impossible
 from unbackdoor.bench.suites import (
     AttackEntry,
     ModelEntry,
@@ -220,21 +221,8 @@ def _impossible(suite: Suite, data: Mapping[str, DataSet]) -> Iterator[str]:
                 yield f"defender.clean_images {count} of {entry.name}: {error}"
         for attack in suite.attack:
             for options in attack_options(attack):
-                config = ATTACKS[attack.name].configure(options).model_dump()
-                if config["target"] >= loaded.train.classes:
-                    yield f"attack {attack.name}: target {config['target']} of {loaded.train.classes} classes"
-                    continue
-                trigger = ATTACKS[attack.name].function(
-                    ATTACKS[attack.name].configure(options),
-                    shape=training.shape,
-                    classes=training.classes,
-                    seed=0,
+                truth = AttackTruth.describe(
+                    attack.name, options, shape=training.shape, classes=training.classes, seed=0
                 )
-                if trigger.clean_label:
-                    there = int((training.truth == config["target"]).sum())
-                    asked = round(config["poison_rate"] * len(training))
-                    if asked > there:
-                        yield (
-                            f"attack {attack.name} on {entry.name}: poison_rate {config['poison_rate']} asks "
-                            f"for {asked} images of class {config['target']}, and there are {there}"
-                        )
+                for fault in impossible(training, truth):
+                    yield f"attack {attack.name} on {entry.name}: {fault}"

@@ -63,7 +63,7 @@ def test_the_judge_keeps_the_best_choice(tmp_path: Path, monkeypatch: pytest.Mon
         at.append(task["spec"]["options"]["epochs"])
         for name in ("repaired.safetensors", "repaired.json", "evidence.json"):
             (folder / name).write_text(str(at[-1]), encoding="utf-8")
-        return {"seconds": 2.0, "peak_mb": 1.0, "device": "", "flags": [], "timings": {"method": 2.0}}
+        return {"seconds": 2.0, "peak_mb": 1.0, "device": "", "flags": []}
 
     monkeypatch.setattr(work, "call", step)
     monkeypatch.setattr(work.steps, "hand_over", lambda victim, folder: None)

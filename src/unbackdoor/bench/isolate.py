@@ -134,20 +134,20 @@ def call(
     if (folder / RESULT).exists():
         answer = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         if answer.get("full"):
-            raise _full(folder, answer["error"])
+            raise _full(folder)
         if "error" in answer:
             raise MethodFailed(answer["error"])
         result: dict[str, Any] = answer["result"]
         return result
     code = process.exitcode or 0
     if code == _FULL:
-        raise _full(folder, os.strerror(_FULL))
+        raise _full(folder)
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
     raise MethodFailed("its process ended without a result", got=how)
 
 
-def _full(folder: Path, words: str) -> DiskFull:
-    return DiskFull("the disk is full", where=folder, got=words, remedy="Free some space")
+def _full(folder: Path) -> DiskFull:
+    return DiskFull("the disk is full", where=folder, got=os.strerror(_FULL), remedy="Free some space")
 
 
 def log_of(folder: Path, limit: int = 20_000) -> str:

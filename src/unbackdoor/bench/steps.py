@@ -210,7 +210,6 @@ def _owned(folder: Path, task: Mapping[str, Any]) -> CleanData:
 
 def _cost(seconds: float, clean: CleanData, run: Run) -> dict[str, Any]:
     return {
-        "timings": {"method": seconds},
         "seconds": seconds,
         "peak_mb": peak_memory_mb(),
         "device": describe_device(run),

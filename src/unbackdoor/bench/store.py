@@ -126,8 +126,11 @@ class Store:
             self._locks.mkdir(exist_ok=True)
             self._db = self._connected()
             self._create()
+        except DiskFull:
+            raise
         except (OSError, sqlite3.DatabaseError, InputError) as error:
-            raise InputError("the store cannot be opened", got=str(error), where=folder) from error
+            got = error.got if isinstance(error, InputError) else error
+            raise InputError("the store cannot be opened", got=got, where=folder) from error
 
     def __enter__(self) -> Self:
         return self

@@ -7,6 +7,7 @@ same cell do each other no harm.
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,10 +25,28 @@ from unbackdoor.bench.steps import scores_from
 from unbackdoor.bench.store import artefact_folder
 from unbackdoor.bench.victims import load_truth
 from unbackdoor.data.datasets import places_of_data
-from unbackdoor.errors import UnbackdoorError
+from unbackdoor.errors import MethodFailed, UnbackdoorError
 from unbackdoor.files import is_disk_full
 
 _STEPS = "unbackdoor.bench.steps"
+_COST: dict[str, tuple[type, ...]] = {
+    "seconds": (float,),
+    "peak_mb": (float,),
+    "device": (str,),
+    "flags": (list,),
+}
+_NUMBER = (float, type(None))
+_TOLD: dict[str, dict[str, tuple[type, ...]]] = {
+    "method": _COST,
+    "scan": {
+        **_COST,
+        "verdict": (str,),
+        "classes": (list,),
+        "statistic": (str,),
+        "value": _NUMBER,
+        "p_value": _NUMBER,
+    },
+}
 
 
 def execute(job: dict[str, Any]) -> dict[str, Any]:
@@ -111,7 +130,10 @@ class _Work:
         }
         private = [self.store, *places_of_data(self._path("data_root"), self._path("cache"))]
         try:
-            return self._call(name, task, self.folder, private)
+            answer = self._call(name, task, self.folder, private)
+            _require_answer(answer, _TOLD[name])
+            self._spent(name, answer["seconds"])
+            return answer
         finally:
             for file in (steps.SAMPLE, steps.MODEL, steps.MODEL.replace(".safetensors", ".json")):
                 (self.folder / file).unlink(missing_ok=True)
@@ -139,10 +161,14 @@ class _Work:
         start = time.perf_counter()
         answer = call(f"{_STEPS}:{name}_step", task, folder, limits, private=private)
         self.logs.append(log_of(folder))
-        took = {f"{name} step": time.perf_counter() - start, **answer.pop("timings", {})}
-        for part, seconds in took.items():
-            self.times[part] = round(self.times.get(part, 0.0) + seconds, 3)
+        self._spent(f"{name} step", time.perf_counter() - start)
+        if not private:
+            for part, seconds in answer.pop("timings", {}).items():
+                self._spent(part, seconds)
         return answer
+
+    def _spent(self, part: str, seconds: float) -> None:
+        self.times[part] = round(self.times.get(part, 0.0) + seconds, 3)
 
     def _path(self, name: str) -> Path | None:
         place = self.job["place"].get(name)
@@ -186,6 +212,13 @@ def _scan(work: _Work) -> dict[str, Any]:
     judged = judge_scan(told["verdict"], told["classes"], load_truth(work.victim / steps.MODEL))
     work.publish()
     return {**told, **judged}
+
+
+def _require_answer(answer: dict[str, Any], kinds: Mapping[str, tuple[type, ...]]) -> None:
+    """Refuse an answer that a method wrote itself in the place of its step, and got wrong."""
+    right = set(answer) == set(kinds) and all(isinstance(answer[name], kinds[name]) for name in kinds)
+    if not right or not all(math.isfinite(v) for v in answer.values() if isinstance(v, float)):
+        raise MethodFailed("it answered with what is no answer", got=str(answer)[:200])
 
 
 @contextmanager

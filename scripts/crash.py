@@ -43,7 +43,7 @@ from unbackdoor.models import load_model
 _MARK = "UNBACKDOOR_CRASH_RUN"  # in the environment of the driver and so of all that it starts
 _LOOK = 0.0005  # seconds between two looks for a moment that lasts milliseconds
 _PATIENCE = 60.0  # seconds after which a moment that was aimed at is given up
-_MUST_DIE = 5.0  # seconds that the driver's processes have to follow it
+_MUST_DIE = 60.0  # seconds that the driver's processes have to follow it; a starting server imports first
 _AIMS = (("any", 0.6), ("publish", 0.15), ("commit", 0.15), ("start", 0.1))
 _OWN_TIME = {"seconds", "peak_mb"}  # the columns that two runs may differ in
 
@@ -260,8 +260,8 @@ def _outlived(run: Experiment, mark: str) -> None:
         time.sleep(0.02)
     run.slowest_end = max(run.slowest_end, time.monotonic() - start)
     if left:
-        run.faults.append(f"{len(left)} processes outlived their driver by {_MUST_DIE:g} s")
         for pid in left:
+            run.faults.append(f"a process outlived its driver by {_MUST_DIE:g} s: {_command(pid)}")
             with suppress(ProcessLookupError):
                 os.kill(pid, 9)
 
@@ -275,6 +275,13 @@ def _marked(mark: str) -> list[int]:
             if wanted in (folder / "environ").read_bytes():
                 found.append(int(folder.name))
     return found
+
+
+def _command(pid: int) -> str:
+    try:
+        return (Path("/proc") / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:200]
+    except OSError:
+        return "gone"
 
 
 def _end(driver: subprocess.Popen[bytes], run: Experiment) -> None:

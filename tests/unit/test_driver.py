@@ -12,6 +12,7 @@ import pytest
 from unbackdoor.bench.driver import LOST, drive
 from unbackdoor.bench.results import differences, rows_of, summarise
 from unbackdoor.bench.store import Store
+from unbackdoor.errors import DiskFull
 
 RATES = {"acc": 0.9, "asr": 1.0, "ra": 0.0}
 LABELS = {
@@ -115,6 +116,16 @@ def test_ctrl_c_gives_back_what_runs(tmp_path: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
             drive(store, "demo-v1", Fake(lambda job: None), {}, watch=interrupt)
         assert store.counts("demo-v1")["running"] == 0
+
+
+def test_a_full_disk_stops_the_run_and_fails_no_cell(tmp_path: Path) -> None:
+    def full(job: dict[str, Any]) -> dict[str, Any]:
+        return fine(job) if job["kind"] == "victim" else {"error": "x", "halt": "the disk is full (there)."}
+
+    with opened(tmp_path) as store:
+        with pytest.raises(DiskFull, match=r"the disk is full \(there\)\. Finished cells are kept"):
+            drive(store, "demo-v1", Fake(full), {})
+        assert store.counts("demo-v1") == {"waiting": 3, "running": 0, "done": 1, "failed": 0}
 
 
 def test_two_drivers_share_and_nothing_is_done_twice(tmp_path: Path) -> None:

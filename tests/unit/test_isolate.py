@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from unbackdoor.bench import engines
 from unbackdoor.bench.isolate import Limits, call, log_of
 from unbackdoor.errors import DiskFull, MethodFailed
 
@@ -148,6 +151,27 @@ def _gone(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").split(")")[1].split()[0] == "Z"
     except FileNotFoundError:
         return True
+
+
+def test_closing_ends_a_job_that_goes_on_to_its_next_step(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = threading.Event()
+
+    def stubborn(job: object) -> dict[str, object]:
+        for _ in range(2):
+            begun.set()
+            with contextlib.suppress(MethodFailed):
+                run("hangs", store)
+        return {}
+
+    monkeypatch.setattr(engines, "execute", stubborn)
+    engine = engines.LocalEngine(1)
+    engine.submit({})
+    begun.wait()
+    start = time.monotonic()
+    engine.close()
+    assert time.monotonic() - start < LIMITS.seconds
 
 
 def test_an_old_answer_is_never_taken_for_a_new_one(store: Path) -> None:

@@ -6,7 +6,9 @@ import multiprocessing
 import os
 import signal
 import sqlite3
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,43 @@ def test_the_cells_of_a_killed_driver_come_back(tmp_path: Path) -> None:
         cell = store.get(KEYS[0])
         assert cell is not None
         assert cell.tries == 2
+
+
+def test_what_killed_drivers_left_behind_is_swept_up(tmp_path: Path) -> None:
+    dead = "99999-0badc0de"
+    with opened(tmp_path) as store, Store(tmp_path) as other:
+        assert store.claim(KEYS[0])
+        assert other.claim(KEYS[1])
+        (tmp_path / "drivers" / dead).write_bytes(b"")
+        for owner in (dead, store.owner, other.owner):
+            (tmp_path / "work" / f"{owner}-0123" / "deeper").mkdir(parents=True)
+        (tmp_path / "work" / f"{dead}-0123-sample").mkdir()
+        draft = tmp_path / "checkpoints" / f".{KEYS[0]}.tmp-1-2"
+        draft.parent.mkdir()
+        draft.write_bytes(b"half")
+        (tmp_path / "checkpoints" / KEYS[0]).write_bytes(b"whole")
+        store.sweep()
+        left = {folder.name for folder in (tmp_path / "work").iterdir()}
+        assert left == {f"{store.owner}-0123", f"{other.owner}-0123"}
+        assert {lock.name for lock in (tmp_path / "drivers").iterdir()} == {store.owner, other.owner}
+        assert draft.exists()  # it may be the other driver's
+        other.close()
+        store.sweep()
+        assert not draft.exists()
+        assert (tmp_path / "checkpoints" / KEYS[0]).exists()
+        assert [f.name for f in (tmp_path / "work").iterdir()] == [f"{store.owner}-0123"]
+
+
+def test_several_drivers_may_make_one_store_at_once(tmp_path: Path) -> None:
+    for n in range(15):
+        gate = threading.Barrier(4)
+
+        def open_it(place: Path, gate: threading.Barrier = gate) -> None:
+            gate.wait()
+            Store(place).close()
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(open_it, [tmp_path / str(n)] * 4))
 
 
 def test_closing_gives_back(tmp_path: Path) -> None:

@@ -340,6 +340,10 @@ def experiment(run: Experiment, kills: int) -> dict[str, Any]:
     reference = run.folder / "undisturbed"
     seconds = undisturbed(run, reference)
     cells = len(_published(reference))
+    with Store(reference) as opened:
+        failed = sum(opened.counts(label)["failed"] for label in opened.suites())
+    if failed:
+        run.faults.append(f"{failed} cells failed in the undisturbed run")
     # Twice the mean wait; half a cell is lost by each kill.
     run.span = 2 * (seconds / max(kills, 1) + seconds / max(cells, 1) / 2)
     stores: list[Path] = []

@@ -29,11 +29,15 @@ def harness() -> Iterator[ModuleType]:
     del sys.modules[name]
 
 
-@pytest.mark.parametrize("name", ["training", "loading", "rnp"])
+@pytest.mark.parametrize("name", ["training", "loading", "rnp", "bench_scale", "bench_overhead"])
 def test_it_runs_and_prints_ratios(name: str, tmp_path: Path) -> None:
     """In a process of its own, with no data set at hand, because ``--quick`` makes its images up."""
     if name == "loading":
         pytest.importorskip("pyarrow", reason="the Parquet files of this benchmark need pyarrow")
+    if name == "bench_scale":
+        pytest.importorskip("matplotlib", reason="the page of this benchmark has charts (extra: report)")
+    if name == "bench_overhead":
+        pytest.importorskip("sklearn", reason="the digits come with scikit-learn (extra: digits)")
     file = tmp_path / "result.json"
     command = [
         sys.executable,

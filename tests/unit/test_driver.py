@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from unbackdoor.bench.driver import LOST, drive
+from unbackdoor.bench.driver import LOST, Agenda, drive
 from unbackdoor.bench.results import differences, rows_of, summarise
 from unbackdoor.bench.store import Store
-from unbackdoor.errors import DiskFull
+from unbackdoor.errors import DiskFull, IntegrityError
 
 RATES = {"acc": 0.9, "asr": 1.0, "ra": 0.0}
 LABELS = {
@@ -152,3 +152,71 @@ def test_differences_are_found_by_experiment(tmp_path: Path) -> None:
     assert changed.columns == {"asr": (0.1, 0.2)}
     assert gone.kind == "only in A"
     assert differences(rows[:1], other[:1], tolerance=0.2) == []
+
+
+def test_an_agenda_follows_what_others_do(tmp_path: Path) -> None:
+    with opened(tmp_path) as store, Store(tmp_path) as other:
+        agenda = Agenda(store, "demo-v1")
+        assert (agenda.left, agenda.next()) == (4, "v" * 64)
+        assert agenda.next() is None  # its repairs wait for it
+        other.claim("v" * 64)
+        other.release()
+        agenda.look()
+        assert agenda.next() == "v" * 64  # it waits anew
+        other.claim("v" * 64)
+        other.finish("v" * 64, {"scores": RATES}, seconds=0)
+        agenda.look()
+        assert (agenda.left, agenda.next()) == (3, f"{0:064x}")
+        other.claim(f"{1:064x}")
+        agenda.look()
+        assert (agenda.next(), agenda.next()) == (f"{2:064x}", None)
+        assert agenda.counts == {"waiting": 2, "running": 1, "done": 1, "failed": 0}
+
+
+def test_a_retry_beside_a_running_driver_gives_nothing_up(tmp_path: Path) -> None:
+    with opened(tmp_path) as store, Store(tmp_path) as other:
+        agenda = Agenda(store, "demo-v1")
+        other.claim("v" * 64)
+        other.fail("v" * 64, "boom", seconds=0)
+        agenda.look()
+        assert agenda.counts["failed"] == 4
+        assert agenda.left == 0
+        assert other.retry("demo-v1") == 4
+        agenda.look()
+        assert (agenda.left, agenda.next()) == (4, "v" * 64)
+
+
+def test_a_cell_that_was_removed_ends_the_run(tmp_path: Path) -> None:
+    with opened(tmp_path) as store, Store(tmp_path) as other:
+
+        def remove(progress: object) -> None:
+            if not gone:
+                gone.append(True)
+                other.register("demo-v1", "x", "", [])
+                other.collect_garbage()
+
+        gone: list[bool] = []
+        with pytest.raises(IntegrityError, match="was removed"):
+            drive(store, "demo-v1", Fake(fine, slots=1), {}, watch=remove)
+
+
+def test_an_answer_costs_what_changed_and_not_what_there_is(tmp_path: Path) -> None:
+    counted: list[int] = []
+    for repairs in (20, 400):
+        with opened(tmp_path / str(repairs), repairs) as store:
+            steps = [0]
+
+            def step(steps: list[int] = steps) -> int:
+                steps[0] += 1
+                return 0
+
+            agenda = Agenda(store, "demo-v1")
+            store._db.set_progress_handler(step, 100)
+            for _ in range(10):
+                key = agenda.next()
+                assert key is not None
+                assert store.claim(key)
+                store.finish(key, fine({"kind": "victim"})["result"], seconds=0)
+                agenda.look()
+            counted.append(steps[0])
+    assert counted[1] <= 2 * counted[0] + 10

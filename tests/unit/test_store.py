@@ -189,3 +189,62 @@ def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
     db.close()
     with pytest.raises(IntegrityError, match="later version"):
         Store(later)
+
+
+def test_changes_are_told_once_in_order_and_whoever_made_them(tmp_path: Path) -> None:
+    with opened(tmp_path) as store, Store(tmp_path) as other:
+        assert store.changes(0) == (0, [])
+        other.claim(KEYS[1])
+        store.claim(KEYS[0])
+        seen, changes = store.changes(0)
+        assert changes == [(KEYS[1], "running"), (KEYS[0], "running")]
+        assert store.last_change() == seen
+        store.finish(KEYS[0], {}, seconds=0)
+        assert store.changes(seen)[1] == [(KEYS[0], "done")]
+        before = store.last_change()
+        store.register("demo-v1", "abc", "text", entries()[:1])  # the three repairs belong to nobody now
+        other.release()
+        store.collect_garbage()
+        assert store.get(KEYS[1]) is None
+        assert store.last_change() >= before  # a removed cell does not turn the count back
+
+
+def test_a_known_registration_writes_nothing(tmp_path: Path) -> None:
+    with opened(tmp_path) as store, Store(tmp_path) as watcher:
+        before = watcher._db.execute("PRAGMA data_version").fetchone()[0]
+        store.register("demo-v1", "abc", "text", entries())
+        assert watcher._db.execute("PRAGMA data_version").fetchone()[0] == before
+        changed = [*entries()[:3], (entries()[3][0], {"attack": "blended"})]
+        store.register("demo-v1", "abc", "text", changed)
+        assert watcher.outline("demo-v1")[3][2] == {"attack": "blended"}
+        store.register("demo-v1", "abc", "text", changed[:2])
+        assert [key for key, _, _ in watcher.outline("demo-v1")] == KEYS[:2]
+
+
+def test_only_orphans_are_given_up(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        store.give_up(KEYS[1:], "no victim")
+        assert store.counts("demo-v1")["waiting"] == 4  # the victim has not failed
+        store.claim(KEYS[0])
+        store.fail(KEYS[0], "boom", seconds=0)
+        store.give_up(KEYS[1:3], "no victim")
+        assert [(cell.key, cell.error) for cell, _ in store.failed("demo-v1")] == [
+            (KEYS[0], "boom"), (KEYS[1], "no victim"), (KEYS[2], "no victim"),
+        ]  # fmt: skip
+
+
+def test_a_store_of_the_first_version_is_brought_up_to_date(tmp_path: Path) -> None:
+    opened(tmp_path).close()
+    db = sqlite3.connect(tmp_path / "results.db")
+    db.executescript(
+        "DROP TRIGGER cell_changes; DROP TABLE clock; DROP INDEX cell_changed; "
+        "ALTER TABLE cell DROP COLUMN changed; PRAGMA user_version = 1;"
+    )
+    old = sqlite3.connect(tmp_path / "results.db", isolation_level=None)  # a driver of before, at work
+    old.execute("UPDATE cell SET state = 'running', owner = 'old' WHERE key = ?", (KEYS[0],))
+    with Store(tmp_path) as store:
+        old.execute("UPDATE cell SET state = 'done', owner = NULL, result = '{}' WHERE key = ?", (KEYS[0],))
+        assert store.changes(0)[1] == [(KEYS[0], "done")]
+        assert store.counts("demo-v1")["waiting"] == 3
+    old.close()
+    db.close()

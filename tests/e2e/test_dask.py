@@ -316,3 +316,28 @@ def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(MissingExtra, match=r"unbackdoor\[dask\]"):
         DaskEngine(1)
+
+
+class Ended:
+    """A task of Dask that raised."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def result(self) -> None:
+        raise self._error
+
+
+def test_a_cell_that_kills_workers_fails_and_a_cluster_that_cannot_run_any_ends_the_run() -> None:
+    from distributed import KilledWorker
+
+    engine = object.__new__(DaskEngine)
+    engine._address = "tcp://127.0.0.1:9"
+    answer: Future[dict[str, Any]] = Future()
+    worker = type("Worker", (), {"address": "tcp://127.0.0.1:1"})()
+    engine._settle(Ended(KilledWorker("cell", worker, 3)), answer)
+    assert answer.result()["error"].startswith("KilledWorker: Attempted to run task 'cell' on 4")
+    answer = Future()
+    engine._settle(Ended(ModuleNotFoundError("No module named 'unbackdoor'")), answer)
+    with pytest.raises(EngineFailed, match="No module named 'unbackdoor'"):
+        answer.result()

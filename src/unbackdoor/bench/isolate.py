@@ -115,6 +115,7 @@ def call(
     """
     write_json(folder / TASK, dict(task))
     (folder / RESULT).unlink(missing_ok=True)
+    _allow_children()
     process = _server().Process(
         target=_child,
         args=(function, str(folder), limits, [str(path) for path in private]),
@@ -149,6 +150,16 @@ def call(
 
 def _full(folder: Path) -> DiskFull:
     return DiskFull("the disk is full", where=folder, got=os.strerror(_FULL), remedy="Free some space")
+
+
+def _allow_children() -> None:
+    """Let a worker that a nanny of Dask started have processes of its own.
+
+    Such a worker is a daemon, to which multiprocessing refuses children lest they outlive it. Ours do not.
+    """
+    worker = multiprocessing.current_process()
+    if worker.daemon:
+        worker.daemon = False
 
 
 def log_of(folder: Path, limit: int = 20_000) -> str:

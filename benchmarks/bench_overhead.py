@@ -143,6 +143,13 @@ def main() -> None:
     options = parser(__doc__ or "", pairs=1)
     options.add_argument("--store", type=Path, help="folder of a store; default: a small piece of its own")
     options.add_argument("--suite", help="its label; default: all of the store")
+    options.add_argument(
+        "--skip",
+        type=int,
+        default=0,
+        help="finished cells at the beginning to leave out: a piece of few cells would charge to them what a "
+        "whole run pays once, the start of the server that processes are forked from",
+    )
     options.add_argument("--about", default="", help="what the piece is, for the record")
     arguments = options.parse_args()
     if arguments.store is not None:
@@ -155,7 +162,7 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace, found: list[Done]) -> None:
     """Divide the time and print."""
-    cells = [cell for cell in found if cell.timings]
+    cells = [cell for cell in found if cell.timings][arguments.skip :]
     if not cells:
         raise SystemExit("no cell of this store knows the times of its parts")
     wall = 0.0
@@ -174,8 +181,8 @@ def measure(arguments: argparse.Namespace, found: list[Done]) -> None:
         f"suite {arguments.suite}" if arguments.store else "a small piece on digits"
     )
     settings = {
-        "victims": len(cells) - len(repairs), "repairs": len(repairs), "left_out": len(found) - len(cells),
-        "quick": arguments.quick,
+        "victims": len(cells) - len(repairs), "repairs": len(repairs),
+        "left_out": sum(not cell.timings for cell in found), "skipped": arguments.skip, "quick": arguments.quick,
     }  # fmt: skip
     result = Result("bench_overhead", subject, settings)
     result.add("without machinery : with it", Ratio.of([wall], [useful]))

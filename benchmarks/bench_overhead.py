@@ -182,7 +182,8 @@ def measure(arguments: argparse.Namespace, found: list[Done]) -> None:
     )
     settings = {
         "victims": len(cells) - len(repairs), "repairs": len(repairs),
-        "left_out": sum(not cell.timings for cell in found), "skipped": arguments.skip, "quick": arguments.quick,
+        "left_out": sum(not cell.timings for cell in found), "skipped": arguments.skip,
+        "quick": arguments.quick,
     }  # fmt: skip
     result = Result("bench_overhead", subject, settings)
     result.add("without machinery : with it", Ratio.of([wall], [useful]))

@@ -34,7 +34,7 @@ from typing import Any
 from safetensors import safe_open
 
 from unbackdoor.bench.results import rows_of
-from unbackdoor.bench.steps import MODEL, REPAIRED
+from unbackdoor.bench.steps import MODEL, REPAIRED, threads_of_machine
 from unbackdoor.bench.store import Store
 from unbackdoor.bench.victims import load_truth
 from unbackdoor.files import sha256_file
@@ -319,7 +319,8 @@ def main() -> int:
     words.add_argument("--kills", type=int, default=50)
     words.add_argument("--seed", type=int, default=0)
     words.add_argument("--only", help="run only what matches; see unbackdoor bench run --help")
-    words.add_argument("--workers", type=int, default=1)
+    # One thread each: two threads that wait for each other on a busy machine take many times as long.
+    words.add_argument("--workers", type=int, default=threads_of_machine())
     words.add_argument("--suites", type=Path, default=Path("suites"))
     words.add_argument("--folder", type=Path, help="where the stores are made and kept; default: nowhere")
     given = words.parse_args()

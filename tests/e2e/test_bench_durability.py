@@ -44,7 +44,7 @@ def suites(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(suites: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The store of a run that nothing happened to."""
     store = tmp_path_factory.mktemp("undisturbed")
-    bench("run", LABEL, "--suites", suites, "--store", store, "--workers", "1")
+    bench("run", LABEL, "--suites", suites, "--store", store, "--workers", "2")
     assert left_behind(store) == []
     return store
 
@@ -68,7 +68,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(suites: Path, tmp_pa
 def test_two_drivers_share_a_store_and_do_each_cell_once(
     suites: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    words = ("run", LABEL, "--suites", suites, "--store", tmp_path, "--workers", "1")
+    words = ("run", LABEL, "--suites", suites, "--store", tmp_path, "--workers", "2")
     for driver in [start(*words), start(*words)]:
         out, _ = ended(driver)
         assert f"{LABEL}: {CELLS} cells done, 0 running, 0 failed, 0 left" in out
@@ -84,7 +84,7 @@ def test_asked_to_stop_it_puts_back_what_runs_and_resumes(
     suites: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
-    words = (LABEL, "--suites", suites, "--store", store, "--workers", "1")
+    words = (LABEL, "--suites", suites, "--store", store, "--workers", "2")
 
     def stopped(sign: str, how: list[tuple[int, signal.Signals]]) -> None:
         """Wait for a sign of life in the store, send signals after pauses, and look at what is left."""
@@ -172,7 +172,7 @@ def test_on_a_full_disk_it_stops_with_one_sentence_and_goes_on_with_room(
 ) -> None:
     disk.mount("32k")
     store = disk.place / "store"
-    words = ("run", LABEL, "--suites", suites, "--store", store, "--workers", "1", "--quiet")
+    words = ("run", LABEL, "--suites", suites, "--store", store, "--workers", "2", "--quiet")
     done = []
     for size in ("32k", "160k", "256k", "352k"):
         disk.grow(size)

@@ -11,14 +11,20 @@ from torch import Tensor
 
 from unbackdoor.attacks.truth import AttackTruth
 from unbackdoor.engine import rng
-from unbackdoor.errors import ConfigError
+from unbackdoor.engine.run import Run
+from unbackdoor.errors import ConfigError, InputError
 from unbackdoor.types import Images
 
 BATCH = 1024  # images stamped at a time; bounds the float copies that some triggers make
 
 
 def poison(
-    images: Images, attack: str, options: Mapping[str, Any] | None = None, *, seed: int = 0
+    images: Images,
+    attack: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    run: Run | None = None,
 ) -> tuple[Images, AttackTruth]:
     """Poison a labelled training set.
 
@@ -27,9 +33,32 @@ def poison(
         attack: Registered name, ``none`` for the clean control.
         options: Options of the attack.
         seed: Seed of the trigger and of the choice of images.
+        run: Surroundings in which a learned trigger is learned; by default the CPU in fp32, in silence.
 
     Returns:
         The images in the same order, some of them triggered and relabelled, and the truth.
+
+    Raises:
+        ConfigError: If an option does not fit, or the images do not allow it; see :func:`impossible`.
+        InputError: If the attack needs the training in its hands, so that no set of images carries it.
+    """
+    truth = prepare(images, attack, options, seed=seed)
+    learning = truth.trigger.learning
+    if learning is None:
+        return spread(images, truth)
+    if learning.train is not None:
+        raise InputError(
+            f"the attack {attack!r} controls the training, and poisons no set of images",
+            remedy="Train a victim with it",
+        )
+    run = run or Run.create(seed=seed, policy="fp32")
+    return spread(images, truth.learned(learning.fit(images, run)))
+
+
+def prepare(
+    images: Images, attack: str, options: Mapping[str, Any] | None = None, *, seed: int = 0
+) -> AttackTruth:
+    """Return an attack that these clean training images allow, before anything is learned or poisoned.
 
     Raises:
         ConfigError: If an option does not fit, or the images do not allow it; see :func:`impossible`.
@@ -37,7 +66,16 @@ def poison(
     truth = AttackTruth.describe(attack, options, shape=images.shape, classes=images.classes, seed=seed)
     if faults := impossible(images, truth):
         raise ConfigError(f"the attack {attack!r}", faults)
-    trigger = truth.trigger
+    return truth
+
+
+def spread(images: Images, truth: AttackTruth) -> tuple[Images, AttackTruth]:
+    """Poison a labelled training set with a prepared attack whose trigger, if it learns, is learned.
+
+    Returns:
+        The images in the same order, some of them triggered and relabelled, and the truth with the rows.
+    """
+    trigger, seed = truth.trigger, truth.seed
     if trigger.mapping == "none":
         return images, truth
 
@@ -69,12 +107,13 @@ def impossible(images: Images, truth: AttackTruth) -> list[str]:
     target = truth.options["target"]
     if target >= images.classes:
         return [f"target: must be below {images.classes} classes, got {target}"]
-    if truth.trigger.mapping == "none":
-        return []
+    trigger = truth.trigger
+    if trigger.mapping == "none" or (trigger.learning is not None and trigger.learning.train is not None):
+        return []  # nothing is poisoned, or anew in every batch
     there, asked = len(_candidates(images.truth, truth)), _asked(images, truth)
     if asked <= there:
         return []
-    kind = f"of class {target}" if truth.trigger.clean_label else "outside the target class"
+    kind = f"of class {target}" if trigger.clean_label else "outside the target class"
     return [
         f"poison_rate {truth.options['poison_rate']} asks for {asked} images {kind}, and there are {there}; "
         f"the highest possible rate is {there / len(images):.4f}"

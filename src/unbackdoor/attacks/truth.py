@@ -6,16 +6,21 @@ No defense and no scanner may import this package; a test walks the imports.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
 
+from unbackdoor.engine.run import Run
+from unbackdoor.engine.training import Recipe
+from unbackdoor.errors import InputError, IntegrityError
 from unbackdoor.registry import ATTACKS, Config, option
-from unbackdoor.types import Images
+from unbackdoor.types import Augmentation, Classifier, Images, state_sha256
 
 Stamp = Callable[[Tensor], Tensor]
+Tensors = Mapping[str, Tensor]
 LabelMapping = Literal["all-to-one", "all-to-all", "none"]
 
 
@@ -26,6 +31,62 @@ class AttackConfig(Config):
         0.1, "share of all training images that carry the trigger", source="BackdoorBench, 10 %", ge=0, le=1
     )
     target: int = option(0, "class that triggered images are sent to", source="BackdoorBench", ge=0)
+
+
+class TrainVictim(Protocol):
+    """Training in the attacker's hands: the victim learns in place, and the trigger with it."""
+
+    def __call__(
+        self,
+        model: Classifier,
+        images: Images,
+        fitted: Tensors,
+        recipe: Recipe,
+        run: Run,
+        *,
+        augmentation: Augmentation,
+        checkpoint: Path | None,
+        label: str,
+    ) -> Tensors:
+        """Train on clean images; see :func:`unbackdoor.engine.training.train`.
+
+        Args:
+            model: Untrained, on the run's device.
+            images: Clean training images.
+            fitted: What :attr:`Learning.fit` returned.
+            recipe: How the victim is trained.
+            run: Seed, device, precision and progress.
+            augmentation: What ``auto`` in the recipe stands for.
+            checkpoint: File from which a killed training goes on.
+            label: Name in the progress display.
+
+        Returns:
+            All tensors of the trigger, on the CPU.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Learning:
+    """Where a trigger comes from that is learned, and is no function of options and seed alone.
+
+    What was learned are a few tensors. They are kept with the truth, so that the judge learns nothing again.
+
+    Attributes:
+        fit: Clean training images and a run -> tensors on the CPU, before anything is poisoned.
+        restore: All tensors -> the stamp.
+        train: Trains the victim in place of the ordinary training, from clean images; None where the images
+            are poisoned once and training stays ordinary.
+    """
+
+    fit: Callable[[Images, Run], Tensors]
+    restore: Callable[[Tensors], Stamp]
+    train: TrainVictim | None = None
+
+
+def unlearned(pixels: Tensor) -> Tensor:
+    """Refuse: the stamp of a trigger that was not learned yet."""
+    raise InputError("the trigger is not learned yet", remedy="Train a victim, or load its truth")
 
 
 @dataclass(frozen=True)
@@ -39,13 +100,15 @@ class Trigger:
         decoy: Pixels and a generator -> pixels that look triggered but keep their label in training (the
             noise mode of WaNet), or None.
         decoy_rate: Share of all training images that become decoys, in 0..1.
+        learning: Where the stamp comes from if it is learned; None if it is given.
     """
 
-    stamp: Stamp
+    stamp: Stamp = unlearned
     mapping: LabelMapping = "all-to-one"
     clean_label: bool = False
     decoy: Callable[[Tensor, torch.Generator], Tensor] | None = None
     decoy_rate: float = 0.0
+    learning: Learning | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +124,7 @@ class AttackTruth:
         trigger: See :class:`Trigger`.
         poisoned: Training rows that carry the trigger.
         decoys: Training rows that were disturbed and kept their label.
+        tensors: What a learned trigger learned, on the CPU; empty for all others.
     """
 
     attack: str
@@ -71,6 +135,7 @@ class AttackTruth:
     trigger: Trigger = field(repr=False)
     poisoned: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64), repr=False)
     decoys: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64), repr=False)
+    tensors: Tensors = field(default_factory=dict, repr=False)
 
     @property
     def target(self) -> int | None:
@@ -90,14 +155,26 @@ class AttackTruth:
         labels = images.truth
         return images.subset((self.wanted(labels) != labels).nonzero().flatten())
 
+    def learned(self, tensors: Tensors) -> Self:
+        """Return the truth with the stamp that these tensors make."""
+        learning = self.trigger.learning
+        assert learning is not None  # only learned triggers have tensors
+        trigger = replace(self.trigger, stamp=learning.restore(tensors))
+        return replace(self, trigger=trigger, tensors=dict(tensors))
+
     def spec(self) -> dict[str, Any]:
-        """Return a JSON-ready description from which :meth:`from_spec` makes the trigger again."""
+        """Return a JSON-ready description from which :meth:`from_spec` makes the trigger again.
+
+        Tensors of a learned trigger are named by their hash and kept beside it.
+        """
+        digest = {"tensors_sha256": state_sha256(self.tensors)} if self.tensors else {}
         return {
             "attack": self.attack,
             "options": dict(self.options),
             "shape": list(self.shape),
             "classes": self.classes,
             "seed": self.seed,
+            **digest,
         }
 
     @classmethod
@@ -121,13 +198,27 @@ class AttackTruth:
         return cls(part.name, config.model_dump(), shape, classes, seed, trigger)
 
     @classmethod
-    def from_spec(cls, spec: Mapping[str, Any]) -> AttackTruth:
-        """Make the truth again from :meth:`spec`, without the rows of the training set."""
+    def from_spec(cls, spec: Mapping[str, Any], tensors: Tensors | None = None) -> AttackTruth:
+        """Make the truth again from :meth:`spec`, without the rows of the training set.
+
+        Raises:
+            IntegrityError: If the tensors of a learned trigger are not those of the description.
+        """
         channels, height, width = spec["shape"]
-        return cls.describe(
+        truth = cls.describe(
             str(spec["attack"]),
             spec["options"],
             shape=(int(channels), int(height), int(width)),
             classes=int(spec["classes"]),
             seed=int(spec["seed"]),
         )
+        if truth.trigger.learning is None:
+            return truth
+        expected, got = str(spec["tensors_sha256"]), state_sha256(tensors or {})
+        if expected != got:
+            raise IntegrityError(
+                "the tensors of the trigger are not those of its description",
+                expected=expected[:12],
+                got=got[:12] if tensors else "none",
+            )
+        return truth.learned(tensors or {})

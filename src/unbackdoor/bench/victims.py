@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unbackdoor.attacks import AttackTruth, poison
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from unbackdoor.attacks import AttackTruth, Learning, prepare, spread
 from unbackdoor.bench.judge import Scores, judge
 from unbackdoor.data.datasets import DataSet
 from unbackdoor.data.splits import reserve
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe, train
 from unbackdoor.errors import InputError
-from unbackdoor.files import write_json
+from unbackdoor.files import atomic_write, write_json
 from unbackdoor.models import build, load_model, save_model
-from unbackdoor.types import Classifier
+from unbackdoor.types import Classifier, Images
 
 TRUTH_SUFFIX = ".truth.json"
+TENSORS_SUFFIX = ".truth.safetensors"  # beside it, where the trigger was learned
 ATTACK_TOOK = 0.8  # below this ASR there is no backdoor to remove, and the row is flagged
 
 
@@ -55,11 +61,12 @@ def train_victim(
         spec: See :class:`VictimSpec`.
         data: The data set that the spec names.
         run: Device, precision and progress; its seed is the spec's.
-        checkpoint: See :func:`unbackdoor.engine.training.train`.
+        checkpoint: See :func:`unbackdoor.engine.training.train`. What a trigger learns before the training is
+            kept beside it, in a file that ends in ``.trigger``.
         label: Name in the progress display.
     """
     training, _ = reserve(data.train)
-    poisoned, truth = poison(training, spec.attack, spec.options, seed=spec.seed)
+    truth = prepare(training, spec.attack, spec.options, seed=spec.seed)
     model = build(
         spec.architecture,
         input_shape=data.train.shape,
@@ -69,15 +76,54 @@ def train_victim(
         seed=spec.seed,
         origin=f"trained on {data.name}",
     ).to(run.device)
-    train(
-        model, poisoned, spec.recipe, run, augmentation=data.augmentation, checkpoint=checkpoint, label=label
-    )
+    how: dict[str, Any] = {"augmentation": data.augmentation, "checkpoint": checkpoint, "label": label}
+    learning, kept = truth.trigger.learning, None
+    fitted: Mapping[str, Tensor] = {}
+    if learning is not None:
+        kept = checkpoint and checkpoint.with_name(f"{checkpoint.name}.trigger")
+        fitted = _fitted(learning, truth, training, run, kept)
+    if learning is not None and learning.train is not None:
+        truth = truth.learned(learning.train(model, training, fitted, spec.recipe, run, **how))
+    else:
+        poisoned, truth = spread(training, truth.learned(fitted) if learning is not None else truth)
+        train(model, poisoned, spec.recipe, run, **how)
+    if kept is not None:
+        kept.unlink(missing_ok=True)
     return model, truth
 
 
+def _fitted(
+    learning: Learning, truth: AttackTruth, images: Images, run: Run, kept: Path | None
+) -> Mapping[str, Tensor]:
+    """Return what the trigger learns before the training, from the file where that was done already.
+
+    A training that is taken up again must meet the very same trigger, and sums that another number of threads
+    rounds otherwise would make another one.
+    """
+    if kept is None:
+        return learning.fit(images, run)
+    facts = json.dumps([truth.spec(), images.fingerprint()], sort_keys=True)
+    key = hashlib.sha256(facts.encode()).hexdigest()
+    if kept.exists():
+        with safe_open(kept, framework="pt") as file:
+            same = (file.metadata() or {}).get("key") == key
+        if same:
+            return load_file(kept)
+    tensors = dict(learning.fit(images, run))
+    with atomic_write(kept) as draft:
+        save_file(tensors, draft, metadata={"key": key})
+    return tensors
+
+
 def save_victim(model: Classifier, truth: AttackTruth, path: Path, *, history: list[dict[str, Any]]) -> None:
-    """Write the weights with their card, and the truth into a file of its own that no defender is given."""
+    """Write the weights with their card, and the truth into files of its own that no defender is given."""
     save_model(model.cpu(), path, history=history)
+    tensors = path.with_suffix(TENSORS_SUFFIX)
+    if truth.tensors:
+        with atomic_write(tensors) as draft:
+            save_file(dict(truth.tensors), draft)
+    else:
+        tensors.unlink(missing_ok=True)  # of a victim that this one replaces
     write_json(path.with_suffix(TRUTH_SUFFIX), truth.spec())
 
 
@@ -86,6 +132,7 @@ def load_truth(path: Path) -> AttackTruth:
 
     Raises:
         InputError: If there is none, or it cannot be read.
+        IntegrityError: If the tensors of a learned trigger belong to another victim.
     """
     file = path if path.name.endswith(TRUTH_SUFFIX) else path.with_suffix(TRUTH_SUFFIX)
     if not file.exists():
@@ -94,9 +141,14 @@ def load_truth(path: Path) -> AttackTruth:
             where=file,
             remedy="Only a model that was trained here can be judged; for others use a scan",
         )
+    beside = file.with_name(file.name.removesuffix(TRUTH_SUFFIX) + TENSORS_SUFFIX)
     try:
-        return AttackTruth.from_spec(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError) as error:
+        spec = json.loads(file.read_text(encoding="utf-8"))
+        tensors = load_file(beside) if "tensors_sha256" in spec else None
+        return AttackTruth.from_spec(spec, tensors)
+    except FileNotFoundError as error:
+        raise InputError("what the trigger learned is missing", where=beside) from error
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError("the record of the attack cannot be read", got=str(error), where=file) from error
 
 

@@ -74,16 +74,17 @@ def train(
     """Train a network with a planted backdoor and measure it.
 
     Writes OUT.safetensors, its card OUT.json, and OUT.truth.json, which describes the attack and belongs to
-    the judge: give it to nobody who is to find or to remove the backdoor. A run that was interrupted and is
-    started again with the same options continues where it was.
+    the judge: give it to nobody who is to find or to remove the backdoor. Where the trigger is learned,
+    OUT.truth.safetensors belongs to it. A run that was interrupted and is started again with the same options
+    continues where it was.
 
     Attacks, architectures and recipes with all their options: unbackdoor list.
     """
     from unbackdoor.bench.judge import judge
-    from unbackdoor.bench.victims import TRUTH_SUFFIX, VictimSpec, save_victim, train_victim
+    from unbackdoor.bench.victims import TENSORS_SUFFIX, TRUTH_SUFFIX, VictimSpec, save_victim, train_victim
     from unbackdoor.data.datasets import load_dataset
 
-    out = options.new_file(out, force=force, beside=(".json", TRUTH_SUFFIX))
+    out = options.new_file(out, force=force, beside=(".json", TRUTH_SUFFIX, TENSORS_SUFFIX))
     checkpoint = out.with_suffix(".checkpoint")
     spec = VictimSpec(
         dataset,

@@ -10,23 +10,23 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from unbackdoor.data.batches import batches, resident
+from unbackdoor.data.batches import augment, batches, resident
 from unbackdoor.engine import rng
 from unbackdoor.engine.passes import logits_of, mode
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import ConfigError, IntegrityError, MethodFailed
 from unbackdoor.files import atomic_write
 from unbackdoor.registry import Config, near_match, option
-from unbackdoor.types import Augmentation, Classifier, Images
+from unbackdoor.types import Augmentation, Classifier, Images, state_sha256
 
 
 class Recipe(Config):
@@ -96,6 +96,24 @@ class Trained:
     resumed_from: int = 0
 
 
+@dataclass(frozen=True)
+class Companion:
+    """A network that learns beside the classifier and has a hand in every batch.
+
+    Attributes:
+        network: On the run's device, in the mode in which it is to learn.
+        optimizer: Of the network. Its learning rate is the peak of the recipe's schedule.
+        change: Pixels (B, C, H, W) in [0, 1] and labels before augmentation, and the generator of the epoch's
+            draws -> the pixels and the labels to train on, and a term that is added to the loss.
+        facts: JSON-ready; all else that ``change`` depends on, so that no checkpoint of another one is used.
+    """
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    change: Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor, Tensor]]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
 def train(
     model: Classifier,
     images: Images,
@@ -105,6 +123,7 @@ def train(
     augmentation: Augmentation = "none",
     checkpoint: Path | None = None,
     label: str = "training",
+    companion: Companion | None = None,
 ) -> Trained:
     """Train all weights of a classifier in place; it is left in evaluation mode.
 
@@ -119,6 +138,7 @@ def train(
         augmentation: What ``auto`` in the recipe stands for.
         checkpoint: File written after every epoch and removed at the end.
         label: Name in the progress display.
+        companion: See :class:`Companion`.
 
     Raises:
         MethodFailed: If the loss stops being finite.
@@ -129,18 +149,32 @@ def train(
     epochs, steps = recipe.epochs, _steps(len(images), recipe.batch_size)
     kind = augmentation if recipe.augmentation == "auto" else recipe.augmentation
     optimizer = _optimizer(model, recipe)
-    key = _key(recipe, images, model, run, kind) if checkpoint else ""
-    losses = _resume(checkpoint, key, model, optimizer) if checkpoint else []
+    learners = [(optimizer, recipe.lr)]
+    parts: dict[str, Any] = {"model": model.network, "optimizer": optimizer}
+    if companion is not None:
+        learners.append((companion.optimizer, float(companion.optimizer.defaults["lr"])))
+        parts |= {"companion": companion.network, "companion optimizer": companion.optimizer}
+    key = _key(recipe, images, model, run, kind, companion) if checkpoint else ""
+    losses = _resume(checkpoint, key, parts) if checkpoint else []
     first = len(losses)
 
-    def one_pass(epoch: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def one_pass(epoch: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
         draws = run.generator("epoch", epoch)
         stream = batches(
-            images, recipe.batch_size, generator=draws, device=run.device, augmentation=kind, min_batch=2
+            images,
+            recipe.batch_size,
+            generator=draws,
+            device=run.device,
+            augmentation=kind if companion is None else "none",
+            min_batch=2,
         )
         for step, (pixels, labels) in enumerate(stream):
             assert labels is not None  # train() asked for the labels above
-            yield epoch * steps + step, pixels, labels
+            extra = None
+            if companion is not None:
+                pixels, labels, extra = companion.change(pixels, labels, draws)
+                pixels = augment(pixels, kind, draws).contiguous(memory_format=torch.channels_last)
+            yield epoch * steps + step, pixels, labels, extra
 
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ticks = iter(run.progress(range(first * steps, epochs * steps), label, (epochs - first) * steps))
@@ -148,14 +182,18 @@ def train(
         for epoch in range(first, epochs):
             total = torch.zeros((), device=run.device)
             with rng.seeded(run.seed, "dropout", epoch):
-                for step, pixels, labels in one_pass(epoch):
+                for step, pixels, labels, extra in one_pass(epoch):
                     next(ticks, None)
-                    for group in optimizer.param_groups:
-                        group["lr"] = recipe.lr * _rate(recipe, step / (epochs * steps))
                     loss = _loss(model, pixels, labels, recipe, run, step)
-                    optimizer.zero_grad(set_to_none=True)
+                    if extra is not None:
+                        loss = loss + extra
+                    for learner, _ in learners:
+                        learner.zero_grad(set_to_none=True)
                     loss.backward()
-                    optimizer.step()
+                    for learner, peak in learners:
+                        for group in learner.param_groups:
+                            group["lr"] = peak * _rate(recipe, step / (epochs * steps))
+                        learner.step()
                     total += loss.detach()
             losses.append(float(total) / steps)
             if not math.isfinite(losses[-1]):
@@ -167,7 +205,7 @@ def train(
                     remedy="Lower the learning rate",
                 )
             if checkpoint and epoch + 1 < epochs:
-                _save(checkpoint, key, model, optimizer, losses)
+                _save(checkpoint, key, parts, losses)
     next(ticks, None)  # lets the progress display close its bar
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     model.zero_grad(set_to_none=True)
@@ -219,8 +257,15 @@ def _loss(model: Classifier, pixels: Tensor, labels: Tensor, recipe: Recipe, run
 # Checkpoints
 
 
-def _key(recipe: Recipe, images: Images, model: Classifier, run: Run, augmentation: str) -> str:
-    facts = {
+def _key(
+    recipe: Recipe,
+    images: Images,
+    model: Classifier,
+    run: Run,
+    augmentation: str,
+    companion: Companion | None,
+) -> str:
+    facts: dict[str, Any] = {
         "recipe": recipe.model_dump(),
         "data": images.fingerprint(),
         "start": model.sha256(),
@@ -228,18 +273,14 @@ def _key(recipe: Recipe, images: Images, model: Classifier, run: Run, augmentati
         "augmentation": augmentation,
         "precision": run.precision.name,
     }
+    if companion is not None:
+        facts["companion"] = [state_sha256(companion.network.state_dict()), dict(companion.facts)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _save(
-    path: Path, key: str, model: Classifier, optimizer: torch.optim.Optimizer, losses: list[float]
-) -> None:
-    state = {
-        "key": key,
-        "losses": losses,
-        "model": model.network.state_dict(),
-        "optimizer": optimizer.state_dict(),
-    }
+def _save(path: Path, key: str, parts: Mapping[str, Any], losses: list[float]) -> None:
+    """Write the state of everything that learns, by name."""
+    state = {"key": key, "losses": losses} | {name: part.state_dict() for name, part in parts.items()}
     # Through memory: torch's own writer does not tell a full disk from any other failure.
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -247,7 +288,7 @@ def _save(
         temporary.write_bytes(buffer.getbuffer())
 
 
-def _resume(path: Path, key: str, model: Classifier, optimizer: torch.optim.Optimizer) -> list[float]:
+def _resume(path: Path, key: str, parts: Mapping[str, Any]) -> list[float]:
     if not path.exists():
         return []
     state = torch.load(path, map_location="cpu", weights_only=True)
@@ -257,7 +298,7 @@ def _resume(path: Path, key: str, model: Classifier, optimizer: torch.optim.Opti
             where=path,
             remedy="Delete it, or start with the options it was made with",
         )
-    model.network.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
     losses: list[float] = state["losses"]
     return losses

@@ -259,19 +259,21 @@ def test_own_triggers_go_to_the_target_and_lent_ones_nowhere(rate: float, cross:
     assert sum(lents) / 200 == pytest.approx(cross, abs=0.01)
 
 
-def test_masks_are_sparse_and_differ_from_image_to_image() -> None:
+def test_masks_are_sparse_sharp_and_differ_from_image_to_image() -> None:
     pixels, shown = DATA.test.pixels.float() / 255, {}
     for weight in (2.0, 100.0):
-        cfg = input_aware.InputAwareConfig(width=4, mask_epochs=10, mask_weight=weight)
+        cfg = input_aware.InputAwareConfig(width=4, mask_weight=weight)
         with rng.seeded(0):
             network = input_aware.Drawer(1, 1, cfg.width, 1)
-        input_aware.learn_mask(network, DATA.train, cfg, RUN)
+        input_aware.learn_mask(network, tiny_data(320), cfg, RUN)
         assert not network.training
         with torch.no_grad():
             mask = input_aware.sharpened(network(pixels))  # (N, 1, 8, 8)
         shown[weight] = float(mask.mean())
+        assert float(((mask > 0.1) & (mask < 0.9)).float().mean()) < 0.1
         assert not torch.equal(mask[0], mask[1])
-    assert 0 < shown[100.0] < min(0.1, shown[2.0])
+    # The price of what shows decides how much shows; at the default it is about what the public code aims at.
+    assert 0.005 < shown[100.0] < 0.05 < shown[2.0]
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 20, 28), (4, 64, 64), (3, 9, 7)])

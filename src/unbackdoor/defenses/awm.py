@@ -1,0 +1,220 @@
+"""Adversarial weight masking: scale weights down until no universal perturbation moves the labels.
+
+Round after round a perturbation that is added to all images alike is searched against the network, and then
+soft masks on single weights learn to classify the images with and without it. A trigger is such a
+perturbation; the search may as well find a generic one, so nothing is claimed about what it found.
+
+Paper:   Chai & Chen, "One-shot neural backdoor erasing via adversarial weight masking", NeurIPS 2022,
+         arXiv 2207.04497.
+Needs:   clean images and labels, one of each class at the least.
+Changes: convolution weights (linear ones if asked for), multiplied by masks in [0, 1].
+Departs: the default mends what stalls in the released code (preset ``reference``): the search climbs a
+         margin of logits in steps of fixed length, where a cross-entropy vanishes on a confident network;
+         the L1 bound holds at every step; few images still make several steps; the round is chosen on
+         held-out clean images. In all presets the L1 bound grows with the image (equal at 3 x 32 x 32), the
+         search leaves the masked network's own labels, as in the code (the paper: the true ones), and few
+         images are enlarged by views that their domain allows (the code: resized crops).
+Cost:    rounds x passes x N x (3 forward + 3 backward), and 2 forward a round to measure the search.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unbackdoor.data.batches import resident, to_float
+from unbackdoor.engine.few import enlarged, shuffled, with_replacement
+from unbackdoor.engine.masks import fold
+from unbackdoor.engine.passes import accuracy, logits_of, predict
+from unbackdoor.engine.run import Run
+from unbackdoor.engine.universal import Universal, search
+from unbackdoor.engine.weight_masks import WeightMasks, maskable_weights
+from unbackdoor.errors import MethodFailed
+from unbackdoor.registry import Config, defense, option
+from unbackdoor.types import Classifier, CleanData, Images, Purified
+
+UNIT = 3 * 32 * 32  # entries of the images that the L1 bounds of paper and code are meant for
+
+
+class AWMConfig(Config):
+    """Options of AWM."""
+
+    rounds: int = option(20, "search-then-mask rounds", source="reference code, --outer", ge=1, le=10_000)
+    passes: int = option(5, "passes over the images in each phase of a round", source="reference code", ge=1)
+    batch_size: int = option(128, "images a step", source="reference code", ge=1)
+    sampling: Literal["shuffled", "replacement"] = option(
+        "shuffled",
+        "how batches are drawn; shuffled: each image once a pass, in 4 batches or more, for Adam's travel "
+        "is its steps times lr; replacement: N / batch_size steps a pass, rounded down, at least one in all",
+        source="this project; the reference code draws with replacement",
+    )
+    clean_weight: float = option(
+        0.9, "alpha, weight of the clean loss", source="reference code, --alpha", ge=0
+    )
+    robust_weight: float = option(
+        0.1, "beta, weight of the loss under perturbation", source="reference code, 1 - alpha", ge=0
+    )
+    lr: float = option(0.01, "step of Adam on the masks", source="reference code", gt=0, le=1)
+    lr_decay: float = option(
+        1.0, "factor on lr after each round", source="reference code (0.9 in its first version)", gt=0, le=1
+    )
+    sparsity: float = option(1e-8, "gamma, L1 weight on the masks", source="reference code", ge=0, le=1)
+    adam_eps: float = option(
+        1e-12,
+        "epsilon of Adam; at 1e-8, the reference, it is as large as the L1 gradient and halves its step",
+        source="this project",
+        gt=0,
+        le=1,
+    )
+    attack: Literal["margin", "cross-entropy"] = option(
+        "margin",
+        "what the search climbs; margin: of logits, with projected steps of fixed length inside the pixel "
+        "range; cross-entropy: with plain SGD, rescaled at the end",
+        source="this project; the reference code climbs the cross-entropy",
+    )
+    attack_lr: float = option(10.0, "rate of the SGD, for cross-entropy", source="reference code", gt=0)
+    tau: float = option(
+        300.0,
+        "largest L1 norm of the perturbation of a 3x32x32 image, scaled with other sizes",
+        source="this project: a mean of 0.1, what a blend of 0.2 with noise amounts to; code: 1000 or 100",
+        gt=0,
+    )
+    targeted: bool = option(
+        False, "search one perturbation for each target class instead of one for all", source="off in paper"
+    )
+    enlarge_to: int = option(
+        100,
+        "a set of fewer images gets fixed augmented views until it has as many; 0 for none",
+        source="reference code, one-shot",
+        ge=0,
+    )
+    include_linear: bool = option(
+        False, "mask linear layers as well, the head excepted; for transformers", source="off in paper"
+    )
+    tolerance: float = option(
+        0.05, "largest loss of held-out accuracy; 1 takes the last round", source="this project", ge=0, le=1
+    )
+
+
+_REFERENCE = {
+    "sampling": "replacement", "attack": "cross-entropy", "adam_eps": 1e-8, "tau": 1000.0,
+    "enlarge_to": 0, "tolerance": 1.0,
+}  # fmt: skip
+_ONE_SHOT = {
+    "batch_size": 32, "clean_weight": 0.99, "robust_weight": 0.01, "tau": 100.0, "enlarge_to": 100
+}  # fmt: skip
+
+
+@defense(
+    "awm",
+    config=AWMConfig,
+    paper="arXiv:2207.04497",
+    needs={"images", "labels"},
+    presets={
+        "reference": _REFERENCE,
+        "reference-one-shot": {**_REFERENCE, **_ONE_SHOT},
+        "targeted": {"targeted": True},
+    },
+)
+def purify(model: Classifier, data: CleanData, cfg: AWMConfig, *, run: Run) -> Purified:
+    """Alternate between a universal perturbation and soft weight masks; return the masked weights."""
+    sites = maskable_weights(model, linear=cfg.include_linear)
+    choosing = cfg.tolerance < 1
+    fit, held = data.fit if choosing else data.all, data.select
+    fit = enlarged(fit, cfg.enlarge_to, data.augmentation, run.generator("views"))
+    if data.select_is_fit:  # other views of the same images are the best that is left to choose on
+        held = enlarged(held, cfg.enlarge_to, data.augmentation, run.generator("held-out views"))
+    fit = resident(fit, run.device)
+    base = accuracy(model, held, run) if choosing else 0.0
+    tau = cfg.tau * math.prod(model.input_shape) / UNIT
+    masks = WeightMasks(model, sites, lr=cfg.lr, eps=cfg.adam_eps, sparsity=cfg.sparsity)
+    trace: list[dict[str, Any]] = []
+    chosen, values = None, {}
+    for number in run.progress(range(1, cfg.rounds + 1), "AWM"):
+        delta, record = attack(masks.network, fit, tau, cfg, run, number)
+        if number == 1 and cfg.attack == "margin" and record["stalled"]:
+            raise MethodFailed(
+                "the search found no perturbation that moves a label, so there is nothing to mask against",
+                expected=f"an L1 norm near {tau:.4g}",
+                got=f"{record['norm']:.3g}, with a fooling rate of {record['fooling']:.3f}",
+                remedy="Check that the output of the model depends on its input",
+            )
+        record |= mask(masks, fit, delta, cfg, run, number)
+        if choosing:
+            record["held_out"] = accuracy(masks.network, held, run)
+        if not choosing or record["held_out"] >= base - cfg.tolerance - 1e-6:  # the last term is for rounding
+            chosen = number
+            values = {site.name: m.clone() for site, m in zip(sites, masks.values, strict=True)}
+        trace.append(record)
+        masks.decay(cfg.lr_decay)
+    evidence = {
+        "images": len(fit),
+        "steps": sum(record["steps"] for record in trace),
+        "tau": tau,
+        "stalled": sum(record["stalled"] for record in trace),
+        "rounds": trace,
+        "chosen": chosen,
+        "base_accuracy": base if choosing else None,
+        "masks": {
+            n: {"mean": float(m.mean()), "gone": float((m < 0.01).float().mean())} for n, m in values.items()
+        },
+    }
+    return Purified(fold(model, sites, values), evidence)
+
+
+def attack(
+    network: Classifier, fit: Images, tau: float, cfg: AWMConfig, run: Run, number: int
+) -> tuple[Universal, dict[str, Any]]:
+    """Search the perturbation of a round against the masked network, and measure what it does."""
+    own = predict(network, fit, run).argmax(1).to(run.device)  # once: the masks rest in this phase
+    images = replace(fit, labels=own)
+    draws = run.generator("targets", number)
+    delta = search(
+        network,
+        images,
+        drawn(fit, cfg, run.generator("search", number)),
+        run,
+        draws,
+        tau=tau,
+        objective=cfg.attack,
+        lr=cfg.attack_lr,
+        targets=network.classes if cfg.targeted else 1,
+    )
+    norm, fooling = delta.norm, delta.fooling(network, images, run, draws)
+    return delta, {"norm": norm, "fooling": fooling, "stalled": fooling < 0.01 and norm < tau / 100}
+
+
+def mask(
+    masks: WeightMasks, fit: Images, delta: Universal, cfg: AWMConfig, run: Run, number: int
+) -> dict[str, Any]:
+    """Let the masks learn to classify the images with and without the perturbation."""
+    totals = torch.zeros(2, device=run.device)
+    steps = drawn(fit, cfg, run.generator("mask", number))
+    aims = run.generator("aims", number)
+    with masks.learning():
+        for rows in steps:
+            labels = fit.truth[rows]
+            clean = to_float(fit.pixels[rows], run.device)
+            moved = delta.applied(clean, delta.aims(labels, aims))
+            logits = logits_of(masks.network, torch.cat([clean, moved]), run)  # (2 B, K)
+            losses = torch.stack([F.cross_entropy(half, labels) for half in logits.chunk(2)])  # (2,)
+            (cfg.clean_weight * losses[0] + cfg.robust_weight * losses[1]).backward()
+            masks.step()
+            totals += losses.detach()
+    clean_loss, robust_loss = (totals / len(steps)).tolist()
+    if not math.isfinite(clean_loss + robust_loss):
+        raise MethodFailed("the loss is not finite", where=f"round {number}", remedy="Lower lr")
+    mean = sum(float(m.sum()) for m in masks.values) / sum(m.numel() for m in masks.values)
+    record = {"steps": len(steps), "clean_loss": clean_loss, "robust_loss": robust_loss}
+    return record | {"mask_mean": mean, "mask_min": min(float(m.min()) for m in masks.values)}
+
+
+def drawn(fit: Images, cfg: AWMConfig, generator: torch.Generator) -> list[Tensor]:
+    """Return the rows of each step of one phase."""
+    draw = shuffled if cfg.sampling == "shuffled" else with_replacement
+    return draw(len(fit), cfg.batch_size, cfg.passes, generator)

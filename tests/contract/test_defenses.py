@@ -19,6 +19,7 @@ from unbackdoor.types import Classifier, CleanData
 
 # Options that make a method quick; its mathematics stays the same.
 QUICK: dict[str, dict[str, object]] = {
+    "awm": {"rounds": 3, "passes": 2},
     "ft": {"epochs": 2},
     "fp": {"epochs": 1, "step": 0.1},
     "random_prune": {"step": 0.1},

@@ -61,7 +61,7 @@ class AWMConfig(Config):
     )
     lr: float = option(0.01, "step of Adam on the masks", source="reference code", gt=0, le=1)
     lr_decay: float = option(
-        1.0, "factor on lr after each round", source="reference code (0.9 in its first version)", gt=0, le=1
+        0.9, "factor on lr after each round", source="first reference code; 1 in the last", gt=0, le=1
     )
     sparsity: float = option(1e-8, "gamma, L1 weight on the masks", source="reference code", ge=0, le=1)
     adam_eps: float = option(
@@ -103,7 +103,7 @@ class AWMConfig(Config):
 
 _REFERENCE = {
     "sampling": "replacement", "attack": "cross-entropy", "adam_eps": 1e-8, "tau": 1000.0,
-    "enlarge_to": 0, "tolerance": 1.0,
+    "lr_decay": 1.0, "enlarge_to": 0, "tolerance": 1.0,
 }  # fmt: skip
 _ONE_SHOT = {
     "batch_size": 32, "clean_weight": 0.99, "robust_weight": 0.01, "tau": 100.0, "enlarge_to": 100

@@ -15,7 +15,9 @@ the same mathematics written as public code writes it, for this comparison and f
 
 What is equal on both sides: the network, the images that are fitted (views included, held-out images not),
 the numbers of rounds, steps and images, the objective and the projection of the search, the optimiser and its
-settings. The measuring passes of ours (fooling rate, held-out accuracy) stay in.
+settings. The measuring passes of ours (fooling rate, the choice of the strength on held-out images) stay in.
+Where nothing is held out, ours learns three times, to judge either half by the other, and the plain version
+once.
 
 Ratios: end to end; the algorithm alone, with the evaluations taken off the plain side and the judge off
 ours; the search and the masking, each for itself; with one evaluation each; and ours against the floor,
@@ -286,7 +288,7 @@ class Comparison:
         self.seconds |= {"plain, evaluation": [], "floor": []}
         self.outcome: dict[str, Any] = {}
         images = clean.fit if config.tolerance < 1 else clean.all
-        draws = self.run.generator("views")
+        draws = self.run.generator("views", "all")
         self.fit = enlarged(images, config.enlarge_to, clean.augmentation, draws)
         self.steps = len(awm.drawn(self.fit, config, self.run.generator("count")))
         mean, std, workers = [0.0] * 3, [1.0] * 3, arguments.num_workers

@@ -223,7 +223,7 @@ def _stream_sites(calls: Sequence[_Call]) -> list[Site]:
     for block in blocks:
         own = _norms_of(block, calls)
         closing = [call for call in own if call.returned is block.returned]
-        if not closing and not any(call.given is block.given for call in own):
+        if not closing and not _entry(block, calls):
             raise UnsupportedModel(
                 "no layer norm at the entry or the exit of a transformer block can carry its gate",
                 expected="a layer norm that reads what the block is given, or makes what it returns",
@@ -237,7 +237,11 @@ def _stream_sites(calls: Sequence[_Call]) -> list[Site]:
 
 
 def _blocks(calls: Sequence[_Call]) -> list[_Call]:
-    """Return the innermost modules from tokens (B, T, D) to tokens that hold layer norms of D and mix."""
+    """Return the modules from tokens (B, T, D) to tokens that mix them and hold layer norms of D.
+
+    Those with a norm at their entry are the blocks of a pre-norm network, and what lies inside them are their
+    parts. Without any, the blocks are what holds no further candidate.
+    """
     candidates = [
         call
         for call in calls
@@ -246,7 +250,12 @@ def _blocks(calls: Sequence[_Call]) -> list[_Call]:
         and any(isinstance(m, nn.Linear) for m in call.module.modules())
         and any(_is_norm(m, call.given.shape[-1]) for m in call.module.children())
     ]
+    candidates = [c for c in candidates if _entry(c, calls)] or candidates
     return [c for c in candidates if not any(o.name.startswith(f"{c.name}.") for o in candidates)]
+
+
+def _entry(block: _Call, calls: Sequence[_Call]) -> bool:
+    return any(norm.given is block.given for norm in _norms_of(block, calls))
 
 
 def _is_norm(module: nn.Module, width: int) -> bool:

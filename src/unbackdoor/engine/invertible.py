@@ -51,9 +51,8 @@ class InvertibleGates:
 
     def mean_values(self, *, inverse: bool = False) -> Tensor:
         """Return the averaged gates (G,)."""
-        forward, selections = self.mean
         # g + gi = 1 + s is linear, so it holds for the means.
-        return 1 + selections - forward if inverse else forward
+        return 1 + self.mean[1] - self.mean[0] if inverse else self.mean[0]
 
     def network(self, values: Tensor) -> Network:
         """Return the network whose channels are multiplied by the values (G,)."""

@@ -140,7 +140,7 @@ class Game:
         for i in self.run.progress(range(rounds), label):
             order = torch.randperm(len(self.images), generator=self.run.generator(label, i))
             losses, facts = self.losses(order[: cfg.batch_size].to(self.run.device), perturbed)
-            losses["sparsity"] = sparsity * (1 - s).mean()
+            losses["sparsity"] = sparsity * (1 - s).abs().mean()
             total = torch.stack(list(losses.values())).sum()
             a.grad, s.grad = torch.autograd.grad(total, [a, s])
             optimizer.step()
@@ -151,7 +151,9 @@ class Game:
             read = torch.stack([value.detach() for value in named.values()]).tolist()
             rows.append(dict(zip(named, read, strict=True)))
             if not math.isfinite(rows[-1]["total"]):
-                raise MethodFailed("a loss is not a finite number", got=rows[-1], where=f"{label}, {i + 1}")
+                raise MethodFailed(
+                    "a loss is not a finite number", got=rows[-1], where=f"{label}, round {i + 1}"
+                )
             if perturbed:
                 rows[-1]["budget"] = self.deltas.budget
                 if cfg.flip_rate:

@@ -32,6 +32,8 @@ def harness() -> Iterator[ModuleType]:
 @pytest.mark.parametrize("name", ["training", "loading", "rnp", "bench_scale", "bench_overhead"])
 
 @pytest.mark.parametrize("name", ["training", "loading", "rnp", "awm"])
+
+@pytest.mark.parametrize("name", ["training", "loading", "rnp", "ims"])
 def test_it_runs_and_prints_ratios(name: str, tmp_path: Path) -> None:
     """In a process of its own, with no data set at hand, because ``--quick`` makes its images up."""
     if name == "loading":

@@ -149,31 +149,39 @@ def _conv_sites(
 @torch.no_grad()
 def _private_norms(model: Classifier, calls: Sequence[_Call]) -> dict[str, str]:
     """Map each convolution that only one affine batch norm reads to that batch norm."""
+    makers = {id(call.returned): call.name for call in calls if isinstance(call.module, nn.Conv2d)}
+    pairs = {
+        makers[id(call.given)]: call.name
+        for call in calls
+        if id(call.given) in makers and isinstance(call.module, nn.BatchNorm2d) and _stores(call.module)
+    }
     pixels = torch.rand(2, *model.input_shape, generator=rng.generator(0, "gate probe"))
     pixels = pixels.to(model.mean.device)
     parameters = dict(model.named_parameters())
-    makers = {id(call.returned): call.name for call in calls if isinstance(call.module, nn.Conv2d)}
-    found = {}
+
+    def same(tried: Mapping[str, str]) -> bool:
+        # Double the convolutions and halve the norms' scales; the shifts make up for the stored means. The
+        # logits stay where they are unless something else reads a convolution, and sees it doubled.
+        changed = {}
+        for conv, norm in tried.items():
+            for p, _ in model.get_submodule(conv).named_parameters(recurse=False):
+                changed[f"{conv}.{p}"] = 2 * parameters[f"{conv}.{p}"]
+            bn: Any = model.get_submodule(norm)
+            changed[f"{norm}.weight"] = bn.weight / 2
+            changed[f"{norm}.bias"] = (
+                bn.bias - bn.weight / 2 * bn.running_mean / (bn.running_var + bn.eps).sqrt()
+            )
+        return torch.allclose(functional_call(model, changed, (pixels,)), plain, rtol=1e-3, atol=1e-4)
+
     with mode(model, training=False):
         plain = model(pixels)
-        for call in calls:
-            conv, norm = makers.get(id(call.given)), call.module
-            if conv is None or not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None:
-                continue
-            if norm.weight is None or norm.running_var is None:
-                continue
-            # Double the convolution and halve the norm's scale; the shift makes up for the stored mean. The
-            # logits stay where they are unless something else reads the convolution, and sees it doubled.
-            lag = norm.weight * norm.running_mean / (norm.running_var + norm.eps).sqrt()
-            changed = {
-                f"{conv}.{p}": 2 * parameters[f"{conv}.{p}"]
-                for p, _ in model.get_submodule(conv).named_parameters(recurse=False)
-            }
-            changed[f"{call.name}.weight"] = norm.weight / 2
-            changed[f"{call.name}.bias"] = norm.bias - lag / 2
-            if torch.allclose(functional_call(model, changed, (pixels,)), plain, rtol=1e-3, atol=1e-4):
-                found[conv] = call.name
-    return found
+        if same(pairs):  # as a rule: one pass for all of them
+            return pairs
+        return {conv: norm for conv, norm in pairs.items() if same({conv: norm})}
+
+
+def _stores(norm: nn.BatchNorm2d) -> bool:
+    return norm.affine and norm.track_running_stats
 
 
 @torch.no_grad()

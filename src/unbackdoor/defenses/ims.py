@@ -16,8 +16,8 @@ Departs: losses are computed in log-space (1 - O in fp32 loses a saturated model
          these but the first two. Transformers: a gate on the residual stream cannot be folded into weights,
          so what the later layer norms let through is gated (engine/gates.py); ``reference-vit`` sets lambda
          to 0 as the released configuration does.
-Cost:    images a round x rounds x (4 forward + 4 backward, and with perturbations 1 + 2 x steps forward and
-         2 x steps backward); by default about 330,000 forward-equivalents of one image.
+Cost:    of each image of a round 2 forward + 2 backward in the first stage, then 5 + 2 x steps forward and
+         4 + 2 x steps backward; by default 333,000 forward-equivalents of one image, in all.
 """
 
 from __future__ import annotations

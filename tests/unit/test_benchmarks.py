@@ -29,11 +29,9 @@ def harness() -> Iterator[ModuleType]:
     del sys.modules[name]
 
 
-@pytest.mark.parametrize("name", ["training", "loading", "rnp", "bench_scale", "bench_overhead"])
-
-@pytest.mark.parametrize("name", ["training", "loading", "rnp", "awm"])
-
-@pytest.mark.parametrize("name", ["training", "loading", "rnp", "ims"])
+@pytest.mark.parametrize(
+    "name", ["training", "loading", "rnp", "awm", "ims", "bench_scale", "bench_overhead"]
+)
 def test_it_runs_and_prints_ratios(name: str, tmp_path: Path) -> None:
     """In a process of its own, with no data set at hand, because ``--quick`` makes its images up."""
     if name == "loading":

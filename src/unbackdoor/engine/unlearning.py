@@ -12,7 +12,7 @@ Departs: the gradient is clipped after the backward pass (before it, clipping do
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -72,6 +72,7 @@ def unlearn(
     max_steps: int = 500,
     batch_norm: Literal["batch", "frozen"] = "frozen",
     augmentation: Augmentation = "none",
+    watch: Callable[[Classifier, float], None] | None = None,
 ) -> Unlearned:
     """Return a copy of the model that has unlearned the images.
 
@@ -89,6 +90,7 @@ def unlearn(
         max_steps: Steps after which the attempt is given up.
         batch_norm: Whether batch statistics or the stored ones normalise during the ascent.
         augmentation: Random changes of the images.
+        watch: Called after every accepted step with the network and its clean accuracy; must change nothing.
 
     Raises:
         MethodFailed: If the model does not know the images to begin with, or the stop band is not reached.
@@ -132,6 +134,8 @@ def unlearn(
             continue
         safe = _snapshot(out)
         trace.append((step, now, float(optimizer.param_groups[0]["lr"])))
+        if watch is not None:
+            watch(out, now)
         if now <= high:
             break
         stalled = stalled + 1 if now > before - 0.02 else 0

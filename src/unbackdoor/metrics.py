@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from unbackdoor.errors import InputError
@@ -91,3 +92,81 @@ def defense_effectiveness(*, acc_before: float, acc: float, asr_before: float, a
 def robust_improvement(*, acc_before: float, acc: float, ra_before: float, ra: float) -> float:
     """Return RIR in 0..1: like DER, with the gain in RA in the place of the fall in ASR."""
     return (max(0.0, ra - ra_before) - max(0.0, acc_before - acc) + 1) / 2
+
+
+def auroc(scores: Tensor, positive: Tensor) -> float:
+    """Return the probability that a positive scores higher than a negative; a tie counts one half.
+
+    Args:
+        scores: (N,) finite; high means positive.
+        positive: (N,) bool; at least one of each.
+
+    Raises:
+        InputError: If a score is not finite, or one of the two kinds is missing.
+
+    Paper: Mann & Whitney, Annals of Mathematical Statistics 18 (1947).
+
+    Example:
+        >>> auroc(torch.tensor([0.1, 0.4, 0.4, 0.9]), torch.tensor([False, False, True, True]))
+        0.875
+    """
+    scores, positive = _scored(scores, positive)
+    below, up_to = _places(scores[~positive].sort().values, scores[positive])
+    wins = below.sum() + 0.5 * (up_to - below).sum()
+    return float(wins / (positive.sum() * (~positive).sum()))
+
+
+def tpr_at_fpr(scores: Tensor, positive: Tensor, fpr: float = 0.01) -> float:
+    """Return the share of positives above the lowest threshold that flags at most ``fpr`` of the negatives.
+
+    Equal scores are flagged together, and nothing is interpolated: with fewer than 1/fpr negatives none of
+    them may be flagged.
+
+    Args:
+        scores: (N,) finite; high means positive.
+        positive: (N,) bool; at least one of each.
+        fpr: Accepted share of flagged negatives, in 0..1.
+
+    Raises:
+        InputError: If a score is not finite, one of the two kinds is missing, or ``fpr`` is out of range.
+
+    Example:
+        >>> tpr_at_fpr(torch.tensor([0.1, 0.4, 0.4, 0.9]), torch.tensor([False, False, True, True]), 0.0)
+        0.5
+    """
+    if not 0 <= fpr <= 1:
+        raise InputError("the share does not fit", expected="0..1", got=fpr)
+    scores, positive = _scored(scores, positive)
+    negatives = scores[~positive].sort().values
+    # Negatives at or above each positive's score: flagged with it if the threshold is there.
+    below, _ = _places(negatives, scores[positive])
+    # The last term is for rounding: 0.01 of 100 is one image.
+    flagged = len(negatives) - below
+    return float((flagged <= fpr * len(negatives) + 1e-9).double().mean())
+
+
+def _places(ordered: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how many of the ordered are below each value, and how many are at most it."""
+    below = torch.searchsorted(ordered, values)
+    return below.double(), torch.searchsorted(ordered, values, right=True).double()
+
+
+def _scored(scores: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+    scores, positive = scores.detach().double().cpu(), positive.cpu().bool()
+    if scores.dim() != 1 or scores.shape != positive.shape:
+        raise InputError(
+            "scores and marks differ",
+            expected=f"two of shape (N,), here {tuple(scores.shape)}",
+            got=tuple(positive.shape),
+        )
+    if not bool(torch.isfinite(scores).all()):
+        raise InputError(
+            "a score is not a finite number", where=f"row {int((~scores.isfinite()).nonzero()[0])}"
+        )
+    if not bool(positive.any()) or bool(positive.all()):
+        raise InputError(
+            "one of the two kinds is missing",
+            expected="at least one positive and one negative",
+            got=f"{int(positive.sum())} positives of {len(positive)}",
+        )
+    return scores, positive

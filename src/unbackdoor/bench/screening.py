@@ -1,0 +1,92 @@
+"""The judge of screenings: how well scores tell triggered images from clean ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unbackdoor.attacks import AttackTruth, stamped
+from unbackdoor.errors import InputError
+from unbackdoor.metrics import auroc, tpr_at_fpr
+from unbackdoor.types import Images
+
+FPR = 0.01
+
+
+@dataclass(frozen=True)
+class Separation:
+    """How well triggered images are told from one kind of clean ones.
+
+    Attributes:
+        auroc: Probability that a triggered image scores higher.
+        tpr: Share of the triggered images that are found at 1 % false alarms.
+        clean: Number of clean images of this kind.
+    """
+
+    auroc: float
+    tpr: float
+    clean: int
+
+
+@dataclass(frozen=True)
+class ScreeningScores:
+    """How well scores tell triggered images from clean ones.
+
+    Attributes:
+        all: Against all clean images.
+        target: Against those of the attacker's class, the hardest; None without a single such class.
+        others: Against those of the other classes; None likewise.
+        triggered: Number of triggered images.
+    """
+
+    all: Separation
+    target: Separation | None
+    others: Separation | None
+    triggered: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the numbers by name."""
+        return asdict(self)
+
+
+def judge_screening(screen: Callable[[Images], Tensor], truth: AttackTruth, test: Images) -> ScreeningScores:
+    """Measure a screening with the truth.
+
+    The triggered images are those that are not of the wanted class already; the clean ones are the whole set.
+
+    Args:
+        screen: Images to scores (N,), high for suspicious. It is called once, with all images in one set, so
+            that it cannot know the two kinds by the call.
+        truth: The attack.
+        test: Labelled images that nobody trained or selected on.
+
+    Raises:
+        InputError: If there was no attack, or a score is missing.
+    """
+    eligible = truth.eligible(test)
+    if not len(eligible):
+        raise InputError("there is nothing to find without an attack", got=truth.attack)
+    pixels = torch.cat([test.pixels, stamped(eligible.pixels, truth)])
+    given = Images(pixels, None, test.class_names, "images to screen")
+    scores = screen(given)
+    if tuple(scores.shape) != (len(given),):
+        raise InputError("scores do not fit the images", expected=(len(given),), got=tuple(scores.shape))
+    clean, found = scores[: len(test)], scores[len(test) :]
+
+    def against(negatives: Tensor) -> Separation | None:
+        if not len(negatives):
+            return None
+        both = torch.cat([negatives, found])
+        positive = torch.arange(len(both)) >= len(negatives)
+        return Separation(auroc(both, positive), tpr_at_fpr(both, positive, FPR), len(negatives))
+
+    everything = against(clean)
+    assert everything is not None  # an attack that has eligible images has clean ones
+    if truth.target is None:
+        return ScreeningScores(everything, None, None, len(found))
+    target = test.truth == truth.target  # (N,)
+    return ScreeningScores(everything, against(clean[target]), against(clean[~target]), len(found))

@@ -25,7 +25,8 @@ def test_auroc_by_hand() -> None:
 
 
 @given(
-    st.lists(st.integers(-3, 3), min_size=1, max_size=12), st.lists(st.integers(-3, 3), min_size=1, max_size=12)
+    st.lists(st.integers(-3, 3), min_size=1, max_size=12),
+    st.lists(st.integers(-3, 3), min_size=1, max_size=12),
 )
 def test_auroc_is_the_share_of_pairs(negatives: list[int], positives: list[int]) -> None:
     pairs = sum((p > n) + 0.5 * (p == n) for p in positives for n in negatives)

@@ -27,6 +27,7 @@ from unbackdoor.engine.run import Run
 from unbackdoor.errors import MethodFailed
 from unbackdoor.types import Augmentation, Classifier, Images
 
+Watch = Callable[[Classifier, float], None]
 CHECKED = 256  # images that the stop is checked on; the standard error of the accuracy is then below 0.03
 STALLED = 30  # steps without any forgetting before the rate is doubled
 
@@ -72,7 +73,7 @@ def unlearn(
     max_steps: int = 500,
     batch_norm: Literal["batch", "frozen"] = "frozen",
     augmentation: Augmentation = "none",
-    watch: Callable[[Classifier, float], None] | None = None,
+    watch: Watch | None = None,
 ) -> Unlearned:
     """Return a copy of the model that has unlearned the images.
 

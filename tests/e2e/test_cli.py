@@ -27,7 +27,7 @@ from unbackdoor.data.splits import draw_clean
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn (extra: digits)")
 
 TINY = ["--dataset", "digits", "--architecture", "small_cnn[width=8]", "--set", "epochs=12", "--quiet"]
-COMMANDS = ["demo", "train", "purify", "evaluate", "list"]
+COMMANDS = ["demo", "train", "purify", "unlearn", "evaluate", "list"]
 
 
 class Outcome:
@@ -136,7 +136,7 @@ def test_list_shows_everything_and_every_option_with_its_source() -> None:
 
 def test_list_as_json_has_all_parts_with_documented_options() -> None:
     everything = call("list", "--json").json
-    assert set(everything) == {"attacks", "defenses", "architectures", "recipes", "datasets"}
+    assert set(everything) == {"attacks", "defenses", "scanners", "architectures", "recipes", "datasets"}
     for kind, entries in everything.items():
         assert entries and all(entry["name"] and entry["summary"] for entry in entries), kind
         for option in (option for entry in entries for option in entry.get("options", ())):

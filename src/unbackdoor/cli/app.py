@@ -18,6 +18,7 @@ from unbackdoor.cli.listing import listing
 from unbackdoor.cli.output import complain
 from unbackdoor.cli.purify import purify
 from unbackdoor.cli.train import train
+from unbackdoor.cli.unlearn import unlearn
 from unbackdoor.errors import UnbackdoorError, UnsupportedModel
 
 SUCCESS = 0
@@ -138,6 +139,7 @@ for _name, _command in (
     ("demo", demo),
     ("train", train),
     ("purify", purify),
+    ("unlearn", unlearn),
     ("evaluate", evaluate),
     ("list", listing),
 ):

@@ -8,36 +8,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unbackdoor.cli import options
+from unbackdoor.cli import defender, options
 from unbackdoor.cli.output import emit, rate_json, say, table
 from unbackdoor.cli.progress import Display
-from unbackdoor.errors import ConfigError
 from unbackdoor.report.words import duration, interval, rate
 
 if TYPE_CHECKING:
-    from unbackdoor.data.datasets import DataSet
     from unbackdoor.engine.run import Run
     from unbackdoor.metrics import Rate
-    from unbackdoor.types import Augmentation, Classifier, Images, Progress
+    from unbackdoor.types import Classifier, Images
 
-USUAL_CLEAN_IMAGES = 500
 _SHOWN_EVIDENCE = 40  # characters; longer values stand in the JSON
 _LONG = 8  # entries; tables with more, such as one for each layer, stand in the JSON
 
 
 def purify(
-    model: Annotated[
-        Path,
-        typer.Argument(metavar="MODEL", help="Weights file of the suspicious model.", show_default=False),
-    ],
-    data: Annotated[
-        str,
-        typer.Option(
-            help="Clean images: a data set's name, a folder of class folders, a .parquet or an .npz file.",
-            show_default=False,
-            rich_help_panel="Data",
-        ),
-    ],
+    model: defender.Model,
+    data: defender.Data,
     method: Annotated[
         str,
         typer.Option(
@@ -65,49 +52,12 @@ def purify(
             rich_help_panel="Method",
         ),
     ] = None,
-    clean: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Images to draw from the named data set, equally from all classes.",
-            show_default="500, or all there are",
-            rich_help_panel="Data",
-        ),
-    ] = None,
-    per_class: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Likewise: images of each class.", show_default=False, rich_help_panel="Data"
-        ),
-    ] = None,
-    fraction: Annotated[
-        float | None,
-        typer.Option(
-            help="Likewise: share of the images set aside for defenders.",
-            show_default=False,
-            rich_help_panel="Data",
-        ),
-    ] = None,
-    select_fraction: Annotated[
-        float,
-        typer.Option(
-            help="Share of the clean images that only thresholds are chosen on.", rich_help_panel="Data"
-        ),
-    ] = 0.3,
-    augmentation: Annotated[
-        options.AugmentationName | None,
-        typer.Option(
-            help="What may be done to an image without changing its class.",
-            show_default="the named data set's, else none",
-            rich_help_panel="Data",
-        ),
-    ] = None,
-    resize: Annotated[
-        bool,
-        typer.Option(
-            "--resize", help="Resize images from a path to the model's input.", rich_help_panel="Data"
-        ),
-    ] = False,
+    clean: defender.Clean = None,
+    per_class: defender.PerClass = None,
+    fraction: defender.Fraction = None,
+    select_fraction: defender.SelectFraction = 0.3,
+    augmentation: defender.AugmentationChoice = None,
+    resize: defender.Resize = False,
     data_root: options.DataRoot = None,
     architecture: options.CardlessArchitecture = None,
     mean: options.Mean = None,
@@ -131,31 +81,26 @@ def purify(
     from unbackdoor.engine.caller import run as call
     from unbackdoor.models import save_model
     from unbackdoor.registry import DEFENSES
-    from unbackdoor.types import CleanData
 
     source = options.existing_model(model)
     out = options.new_file(out, force=force, beside=(".json",), never=source)
     part = DEFENSES[method]
     config = part.configure_text(options.pairs(settings or [], "--set"), preset=preset)
-    if not 0 < select_fraction < 1:
-        raise ConfigError(
-            "the split of the clean images", [f"--select-fraction must lie in (0, 1), got {select_fraction}"]
-        )
+    defender.require_share(select_fraction)
     with Display(quiet=quiet) as display:
         run = options.open_run(seed, device, precision, display)
-        named = _named(data, data_root, display)
-        cardless = options.Cardless.parse(architecture, mean, std)
-        if named is not None:
-            victim = options.open_model(source, named.train, cardless, default=named)
-            images = _drawn(named, clean, per_class, fraction, seed)
-        else:
-            _refuse_amounts(clean, per_class, fraction)
-            images, victim = _from_path(Path(data), source, resize, cardless, display)
-        own: Augmentation = named.augmentation if named is not None else "none"
-        held = CleanData.split(
-            images,
+        victim, held = defender.open_case(
+            source,
+            data,
+            options.Cardless.parse(architecture, mean, std),
+            display,
+            data_root=data_root,
+            clean=clean,
+            per_class=per_class,
+            fraction=fraction,
             select_fraction=select_fraction,
-            augmentation=augmentation.value if augmentation is not None else own,
+            augmentation=augmentation,
+            resize=resize,
             seed=seed,
         )
         repaired = call(
@@ -205,53 +150,6 @@ def purify(
         return
     _show(method, preset, accuracy, facts, repaired.evidence)
     say(f"Repaired model: {out}, with its card {out.with_suffix('.json').name}")
-
-
-def _named(data: str, root: Path | None, progress: Progress) -> DataSet | None:
-    from unbackdoor.data.datasets import dataset_names, load_dataset
-
-    looks_like_path = data not in dataset_names() and (Path(data).exists() or "/" in data or "." in data)
-    return None if looks_like_path else load_dataset(data, root=root, progress=progress)
-
-
-def _drawn(
-    data: DataSet, clean: int | None, per_class: int | None, fraction: float | None, seed: int
-) -> Images:
-    from unbackdoor.data.splits import draw_clean, reserve
-
-    _, pool = reserve(data.train)
-    if clean is None and per_class is None and fraction is None:
-        smallest = int(pool.truth.bincount(minlength=pool.classes).min())
-        clean = min(USUAL_CLEAN_IMAGES, smallest * pool.classes)
-    return draw_clean(pool, count=clean, per_class=per_class, fraction=fraction, seed=seed)
-
-
-def _refuse_amounts(clean: int | None, per_class: int | None, fraction: float | None) -> None:
-    if clean is not None or per_class is not None or fraction is not None:
-        raise ConfigError(
-            "the clean set",
-            [
-                "--clean, --per-class and --fraction draw from a named data set; "
-                "images from a path are all used"
-            ],
-        )
-
-
-def _from_path(
-    path: Path, model: Path, resize: bool, cardless: options.Cardless, progress: Progress
-) -> tuple[Images, Classifier]:
-    from unbackdoor.data.loaders import load_images
-
-    if not options.has_card(model):
-        images = load_images(path, progress=progress)
-        return images, options.open_model(model, images, cardless)
-    victim = options.open_model(model, None, cardless)
-    _, height, width = victim.input_shape
-    # The card's class names decide which label a folder's images get.
-    images = load_images(
-        path, class_names=victim.class_names, size=(height, width) if resize else None, progress=progress
-    )
-    return images, victim
 
 
 def _accuracy(model: Classifier, images: Images, run: Run) -> Rate | None:

@@ -283,6 +283,44 @@ def read_folder(
     return as_images(pixels, np.asarray(labels, dtype=np.int64), names, title)
 
 
+def load_unlabelled(
+    path: Path,
+    *,
+    class_names: Sequence[str],
+    size: tuple[int, int] | None = None,
+    progress: Progress = silent,
+) -> tuple[Images, tuple[str, ...]]:
+    """Load images of unknown origin, and what each of them is called.
+
+    Args:
+        path: A folder with images at any depth, in the order of their paths; or a .parquet or .npz file,
+            whose labels are not kept.
+        class_names: Classes of the model that is to look at them.
+        size: See :func:`load_images`.
+        progress: Shows how far decoding has come.
+
+    Returns:
+        The images without labels, and their paths inside the folder, or their rows.
+
+    Raises:
+        InputError: If there is no image, or one cannot be read.
+        UnsafeFile: See :func:`load_images`.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        found = load_images(path, size=size, progress=progress)
+        rows = tuple(f"row {row}" for row in range(len(found)))
+        return Images(found.pixels, None, tuple(class_names), path.stem), rows
+    _require_arguments(None, size)
+    files = _image_files(path)
+    if not files:
+        raise InputError("the folder holds no image", where=path, remedy=_REMEDY_FORMS)
+    items = ((str(file), _read_bounded(file)) for file in files)
+    pixels = decode(items, len(files), name=path.name or "images", size=size, progress=progress)
+    names = tuple(file.relative_to(path).as_posix() for file in files)
+    return as_images(pixels, None, tuple(class_names), path.name or "images"), names
+
+
 def _class_folders(path: Path) -> dict[str, list[Path]]:
     try:
         folders = sorted(

@@ -1,0 +1,71 @@
+"""The judge of screenings knows the truth; a screening knows nothing of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+
+from tiny import tiny_data
+from unbackdoor.attacks import poison
+from unbackdoor.bench.screening import judge_screening
+from unbackdoor.errors import InputError
+from unbackdoor.report.triggers import write_trigger
+from unbackdoor.types import Images
+
+DATA = tiny_data(40, seed=4)
+_, TRUTH = poison(DATA, "badnets", {"target": 1, "poison_rate": 0.2}, seed=0)
+
+
+def test_a_perfect_screening_and_one_that_takes_the_target_class_for_triggered() -> None:
+    stamped = TRUTH.trigger.stamp(DATA.pixels)
+    known = {pixels.numpy().tobytes() for pixels in stamped}
+    target = {pixels.numpy().tobytes() for pixels in DATA.pixels[DATA.truth == 1]}
+
+    def perfect(images: Images) -> Tensor:
+        assert images.labels is None and len(images) == 70, "40 clean ones, and 30 not of the target class"
+        return torch.tensor([float(p.numpy().tobytes() in known) for p in images.pixels])
+
+    def fooled(images: Images) -> Tensor:
+        clean_target = torch.tensor([float(p.numpy().tobytes() in target) for p in images.pixels])
+        return perfect(images).maximum(clean_target)
+
+    best, worse = judge_screening(perfect, TRUTH, DATA), judge_screening(fooled, TRUTH, DATA)
+    assert (best.all.auroc, best.all.tpr, best.all.clean, best.triggered) == (1.0, 1.0, 40, 30)
+    assert worse.target is not None and worse.others is not None
+    assert (worse.target.auroc, worse.target.tpr, worse.target.clean) == (0.5, 0.0, 10)
+    assert (worse.others.auroc, worse.others.tpr, worse.others.clean) == (1.0, 1.0, 30)
+    assert worse.all.auroc == pytest.approx(0.75 + 0.25 / 2)
+    json.dumps(worse.to_json(), allow_nan=False)
+
+
+def test_what_cannot_be_judged_is_refused() -> None:
+    _, none = poison(DATA, "none", seed=0)
+    with pytest.raises(InputError, match="nothing to find"):
+        judge_screening(lambda images: torch.zeros(len(images)), none, DATA)
+    with pytest.raises(InputError, match="do not fit the images"):
+        judge_screening(lambda images: torch.zeros(3), TRUTH, DATA)
+    with pytest.raises(InputError, match="not a finite number"):
+        judge_screening(lambda images: torch.full((len(images),), torch.nan), TRUTH, DATA)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_a_trigger_is_written_whole_and_as_it_is(channels: int, tmp_path: Path) -> None:
+    pattern = torch.rand(channels, 4, 5, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(4, 5)
+    mask[0, 0] = 1.0
+    for _ in range(2):  # replacing works as well
+        files = write_trigger(tmp_path / "new", pattern, mask, {"class": 3})
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["trigger.png", "trigger.safetensors"]
+    picture = np.array(Image.open(files["picture"]))
+    assert picture.shape == ((4, 15, 3) if channels == 3 else (4, 15))
+    assert picture[0, 5].max() == 255 and picture[:, 6:].max() <= 255 and not picture[1:, 10:].any()
+    with safe_open(files["tensors"], framework="pt") as file:
+        assert json.loads(file.metadata()["facts"]) == {"class": 3}
+        assert torch.equal(file.get_tensor("pattern"), pattern)

@@ -45,8 +45,8 @@ def unlearn(
     references: Annotated[
         list[Path] | None,
         typer.Option(
-            help="What this command printed with --detect --json for a clean model of the same kind; "
-            "repeat it, 19 or more are needed for a verdict.",
+            help="JSON that this command printed for a clean model of the same kind, with the same options; "
+            "repeat it: a verdict needs 19 or more.",
             show_default=False,
             rich_help_panel="Uses",
         ),

@@ -11,27 +11,28 @@ Departs: clipping works, the stop is checked every step, and a step that falls t
          last masks are exactly 0 and leave no order (preset ``reference``: none of these three). The
          threshold is chosen on held-out clean images, where the public code sweeps it against the true
          attack. Preset ``stored-statistics`` normalises by the stored statistics in both stages, as the
-         pruned network will.
-Cost:    (unlearning steps + recover epochs x N / batch) x (1 forward + 1 backward), plus the sweep.
+         pruned network will. Which channels one run finds depends on the order of a few dozen steps;
+         preset ``ensemble`` averages the scores of five runs, none of which is chosen by its success.
+Cost:    runs x (unlearning steps + recover epochs x N / batch) x (1 forward + 1 backward), plus the sweep.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from unbackdoor.data.batches import batches
 from unbackdoor.engine import rng
 from unbackdoor.engine.heads import find_head
-from unbackdoor.engine.masks import Masks, Site, channel_sites, fold, keep_above, removed
-from unbackdoor.engine.passes import accuracy, frozen, logits_of, mode
+from unbackdoor.engine.masks import Site, channel_sites, fold, keep_above, removed
+from unbackdoor.engine.recovery import recover
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.selection import harshest_within
 from unbackdoor.engine.unlearning import unlearn
+from unbackdoor.errors import MethodFailed
 from unbackdoor.registry import Config, defense, option
 from unbackdoor.types import Classifier, CleanData, Purified
 
@@ -79,6 +80,13 @@ class RNPConfig(Config):
     step: float = option(
         0.05, "distance of the thresholds that are tried", source="reference code", gt=0, le=1
     )
+    runs: int = option(
+        1,
+        "unlearn and recover so often, with draws of their own, and average the scores of the channels",
+        source="reference code, which does it once",
+        ge=1,
+        le=1000,
+    )
     highest: float = option(0.95, "highest threshold that is tried", source="reference code", gt=0, le=1)
 
 
@@ -90,27 +98,13 @@ class RNPConfig(Config):
     presets={
         "reference": {"clip": 1e9, "max_drop": 1.0, "averaged": False},
         "stored-statistics": {"batch_norm": "frozen"},
+        "ensemble": {"runs": 5},
     },
 )
 def purify(model: Classifier, data: CleanData, cfg: RNPConfig, *, run: Run) -> Purified:
     """Unlearn, recover channel masks, prune the original network."""
     sites = channel_sites(model, skip=(find_head(model).name,))
-    forgotten = unlearn(
-        model,
-        data.fit,
-        run,
-        lr=cfg.unlearn_lr,
-        batch_size=cfg.batch_size,
-        momentum=cfg.momentum,
-        weight_decay=cfg.weight_decay,
-        clip=cfg.clip,
-        margin=cfg.margin,
-        max_drop=cfg.max_drop,
-        max_steps=cfg.max_steps,
-        batch_norm=cfg.batch_norm,
-        augmentation=data.augmentation,
-    )
-    scores, recovered = recover(forgotten.model, sites, data, cfg, run)
+    scores, told = averaged_scores(model, sites, data, cfg, run)
     levels = [0.0, *(float(level) for level in np.arange(cfg.step, cfg.highest + 1e-9, cfg.step))]
     choice = harshest_within(
         model,
@@ -122,8 +116,7 @@ def purify(model: Classifier, data: CleanData, cfg: RNPConfig, *, run: Run) -> P
     )
     cut = keep_above(scores, choice.level) if choice.level is not None else {}
     evidence: dict[str, Any] = {
-        "unlearning": forgotten.evidence(),
-        "recovery": recovered,
+        **told,
         "choice": choice.evidence(),
         "channels": sum(site.shape[0] for site in sites),
         "cut": removed(cut),
@@ -132,47 +125,62 @@ def purify(model: Classifier, data: CleanData, cfg: RNPConfig, *, run: Run) -> P
     return Purified(choice.model.copy(), evidence)
 
 
-def recover(
-    forgotten: Classifier, sites: list[Site], data: CleanData, cfg: RNPConfig, run: Run
+def averaged_scores(
+    model: Classifier, sites: list[Site], data: CleanData, cfg: RNPConfig, run: Run
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Learn masks in [0, 1] that bring the clean task back into the unlearned network.
+    """Unlearn and recover once or several times.
+
+    A run whose unlearning fails is left out and told; the first one draws as a single run would.
 
     Returns:
-        The score of every channel in [0, 1] by site, low for what stood in the way; and the losses and the
-        final accuracy as evidence.
+        The mean score of every channel in [0, 1] by site; and the evidence of the first run that succeeded,
+        with how many did.
+
+    Raises:
+        MethodFailed: If every unlearning fails; the first failure.
     """
-    # A copy, because batch statistics would move the stored ones of the unlearned network.
-    network = forgotten.copy()
-    masks = Masks(network, sites)
-    sums = {name: torch.zeros_like(mask) for name, mask in masks.values.items()}
-    optimizer = torch.optim.SGD(masks.parameters(), lr=cfg.recover_lr, momentum=cfg.momentum)
-    losses, steps = [], 0
-    with frozen(network):
-        for epoch in run.progress(range(cfg.recover_epochs), "recovering"):
-            first, total = steps, 0.0
-            with (
-                mode(network, training=cfg.batch_norm == "batch"),
-                rng.seeded(run.seed, "recovery dropout", epoch),
-            ):
-                for pixels, labels in batches(
-                    data.fit,
-                    cfg.batch_size,
-                    generator=run.generator("recovery epoch", epoch),
-                    device=run.device,
-                    augmentation=data.augmentation,
-                    min_batch=2,
-                ):
-                    assert labels is not None  # the method is registered as needing labels
-                    loss = F.cross_entropy(logits_of(masks, pixels, run), labels)
-                    optimizer.zero_grad(set_to_none=True)
-                    loss.backward()
-                    optimizer.step()
-                    masks.clamp_()
-                    for name, mask in masks.values.items():
-                        sums[name] += mask.detach()
-                    total, steps = total + float(loss.detach()), steps + 1
-            losses.append(total / (steps - first))
-        reached = accuracy(network, data.fit, run, network=masks)
-    last = {name: mask.detach() for name, mask in masks.values.items()}
-    scores = {name: value / steps for name, value in sums.items()} if cfg.averaged else last
-    return scores, {"losses": losses, "steps": steps, "accuracy": reached}
+    found: list[dict[str, Tensor]] = []
+    told: list[dict[str, Any]] = []
+    failures: list[MethodFailed] = []
+    for r in range(cfg.runs):
+        own = run if r == 0 else replace(run, seed=rng.derive_seed(run.seed, "rnp run", r))
+        try:
+            forgotten = unlearn(
+                model,
+                data.fit,
+                own,
+                lr=cfg.unlearn_lr,
+                batch_size=cfg.batch_size,
+                momentum=cfg.momentum,
+                weight_decay=cfg.weight_decay,
+                clip=cfg.clip,
+                margin=cfg.margin,
+                max_drop=cfg.max_drop,
+                max_steps=cfg.max_steps,
+                batch_norm=cfg.batch_norm,
+                augmentation=data.augmentation,
+            )
+        except MethodFailed as error:
+            failures.append(error)
+            continue
+        scores, recovered = recover(
+            forgotten.model,
+            sites,
+            data,
+            own,
+            lr=cfg.recover_lr,
+            epochs=cfg.recover_epochs,
+            batch_size=cfg.batch_size,
+            momentum=cfg.momentum,
+            averaged=cfg.averaged,
+            batch_norm=cfg.batch_norm,
+        )
+        found.append(scores)
+        told.append({"unlearning": forgotten.evidence(), "recovery": recovered})
+    if not found:
+        raise failures[0]
+    evidence = dict(told[0])
+    if cfg.runs > 1:
+        evidence["runs"] = {"averaged": len(found), "failed": [str(error) for error in failures]}
+    mean = {name: torch.stack([one[name] for one in found]).mean(0) for name in found[0]}
+    return (mean if len(found) > 1 else found[0]), evidence

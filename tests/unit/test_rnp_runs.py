@@ -1,0 +1,65 @@
+"""RNP over several runs: the mean of their scores, and no run chosen by its success."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tiny import tiny_classifier, tiny_data
+from unbackdoor.defenses import rnp
+from unbackdoor.defenses.rnp import RNPConfig, averaged_scores
+from unbackdoor.engine import rng
+from unbackdoor.engine.masks import channel_sites
+from unbackdoor.engine.run import Run
+from unbackdoor.errors import MethodFailed
+from unbackdoor.registry import DEFENSES
+from unbackdoor.types import CleanData
+
+DATA = CleanData.split(tiny_data(80, seed=1))
+RUN = Run.create(seed=0, policy="fp32")
+QUICK = RNPConfig(recover_epochs=2, batch_size=32)
+
+
+def scored(run: Run, runs: int = 1) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    model = tiny_classifier("conv-bn")
+    return averaged_scores(model, channel_sites(model), DATA, QUICK.model_copy(update={"runs": runs}), run)
+
+
+def test_scores_are_the_mean_of_single_runs() -> None:
+    both, told = scored(RUN, 2)
+    first, single = scored(RUN)
+    other = replace(RUN, seed=rng.derive_seed(0, "rnp run", 1))
+    second, _ = scored(other)
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    for name in first:
+        assert torch.allclose(both[name], (first[name] + second[name]) / 2)
+    assert "runs" not in single, "one run tells what it always told"
+    assert told == {**single, "runs": {"averaged": 2, "failed": []}}
+
+
+def test_a_run_that_fails_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, seeds = rnp.unlearn, []
+
+    def first_fails(model, images, run, **options):  # type: ignore[no-untyped-def]
+        seeds.append(run.seed)
+        if len(seeds) == 1:
+            raise MethodFailed("no luck")
+        return real(model, images, run, **options)
+
+    monkeypatch.setattr(rnp, "unlearn", first_fails)
+    _, told = scored(RUN, 2)
+    assert told["runs"] == {"averaged": 1, "failed": ["no luck."]}
+    assert seeds[0] == 0 and seeds[1] != 0
+    seeds.clear()
+    with pytest.raises(MethodFailed, match="no luck"):
+        scored(RUN)
+
+
+def test_the_preset_is_five_runs() -> None:
+    part = DEFENSES["rnp"]
+    assert part.configure(preset="ensemble").model_dump()["runs"] == 5
+    assert part.configure().model_dump()["runs"] == 1

@@ -12,6 +12,7 @@ import torch
 
 from tiny import NAMES, tiny_classifier, tiny_data
 from unbackdoor.engine import exposure as module
+from unbackdoor.engine.caller import scan
 from unbackdoor.engine.exposure import (
     HALF,
     REMAINING,
@@ -22,7 +23,6 @@ from unbackdoor.engine.exposure import (
     resampled,
 )
 from unbackdoor.engine.run import Run
-from unbackdoor.engine.scan import scan
 from unbackdoor.errors import ConfigError, InputError, MethodFailed, UnsupportedModel
 from unbackdoor.models import build
 from unbackdoor.registry import SCANNERS
@@ -195,12 +195,11 @@ def test_a_scan_is_pure_repeatable_and_shows_a_trigger() -> None:
     assert not one.partial and SCANNERS["rnp_vote"].paper
 
 
-def test_a_scanner_that_fails_makes_a_partial_report_and_bad_input_is_refused() -> None:
+def test_a_scanner_that_fails_says_why_and_bad_input_is_refused() -> None:
     model = tiny_classifier("conv-bn")
     ignorant = build("small_cnn[width=8]", input_shape=(1, 8, 8), class_names=NAMES, seed=5)
-    report = scan("rnp_vote", ignorant, DATA, precision="fp32")
-    assert (report.verdict, report.partial, report.findings) == ("undecided", True, ())
-    assert "nothing to unlearn" in report.errors["rnp_vote"]
+    with pytest.raises(MethodFailed, match="nothing to unlearn"):
+        scan("rnp_vote", ignorant, DATA, precision="fp32")
     broken = model.copy()
     with torch.no_grad():
         next(broken.parameters()).view(-1)[0] = float("nan")

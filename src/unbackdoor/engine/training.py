@@ -29,6 +29,9 @@ from unbackdoor.registry import Config, near_match, option
 from unbackdoor.types import Augmentation, Classifier, Images, state_sha256
 
 
+Objective = Callable[[Tensor, Tensor, int], Tensor]  # logits (B, K), labels (B,), step -> scalar loss
+
+
 class Recipe(Config):
     """How weights are trained."""
 
@@ -124,6 +127,8 @@ def train(
     checkpoint: Path | None = None,
     label: str = "training",
     companion: Companion | None = None,
+    objective: Objective | None = None,
+    batch_norm: Literal["batch", "frozen"] = "batch",
 ) -> Trained:
     """Train all weights of a classifier in place; it is left in evaluation mode.
 
@@ -139,12 +144,16 @@ def train(
         checkpoint: File written after every epoch and removed at the end.
         label: Name in the progress display.
         companion: See :class:`Companion`.
+        objective: What is minimised instead of the recipe's cross-entropy; takes no checkpoint and no mixup,
+            because a function has no fingerprint.
+        batch_norm: Whether the batch's statistics normalise, and move the stored ones, or the stored ones do.
 
     Raises:
         MethodFailed: If the loss stops being finite.
         IntegrityError: If the checkpoint belongs to another training run.
     """
     images.truth  # noqa: B018  raises where there are no labels
+    assert objective is None or (checkpoint is None and not recipe.mixup)
     images = resident(images, run.device)
     epochs, steps = recipe.epochs, _steps(len(images), recipe.batch_size)
     kind = augmentation if recipe.augmentation == "auto" else recipe.augmentation
@@ -154,7 +163,7 @@ def train(
     if companion is not None:
         learners.append((companion.optimizer, float(companion.optimizer.defaults["lr"])))
         parts |= {"companion": companion.network, "companion optimizer": companion.optimizer}
-    key = _key(recipe, images, model, run, kind, companion) if checkpoint else ""
+    key = _key(recipe, images, model, run, kind, companion, batch_norm) if checkpoint else ""
     losses = _resume(checkpoint, key, parts) if checkpoint else []
     first = len(losses)
 
@@ -179,12 +188,18 @@ def train(
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ticks = iter(run.progress(range(first * steps, epochs * steps), label, (epochs - first) * steps))
     with mode(model, training=True):
+        for module in model.modules():
+            if batch_norm == "frozen" and isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
         for epoch in range(first, epochs):
             total = torch.zeros((), device=run.device)
             with rng.seeded(run.seed, "dropout", epoch):
                 for step, pixels, labels, extra in one_pass(epoch):
                     next(ticks, None)
-                    loss = _loss(model, pixels, labels, recipe, run, step)
+                    if objective is None:
+                        loss = _loss(model, pixels, labels, recipe, run, step)
+                    else:
+                        loss = objective(logits_of(model, pixels, run), labels, step)
                     if extra is not None:
                         loss = loss + extra
                     for learner, _ in learners:
@@ -264,6 +279,7 @@ def _key(
     run: Run,
     augmentation: str,
     companion: Companion | None,
+    batch_norm: str,
 ) -> str:
     facts: dict[str, Any] = {
         "recipe": recipe.model_dump(),
@@ -275,6 +291,8 @@ def _key(
     }
     if companion is not None:
         facts["companion"] = [state_sha256(companion.network.state_dict()), dict(companion.facts)]
+    if batch_norm != "batch":
+        facts["batch_norm"] = batch_norm
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -149,7 +149,9 @@ def find_affine_head(model: Classifier, name: str | None = None) -> AffineHead:
     if found:
         listed = "; ".join([f"{head.name} (fits)" for head in found] + [listed] * bool(listed))
     raise UnsupportedModel(
-        "no single layer acts on the logits linearly" if not found else "more than one layer fits as the head",
+        "no single layer acts on the logits linearly"
+        if not found
+        else "more than one layer fits as the head",
         expected="one linear layer or 1x1 convolution behind which nothing bends",
         got=listed or "no linear layer and no convolution was called",
         where=name or model.architecture or type(model.network).__name__,
@@ -158,7 +160,12 @@ def find_affine_head(model: Classifier, name: str | None = None) -> AffineHead:
 
 
 def _scale(
-    model: Classifier, head: AffineHead, pixels: Tensor, logits: Tensor, inputs: Tensor, draws: torch.Generator
+    model: Classifier,
+    head: AffineHead,
+    pixels: Tensor,
+    logits: Tensor,
+    inputs: Tensor,
+    draws: torch.Generator,
 ) -> float | str:
     """Return the positive factor c with logits(s) - logits(0) = c W s, or the reason why there is none."""
     size = float(inputs.float().square().mean().sqrt()) or 1.0
@@ -177,7 +184,9 @@ def _scale(
             if not scale > 1e-6:
                 return "the logits do not follow it"
         off = float((moved - factor * scale * wanted).abs().max())
-        limit = _TOLERANCE * abs(factor) * scale * float(wanted.abs().max()) + 1e-5 * float(logits.abs().max())
+        limit = _TOLERANCE * abs(factor) * scale * float(wanted.abs().max()) + 1e-5 * float(
+            logits.abs().max()
+        )
         if not off <= limit:
             return "the logits follow it, but not linearly"
     assert scale is not None

@@ -23,12 +23,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unbackdoor.engine.heads import AffineHead, find_affine_head
 from unbackdoor.engine.passes import EVALUATION_BATCH, mode, predict
 from unbackdoor.engine.precision import resolve
 from unbackdoor.engine.run import Run
+from unbackdoor.engine.training import Objective
 from unbackdoor.errors import InputError, MethodFailed, MissingExtra, UnsupportedModel
 from unbackdoor.types import Classifier, Images
 
@@ -108,6 +110,53 @@ def latent_shifts(
     shifts = torch.from_numpy(np.stack([solution.shift for solution in solutions]))  # (K, D)
     norms = torch.tensor([solution.norm for solution in solutions], dtype=torch.float64)
     return Latent(found, gaps, shifts, norms)
+
+
+def still_moved(model: Classifier, latent: Latent, k: int, images: Images, run: Run) -> float:
+    """Return the share of the images outside class k that its shift, as it was found, sends there.
+
+    It tells how a repair against the shift went, and no more: a network can withstand the shift and obey
+    its trigger.
+    """
+    with mode(model, training=False):
+        logits = predict(model, images, run) + latent.moved_logits(k).cpu()  # (N, K)
+    outside = images.truth != k
+    return float((logits.argmax(1) == k)[outside].float().mean()) if outside.any() else 0.0
+
+
+def shifted_loss(
+    head: AffineHead, shifts: Tensor, target: int | None, run: Run, *, beta: float, balanced: bool
+) -> Objective:
+    """Return the loss CE(z, y) + beta CE(z + W s, y): right labels in spite of a shift of the features.
+
+    As W (phi + s) + b = z + W s, one forward pass serves both terms, and nothing has to be hooked.
+
+    Args:
+        head: Of the network that learns.
+        shifts: s of every class (K, D); rows that are not finite are taken as no shift.
+        target: Class that is shifted to; None draws another class for every image.
+        run: Seed of the draws.
+        beta: Weight of the second term.
+        balanced: Keep images of the class itself in the second term, unshifted, and divide by 1 + beta, so
+            that beta moves the balance and not the size of the steps. Else they are left out of it.
+    """
+    classes = len(shifts)
+    usable = shifts.where(torch.isfinite(shifts), torch.zeros((), dtype=shifts.dtype)).to(head.weight)
+
+    def loss(logits: Tensor, labels: Tensor, step: int) -> Tensor:
+        clean = F.cross_entropy(logits, labels)
+        if target is None:
+            draws = torch.randint(1, classes, (len(labels),), generator=run.generator("targets", step))
+            aims = (labels + draws.to(labels.device)) % classes  # (B,), never the label itself
+        else:
+            aims = torch.full_like(labels, target)  # (B,)
+        moving = aims != labels
+        shifted = logits + moving[:, None] * (usable[aims] @ head.weight.T)  # (B, K)
+        if balanced:
+            return (clean + beta * F.cross_entropy(shifted, labels)) / (1 + beta)
+        return clean + beta * F.cross_entropy(shifted[moving], labels[moving]) if moving.any() else clean
+
+    return loss
 
 
 # ---------------------------------------------------------------------------------------------------

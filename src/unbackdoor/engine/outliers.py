@@ -77,7 +77,9 @@ def smallest_outlier(
         null = _mad_null(len(numbers))
         p_value = (1 + int((null >= mad_index).sum())) / (1 + len(null))
         critical = float(null.quantile(1 - level))
-        beyond = [i for i in distances.argsort(descending=True, stable=True).tolist() if distances[i] > critical]
+        beyond = [
+            i for i in distances.argsort(descending=True, stable=True).tolist() if distances[i] > critical
+        ]
         return Outlier(
             finite[low], mad_index, critical, p_value, mad_index, ratio, tuple(finite[i] for i in beyond)
         )

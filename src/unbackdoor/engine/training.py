@@ -28,7 +28,6 @@ from unbackdoor.files import atomic_write
 from unbackdoor.registry import Config, near_match, option
 from unbackdoor.types import Augmentation, Classifier, Images, state_sha256
 
-
 Objective = Callable[[Tensor, Tensor, int], Tensor]  # logits (B, K), labels (B,), step -> scalar loss
 
 

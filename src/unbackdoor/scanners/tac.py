@@ -21,7 +21,7 @@ from unbackdoor.engine.outliers import FEWEST, smallest_outlier
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError
 from unbackdoor.registry import Config, option, scanner
-from unbackdoor.types import Classifier, CleanData, Finding, ScanReport, require_fit
+from unbackdoor.types import Classifier, CleanData, Finding, ScanReport, Verdict, require_fit
 
 
 class TACScanConfig(Config):
@@ -33,7 +33,11 @@ class TACScanConfig(Config):
         source="this project: the paper's revision tests a norm that was selected as the smallest",
     )
     level: float = option(0.05, "largest p-value that counts", source="convention", gt=0, lt=1)
-    log: bool = option(True, "test the logarithms of the norms", source="this project", )
+    log: bool = option(
+        True,
+        "test the logarithms of the norms",
+        source="this project",
+    )
     quantile: float = option(
         1.0, "share of the images that a shift must win, pair by pair", source="the paper: all", gt=0.5, le=1
     )
@@ -67,9 +71,11 @@ def scan(model: Classifier, data: CleanData, cfg: TACScanConfig, *, run: Run) ->
         artefacts={"shifts": latent.shifts.float(), "gaps": latent.gaps.float()},
     )
     if outlier.p_value is None:
-        skipped = {"outlier test": f"fewer than {FEWEST} classes can be reached by a shift; norms are reported"}
+        skipped = {
+            "outlier test": f"fewer than {FEWEST} classes can be reached by a shift; norms are reported"
+        }
         return ScanReport("undecided", (finding,), skipped=skipped, coverage=("latent shifts",))
-    verdict = "backdoor found" if outlier.positions else "no evidence found"
+    verdict: Verdict = "backdoor found" if outlier.positions else "no evidence found"
     return ScanReport(verdict, (finding,), coverage=("latent shifts", "outlier test"))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import median
 from typing import Any, Literal
 
@@ -75,8 +76,10 @@ def smallest_outlier(
         return Outlier(finite[low], mad_index, None, None, mad_index, ratio, ())
     if rule == "mad":
         null = _mad_null(len(numbers))
-        p_value = (1 + int((null >= mad_index).sum())) / (1 + len(null))
-        critical = float(null.quantile(1 - level))
+        # At least as large, itself among them, so that no p-value is 0.
+        beaten = int(torch.searchsorted(null, torch.tensor(mad_index, dtype=null.dtype)))
+        p_value = (1 + len(null) - beaten) / (1 + len(null))
+        critical = float(null[math.ceil((1 - level) * len(null)) - 1])
         beyond = [
             i for i in distances.argsort(descending=True, stable=True).tolist() if distances[i] > critical
         ]
@@ -120,11 +123,12 @@ def mad_indices(numbers: Tensor) -> Tensor:
     return torch.where(deviation > 0, below / deviation.clamp_min(1e-300), torch.zeros_like(below))
 
 
+@lru_cache(maxsize=16)
 def _mad_null(n: int) -> Tensor:
     # A fixed seed: the null law is a constant, and two scans of one model must agree.
     draws = rng.generator(0, "null law of the index", n)
     sets = min(_DRAWS, _NUMBERS // n)
-    return mad_indices(torch.randn(sets, n, generator=draws, dtype=torch.float64)).amax(1)
+    return mad_indices(torch.randn(sets, n, generator=draws, dtype=torch.float64)).amax(1).sort().values
 
 
 def _deviation(numbers: list[float]) -> float:

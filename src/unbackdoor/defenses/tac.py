@@ -27,7 +27,7 @@ from unbackdoor.engine.outliers import Outlier, smallest_outlier
 from unbackdoor.engine.passes import accuracy, frozen
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe, train
-from unbackdoor.errors import ConfigError, MethodFailed
+from unbackdoor.errors import ConfigError, MethodFailed, UnsupportedModel
 from unbackdoor.registry import Config, defense, option
 from unbackdoor.types import Classifier, CleanData, Images, Purified
 
@@ -44,7 +44,7 @@ class TACConfig(Config):
     )
     level: float = option(0.05, "largest p-value that counts as a finding", source="convention", gt=0, lt=1)
     target: int = option(
-        -1, "class to repair; -1: the one with the smallest norm", source="this project", ge=-1
+        -1, "class to repair; -1: the one of the smallest norm", source="this project", ge=-1
     )
     when_undecided: Literal["repair", "leave"] = option(
         "repair",
@@ -64,7 +64,7 @@ class TACConfig(Config):
         True, "keep images of the class itself in the second term, unshifted", source="this project, measured"
     )
     beta: float = option(
-        1.0, "weight of the shifted term without a search", source="this project", ge=0, le=1e3
+        1.0, "weight of the shifted term without search", source="this project", ge=0, le=1e3
     )
     batch_norm: Literal["both", "frozen", "batch"] = option(
         "both",
@@ -122,6 +122,8 @@ def purify(model: Classifier, data: CleanData, cfg: TACConfig, *, run: Run) -> P
     evidence = _said(latent, outlier, target)
     if cfg.target < 0 and not outlier.positions and cfg.when_undecided == "leave":
         return Purified(model, {**evidence, "repaired": False})
+    if cfg.train == "backbone" and not {*model.parameters()} - {*latent.head.module.parameters()}:
+        raise UnsupportedModel("no layer but the head can learn", where=latent.head.name)
     if not torch.isfinite(latent.norms[target]):
         raise MethodFailed("no shift of the features reaches the class", where=f"class {target}")
     out, told = (_search if cfg.search else _once)(model, latent, target, data, cfg, run)
@@ -209,15 +211,12 @@ def _tuned(
 
 
 def _said(latent: Latent, outlier: Outlier, target: int) -> dict[str, Any]:
-    norms = [norm if norm != float("inf") else None for norm in latent.norms.tolist()]
-    verdict = "undecided" if outlier.p_value is None else "found" if outlier.positions else "no evidence"
     return {
         "target": target,
-        "verdict": verdict,
+        "verdict": outlier.verdict,
         "p_value": outlier.p_value,
-        "statistic": outlier.statistic,
         "mad_index": outlier.mad_index,
         "smallest_over_median": outlier.ratio,
-        "norms": norms,
+        "norms": [norm if norm != float("inf") else None for norm in latent.norms.tolist()],
         "head": latent.head.name,
     }

@@ -36,7 +36,9 @@ from unbackdoor.types import Classifier, Images
 
 Array = npt.NDArray[np.float64]
 _BLOCK = 1 << 18  # numbers; a block of logits of this size stays in the cache while K columns pass over it
-_INFEASIBLE = 1e-8  # residual of the least-squares problem; 1 / (1 + |s|^2) = residual^2 in units of the gaps
+# Residual of the least-squares problem; residual^2 = 1 / (1 + |s|^2) in units of the gaps. A class that only
+# a shift of a million such units reaches is out of reach but for the rounding of its fp32 weights.
+_INFEASIBLE = 1e-6
 _EXACT = 1e-6  # largest violation that is put down to rounding, in units of the largest gap
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from unbackdoor.engine import rng
 from unbackdoor.errors import MissingExtra
+from unbackdoor.types import Verdict
 
 Rule = Literal["grubbs", "mad"]
 FEWEST = 6  # numbers; with fewer, neither a deviation nor a median of deviations says anything
@@ -46,6 +47,13 @@ class Outlier:
     mad_index: float
     ratio: float
     positions: tuple[int, ...]
+
+    @property
+    def verdict(self) -> Verdict:
+        """The same in the words of a report."""
+        if self.p_value is None:
+            return "undecided"
+        return "backdoor found" if self.positions else "no evidence found"
 
 
 def smallest_outlier(

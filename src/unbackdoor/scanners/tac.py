@@ -21,7 +21,7 @@ from unbackdoor.engine.outliers import FEWEST, smallest_outlier
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError
 from unbackdoor.registry import Config, option, scanner
-from unbackdoor.types import Classifier, CleanData, Finding, ScanReport, Verdict, require_fit
+from unbackdoor.types import Classifier, CleanData, Finding, ScanReport, require_fit
 
 
 class TACScanConfig(Config):
@@ -74,9 +74,8 @@ def scan(model: Classifier, data: CleanData, cfg: TACScanConfig, *, run: Run) ->
         skipped = {
             "outlier test": f"fewer than {FEWEST} classes can be reached by a shift; norms are reported"
         }
-        return ScanReport("undecided", (finding,), skipped=skipped, coverage=("latent shifts",))
-    verdict: Verdict = "backdoor found" if outlier.positions else "no evidence found"
-    return ScanReport(verdict, (finding,), coverage=("latent shifts", "outlier test"))
+        return ScanReport(outlier.verdict, (finding,), skipped=skipped, coverage=("latent shifts",))
+    return ScanReport(outlier.verdict, (finding,), coverage=("latent shifts", "outlier test"))
 
 
 def _source(cfg: TACScanConfig, refused: bool) -> str:

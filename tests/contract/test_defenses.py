@@ -25,6 +25,7 @@ QUICK: dict[str, dict[str, object]] = {
     "ims": {"start_rounds": 3, "free_rounds": 3, "sparse_rounds": 3, "steps": 2, "batch_size": 32},
     "random_prune": {"step": 0.1},
     "rnp": {"recover_epochs": 3, "batch_size": 32, "step": 0.2},
+    "tac": {"epochs": 2},
     "unlearned_prune": {"batch_size": 32, "step": 0.1},
 }
 NAMES = sorted(DEFENSES)

@@ -10,13 +10,14 @@ import time
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from unbackdoor.bench.reference import read_published
-from unbackdoor.bench.results import WEAK
+from unbackdoor.bench.results import WEAK, Mean
 from unbackdoor.bench.rows import Row, write_rows
 from unbackdoor.cli import app
 from unbackdoor.errors import InputError
@@ -193,11 +194,17 @@ def test_every_budget_has_a_table_in_the_order_of_der(page: Page) -> None:
     assert {th["aria-sort"] for th in der} == {"descending"} and len(der) == 3
 
 
+def test_an_interval_needs_three_rows() -> None:
+    assert math.isnan(Mean.of([0.1, 0.2]).half)
+    for n, quantile in ((3, 4.303), (11, 2.228), (12, 2.201), (31, 2.042), (1001, 1.962)):
+        values = [k % 7 / 7 for k in range(n)]
+        assert Mean.of(values).half == pytest.approx(quantile * stdev(values) / math.sqrt(n), rel=2e-3)
+
+
 def test_one_attack_has_the_mean_over_its_seeds(page: Page) -> None:
     table = page.tables["attack-0"]
     shown = table.cell("ASR", "blended", "ft", "10")
-    assert shown.startswith("50.5 % | ± "), "50 and 51 %"
-    assert float(shown.split("± ")[1]) == pytest.approx(12.706 * math.sqrt(0.5) / math.sqrt(2), abs=0.06)
+    assert shown == "50.5 %", "50 and 51 %: two rows have no interval"
     assert table.cell("worst ASR", "blended", "ft", "10") == "51.0 %"
     assert table.cell("ACC", "none", "ft", "50").startswith("93.0 %")
     assert table.cell("ASR", "none", "ft", "50") == "-"

@@ -47,7 +47,11 @@ def test_the_foundation_rows_are_whole(foundation: ModuleType) -> None:
     assert len(rows) == len(wanted)
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "results").glob("*.jsonl")), ids=lambda f: f.stem)
+@pytest.mark.parametrize(
+    "file",
+    sorted(set((ROOT / "results").glob("*.jsonl")) - set((ROOT / "results").glob("*.scans.jsonl"))),
+    ids=lambda f: f.stem,
+)
 def test_rates_are_rates_and_der_follows_from_them(file: Path) -> None:
     for row in read_rows(file):
         rates = [row.acc, row.asr, row.ra, row.acc_before, row.asr_before, row.ra_before]
@@ -59,6 +63,13 @@ def test_rates_are_rates_and_der_follows_from_them(file: Path) -> None:
         assert row.asr + row.ra <= 1 + 1e-9
         der = (max(0, row.asr_before - row.asr) - max(0, row.acc_before - row.acc) + 1) / 2
         assert row.der == pytest.approx(der)
+
+
+def test_every_suite_page_is_made_from_its_rows() -> None:
+    pytest.importorskip("matplotlib", reason="the report draws charts (extra: report)")
+    pages = imported(ROOT / "scripts" / "results.py")
+    for label in pages.suites():
+        assert (pages.PAGES / f"{label}.md").read_text(encoding="utf-8") == pages.page(label)
 
 
 def test_the_measured_table_is_made_from_its_records() -> None:

@@ -17,8 +17,8 @@ from unbackdoor.bench.victims import ATTACK_TOOK
 from unbackdoor.errors import MissingExtra
 
 WEAK = "attack did not take"
-# Two-sided 95 % quantiles of Student's t for 1 to 10 degrees of freedom; beyond, the normal one is close.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+# Two-sided 95 % quantiles of Student's t for 2 to 10 degrees of freedom; beyond, _quantile expands them.
+_T95 = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 def rows_of(store: Store, label: str) -> list[Row]:
@@ -87,7 +87,8 @@ class Mean:
 
     Attributes:
         value: The mean, NaN where there is no row.
-        half: Half the width of its 95 % interval by Student's t, NaN for a single row.
+        half: Half the width of its 95 % interval by Student's t, NaN for fewer than three rows: with two, the
+            interval is wider than the range of a rate and says nothing that the worst row does not.
         worst: The worst single value.
         n: Number of rows.
     """
@@ -103,9 +104,16 @@ class Mean:
         if not values:
             return cls(math.nan, math.nan, math.nan, 0)
         n = len(values)
-        quantile = 1.96 if n > len(_T95) + 1 else _T95[max(0, n - 2)]
-        half = quantile * stdev(values) / math.sqrt(n) if n > 1 else math.nan
+        half = _quantile(n - 1) * stdev(values) / math.sqrt(n) if n > 2 else math.nan
         return cls(fmean(values), half, max(values) if worst == "max" else min(values), n)
+
+
+def _quantile(freedom: int) -> float:
+    """Return the two-sided 95 % quantile of Student's t for at least 2 degrees of freedom."""
+    if freedom - 2 < len(_T95):
+        return _T95[freedom - 2]
+    z = 1.959964  # Cornish-Fisher expansion; right to 0.002 from here on
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,10 @@ MEANINGS = (
         "nothing gets, 1 is best",
     ),
     ("worst", "the worst single row behind a mean"),
-    ("±", "half the width of the 95 % interval of a mean by Student's t; none where there is one row"),
+    (
+        "±",
+        "half the width of the 95 % interval of a mean by Student's t; none for fewer than three rows",
+    ),
     (
         "left out",
         f"rows whose victim has an ASR below {100 * ATTACK_TOOK:g} % before any repair: the attack did not "

@@ -23,6 +23,8 @@ def test_the_shipped_suites_are_sound_and_locked(file: Path) -> None:
     suite = load_suite(file)
     check_lock(suite, FOLDER, write=False)
     assert suite.about
+    # What every result is held against: doing nothing, tuning only, pruning at random.
+    assert {"none", "ft", "random_prune"} <= {defense.name for defense in suite.defense}
 
 
 def test_cells_are_shared_and_ordered(tmp_path: Path) -> None:

@@ -132,14 +132,17 @@ def one_life(run: Experiment, store: Path) -> bool:
     return True
 
 
-def faults_of(store: Path, cells_without_kills: int, allowed: int) -> Iterator[str]:
+def faults_of(store: Path, reference: Path, allowed: int) -> Iterator[str]:
     """Yield everything that is wrong with a store whose suite has ended.
 
     Args:
         store: Its folder.
-        cells_without_kills: How many cells the undisturbed run has.
+        reference: The store of the undisturbed run.
         allowed: How many cells the kills may have cost.
     """
+    wanted = _states(reference)
+    if _states(store) != wanted:
+        yield f"the cells are {_states(store)} and not {wanted}"
     for name in ("work", "drivers", "checkpoints"):
         left = sorted(file.name for file in (store / name).iterdir()) if (store / name).exists() else []
         if left:
@@ -149,12 +152,9 @@ def faults_of(store: Path, cells_without_kills: int, allowed: int) -> Iterator[s
         yield f"{len(drafts)} drafts left: {drafts[:3]}"
     with Store(store) as opened:
         members = [cell for label in opened.suites() for cell, _ in opened.members(label)]
-        states = Counter(cell.state for cell in members)
-        if states["waiting"] or states["running"]:
-            yield f"not everything is finished: {dict(states)}"
         tries = sum(cell.tries for cell in members)
-        if tries > cells_without_kills + allowed:
-            yield f"{tries} cells were started, more than {cells_without_kills} and one for every kill"
+        if tries > wanted["done"] + allowed:
+            yield f"{tries} cells were started, more than {wanted['done']} and {allowed} lost to kills"
         finished = {cell.key for cell in members if cell.state == "done"}
         there = {folder.name for folder in opened.artefacts.glob("*/*")}
         if finished != there:
@@ -189,6 +189,12 @@ def differences(reference: Path, store: Path) -> Iterator[str]:
 
 
 # ---------------------------------------------------------------------------------------------------
+
+
+def _states(store: Path) -> dict[str, int]:
+    with Store(store) as opened:
+        (label,) = opened.suites()
+        return opened.counts(label)
 
 
 def _working(store: Path) -> set[str]:
@@ -342,10 +348,8 @@ def experiment(run: Experiment, kills: int) -> dict[str, Any]:
     reference = run.folder / "undisturbed"
     seconds = undisturbed(run, reference)
     cells = len(_published(reference))
-    with Store(reference) as opened:
-        failed = sum(opened.counts(label)["failed"] for label in opened.suites())
-    if failed:
-        run.faults.append(f"{failed} cells failed in the undisturbed run")
+    if _states(reference)["failed"]:
+        run.faults.append(f"cells failed in the undisturbed run: {_states(reference)}")
     # Twice the mean wait; half a cell is lost by each kill.
     run.span = 2 * (seconds / max(kills, 1) + seconds / max(cells, 1) / 2)
     stores: list[Path] = []
@@ -356,7 +360,7 @@ def experiment(run: Experiment, kills: int) -> dict[str, Any]:
         while run.kills < kills and not run.faults and one_life(run, stores[-1]):
             pass
         _end(run.start(stores[-1])[0], run)
-        run.faults += faults_of(stores[-1], cells, (run.kills - first) * run.workers)
+        run.faults += faults_of(stores[-1], reference, (run.kills - first) * run.workers)
         run.faults += differences(reference, stores[-1])
     return {
         "good": not run.faults and run.kills >= kills,

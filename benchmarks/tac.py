@@ -9,7 +9,7 @@ to ``--accuracy`` of the largest gap. At the smallest size SLSQP of SciPy in D d
 solver does only the first few classes, and seconds are per class on both sides. Where a plain solver would
 take minutes there is none, and the seconds of ours stand alone.
 
-The table of gaps is compared with subtracting all pairs at once, in batches that fit into 64 MiB.
+The table of gaps is compared with subtracting all pairs at once, in batches that fit into 64 MiB. Ratios are of wall times, taken in turn; what a whole table takes is CPU time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from _harness import Ratio, Result, Seconds, interleave, parser
-from unbackdoor.engine.latent import largest_gaps, least_shifts
+from unbackdoor.engine.latent import Solution, largest_gaps, least_shifts
 
 Array = npt.NDArray[np.float64]
 SIZES = ((10, 512), (43, 512), (200, 512), (1000, 2048))
@@ -112,16 +112,9 @@ def main() -> None:
         name = f"{classes} x {features}"
         weight, logits, gaps = problem(classes, features, arguments.images, arguments.seed)
         if classes > 200:
-            start = time.perf_counter()
-            solutions = least_shifts(weight, gaps)
-            middle = time.perf_counter()
-            largest_gaps(logits)
-            end = time.perf_counter()
-            facts[name] = {
-                "all_classes_seconds": middle - start,
-                "gap_table_seconds": end - middle,
-                "active_share": _active(solutions),
-            }
+            start, _ = time.process_time(), largest_gaps(logits)
+            middle, solutions = time.process_time(), least_shifts(weight, gaps)
+            facts[name] = _said(solutions, time.process_time() - middle, middle - start)
             continue
         norms: dict[str, Any] = {}
         few = range(min(arguments.plain_classes, classes))
@@ -160,10 +153,10 @@ def main() -> None:
         result.add(f"{name}: gaps of all pairs : ours", Ratio.of(taken["all pairs"], taken["blocked"]))
         seconds |= {f"{name}, {label}": times for label, times in taken.items()}
         exact = [solution.norm for solution in norms["ours"]]
-        facts[name] = {
-            "all_classes_seconds": min(taken["ours"]) / rounds,
-            "gap_table_seconds": min(taken["blocked"]) / rounds,
-            "active_share": _active(norms["ours"]),
+        start, _ = time.process_time(), [largest_gaps(logits) for _ in range(rounds)]
+        middle, _ = time.process_time(), [least_shifts(weight, gaps) for _ in range(rounds)]
+        spent = (time.process_time() - middle, middle - start)
+        facts[name] = _said(norms["ours"], spent[0] / rounds, spent[1] / rounds) | {
             "steps_of_projected_gradients": [step for _, step in norms["plain"]],
             "disagreement": max(abs(norm / exact[k] - 1) for k, (norm, _) in enumerate(norms["plain"])),
         }
@@ -171,16 +164,19 @@ def main() -> None:
             facts[name]["disagreement_slsqp"] = abs(norms["slsqp"] / exact[0] - 1)
     result.facts["programs"] = facts
     for name, said in facts.items():
-        times = (
-            f"all classes in {said['all_classes_seconds']:.4f} s, gaps in {said['gap_table_seconds']:.4f} s"
-        )
-        result.notes.append(f"{name}: {times}")
+        whole, table = said["all_classes_cpu_seconds"], said["gap_table_cpu_seconds"]
+        result.notes.append(f"{name}: all classes in {whole:.4f} s of CPU time, gaps in {table:.4f} s")
     result.show(seconds, arguments.json)
 
 
-def _active(solutions: list[Any]) -> float:
+def _said(solutions: list[Solution], programs: float, table: float) -> dict[str, Any]:
+    # CPU time, because on a busy machine the wall clock of a minute's work says how busy it is.
     duals = np.stack([solution.duals for solution in solutions])
-    return float((duals > 0).sum() / (len(duals) * (len(duals) - 1)))
+    return {
+        "all_classes_cpu_seconds": programs,
+        "gap_table_cpu_seconds": table,
+        "active_share": float((duals > 0).sum() / (len(duals) * (len(duals) - 1))),
+    }
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ to ``--accuracy`` of the largest gap. At the smallest size SLSQP of SciPy in D d
 solver does only the first few classes, and seconds are per class on both sides. Where a plain solver would
 take minutes there is none, and the seconds of ours stand alone.
 
-The table of gaps is compared with subtracting all pairs at once, in batches that fit into 64 MiB. Ratios are of wall times, taken in turn; what a whole table takes is CPU time.
+The table of gaps is compared with subtracting all pairs at once, in batches that fit into 64 MiB. Ratios
+are of wall times, taken in turn; what the programs of all classes take is given as CPU time.
 """
 
 from __future__ import annotations

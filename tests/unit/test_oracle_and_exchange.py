@@ -12,13 +12,14 @@ from small_suite import TEXT, fake_data, written
 from tiny import tiny_classifier, tiny_data
 from unbackdoor.attacks import poison
 from unbackdoor.bench import work
-from unbackdoor.bench.cells import address, plan
+from unbackdoor.bench.cells import EPOCH, address, code_version, plan
 from unbackdoor.bench.exchange import give, take
 from unbackdoor.bench.store import Store, artefact_folder
 from unbackdoor.bench.suites import load_suite
 from unbackdoor.bench.victims import save_victim
 from unbackdoor.errors import ConfigError, InputError, IntegrityError, UnbackdoorError
 from unbackdoor.models import load_model
+from unbackdoor.registry import ATTACKS
 
 ORACLE = """
 [[defense]]
@@ -155,3 +156,22 @@ def test_a_harmed_victim_is_refused(given: Path, tmp_path: Path, harm: str) -> N
         assert isinstance(caught.value, UnbackdoorError)
         assert not list((tmp_path / "two" / "artefacts").glob("*/*"))
         assert not list((tmp_path / "two" / "work").glob("*"))
+
+
+COMMITTED = Path(__file__).parents[2] / "victims" / "cifar10-small-v1"
+
+
+def test_the_committed_victims_are_whole_and_those_of_the_suite(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        keys = take(store, COMMITTED)
+        assert len(keys) == len(list(COMMITTED.glob("*/cell.json"))) >= 6
+        suite = load_suite(COMMITTED.parents[1] / "suites" / "cifar10-small-v1.toml")
+        attacks = {attack.name for attack in suite.attack}
+        for key in keys:
+            cell = store.get(key)
+            assert cell is not None
+            part = ATTACKS[cell.spec["attack"]]
+            assert cell.spec["attack"] in attacks
+            # What the address depends on and the data sets do not: raise the version of the suite otherwise.
+            assert (cell.spec["epoch"], cell.spec["attack_code"]) == (EPOCH, code_version(part))
+            assert cell.spec["options"] == part.configure(cell.spec["options"]).model_dump()

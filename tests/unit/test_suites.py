@@ -135,3 +135,24 @@ def test_only_code_changes_the_version_of_code() -> None:
     assert code_version(part) == code_version(part)
     assert code_version(part) != code_version(replace(part, version=part.version + 1))
     assert code_version(part) != code_version(DEFENSES["fp"])
+
+
+def test_a_model_meets_only_what_it_names(tmp_path: Path) -> None:
+    whole = TEXT.replace('name = "none"\n[defender]', 'name = "none"\nseeds = [0, 1, 2]\n[defender]')
+    second = '[[model]]\narchitecture = "small_cnn"\nwidths = [8]\nattacks = ["none"]\nseeds = [1]\n[[attack]]'
+    cut = whole.replace("[[attack]]", second, 1)
+    cells = plan(load_suite(written(tmp_path, cut)), fake_data())
+    victims = [cell.labels for cell in cells if cell.kind == "victim"]
+    assert [(v["width"], v["attack"], v["victim_seed"]) for v in victims] == [
+        (4, "badnets", 0), (4, "none", 0), (4, "none", 1), (4, "none", 2), (8, "none", 1),
+    ]  # fmt: skip
+    # What is not said leaves the hash of older suites as it was.
+    assert "seeds" not in str(load_suite(written(tmp_path, whole)).model_dump(exclude_defaults=True)["model"])
+
+
+def test_a_model_cannot_meet_what_the_suite_does_not_have(tmp_path: Path) -> None:
+    cut = TEXT.replace("widths = [4]", 'widths = [4]\nattacks = ["badnet"]\nrecipes = ["long"]\nseeds = [7]')
+    with pytest.raises(ConfigError) as caught:
+        load_suite(written(tmp_path, cut))
+    assert len(caught.value.faults) == 3
+    assert "did you mean 'badnets'?" in str(caught.value)

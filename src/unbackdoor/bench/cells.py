@@ -111,7 +111,7 @@ def _cells(suite: Suite, data: Mapping[str, DataSet]) -> Iterator[Planned]:
     }
     for entry in suite.data:
         prints = [data[entry.name].train.fingerprint(), data[entry.name].test.fingerprint()]
-        for model, width, recipe, attack, options, seed in _victims(suite):
+        for model, width, recipe, attack, options, seed in _victims(suite, entry.name):
             part = ATTACKS[attack.name]
             config = part.configure(options).model_dump()
             spec = {
@@ -144,9 +144,9 @@ def _cells(suite: Suite, data: Mapping[str, DataSet]) -> Iterator[Planned]:
 
 
 def _victims(
-    suite: Suite,
+    suite: Suite, data: str
 ) -> Iterator[tuple[ModelEntry, float, RecipeEntry, AttackEntry, dict[str, Any], int]]:
-    """Yield every combination of model, width, recipe, attack, options and seed, in the suite's order."""
+    """Yield every combination of model, width, recipe, attack, options and seed that meets, in the suite's order."""
     networks = [(model, width) for model in suite.model for width in model.widths]
     attacks = [
         (attack, options, seed)
@@ -155,7 +155,8 @@ def _victims(
         for seed in attack.seeds
     ]
     for (model, width), recipe, (attack, options, seed) in product(networks, suite.recipe, attacks):
-        yield model, width, recipe, attack, options, seed
+        if model.meets(data, recipe.name, attack.name, seed):
+            yield model, width, recipe, attack, options, seed
 
 
 def _looks(suite: Suite, shared: Mapping[str, Any], victim: Planned) -> Iterator[Planned]:
@@ -219,7 +220,10 @@ def _impossible(suite: Suite, data: Mapping[str, DataSet]) -> Iterator[str]:
                 draw_clean(pool, count=count, seed=suite.defender.seeds[0])
             except UnbackdoorError as error:
                 yield f"defender.clean_images {count} of {entry.name}: {error}"
+        planned = [attack for _, _, _, attack, _, _ in _victims(suite, entry.name)]
         for attack in suite.attack:
+            if attack not in planned:
+                continue
             for options in attack_options(attack):
                 truth = AttackTruth.describe(
                     attack.name, options, shape=training.shape, classes=training.classes, seed=0

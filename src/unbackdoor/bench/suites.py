@@ -41,11 +41,20 @@ class DataEntry(_Table):
 
 
 class ModelEntry(_Table):
-    """An architecture at some widths."""
+    """An architecture at some widths, crossed with everything, or with what is named: empty means all."""
 
     architecture: str
     widths: tuple[float, ...] = Field(min_length=1)
     options: Mapping[str, Any] = {}
+    data: tuple[str, ...] = ()
+    recipes: tuple[str, ...] = ()
+    attacks: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+
+    def meets(self, data: str, recipe: str, attack: str, seed: int) -> bool:
+        """Return whether victims of this kind are wanted."""
+        asked = ((self.data, data), (self.recipes, recipe), (self.attacks, attack), (self.seeds, seed))
+        return all(not allowed or value in allowed for allowed, value in asked)
 
 
 class RecipeEntry(_Table):
@@ -132,6 +141,10 @@ class Suite(_Table):
         for defense in content["defense"]:
             if not defense["choices"]:
                 del defense["choices"]
+        for model in content["model"]:
+            for key in ("data", "recipes", "attacks", "seeds"):
+                if not model[key]:
+                    del model[key]
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -225,6 +238,7 @@ def _faults(suite: Suite) -> Iterator[str]:
     for model in suite.model:
         for width in model.widths:
             yield from _caught(lambda m=model, w=width: configure(architecture(m, w)))
+        yield from _cross_faults(suite, model)
     for recipe in suite.recipe:
         if recipe.name not in RECIPES:
             yield _unknown("recipe", recipe.name, list(RECIPES))
@@ -245,6 +259,20 @@ def _faults(suite: Suite) -> Iterator[str]:
         yield "attack: the clean control 'none' is missing; every suite runs it"
     if min(suite.defender.clean_images) < 1:
         yield f"defender.clean_images: must be at least 1, got {min(suite.defender.clean_images)}"
+
+
+def _cross_faults(suite: Suite, model: ModelEntry) -> Iterator[str]:
+    """Yield what a model is to be crossed with and the suite does not have."""
+    seeds = {str(seed) for attack in suite.attack for seed in attack.seeds}
+    for kind, asked, known in (
+        ("data set", model.data, [entry.name for entry in suite.data]),
+        ("recipe", model.recipes, [entry.name for entry in suite.recipe]),
+        ("attack", model.attacks, [entry.name for entry in suite.attack]),
+        ("seed", tuple(map(str, model.seeds)), sorted(seeds)),
+    ):
+        for name in asked:
+            if name not in known:
+                yield f"model {model.architecture}: {_unknown(kind + ' of this suite', name, known)}"
 
 
 def _attack_faults(attack: AttackEntry) -> Iterator[str]:

@@ -183,6 +183,17 @@ class CleanData:
         fit = images.subset((~held_out).nonzero().flatten())
         return cls(fit, images.subset(held_out.nonzero().flatten()), augmentation)
 
+    @classmethod
+    def empty(cls, shape: tuple[int, int, int], class_names: Sequence[str]) -> Self:
+        """Return a set of no images, for checks that need none.
+
+        Args:
+            shape: Shape of one image, (C, H, W).
+            class_names: K names, in label order.
+        """
+        nothing = Images(torch.zeros((0, *shape), dtype=torch.uint8), None, tuple(class_names), "no images")
+        return cls(nothing, nothing, select_is_fit=True)
+
     def fingerprint(self) -> str:
         """Return one hash over both parts."""
         return hashlib.sha256((self.fit.fingerprint() + self.select.fingerprint()).encode()).hexdigest()

@@ -139,7 +139,9 @@ def test_only_code_changes_the_version_of_code() -> None:
 
 def test_a_model_meets_only_what_it_names(tmp_path: Path) -> None:
     whole = TEXT.replace('name = "none"\n[defender]', 'name = "none"\nseeds = [0, 1, 2]\n[defender]')
-    second = '[[model]]\narchitecture = "small_cnn"\nwidths = [8]\nattacks = ["none"]\nseeds = [1]\n[[attack]]'
+    second = (
+        '[[model]]\narchitecture = "small_cnn"\nwidths = [8]\nattacks = ["none"]\nseeds = [1]\n[[attack]]'
+    )
     cut = whole.replace("[[attack]]", second, 1)
     cells = plan(load_suite(written(tmp_path, cut)), fake_data())
     victims = [cell.labels for cell in cells if cell.kind == "victim"]

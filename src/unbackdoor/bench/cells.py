@@ -146,7 +146,7 @@ def _cells(suite: Suite, data: Mapping[str, DataSet]) -> Iterator[Planned]:
 def _victims(
     suite: Suite, data: str
 ) -> Iterator[tuple[ModelEntry, float, RecipeEntry, AttackEntry, dict[str, Any], int]]:
-    """Yield every combination of model, width, recipe, attack, options and seed that meets, in the suite's order."""
+    """Yield every combination of model, width, recipe, attack, options and seed that meets, in order."""
     networks = [(model, width) for model in suite.model for width in model.widths]
     attacks = [
         (attack, options, seed)

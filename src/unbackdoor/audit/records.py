@@ -1,0 +1,167 @@
+"""Audits, purifications and verifications as JSON; tensors go to files of their own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from unbackdoor.audit.comparison import Accuracy, TensorChange, rate_facts
+from unbackdoor.audit.purifying import Purification, Residue
+from unbackdoor.audit.scanning import Audit, Checked, ShownTrigger
+from unbackdoor.audit.verification import Verification
+from unbackdoor.types import Finding, ScanReport
+
+
+def audit_json(audit: Audit, class_names: Sequence[str]) -> dict[str, Any]:
+    """Return a scan's answer as JSON."""
+    return {
+        "verdict": audit.verdict,
+        "classes": [_class(k, class_names) for k in audit.classes],
+        "reasons": list(audit.reasons),
+        "partial": audit.partial,
+        "level": audit.level,
+        "checks": [_check(c, class_names) for c in audit.checks],
+        "triggers": [trigger_json(t, class_names) for t in audit.triggers],
+        "seconds": round(audit.seconds, 3),
+        **audit.facts,
+    }
+
+
+def purification_json(done: Purification, class_names: Sequence[str]) -> dict[str, Any]:
+    """Return what a repair did as JSON."""
+    return {
+        "method": dict(done.purified.method),
+        "seconds": round(done.purified.seconds, 3),
+        "accuracy": accuracy_json(done.accuracy),
+        "accuracy_on_the_method's_images": done.proof_is_fit,
+        "changes": [change_json(c) for c in done.changes],
+        "residual_triggers": [_residue(r, class_names) for r in done.residues],
+        "evidence": finite(dict(done.purified.evidence)),
+        **done.facts,
+    }
+
+
+def verification_json(done: Verification, class_names: Sequence[str]) -> dict[str, Any]:
+    """Return a comparison of two models as JSON."""
+    return {
+        "identical": done.identical,
+        "accuracy": accuracy_json(done.accuracy),
+        "agreement": rate_facts(done.agreement),
+        "changes": [change_json(c) for c in done.changes],
+        "residual_triggers": [_residue(r, class_names) for r in done.residues],
+        "before": audit_json(done.before, class_names),
+        "after": audit_json(done.after, class_names),
+        "seconds": round(done.seconds, 3),
+        **done.facts,
+    }
+
+
+def accuracy_json(accuracy: Accuracy | None) -> dict[str, Any] | None:
+    """Return a paired comparison of accuracies as JSON; None where there are no labels."""
+    if accuracy is None:
+        return None
+    low, high = accuracy.drop_interval
+    return {
+        "before": rate_facts(accuracy.before),
+        "after": rate_facts(accuracy.after),
+        "drop": accuracy.drop,
+        "drop_low": low,
+        "drop_high": high,
+        "lost": accuracy.lost,
+        "gained": accuracy.gained,
+        "agreement": rate_facts(accuracy.agreement),
+        "per_class": [
+            {"class": name, "before": rate_facts(before), "after": rate_facts(after)}
+            for name, before, after in accuracy.per_class
+        ],
+    }
+
+
+def change_json(change: TensorChange) -> dict[str, Any]:
+    """Return what changed in a tensor as JSON."""
+    return {
+        "tensor": change.name,
+        "entries": change.entries,
+        "changed": change.changed,
+        "channels": change.channels,
+        "of_channels": change.of_channels,
+        "relative": change.relative if math.isfinite(change.relative) else None,
+    }
+
+
+def trigger_json(trigger: ShownTrigger, class_names: Sequence[str]) -> dict[str, Any]:
+    """Return what is known of a recovered trigger, without its tensors."""
+    facts: dict[str, Any] = {
+        "class": _class(trigger.label, class_names),
+        "check": trigger.check,
+        "success": trigger.success,
+        "form": "added to the image" if trigger.mask is None else "mixed in by a mask",
+        "pattern_l2": float(trigger.pattern.double().norm()),
+    }
+    if trigger.mask is not None:
+        facts["mask_l1"] = float(trigger.mask.double().sum())
+    return facts
+
+
+def report_json(report: ScanReport) -> dict[str, Any]:
+    """Return a scanner's report as JSON; limits that nothing can reach are None."""
+    return {
+        "verdict": report.verdict,
+        "partial": report.partial,
+        "findings": [finding_json(one) for one in report.findings],
+        "errors": dict(report.errors),
+        "skipped": dict(report.skipped),
+        "coverage": list(report.coverage),
+    }
+
+
+def finding_json(one: Finding) -> dict[str, Any]:
+    """Return one finding as JSON, without its tensors."""
+    return {
+        "statistic": one.statistic,
+        "value": one.value if math.isfinite(one.value) else None,
+        "direction": one.direction,
+        "threshold": one.threshold if math.isfinite(one.threshold) else None,
+        "threshold_source": one.threshold_source,
+        "p_value": one.p_value,
+        "classes": list(one.classes),
+        "per_class": [value if math.isfinite(value) else None for value in one.per_class],
+    }
+
+
+def finite(value: Any) -> Any:
+    """Return JSON-ready facts in which no number is infinite or NaN; such become None."""
+    if isinstance(value, dict):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _check(checked: Checked, class_names: Sequence[str]) -> dict[str, Any]:
+    return {
+        "check": checked.check.name,
+        "question": checked.check.question,
+        "status": checked.status,
+        "reason": checked.reason,
+        "p_value": checked.p_value,
+        "adjusted_p_value": checked.adjusted,
+        "classes": [_class(k, class_names) for k in checked.classes],
+        "seconds": round(checked.seconds, 3),
+        "report": None if checked.report is None else report_json(checked.report),
+    }
+
+
+def _residue(residue: Residue, class_names: Sequence[str]) -> dict[str, Any]:
+    return {
+        **trigger_json(residue.trigger, class_names),
+        "success_before": rate_facts(residue.before),
+        "success_after": rate_facts(residue.after),
+    }
+
+
+def _class(label: int, class_names: Sequence[str]) -> dict[str, Any]:
+    return {"index": label, "name": class_names[label] if label < len(class_names) else str(label)}

@@ -1,0 +1,141 @@
+"""Compare two models without trusting whoever made the second from the first.
+
+Nothing of a repair's own record is read: the triggers are recovered anew from the first model, and the same
+checks look at both.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from unbackdoor.audit.comparison import (
+    Accuracy,
+    TensorChange,
+    agree_on,
+    changed_tensors,
+    compare_accuracy,
+    trigger_success,
+)
+from unbackdoor.audit.purifying import Residue, split_proof
+from unbackdoor.audit.scanning import LEVEL, Audit, Check, ShownTrigger, scan
+from unbackdoor.engine.precision import Policy
+from unbackdoor.engine.run import Run
+from unbackdoor.errors import UnsupportedModel
+from unbackdoor.metrics import Rate
+from unbackdoor.types import Classifier, CleanData, Images, Progress, silent
+
+CHECKS = ("tac", "neural_cleanse", "neural_cleanse, blend")
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What two models have in common and what not.
+
+    Attributes:
+        identical: True where all weights are the same.
+        accuracy: Clean accuracy of both; None without labels.
+        agreement: Share of images to which both give the same class.
+        changes: Tensors that differ.
+        residues: What triggers that were recovered from the first model do to both, on images that they were
+            not made from.
+        before: The scan of the first model.
+        after: The same scan of the second.
+        seconds: Wall time.
+        facts: JSON-ready: hashes and numbers of images.
+    """
+
+    identical: bool
+    accuracy: Accuracy | None
+    agreement: Rate
+    changes: tuple[TensorChange, ...]
+    residues: tuple[Residue, ...]
+    before: Audit
+    after: Audit
+    seconds: float = 0.0
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def verify(
+    before: Classifier,
+    after: Classifier,
+    images: Images,
+    *,
+    triggers: tuple[ShownTrigger, ...] = (),
+    checks: Sequence[Check | str] = CHECKS,
+    level: float = LEVEL,
+    budget: float | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    precision: Policy = "auto",
+    progress: Progress = silent,
+) -> Verification:
+    """Compare two models on clean images.
+
+    Args:
+        before: The original.
+        after: What is said to be its repair; of the same input and classes.
+        images: Clean images, with or without labels; a part is kept for trying the triggers.
+        triggers: Known triggers to try beside the recovered ones.
+        checks: Which scanners look at both.
+        level: Accepted probability of a false alarm in each scan.
+        budget: Seconds for both scans together; None is no limit.
+        seed: Seed of every draw.
+        device: Where to compute.
+        precision: ``auto``, ``fp32`` or ``bf16``.
+        progress: Progress display.
+
+    Raises:
+        UnsupportedModel: If the two do not take the same images or do not know the same classes.
+    """
+    if before.input_shape != after.input_shape or before.classes != after.classes:
+        raise UnsupportedModel(
+            "the two models do not do the same task",
+            expected=f"input {before.input_shape}, {before.classes} classes",
+            got=f"input {after.input_shape}, {after.classes} classes",
+        )
+    start = time.monotonic()
+    given, shown, _ = split_proof(images, seed=seed)
+    data = CleanData.split(given, seed=seed)
+    run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
+
+    def look(model: Classifier) -> Audit:
+        left = None if budget is None else budget / 2
+        return scan(
+            model,
+            data,
+            checks=checks,
+            level=level,
+            budget=left,
+            seed=seed,
+            device=device,
+            precision=precision,
+            progress=progress,
+        )
+
+    first, second = look(before), look(after)
+    known = (*triggers, *first.triggers)
+    residues = tuple(
+        Residue(t, *(trigger_success(m, shown, t.label, t.pattern, t.mask, run) for m in (before, after)))
+        for t in known
+    )
+    hashes = before.sha256(), after.sha256()
+    return Verification(
+        hashes[0] == hashes[1],
+        compare_accuracy(before, after, images, run),
+        agree_on(before, after, images, run),
+        tuple(changed_tensors(before.network.state_dict(), after.network.state_dict())),
+        residues,
+        first,
+        second,
+        time.monotonic() - start,
+        {
+            "before_sha256": hashes[0],
+            "after_sha256": hashes[1],
+            "images": len(images),
+            "images_sha256": images.fingerprint(),
+            "seed": seed,
+        },
+    )

@@ -16,7 +16,7 @@ from unbackdoor.engine.caller import run as call
 from unbackdoor.engine.gates import gate_sites
 from unbackdoor.engine.invertible import InvertibleGates
 from unbackdoor.engine.passes import frozen
-from unbackdoor.engine.perturbations import SMALLEST, Perturbations
+from unbackdoor.engine.perturbations import Perturbations
 from unbackdoor.engine.rng import seeded
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import MethodFailed, UnsupportedModel
@@ -276,13 +276,13 @@ def test_the_budget_follows_the_flip_rate_within_its_limits() -> None:
     sizes = []
     for flipped in (0.0, 0.4, 0.8, 1.0):
         deltas.budget = 0.02
-        deltas.adapt(flipped, wanted=0.8, largest=0.25)
+        deltas.adapt(flipped, wanted=0.8, smallest=0.004, largest=0.25)
         sizes.append(deltas.budget)
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[2] == pytest.approx(0.02)
-    for flipped, end in ((0.0, 0.25), (1.0, SMALLEST)):
+    for flipped, end in ((0.0, 0.25), (1.0, 0.004)):
         for _ in range(200):
-            deltas.adapt(flipped, wanted=0.8, largest=0.25)
+            deltas.adapt(flipped, wanted=0.8, smallest=0.004, largest=0.25)
         assert deltas.budget == pytest.approx(end)
 
 
@@ -371,3 +371,15 @@ def test_a_network_of_one_class_or_without_channels_is_refused() -> None:
     plain = Classifier(networks[1], input_shape=(1, 8, 8), class_names="abcd")
     with pytest.raises(UnsupportedModel, match="no channel to gate"):
         purify(plain, data(), config(), run=RUN)
+
+
+def test_the_weight_of_the_clean_task_follows_the_agreement() -> None:
+    model = tiny_classifier("conv-bn")
+    options = {"start_rounds": 0, "free_rounds": 30, "sparse_rounds": 0, "steps": 2, "lr": 0.2}
+    game = Game(model, data().all, config(**options), RUN)
+    row = game.stage("masking", 30, 0.0)["last"][0]
+    assert 0 <= row["agreement"] <= 1
+    assert 1 <= game.keep <= 100
+    fixed = Game(model, data().all, config(**options, agreement=0.0), RUN)
+    fixed.stage("masking", 30, 0.0)
+    assert fixed.keep == 1

@@ -52,6 +52,13 @@ class IMSConfig(Config):
     lr: float = option(0.04, "AdamW step of masks and selections", source="twice the reference", gt=0, le=1)
     weight_decay: float = option(0.0, "decay of all that learns", source="this project", ge=0, le=1)
     sparsity: float = option(10.0, "lambda, weight of the mean of 1 - s", source="reference", ge=0)
+    agreement: float = option(
+        0.98,
+        "share of clean predictions to keep, which raises the weight of that term; 0 leaves it at 1",
+        source="this project: one term of five does not hold the clean task",
+        ge=0,
+        le=1,
+    )
     sharpness: float = option(20.0, "k, slope of the gate's sigmoid", source="reference code", gt=0, le=1000)
     batch_size: int = option(64, "images a round", source="this project; reference 256", ge=1)
     steps: int = option(4, "steps of a perturbation a round", source="this project; reference 20", ge=1)
@@ -84,10 +91,13 @@ class IMSConfig(Config):
     squeeze_excite: bool = option(False, "gate squeeze-excite convs", source="this project; reference yes")
 
 
+HEAVIEST = 100.0  # weight of the clean term at most
+
+
 REFERENCE: dict[str, Any] = {
     "start_rounds": 100, "free_rounds": 200, "sparse_rounds": 200, "patience": 25, "lr": 0.02,
-    "weight_decay": 0.01, "batch_size": 256, "steps": 20, "flip_rate": 0.0, "bounded": False,
-    "warm_start": False, "averaging": 0.0, "gates": "conv", "squeeze_excite": True,
+    "weight_decay": 0.01, "batch_size": 256, "steps": 20, "flip_rate": 0.0, "agreement": 0.0,
+    "bounded": False, "warm_start": False, "averaging": 0.0, "gates": "conv", "squeeze_excite": True,
 }  # fmt: skip
 
 
@@ -120,6 +130,7 @@ class Game:
         self.model, self.images, self.cfg, self.run = model, images, cfg, run
         sites = gate_sites(model, position=cfg.gates, squeeze_excite=cfg.squeeze_excite)
         self.gates = InvertibleGates(model, sites, cfg.sharpness)
+        self.keep = 1.0  # weight of the clean term; raised where too few predictions are kept
         self.base = F.log_softmax(predict(model, images, run), dim=1).to(run.device)  # (N, K)
         self.deltas = Perturbations(
             images.pixels.shape,
@@ -154,11 +165,16 @@ class Game:
                 raise MethodFailed(
                     "a loss is not a finite number", got=rows[-1], where=f"{label}, round {i + 1}"
                 )
+            if cfg.agreement:
+                moved = self.keep * math.exp(cfg.agreement - rows[-1]["agreement"])
+                self.keep = min(max(moved, 1.0), HEAVIEST)
             if perturbed:
                 rows[-1]["budget"] = self.deltas.budget
                 if cfg.flip_rate:
                     largest = max(cfg.largest_budget, cfg.budget)
-                    self.deltas.adapt(rows[-1]["flip_rate"], wanted=cfg.flip_rate, largest=largest)
+                    self.deltas.adapt(
+                        rows[-1]["flip_rate"], wanted=cfg.flip_rate, smallest=cfg.budget, largest=largest
+                    )
             stale += 1
             if rows[-1]["total"] < 0.98 * best:
                 best, stale = rows[-1]["total"], 0
@@ -176,16 +192,18 @@ class Game:
         both = x if delta is None else torch.cat([x, x + delta])  # (2 B, C, H, W): both in one pass
         kept, *restored = self.log_probs(gates.network(gates.values()), both).split(len(x))
         lost, *followed = self.log_probs(gates.network(gates.values(inverse=True)), both).split(len(x))
-        terms = {"keep clean": agree(kept, base), "inverse: lose clean": disagree(lost, base)}
+        terms = {"keep clean": self.keep * agree(kept, base), "inverse: lose clean": disagree(lost, base)}
+        agreed = (kept.detach().argmax(1) == base.argmax(1)).float().mean()
         if delta is None:
-            return terms, {}
+            return terms, {"agreement": agreed}
         with torch.no_grad():
             moved = self.log_probs(self.model, both[len(x) :])  # (B, K)
         terms["restore perturbed"] = agree(restored[0], base)
         terms["inverse: follow perturbed"] = agree(followed[0], moved)
         terms["inverse: leave clean answer"] = disagree(followed[0], base)
         flipped = (moved.argmax(1) != base.argmax(1)).float().mean()
-        return terms, {"flip_rate": flipped, "largest_delta": delta.abs().max()}
+        facts = {"agreement": agreed, "flip_rate": flipped, "largest_delta": delta.abs().max()}
+        return terms, facts
 
     def perturb(self, rows: Tensor, x: Tensor, base: Tensor) -> Tensor:
         """Return delta (B, C, H, W) that moves predictions away, to where the inverse network follows."""
@@ -211,6 +229,7 @@ class Game:
         out = {
             **gates.evidence(),
             "budget": self.deltas.budget,
+            "clean_weight": self.keep,
             "agreement": float((repaired == answers).float().mean()),
             "inverse_agreement": float((inverse == answers).float().mean()),
         }

@@ -1,0 +1,78 @@
+"""Render how well the scanners detect: results/scanners-v1.scans.jsonl -> docs/results/detection.md.
+
+python scripts/detection.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from unbackdoor.bench.detection import COMBINED, Detection, by_attack, detections
+from unbackdoor.bench.rows import read_scans
+from unbackdoor.files import atomic_write
+from unbackdoor.report.words import duration, interval, rate
+
+ROOT = Path(__file__).parents[1]
+SUITE = "scanners-v1"
+ROWS, PAGE = ROOT / "results" / f"{SUITE}.scans.jsonl", ROOT / "docs" / "results" / "detection.md"
+
+
+def page() -> str:
+    """Return the Markdown page."""
+    rows = read_scans(ROWS)
+    whole = detections(rows)
+    lines = [
+        "# Detection",
+        "",
+        f"Made by `python scripts/detection.py` from the {len(rows):,} rows of `results/{ROWS.name}`; "
+        f"measured by `unbackdoor bench run {SUITE}`. Networks whose attack did not take are left out. A "
+        'scan without a calibrated p-value accuses nobody. "Found" and "false alarms" are at p = 0.05, each '
+        f'scanner by itself; "{COMBINED}" is what `unbackdoor scan` does: the smallest p-value after Holm\'s '
+        'correction. "TPR" is the share found at the threshold that accuses 5 % of these clean networks; '
+        "finding that threshold takes labelled networks, so no user has it.",
+        "",
+        *_table(whole),
+        "",
+        "## By attack: found at p = 0.05",
+        "",
+    ]
+    names = [d.scanner for d in whole]
+    lines += ["| attack | networks | " + " | ".join(names) + " |", "|---|---:|" + "---:|" * len(names)]
+    for kind, group in by_attack(rows).items():
+        found = {d.scanner: d.found for d in group}
+        count = max((d.backdoored for d in group), default=0)
+        cells = " | ".join(rate(found[n]) if n in found else "-" for n in names)
+        lines.append(f"| {kind} | {count} | {cells} |")
+    failed = [row for row in rows if row.error is not None]
+    if failed:
+        lines += ["", f"{len(failed)} scans failed; the first: {failed[0].error}"]
+    return "\n".join(lines) + "\n"
+
+
+def _table(found: Sequence[Detection]) -> list[str]:
+    lines = [
+        "| scanner | AUROC | TPR at 5 % FPR | found | target named | false alarms | interval | time |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for d in found:
+        lines.append(
+            f"| {d.scanner} | {_number(d.auroc)} | {_number(d.tpr)} | {d.found.hits} of {d.found.total} "
+            f"| {d.target.hits} of {d.target.total} | {d.alarms.hits} of {d.alarms.total} "
+            f"| {interval(d.alarms)} % | {duration(d.seconds)} |"
+        )
+    return lines
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def main() -> None:
+    """Write the page."""
+    with atomic_write(PAGE) as draft:
+        draft.write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

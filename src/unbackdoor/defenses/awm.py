@@ -10,11 +10,13 @@ Needs:   clean images and labels, one of each class at the least.
 Changes: convolution weights (linear ones if asked for), multiplied by masks in [0, 1].
 Departs: the default mends what stalls in the released code (preset ``reference``): the search climbs a
          margin of logits in steps of fixed length, where a cross-entropy vanishes on a confident network;
-         the L1 bound holds at every step; few images still make several steps; how strongly the masks act
-         is chosen on clean images they were not learned on. In all presets the L1 bound grows with the
-         image (equal at 3 x 32 x 32), the search leaves the masked network's own labels, as in the code
-         (the paper: the true ones), and few images get views that their domain allows (the code: crops).
-Cost:    rounds x N x (passes x (3 forward + 3 backward) + 2 forward); thrice with nothing held out.
+         the L1 bound holds at every step; few images still make several steps; when the rounds end, and how
+         strongly the masks act, is chosen on clean images they were not learned on. In all presets the L1
+         bound grows with the image (equal at 3 x 32 x 32), the search leaves the masked network's own labels,
+         as in the code (the paper: the true ones), and few images get views that their domain allows (the
+         code: crops).
+Cost:    rounds x N x (passes x (3 forward + 3 backward) + 2 forward), and by default the rounds end early;
+         thrice with nothing held out.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from torch import Tensor
 from unbackdoor.data.batches import resident, to_float
 from unbackdoor.engine.few import enlarged, shuffled, with_replacement
 from unbackdoor.engine.masks import Site, fold
-from unbackdoor.engine.passes import logits_of, predict
+from unbackdoor.engine.passes import accuracy, logits_of, mode, predict
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.strength import either_half, softened, strongest_within
 from unbackdoor.engine.universal import Universal, search
@@ -45,7 +47,9 @@ UNIT = 3 * 32 * 32  # entries of the images that the L1 bounds of paper and code
 class AWMConfig(Config):
     """Options of AWM."""
 
-    rounds: int = option(20, "search-then-mask rounds", source="reference code, --outer", ge=1, le=10_000)
+    rounds: int = option(
+        20, "search-then-mask rounds at most", source="reference code, --outer", ge=1, le=10_000
+    )
     passes: int = option(5, "passes over the images in each phase of a round", source="reference code", ge=1)
     batch_size: int = option(128, "images a step", source="reference code", ge=1)
     sampling: Literal["shuffled", "replacement"] = option(
@@ -96,7 +100,12 @@ class AWMConfig(Config):
     )
     include_linear: bool = option(False, "mask linear layers as well, but the head", source="off in paper")
     tolerance: float = option(
-        0.05, "largest loss of held-out accuracy; 1: masks act in full", source="this project", ge=0, le=1
+        0.05,
+        "largest share of held-out predictions that may change, which ends the rounds and then softens the "
+        "masks; 1: all rounds, and masks act in full",
+        source="this project: changed predictions tell of damage before the accuracy of few images does",
+        ge=0,
+        le=1,
     )
 
 
@@ -125,15 +134,31 @@ def purify(model: Classifier, data: CleanData, cfg: AWMConfig, *, run: Run) -> P
     sites = maskable_weights(model, linear=cfg.include_linear)
     choosing = cfg.tolerance < 1
 
-    def learned(images: Images, label: str) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    def learned(
+        images: Images, label: str, held: Images | None = None, rounds: int = cfg.rounds
+    ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         views = enlarged(images, cfg.enlarge_to, data.augmentation, run.generator("views", label))
-        return masked(model, sites, resident(views, run.device), cfg, run, label)
+        return masked(model, sites, resident(views, run.device), cfg, run, label, held, rounds)
 
-    values, trace = learned(data.fit if choosing else data.all, "all")
-    trials = [(values, data.select)]
+    def unseen(images: Images, label: str) -> Images:
+        """Return what the model itself says of images that were held out, or of views where they are few."""
+        views = enlarged(images, cfg.enlarge_to, data.augmentation, run.generator("held", label))
+        with mode(model, training=False):
+            return replace(views, labels=predict(model, views, run).argmax(1))
+
     if choosing and data.select_is_fit:
-        halves = either_half(data.fit, run.generator("halves"))
-        trials = [(learned(half, f"half {i}")[0], held) for i, (half, held) in enumerate(halves)]
+        halves = [
+            (half, unseen(held, f"half {i}"))
+            for i, (half, held) in enumerate(either_half(data.fit, run.generator("halves")))
+        ]
+        tried = [learned(half, f"half {i}", held) for i, (half, held) in enumerate(halves)]
+        trials = [(found[0], held) for found, (_, held) in zip(tried, halves, strict=True)]
+        kept = min(sum(not record["stopped"] for record in found[1]) for found in tried)
+        values, trace = learned(data.fit, "all", rounds=max(1, kept))
+    else:
+        held = unseen(data.select, "all") if choosing else None
+        values, trace = learned(data.fit if choosing else data.all, "all", held)
+        trials = [(values, held)] if held is not None else []
     evidence: dict[str, Any] = {"rounds": trace, "stalled": sum(record["stalled"] for record in trace)}
     if choosing:
         strength = strongest_within(model, sites, trials, run, tolerance=cfg.tolerance)
@@ -147,13 +172,27 @@ def purify(model: Classifier, data: CleanData, cfg: AWMConfig, *, run: Run) -> P
 
 
 def masked(
-    model: Classifier, sites: list[Site], fit: Images, cfg: AWMConfig, run: Run, label: str
+    model: Classifier,
+    sites: list[Site],
+    fit: Images,
+    cfg: AWMConfig,
+    run: Run,
+    label: str,
+    held: Images | None = None,
+    rounds: int = 1,
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Learn masks on images; return them by site, with a record of each round."""
+    """Learn masks on images; return them by site, with a record of each round.
+
+    With images held out, the rounds end when more of their labels than tolerated are missed, and the masks of
+    the round before count, or those of the first. What a backdoor does not survive happened in
+    the first rounds, and what the later ones do to few images is to fit them.
+    """
+    names = [site.name for site in sites]
     tau = cfg.tau * math.prod(model.input_shape) / UNIT
     masks = WeightMasks(model, sites, lr=cfg.lr, eps=cfg.adam_eps, sparsity=cfg.sparsity)
-    trace = []
-    for number in run.progress(range(1, cfg.rounds + 1), "AWM"):
+    trace: list[dict[str, Any]] = []
+    best: list[Tensor] = []
+    for number in run.progress(range(1, rounds + 1), "AWM"):
         draws = run.generator("round", label, number)
         delta, record = attack(masks.network, fit, tau, cfg, run, draws)
         if number == 1 and cfg.attack == "margin" and record["stalled"]:
@@ -167,7 +206,16 @@ def masked(
         if not math.isfinite(trace[-1]["clean_loss"] + trace[-1]["robust_loss"]):
             raise MethodFailed("the loss is not finite", where=f"round {number}", remedy="Lower lr")
         masks.decay(cfg.lr_decay)
-    return {site.name: value for site, value in zip(sites, masks.values, strict=True)}, trace
+        trace[-1]["stopped"] = False
+        if held is not None:
+            trace[-1]["held_out"] = accuracy(masks.network, held, run)
+            # The last term is for rounding.
+            trace[-1]["stopped"] = trace[-1]["held_out"] < 1 - cfg.tolerance - 1e-6
+        if number == 1 or not trace[-1]["stopped"]:
+            best = [value.detach().clone() for value in masks.values]
+        if trace[-1]["stopped"]:
+            break
+    return dict(zip(names, best, strict=True)), trace
 
 
 def attack(

@@ -96,7 +96,7 @@ def near_match(name: str, known: Mapping[str, Any] | list[str]) -> str:
 
 @dataclass(frozen=True)
 class Part(Generic[F]):
-    """A registered part: an attack, a defense, a scanner or an architecture."""
+    """A registered part: an attack, a defense, a scanner, a screener or an architecture."""
 
     name: str
     kind: str
@@ -236,11 +236,13 @@ class Registry(Generic[F]):
 DEFENSES: Registry[Any] = Registry("defense", "unbackdoor.defenses")
 ATTACKS: Registry[Any] = Registry("attack", "unbackdoor.attacks")
 SCANNERS: Registry[Any] = Registry("scanner", "unbackdoor.scanners")
+SCREENERS: Registry[Any] = Registry("screener", "unbackdoor.screeners")
 ARCHITECTURES: Registry[Any] = Registry("architecture", "unbackdoor.models")
 
 defense = DEFENSES.register
 attack = ATTACKS.register
 scanner = SCANNERS.register
+screener = SCREENERS.register
 architecture = ARCHITECTURES.register
 
 

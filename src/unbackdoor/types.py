@@ -367,6 +367,29 @@ class ScanReport:
         return bool(self.errors)
 
 
+@dataclass(frozen=True)
+class Screening:
+    """What screening says of images of unknown origin.
+
+    Attributes:
+        scores: (N,) high for suspicious.
+        p_values: (N,) in [0, 1]: how often a clean image has so high a score.
+        predicted: (N,) class that the model gives.
+        suspicious: (N,) bool.
+        evidence: JSON-ready facts, such as a table over the classes.
+        seconds: Wall time of the screener, filled in by the trusted caller.
+        method: Name, preset and options, filled in by the trusted caller.
+    """
+
+    scores: Tensor
+    p_values: Tensor
+    predicted: Tensor
+    suspicious: Tensor
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    method: Mapping[str, Any] = field(default_factory=dict)
+
+
 def require_labels(data: CleanData, method: str) -> None:
     """Raise InputError unless both parts carry labels."""
     if data.fit.labels is None or data.select.labels is None:

@@ -18,7 +18,7 @@ from unbackdoor.engine import rng
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError, IntegrityError, MethodFailed, UnbackdoorError
-from unbackdoor.registry import DEFENSES, SCANNERS, Config, Part
+from unbackdoor.registry import DEFENSES, SCANNERS, SCREENERS, Config, Part
 from unbackdoor.types import (
     Classifier,
     CleanData,
@@ -26,12 +26,14 @@ from unbackdoor.types import (
     Progress,
     Purified,
     ScanReport,
+    Screening,
     Verdict,
     require_fit,
     require_labels,
     silent,
 )
 
+INPUT_LABELS = "input labels"  # among the needs of a screener: labels of the screened images are shown to it
 PROBED = 8  # images that the repaired model is tried on before it is handed over
 
 
@@ -106,7 +108,7 @@ def scan(
     Args:
         scanner: Registered name, or a part.
         model: The suspicious classifier; never changed.
-        data: The defender's clean images.
+        data: The defender's clean images; ``CleanData.empty`` will do for a scanner that needs none.
         options: Options of the scanner, or its whole config.
         preset: Named set of options that ``options`` are laid over.
         seed: Seed of every draw of the scanner.
@@ -133,20 +135,80 @@ def scan(
     return replace(report, seconds=seconds, method=_described(part, preset, config, surroundings))
 
 
+def screen(
+    screener: str | Part[Any],
+    model: Classifier,
+    data: CleanData,
+    inputs: Images,
+    *,
+    options: Mapping[str, Any] | Config | None = None,
+    preset: str | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    precision: Policy = "auto",
+    progress: Progress = silent,
+) -> Screening:
+    """Run a screener on images of unknown origin and verify that it only looked.
+
+    Args:
+        screener: Registered name, or a part.
+        model: The suspicious classifier; never changed.
+        data: The defender's clean images; ``CleanData.empty`` will do for a screener that needs none.
+        inputs: The images. Their labels are shown only to a screener of training sets.
+        options: Options of the screener, or its whole config.
+        preset: Named set of options that ``options`` are laid over.
+        seed: Seed of every draw of the screener.
+        device: Where to compute, such as ``cpu`` or ``cuda:0``.
+        precision: ``auto``, ``fp32`` or ``bf16``.
+        progress: Progress display.
+
+    Returns:
+        A score and a p-value for each image, with seconds and the options used.
+
+    Raises:
+        InputError: If the images or the weights cannot be used.
+        ConfigError: If an option does not fit.
+        UnsupportedModel: If the screener cannot work on this network.
+        MethodFailed: If the screener raised, or returned something unusable.
+        IntegrityError: If it changed what it must not change, or left something behind.
+    """
+    part = SCREENERS[screener] if isinstance(screener, str) else screener
+    config = options if isinstance(options, Config) else part.configure(options, preset=preset)
+    if not len(inputs):
+        raise InputError("there is no image to screen", expected="at least 1", got=0, where=inputs.name)
+    require_fit(model, inputs)
+    if INPUT_LABELS not in part.needs:
+        inputs = replace(inputs, labels=None)
+    elif inputs.labels is None:
+        raise InputError(f"the screener {part.name!r} needs labelled images", where=inputs.name)
+    surroundings = Run.create(seed=seed, device=device, policy=precision, progress=progress)
+    returned, seconds = _lend(part, model, data, config, surroundings, inputs)
+    check_screening(part, returned, model, inputs)
+    screening: Screening = returned
+    return replace(screening, seconds=seconds, method=_described(part, preset, config, surroundings))
+
+
 def _lend(
-    part: Part[Any], model: Classifier, data: CleanData, config: Config, surroundings: Run
+    part: Part[Any],
+    model: Classifier,
+    data: CleanData,
+    config: Config,
+    surroundings: Run,
+    inputs: Images | None = None,
 ) -> tuple[Any, float]:
     """Call a part with copies, and refuse what it returns if it touched anything else."""
     check_inputs(part, model, data)
+    # The inputs themselves are never lent, only a copy, so that no hash of them is needed.
     before = (model.sha256(), data.fingerprint())
     watched = Surroundings.take()
     # Words could tell what numbers must not: the copy carries no origin and the images no name.
     given = model.copy().to(surroundings.device)
     given.origin = ""
     shown = replace(data, fit=_anonymous(data.fit), select=_anonymous(data.select))
+    lent = (given, shown) if inputs is None else (given, shown, _anonymous(inputs))
     start = time.perf_counter()
     try:
-        returned = part.function(given, shown, config, run=surroundings)
+        returned = part.function(*lent, config, run=surroundings)
     except Exception as error:
         _refuse_traces(part, watched, model, data, before, error)
         if isinstance(error, UnbackdoorError):
@@ -176,11 +238,19 @@ def check_inputs(part: Part[Any], model: Classifier, data: CleanData) -> None:
     """Refuse weights and images that no method can do anything with.
 
     Raises:
-        InputError: Missing labels, one class only, or weights that are not finite.
+        InputError: No image, missing labels, one class only, or weights that are not finite.
         UnsupportedModel: Images or labels that do not fit the model.
     """
     for images in (data.fit, data.select):
         require_fit(model, images)
+    if "images" in part.needs and not len(data):
+        raise InputError(
+            f"the {part.kind} {part.name!r} needs clean images",
+            expected="at least 1",
+            got=0,
+            where=data.fit.name,
+            remedy="Give clean images, or choose a check that needs none",
+        )
     if "labels" in part.needs:
         require_labels(data, f"the {part.kind} {part.name!r}")
         if len(torch.unique(data.all.truth)) < 2:
@@ -259,6 +329,36 @@ def check_report(part: Part[Any], returned: object, model: Classifier) -> None:
             raise failed("gave a p-value outside of 0..1", got=finding.p_value, where=finding.statistic)
         if len(finding.per_class) not in (0, model.classes):
             raise failed("gave a table that does not fit the classes", where=finding.statistic)
+
+
+def check_screening(part: Part[Any], returned: object, model: Classifier, inputs: Images) -> None:
+    """Refuse a screening that says nothing usable.
+
+    Raises:
+        MethodFailed: If it is none, has not one finite number for each image, or gives a probability outside
+            of 0..1 or a class that there is none of.
+    """
+
+    def failed(problem: str, **facts: Any) -> MethodFailed:
+        return MethodFailed(f"the screener {part.name!r} {problem}", **facts)
+
+    if not isinstance(returned, Screening):
+        raise failed("returned no screening", expected="Screening", got=type(returned).__name__)
+    columns = {name: getattr(returned, name) for name in ("scores", "p_values", "predicted", "suspicious")}
+    for name, column in columns.items():
+        if not isinstance(column, Tensor) or tuple(column.shape) != (len(inputs),):
+            got = tuple(column.shape) if isinstance(column, Tensor) else type(column).__name__
+            raise failed("has not one number for each image", expected=(len(inputs),), got=got, where=name)
+        if not _finite(column):
+            raise failed("gave a number that is not finite", where=name)
+    if bool(((returned.p_values < 0) | (returned.p_values > 1)).any()):
+        raise failed("gave a p-value outside of 0..1")
+    if bool(((returned.predicted < 0) | (returned.predicted >= model.classes)).any()):
+        raise failed("named a class that there is none of")
+    if returned.suspicious.dtype != torch.bool:
+        raise failed(
+            "does not say which images are suspicious", expected="bool", got=returned.suspicious.dtype
+        )
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -23,13 +23,29 @@ pytestmark = pytest.mark.leaves_traces
 NARROW = {
     "preact_resnet18": "preact_resnet18[width=4]",
     "resnet18": "resnet18[width=4]",
+    "resnet34": "resnet34[width=2]",
+    "resnet50": "resnet50[width=2]",
+    "resnet101": "resnet101[width=1]",
+    "resnet152": "resnet152[width=1]",
+    "cifar_resnet": "cifar_resnet[depth=8,width=4]",
+    "wrn": "wrn[depth=10,width=1]",
+    "sequential_cnn": "sequential_cnn[features=c4-b-a-m-c8n-b-a-d,side=2,classifier=d-l6-a-l]",
     "vgg19_bn": "vgg19_bn[width=4]",
     "wrn16": "wrn16[width=1]",
     "mobilenet_v2": "mobilenet_v2[width=0.1]",
     "vit_small": "vit_small[width=16,depth=2]",
     "small_cnn": "small_cnn[width=4]",
 }
-VARIANTS = [*NARROW.values(), "preact_resnet18[width=4,final_norm=false]", "small_cnn[width=4,norm=none]"]
+# The deepest two differ from resnet50 in nothing but their length.
+VARIANTS = [
+    *(spec for name, spec in NARROW.items() if name not in ("resnet101", "resnet152")),
+    "preact_resnet18[width=4,final_norm=false]",
+    "small_cnn[width=4,norm=none]",
+    "resnet18[width=4,stem=7x7]",
+    "cifar_resnet[depth=8,width=4,shortcut=pad_end]",
+    "cifar_resnet[depth=8,width=4,shortcut=conv]",
+    "mobilenet_v2[width=0.1,strides=large]",
+]
 TEN = [f"class {k}" for k in range(10)]
 GEOMETRY = Geometry(3, 32, 32, 10)
 
@@ -113,6 +129,16 @@ def test_the_seed_decides_the_weights_and_the_global_state_is_left_alone(spec: s
         ("preact_resnet18", 11_171_146 + 2 * 512),
         # torchvision's, with a 3x3 stem for the 7x7 one and 10 classes for 1000.
         ("resnet18", 11_689_512 - (49 - 9) * 3 * 64 - 990 * 513),
+        # torchvision's, but for the number of classes.
+        ("resnet34[stem=7x7+pool]", 21_797_672 - 990 * 513),
+        ("resnet50[stem=7x7+pool]", 25_557_032 - 990 * 2049),
+        ("resnet101[stem=7x7+pool]", 44_549_160 - 990 * 2049),
+        ("resnet152[stem=7x7+pool]", 60_192_808 - 990 * 2049),
+        # Table 6 of the paper says 0.27 M and 1.7 M.
+        ("cifar_resnet", 269_722),
+        ("cifar_resnet[depth=110]", 1_727_962),
+        # The paper's 36.5 M.
+        ("wrn[depth=28,width=10]", 36_479_194),
         # torchvision's without its three linear layers, and our head instead.
         ("vgg19_bn", 143_678_248 - 25_089 * 4096 - 4_097 * 4096 - 4_097 * 1000 + 513 * 10),
         ("wrn16", 175_066),
@@ -272,7 +298,7 @@ def test_every_option_is_documented_and_bounded(name: str) -> None:
     part = ARCHITECTURES[name]
     assert part.summary
     assert part.traits
-    assert "width" in part.config.model_fields
+    assert "width" in part.config.model_fields or name == "sequential_cnn"  # whose layers say their own
     for option in part.config.model_fields.values():
         extra = option.json_schema_extra
         assert option.description

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import torch
@@ -10,13 +9,10 @@ from torch import nn
 
 from unbackdoor.errors import ConfigError
 from unbackdoor.models.geometry import Geometry
+from unbackdoor.models.sources import SOURCES, Known
+from unbackdoor.models.spec import OWN, Spec, read_spec, shown, take_apart
 from unbackdoor.registry import ARCHITECTURES, Config, near_match
 from unbackdoor.types import Classifier
-
-PREFIX = "unbackdoor:"
-# Specs come from cards too; nothing legitimate is longer.
-MAX_SPEC = 500
-_SPEC = re.compile(r"(?P<name>[A-Za-z0-9_.-]+)(?:\[(?P<options>[^\[\]]*)\])?")
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
@@ -35,27 +31,17 @@ def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
         >>> parse_spec("preact_resnet18[width=16]")
         ('preact_resnet18', {'width': '16'})
     """
-    shown = repr(spec if len(spec) <= 80 else spec[:80] + "...")
-    match = _SPEC.fullmatch(spec.strip().removeprefix(PREFIX)) if len(spec) <= MAX_SPEC else None
-    if match is None:
-        raise ConfigError(f"the architecture {shown}", ["expected the form name or name[option=value,...]"])
-    name = match["name"]
-    faults: list[str] = []
-    if name not in ARCHITECTURES:
+    parsed, faults = take_apart(spec)
+    if parsed.source != OWN:
+        faults.append(f"expected one of this package, got one of the source {parsed.source}")
+    elif parsed.name not in ARCHITECTURES:
         known = list(ARCHITECTURES)
-        faults.append(f"unknown name {name!r}{near_match(name, known)}; there are: {', '.join(known)}")
-    options: dict[str, str] = {}
-    for item in (match["options"] or "").split(",") if match["options"] else []:
-        key, equals, value = (part.strip() for part in item.partition("="))
-        if not (key and equals and value):
-            faults.append(f"expected option=value, got {item.strip()!r}")
-        elif key in options:
-            faults.append(f"the option {key!r} stands twice")
-        else:
-            options[key] = value
+        faults.append(
+            f"unknown name {parsed.name!r}{near_match(parsed.name, known)}; there are: {', '.join(known)}"
+        )
     if faults:
-        raise ConfigError(f"the architecture {shown}", faults)
-    return name, options
+        raise ConfigError(f"the architecture {shown(spec)}", faults)
+    return parsed.name, dict(parsed.options)
 
 
 def configure(spec: str) -> tuple[str, Config]:
@@ -71,30 +57,53 @@ def configure(spec: str) -> tuple[str, Config]:
 def canonical(spec: str) -> str:
     """Return the one spelling of a spec: the width, then every option that is not at its default.
 
+    Specs of other sources keep the options as they were written.
+
     Example:
         >>> canonical("unbackdoor:preact_resnet18")
         'preact_resnet18[width=64]'
     """
+    foreign, _ = take_apart(spec)
+    if foreign.source != OWN:
+        return str(read_spec(spec))
     name, cfg = configure(spec)
-    shown = []
+    written = []
     for key, declared in type(cfg).model_fields.items():
         value = getattr(cfg, key)
         if key == "width" or value != declared.default:
             # bool is spelled as JSON spells it, everything else as Python does.
-            shown.append(f"{key}={str(value).lower() if isinstance(value, bool) else value}")
-    return f"{name}[{','.join(shown)}]"
+            written.append(f"{key}={str(value).lower() if isinstance(value, bool) else value}")
+    return f"{name}[{','.join(written)}]"
+
+
+def known(spec: str) -> Known:
+    """Return what the source of a spec knows of the network's input; nothing for our own registry."""
+    foreign = read_spec(spec)
+    return Known() if foreign.source == OWN else SOURCES[foreign.source].known(foreign)
 
 
 def network(spec: str, geometry: Geometry, *, seed: int = 0, device: str = "cpu") -> nn.Module:
     """Build the bare network of a spec; ``device="meta"`` gives its shapes without any memory.
 
-    The global random state is left as it was found.
+    The global random state is left as it was found. A network of the source ``FILE.py`` is made by the user's
+    code, which is called here.
+
+    Raises:
+        ConfigError: If the spec has an unknown name or option, or a value out of bounds.
+        MissingExtra: If its source needs a library that is not installed.
+        UnsupportedModel: If the architecture cannot take this geometry.
     """
-    name, cfg = configure(spec)
+    foreign: Spec = read_spec(canonical(spec))
+    make = _own if foreign.source == OWN else SOURCES[foreign.source].build
     with torch.random.fork_rng(devices=[]), torch.device(device):
         # Not torch.manual_seed, which would seed the accelerators too, and those are not forked.
         torch.default_generator.manual_seed(seed)
-        built = ARCHITECTURES[name].function(cfg, geometry)
+        return make(foreign, geometry)
+
+
+def _own(spec: Spec, geometry: Geometry) -> nn.Module:
+    name, cfg = configure(str(spec))
+    built = ARCHITECTURES[name].function(cfg, geometry)
     assert isinstance(built, nn.Module)
     return built
 

@@ -6,20 +6,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from unbackdoor.errors import InputError, IntegrityError, UnsupportedModel
 from unbackdoor.files import atomic_write, sha256_file, write_json
-from unbackdoor.models.build import canonical, network
+from unbackdoor.models.adapt import compare
+from unbackdoor.models.build import canonical
 from unbackdoor.models.card import MAX_CARD, METADATA_KEY, ModelCard, read_card
-from unbackdoor.models.geometry import Geometry
+from unbackdoor.models.fill import fill, misfit, require_finite, skeleton
+from unbackdoor.models.sources import SOURCES, require_trusted
+from unbackdoor.models.spec import OWN, read_spec
 from unbackdoor.models.state import read_metadata, read_state
 from unbackdoor.types import Classifier, state_sha256
 
 SUFFIX = ".safetensors"
-_SHOWN = 5
 
 
 def save_model(model: Classifier, path: Path, *, history: Sequence[Mapping[str, Any]] = ()) -> ModelCard:
@@ -29,7 +30,7 @@ def save_model(model: Classifier, path: Path, *, history: Sequence[Mapping[str, 
     :func:`load_model` says so.
 
     Args:
-        model: Classifier of a registered architecture, with finite weights.
+        model: Classifier whose architecture is named, with finite weights.
         path: Where to write; ``.safetensors`` is appended where it is missing.
         history: What was done, oldest first, as JSON objects.
 
@@ -56,8 +57,8 @@ def save_model(model: Classifier, path: Path, *, history: Sequence[Mapping[str, 
             where=path,
             remedy="Build it with unbackdoor.models.build",
         )
-    _require_shapes(_skeleton(model.architecture, model.input_shape, model.classes), state, path)
-    _require_finite(state, path)
+    _require_shapes(model, state, path)
+    require_finite(state, path)
     digest = state_sha256(state)
     draft_card = ModelCard.describe(model, weights_sha256=digest, file_sha256="0" * 64, history=history)
     if len(draft_card.model_dump_json(indent=2).encode()) > MAX_CARD:
@@ -87,7 +88,8 @@ def load_model(
         card: The card; by default, beside safetensors, the file of the same name that ends in ``.json``,
             if there is one.
         architecture: Spec such as ``resnet18[width=64]``. This and the following arguments are needed
-            where there is no card, and come before the card where there is one.
+            where there is no card, and come before the card where there is one. ``FILE.py:CALLABLE`` runs
+            that code. Names of other implementations are translated, see :mod:`unbackdoor.models.adapt`.
         input_shape: (C, H, W).
         class_names: K names, in logit order.
         mean: Per-channel mean; empty for no normalisation.
@@ -95,16 +97,20 @@ def load_model(
 
     Raises:
         InputError: If a file is missing, damaged or incomplete, or a weight is not finite.
-        UnsafeFile: If the file would run code or is built to exhaust the memory. Nothing was executed.
+        UnsafeFile: If the file would run code or is built to exhaust the memory, or its card names code or a
+            folder. Nothing was executed.
         IntegrityError: If weights and card do not belong together.
         ConfigError: If the architecture is unknown.
-        UnsupportedModel: If the weights do not fit the architecture; lists the differences.
+        UnsupportedModel: If the weights do not fit the architecture; lists the differences and what would fit.
+        MissingExtra: If the architecture is one of a library that is not installed.
     """
     path = _existing(Path(path))
     known = _find_card(path, card)
     state = read_state(path)
     if known is not None:
         _require_match(path, known, state)
+        if architecture is None:
+            require_trusted(read_spec(known.architecture), card or path.with_suffix(".json"))
         architecture = architecture or known.architecture
         input_shape = input_shape or known.input_shape
         class_names = class_names or known.class_names
@@ -117,10 +123,9 @@ def load_model(
             remedy="Put the card beside the weights, or give architecture, input_shape and class_names",
             where=path,
         )
-    skeleton = _skeleton(architecture, input_shape, len(class_names))
-    _require_shapes(skeleton, state, path)
+    filled = fill(architecture, state, input_shape=input_shape, classes=len(class_names), where=path)
     return Classifier(
-        _filled(skeleton, state, path),
+        filled.network,
         input_shape=input_shape,
         class_names=class_names,
         mean=mean or (),
@@ -147,12 +152,6 @@ def _find_card(path: Path, card: Path | None) -> ModelCard | None:
     return read_card(beside) if path.suffix == SUFFIX and beside.exists() else None
 
 
-def _skeleton(architecture: str, input_shape: tuple[int, int, int], classes: int) -> nn.Module:
-    # Without memory, so that the width in a hostile card costs nothing until the weights bear it out.
-    channels, height, width = input_shape
-    return network(architecture, Geometry(channels, height, width, classes), device="meta")
-
-
 def _require_match(path: Path, card: ModelCard, state: Mapping[str, Tensor]) -> None:
     checks = [
         ("the weights do not match their card", card.weights_sha256, state_sha256(state)),
@@ -174,54 +173,10 @@ def _require_match(path: Path, card: ModelCard, state: Mapping[str, Tensor]) -> 
             )
 
 
-def _require_finite(state: Mapping[str, Tensor], path: Path) -> None:
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise InputError(
-                "a weight is not a finite number",
-                expected="neither NaN nor infinity",
-                got=f"{bad} of {tensor.numel()} values of tensor {name[:200]!r}",
-                where=path,
-            )
-
-
-def _require_shapes(skeleton: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    wanted = skeleton.state_dict()
-    missing = [name for name in wanted if name not in state]
-    unexpected = [name for name in state if name not in wanted]
-    different = [
-        f"{name} is {_form(state[name])} instead of {_form(wanted[name])}"
-        for name in wanted
-        if name in state and _form(wanted[name]) != _form(state[name])
-    ]
-    if missing or unexpected or different:
-        parts = [("missing", missing), ("unexpected", unexpected), ("of another shape", different)]
-        raise UnsupportedModel(
-            "the weights do not fit the architecture",
-            expected=f"{len(wanted)} tensors",
-            got="; ".join(f"{word}: {_some(names)}" for word, names in parts if names),
-            where=path,
-            remedy="Give the architecture, width and number of classes that the weights were trained with",
-        )
-
-
-def _form(tensor: Tensor) -> str:
-    # Any floating-point type may stand for another, since all are converted; an integer may not.
-    kind = "" if tensor.is_floating_point() else f" {tensor.dtype}"
-    return f"{tuple(tensor.shape)}{kind}"
-
-
-def _some(names: list[str]) -> str:
-    # Names come from the file: shown quoted, so that no control character reaches a terminal.
-    shown = ", ".join(repr(name[:120])[1:-1] for name in names[:_SHOWN])
-    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
-
-
-def _filled(skeleton: nn.Module, state: Mapping[str, Tensor], path: Path) -> nn.Module:
-    wanted = skeleton.state_dict()
-    typed = {name: tensor.to(wanted[name].dtype) for name, tensor in state.items()}
-    # Only now: a number that float64 can hold may be an infinity in float32.
-    _require_finite(typed, path)
-    skeleton.load_state_dict(typed, strict=True, assign=True)
-    return skeleton
+def _require_shapes(model: Classifier, state: Mapping[str, Tensor], path: Path) -> None:
+    spec = read_spec(model.architecture)
+    if spec.source != OWN and not SOURCES[spec.source].skeleton:
+        return  # comparing would run the user's code once more; the network at hand came from it
+    wanted = skeleton(model.architecture, model.input_shape, model.classes).state_dict()
+    if difference := compare(state, wanted):
+        raise misfit(difference, len(wanted), state, where=path)

@@ -2,11 +2,13 @@
 
 Paper:   Sandler et al., "MobileNetV2", CVPR 2018, arXiv:1801.04381.
 Keys:    those of torchvision's ``mobilenet_v2``, and the same shapes at three channels.
-Departs: stride 1 in the stem and in the second stage, as is usual at 32 pixels; no dropout before the
-         head, so that training draws no random number of its own.
+Departs: stride 1 in the stem and in the second stage, as is usual at 32 pixels; ``strides=large`` gives the
+         paper's. No dropout before the head, so that training draws no random number of its own.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -14,10 +16,10 @@ from unbackdoor.models._layers import global_average, initialise_convs
 from unbackdoor.models.geometry import Geometry
 from unbackdoor.registry import Config, architecture, option
 
-# (expansion, channels, blocks, stride of the first block), table 2 of the paper but for the strides.
+# (expansion, channels, blocks, stride of the first block), table 2 of the paper.
 _STAGES = (
     (1, 16, 1, 1),
-    (6, 24, 2, 1),
+    (6, 24, 2, 2),
     (6, 32, 3, 2),
     (6, 64, 4, 2),
     (6, 96, 3, 1),
@@ -35,6 +37,11 @@ class MobileNetConfig(Config):
         source="arXiv:1801.04381",
         ge=0.05,
         le=16,
+    )
+    strides: Literal["small", "large"] = option(
+        "small",
+        "for images of 32 pixels, or (large) those of the paper, for 224",
+        source="the usual networks at 32 pixels; torchvision's are large",
     )
 
 
@@ -75,16 +82,17 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """Stem, seventeen inverted residuals, 1x1 conv, global average, linear head."""
 
-    def __init__(self, geometry: Geometry, multiplier: float) -> None:
+    def __init__(self, geometry: Geometry, multiplier: float, large: bool) -> None:
         super().__init__()
         inputs = _rounded(32 * multiplier)
         # The last conv is never narrowed, as in the paper.
         last = _rounded(1280 * max(1.0, multiplier))
-        layers: list[nn.Module] = [_unit(geometry.channels, inputs, 3)]
-        for expansion, channels, blocks, first_stride in _STAGES:
+        layers: list[nn.Module] = [_unit(geometry.channels, inputs, 3, 2 if large else 1)]
+        for stage, (expansion, channels, blocks, first_stride) in enumerate(_STAGES):
             outputs = _rounded(channels * multiplier)
             for block in range(blocks):
-                layers.append(InvertedResidual(inputs, outputs, first_stride if block == 0 else 1, expansion))
+                stride = first_stride if block == 0 and (large or stage != 1) else 1
+                layers.append(InvertedResidual(inputs, outputs, stride, expansion))
                 inputs = outputs
         layers.append(_unit(inputs, last, 1))
         self.features = nn.Sequential(*layers)
@@ -94,7 +102,7 @@ class MobileNetV2(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, K) for normalised images (B, C, H, W)."""
-        x = self.features(x)  # (B, 1280, H/8, W/8)
+        x = self.features(x)  # (B, 1280, H/8, W/8) with small strides
         logits: Tensor = self.classifier(global_average(x))  # (B, K)
         return logits
 
@@ -104,4 +112,4 @@ class MobileNetV2(nn.Module):
 )
 def mobilenet_v2(cfg: MobileNetConfig, geometry: Geometry) -> nn.Module:
     """MobileNetV2 with the strides for small images; torchvision's parameter names."""
-    return MobileNetV2(geometry, cfg.width)
+    return MobileNetV2(geometry, cfg.width, cfg.strides == "large")

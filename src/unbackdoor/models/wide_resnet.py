@@ -1,11 +1,14 @@
-"""Wide residual network with 16 layers, WRN-16-k.
+"""Wide residual networks, WRN-16-k and of other depths.
 
 Paper: Zagoruyko & Komodakis, "Wide residual networks", BMVC 2016, arXiv:1605.07146.
 """
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch.nn.functional as F
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from unbackdoor.models._layers import conv1x1, conv3x3, global_average, initialise_convs
@@ -23,6 +26,24 @@ class WideResNetConfig(Config):
         ge=1,
         le=256,
     )
+
+
+class DeepWideResNetConfig(WideResNetConfig):
+    """Options of WRN-d-k."""
+
+    depth: int = option(
+        28,
+        "layers with weights, 6 n + 4 for n blocks in each stage",
+        source="arXiv:1605.07146",
+        ge=10,
+        le=1000,
+    )
+
+    @model_validator(mode="after")
+    def _whole_blocks(self) -> Self:
+        if self.depth % 6 != 4:
+            raise ValueError("the depth must be 6 n + 4, such as 16, 22, 28 or 40")
+        return self
 
 
 class WideBlock(nn.Module):
@@ -45,23 +66,24 @@ class WideBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """Stem, three stages of two blocks, norm, global average, linear head: 16 layers with weights."""
+    """Stem, three stages of n blocks, norm, global average, linear head: 6 n + 4 layers with weights."""
 
-    def __init__(self, geometry: Geometry, factor: int) -> None:
+    def __init__(self, geometry: Geometry, factor: int, blocks: int = 2) -> None:
         super().__init__()
         widths = (16 * factor, 32 * factor, 64 * factor)
         # The stem is not widened.
         self.conv1 = conv3x3(geometry.channels, 16)
-        self.layer1 = self._stage(16, widths[0], 1)
-        self.layer2 = self._stage(widths[0], widths[1], 2)
-        self.layer3 = self._stage(widths[1], widths[2], 2)
+        self.layer1 = self._stage(16, widths[0], 1, blocks)
+        self.layer2 = self._stage(widths[0], widths[1], 2, blocks)
+        self.layer3 = self._stage(widths[1], widths[2], 2, blocks)
         self.bn = nn.BatchNorm2d(widths[2])
         self.fc = nn.Linear(widths[2], geometry.classes)
         initialise_convs(self)
 
     @staticmethod
-    def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-        return nn.Sequential(WideBlock(inputs, outputs, stride), WideBlock(outputs, outputs, 1))
+    def _stage(inputs: int, outputs: int, stride: int, blocks: int) -> nn.Sequential:
+        first = WideBlock(inputs, outputs, stride)
+        return nn.Sequential(first, *(WideBlock(outputs, outputs, 1) for _ in range(blocks - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, K) for normalised images (B, C, H, W)."""
@@ -75,3 +97,9 @@ class WideResNet(nn.Module):
 def wrn16(cfg: WideResNetConfig, geometry: Geometry) -> nn.Module:
     """WRN-16-k; k, the widening factor, is the width."""
     return WideResNet(geometry, cfg.width)
+
+
+@architecture("wrn", config=DeepWideResNetConfig, paper="arXiv:1605.07146", traits={"conv", "bn"})
+def wrn(cfg: DeepWideResNetConfig, geometry: Geometry) -> nn.Module:
+    """WRN-d-k of any depth, such as WRN-28-10 or WRN-40-2."""
+    return WideResNet(geometry, cfg.width, (cfg.depth - 4) // 6)

@@ -179,8 +179,8 @@ def take_normalisation(
     """Take a mean and a deviation of pixels out of a state dict.
 
     Returns:
-        The remaining tensors, the names taken out with the reason, and mean and deviation for pixels in [0, 1],
-        or None where there are none that look like a normalisation.
+        The remaining tensors, the names taken out with the reason, and mean and deviation for pixels in
+        [0, 1], or None where there are none that look like a normalisation.
     """
     pairs: dict[str, dict[str, str]] = {}
     for name, tensor in state.items():

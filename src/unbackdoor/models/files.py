@@ -101,7 +101,7 @@ def load_model(
             folder. Nothing was executed.
         IntegrityError: If weights and card do not belong together.
         ConfigError: If the architecture is unknown.
-        UnsupportedModel: If the weights do not fit the architecture; lists the differences and what would fit.
+        UnsupportedModel: If the weights do not fit the architecture; lists the differences, and what fits.
         MissingExtra: If the architecture is one of a library that is not installed.
     """
     path = _existing(Path(path))

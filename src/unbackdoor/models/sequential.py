@@ -60,9 +60,12 @@ class SequentialConfig(Config):
     )
     activation: Activation = option("relu", "what the token a stands for", source="the most usual one")
     side: int = option(
-        0, "pixels a side that the features are averaged to before the flattening; 0 is none", source="as above",
-        ge=0, le=64,
-    )  # fmt: skip
+        0,
+        "pixels a side that the features are averaged to before the flattening; 0 leaves them as they are",
+        source="as above",
+        ge=0,
+        le=64,
+    )
 
     @model_validator(mode="after")
     def _tokens_are_known(self) -> Self:

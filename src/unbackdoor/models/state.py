@@ -1,71 +1,119 @@
 """Reading weights from files of unknown origin; nothing in a file is ever executed.
 
-A checkpoint saved by ``torch.save`` is a pickle, and a pickle is a program. Its names are first listed
-without running it; only where all of them belong to plain tensors is it read, and then with torch's
-weights-only reader. The list is shorter than torch's own, and no allow-list of the process widens it.
+A checkpoint saved by ``torch.save`` is a pickle, and a pickle is a program. It is read by a reader of our own
+that calls nothing (``formats/pickles.py``): the tensors are recovered, and what the file would have imported
+is listed. Neither torch's readers nor an allow-list of the process have a say in it.
 """
 
 from __future__ import annotations
 
-import io
-import pickle
-import pickletools
-import re
 import struct
-import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from unbackdoor.errors import InputError, UnsafeFile
+from unbackdoor.errors import InputError, MissingExtra, UnbackdoorError, UnsafeFile
+from unbackdoor.models.formats import checkpoints, exported, onnx, states, torchscript
+from unbackdoor.models.formats.archive import Archive
+from unbackdoor.models.formats.buffers import Buffer, listed, mapped, short
+from unbackdoor.models.formats.names import Danger
+from unbackdoor.models.formats.pickles import BROKEN, Trail
+from unbackdoor.models.formats.states import Fact
+from unbackdoor.models.formats.tensors import materialise
 
-Format = Literal["safetensors", "zip", "pickle"]
+Magic = Literal["safetensors", "zip", "pickle", "tar", "onnx"]
+Format = Literal[
+    "safetensors", "checkpoint", "old checkpoint", "tar checkpoint", "pickle", "torchscript",
+    "torch.export", "onnx", "archive",
+]  # fmt: skip
 
 MAX_FILE = 8 << 30  # bytes; a bound against nonsense, since a ResNet-18 of the usual width has 45 MB
-MAX_HEADER = 16 << 20  # bytes of a safetensors header or of the pickle inside a checkpoint
-# Tied weights may let a file describe more tensor than it holds; expanded ones must not describe the world.
-MAX_TIED = 4
+MAX_HEADER = 16 << 20  # bytes of a safetensors header
+_HEAD = 512  # bytes that the format is judged by
+_POLYGLOT = 1 << 20  # bytes of another format that are looked at as a pickle
 
-_LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
-_LEGACY_PICKLES = 5  # magic number, protocol, system, object, storage keys
-_HARMLESS = re.compile(
-    r"collections\.OrderedDict|_codecs\.encode|(builtins|__builtin__)\.set"
-    r"|torch\._utils\._rebuild_(tensor|tensor_v2|parameter)|torch\.(Size|device)"
-    r"|torch\.\w+Storage|torch\.storage\.(Untyped|Typed)Storage|torch\.(bool|bfloat16|float(16|32|64)|u?int(8|16|32|64))"
-)
 _PLAIN = {
     torch.float32, torch.float64, torch.float16, torch.bfloat16,
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
 }  # fmt: skip
-_NESTS = ("state_dict", "model_state_dict", "model", "net", "network")
-_PREFIXES = ("module.", "_orig_mod.", "network.")
-# Everything that torch's readers raise on files that are cut short or scrambled.
-_BROKEN = (
-    RuntimeError,
-    ValueError,
-    KeyError,
-    IndexError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    EOFError,
-    OSError,
-    OverflowError,
-    MemoryError,
-    struct.error,
-    zipfile.BadZipFile,
+_BROKEN = (*BROKEN, AssertionError, OSError, MemoryError, struct.error)
+# What is not read, but can be named, so that the user knows what to do.
+_OTHERS = (
+    (b"\x1f\x8b", "a gzip file", "Unpack it first"),
+    (b"BZh", "a bzip2 file", "Unpack it first"),
+    (b"\xfd7zXZ", "an xz file", "Unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "a zstd file", "Unpack it first"),
+    (b"7z\xbc\xaf", "a 7z archive", "Unpack it first"),
+    (b"Rar!", "a rar archive", "Unpack it first"),
+    (b"\x89HDF", "an HDF5 file", "Keras models are not read; export it to ONNX or safetensors"),
+    (b"\x93NUMPY", "a NumPy array", "Save all weights by name, at best as safetensors"),
+    (b"GGUF", "a GGUF file", "Save the original weights as safetensors"),
 )
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file of weights is and holds.
+
+    Attributes:
+        format: What it is, judged by its bytes.
+        tensors: The state dict, with wrappers' prefixes off; empty where there is none that can be read.
+        names: Names beyond plain tensors that a loader of pickles would import, and how dangerous each is.
+        notes: Remarks in words, such as where the state dict lay.
+        beside: Plain values that stood beside the weights, such as epoch and accuracy.
+        prefix: What stood before every name and was taken off.
+        problem: Why there are no tensors, or None.
+    """
+
+    format: Format
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    names: Mapping[str, Danger] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    beside: Mapping[str, Fact] = field(default_factory=dict)
+    prefix: str = ""
+    problem: UnbackdoorError | None = None
+
+    @property
+    def foreign(self) -> tuple[str, ...]:
+        """All names beyond plain tensors, sorted."""
+        return tuple(sorted(self.names))
+
+    @property
+    def dangerous(self) -> tuple[str, ...]:
+        """The names that no file of weights has a reason to hold, sorted."""
+        return tuple(sorted(name for name, danger in self.names.items() if danger == "dangerous"))
+
+    def state(self, where: object = None) -> dict[str, Tensor]:
+        """Return the state dict.
+
+        Raises:
+            UnsafeFile: If the file names what would do harm; nothing was executed.
+            UnbackdoorError: If there is no state dict that can be read.
+        """
+        if self.dangerous:
+            raise UnsafeFile(
+                f"the file names {listed(list(self.dangerous))}, which would run code; it was not executed",
+                expected="tensors, and at most classes of networks",
+                where=where,
+                remedy="Do not load it with other programs. Ask its author for the state dict alone, "
+                "at best as safetensors",
+            )
+        if self.problem is not None:
+            raise self.problem
+        return dict(self.tensors)
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
     """Read the state dict of a file, whatever its name says it is.
 
-    Known are safetensors and the checkpoints of ``torch.save``, old and new, with the state dict at the
-    top or one level down. The prefixes that wrappers put before all keys are taken off.
+    Known are safetensors, the checkpoints of ``torch.save`` in all their forms, whole pickled modules,
+    TorchScript, programs of ``torch.export`` and ONNX. The state dict may lie at the top or under the usual
+    keys. The prefixes that wrappers put before all keys are taken off.
 
     Args:
         path: File with weights.
@@ -75,36 +123,73 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
     Raises:
         InputError: If the file is missing, cut short, or holds no state dict.
-        UnsafeFile: If the file would run code or describes far more than it holds. Nothing was executed.
+        UnsafeFile: If it names what would do harm, or describes far more than it holds. Nothing was executed.
+        MissingExtra: If it is ONNX, and the extra is not installed.
     """
-    kind = sniff(path)
-    if kind == "safetensors":
-        state = _read_safetensors(path)
-    else:
-        _refuse_code(path, kind)
-        state = _strip(_find_state(_load_checkpoint(path, kind), path))
-    for name, tensor in state.items():
-        if tensor.dtype not in _PLAIN:
-            raise InputError(
-                "a tensor is of a type that no network here has",
-                expected="floating point of 16 to 64 bits, integers or truth values",
-                got=tensor.dtype,
-                where=f"{path}, tensor {_short(name)}",
-            )
-    return state
+    return read_contents(path).state(path)
 
 
-def sniff(path: Path) -> Format:
-    """Return the format of a file, judged by its first bytes.
+def read_contents(path: Path) -> Contents:
+    """Read a file and say what it is, also where it is dangerous or damaged.
+
+    Args:
+        path: File with weights.
+
+    Returns:
+        What was found. What is wrong with the content stands in ``problem`` and ``names``; nothing was
+        executed.
 
     Raises:
-        InputError: If the file cannot be read or is of no known format.
+        InputError: If the file cannot be read at all, or is of no known format.
+        UnsafeFile: If it is larger than any model this package can build.
+    """
+    path = Path(path)
+    trail = Trail()
+    try:
+        magic = sniff(path)
+    except InputError as unknown:
+        # The oldest pickles begin with any letter. They hold no tensors, but they may hold code.
+        found = _hidden_pickle(path, trail)
+        if not found:
+            raise
+        return Contents("pickle", names=_named(trail), problem=unknown)
+    reading = _Reading(path, trail)
+    problem: UnbackdoorError | None = None
+    state: Mapping[str, Tensor] = {}
+    try:
+        state = reading.read(magic)
+    except UnbackdoorError as error:
+        problem = _placed(error, path)
+    except _BROKEN as error:
+        problem = _damaged(path, error)
+    if magic in ("safetensors", "onnx"):
+        _hidden_pickle(path, trail)
+    prefix = states.strip(list(state))
+    if prefix:
+        trail.note(f"the prefix {short(prefix)} was taken off all names")
+    state = states.unpruned({name[len(prefix) :]: tensor for name, tensor in state.items()}, trail)
+    return Contents(
+        reading.format,
+        tensors=state,
+        names=_named(trail),
+        notes=tuple(trail.notes),
+        beside=reading.beside,
+        prefix=prefix,
+        problem=problem,
+    )
+
+
+def sniff(path: Path) -> Magic:
+    """Return the kind of a file, judged by its first bytes.
+
+    Raises:
+        InputError: If the file cannot be read or is of no known kind.
         UnsafeFile: If the file is larger than any model this package can build.
     """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            head = file.read(9)
+            head = file.read(_HEAD)
     except OSError as error:
         raise InputError("the model file cannot be read", got=error.strerror, where=path) from error
     if size > MAX_FILE:
@@ -115,15 +200,22 @@ def sniff(path: Path) -> Format:
         return "zip"
     # Before pickle: a header of 640 bytes begins with 80 02, as a pickle does. A pickle's first eight
     # bytes, read as a length, are beyond any file size.
-    if len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
         return "safetensors"
     if head.startswith(b"\x80"):
         return "pickle"
-    if len(head) == 9 and head[8:] == b"{":
+    if checkpoints.is_tar(head):
+        return "tar"
+    if onnx.is_onnx(head):
+        return "onnx"
+    if head[8:9] == b"{":
         return "safetensors"  # cut short; its reader says so
+    for magic, words, remedy in _OTHERS:
+        if head.startswith(magic):
+            raise InputError(f"the file is {words}, not a model file", where=path, remedy=remedy)
     raise InputError(
         "the file is not a model file, or it is damaged",
-        expected="safetensors, or a checkpoint of torch.save",
+        expected="safetensors, a checkpoint of torch.save, TorchScript, .pt2 or ONNX",
         got=f"{size} bytes that begin with {head[:8].hex() or 'nothing'}",
         where=path,
     )
@@ -172,155 +264,87 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise _damaged(path, error) from error
 
 
-# ---------------------------------------------------------------------------------------------------
-# Checkpoints of torch.save
+class _Reading:
+    """One reading of one file; what has been learned of it survives an error."""
+
+    def __init__(self, path: Path, trail: Trail) -> None:
+        self._path = path
+        self._trail = trail
+        self.format: Format = "pickle"
+        self.beside: Mapping[str, Fact] = {}
+
+    def read(self, magic: Magic) -> dict[str, Tensor]:
+        if magic == "safetensors":
+            self.format = "safetensors"
+            state = _read_safetensors(self._path)
+        elif magic == "onnx":
+            self.format = "onnx"
+            state = onnx.read(self._path, self._trail)
+        else:
+            with mapped(self._path) as data:
+                state = self._tensors(magic, data)
+        for name, tensor in state.items():
+            if tensor.dtype not in _PLAIN:
+                raise InputError(
+                    "a tensor is of a type that no network here has",
+                    expected="floating point of 16 to 64 bits, integers or truth values",
+                    got=tensor.dtype,
+                    where=f"{self._path}, tensor {short(name)}",
+                )
+        return state
+
+    def _tensors(self, magic: Magic, data: Buffer) -> dict[str, Tensor]:
+        if magic == "zip":
+            self.format = "archive"
+            archive = Archive(data, self._path)
+            if torchscript.is_torchscript(archive):
+                self.format = "torchscript"
+                return materialise(torchscript.read(archive, data, self._trail, self._path), len(data))
+            if exported.is_exported(archive):
+                self.format = "torch.export"
+                return materialise(exported.read(archive, data, self._trail, self._path), len(data))
+            described = checkpoints.read_zip(archive, data, self._trail, self._path)
+            self.format = "checkpoint"
+        elif magic == "tar":
+            self.format = "tar checkpoint"
+            described = checkpoints.read_tar(data, self._trail)
+        else:
+            described, saved_by_torch = checkpoints.read_stream(data, self._trail)
+            self.format = "old checkpoint" if saved_by_torch else "pickle"
+        found = states.find(described, self._trail)
+        self.beside = found.beside
+        return materialise(found.refs, len(data))
 
 
-def foreign_globals(stream: IO[bytes]) -> set[str]:
-    """List the names in one pickle that do not belong to plain tensors, without running it.
-
-    Raises:
-        ValueError: If the stream is no pickle or ends inside one.
-    """
-    found: set[str] = set()
-    texts = ["?", "?"]
-    for opcode, argument, _ in pickletools.genops(stream):
-        if opcode.name in ("GLOBAL", "INST"):
-            name = str(argument).replace(" ", ".", 1)
-            if not _HARMLESS.fullmatch(name):
-                found.add(name)
-        elif opcode.name == "STACK_GLOBAL":
-            # The name is put together while the pickle runs, so no guess may make it harmless.
-            found.add(".".join(texts))
-        elif opcode.name.startswith("EXT"):
-            found.add("an entry of the copyreg extension table")
-        elif isinstance(argument, str):
-            texts = [texts[1], argument]
-    return found
-
-
-def _refuse_code(path: Path, kind: Format) -> None:
+def _hidden_pickle(path: Path, trail: Trail) -> bool:
+    # A file of one format may also be a pickle, for whoever loads it as one. Only danger is told: any text
+    # has names.
+    inner = Trail()
     try:
-        names = _zip_globals(path) if kind == "zip" else _pickle_globals(path)
-    except _BROKEN as error:
-        raise _damaged(path, error) from error
-    if names:
-        raise UnsafeFile(
-            f"the file names {_listed(names)}, which is more than plain tensors; it was not executed",
-            expected="a state dict of plain tensors",
-            where=path,
-            remedy="Ask its author for the state dict alone, at best as safetensors",
-        )
+        with mapped(path) as data:
+            checkpoints.scan(bytes(data[:_POLYGLOT]), inner)
+    except InputError:
+        return False
+    danger = {name: level for name, level in inner.names.items() if level == "dangerous"}
+    if danger:
+        trail.names.update(danger)
+        trail.note("read as a pickle, the file would run code, whatever else it is")
+    return bool(danger)
 
 
-def _zip_globals(path: Path) -> set[str]:
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        # Lower-cased because torch's reader looks names up without regard to case.
-        names = [entry.filename.lower() for entry in entries]
-        if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
-            raise UnsafeFile(
-                "the file is a TorchScript program; it was not executed",
-                where=path,
-                remedy="Ask its author for the state dict",
-            )
-        total = sum(entry.file_size for entry in entries)
-        packed = [entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
-        # torch.save stores its records as they are; entries that are packed or overlap are made to expand.
-        if packed or total > path.stat().st_size:
-            raise UnsafeFile(
-                "the archive unpacks to more than it holds",
-                expected=f"at most {path.stat().st_size} bytes in unpacked entries",
-                got=f"{total} bytes, {len(packed)} packed entries",
-                where=path,
-            )
-        pickles = [entry for entry in entries if entry.filename.lower().endswith("data.pkl")]
-        if len(pickles) != 1:
-            raise InputError(
-                "the archive is not a checkpoint", expected="one data.pkl", got=len(pickles), where=path
-            )
-        if pickles[0].file_size > MAX_HEADER:
-            raise UnsafeFile(
-                "the pickle in the checkpoint is too large",
-                expected=f"at most {MAX_HEADER} bytes",
-                got=pickles[0].file_size,
-                where=path,
-            )
-        return foreign_globals(io.BytesIO(archive.read(pickles[0])))
+def _named(trail: Trail) -> dict[str, Danger]:
+    return {str(name): danger for name, danger in sorted(trail.names.items())}
 
 
-def _pickle_globals(path: Path) -> set[str]:
-    with path.open("rb") as file:
-        legacy = file.read(len(_LEGACY_MAGIC)) == _LEGACY_MAGIC
-        file.seek(0)
-        found: set[str] = set()
-        for _ in range(_LEGACY_PICKLES if legacy else 1):
-            found |= foreign_globals(file)
-    if not legacy and not found:
-        raise InputError(
-            "the file is a pickle but not a checkpoint",
-            expected="a file of torch.save or safetensors",
-            where=path,
-        )
-    return found
-
-
-def _load_checkpoint(path: Path, kind: Format) -> object:
-    try:
-        # Said explicitly: where it is left to its default, an environment variable can turn it off.
-        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=kind == "zip")
-    except pickle.UnpicklingError as error:
-        raise UnsafeFile(
-            "the weights-only reader refused the checkpoint; it was not executed",
-            got=_short(str(error).split("\n")[0]),
-            where=path,
-            remedy="Ask its author for the state dict alone, at best as safetensors",
-        ) from error
-    except _BROKEN as error:
-        raise _damaged(path, error) from error
-
-
-def _find_state(loaded: object, path: Path) -> dict[str, Tensor]:
-    candidates = [loaded]
-    if isinstance(loaded, Mapping):
-        candidates += [loaded[key] for key in _NESTS if key in loaded]
-    for candidate in candidates:
-        if isinstance(candidate, Mapping) and candidate and _all_tensors(candidate):
-            return _owned(candidate, path)
-    keys = ", ".join(_short(key) for key in list(loaded)[:5]) if isinstance(loaded, Mapping) else None
-    raise InputError(
-        "the checkpoint holds no state dict",
-        expected="tensors by name, at the top or under " + ", ".join(_NESTS),
-        got=f"keys {keys}" if keys else type(loaded).__name__,
-        where=path,
+def _placed(error: UnbackdoorError, path: Path) -> UnbackdoorError:
+    # The parts that read bytes do not know which file they are of.
+    if error.where is not None or isinstance(error, MissingExtra):
+        return error
+    placed = type(error)(
+        error.problem, expected=error.expected, got=error.got, where=path, remedy=error.remedy
     )
-
-
-def _all_tensors(candidate: Mapping[object, object]) -> bool:
-    return all(isinstance(key, str) and isinstance(value, Tensor) for key, value in candidate.items())
-
-
-def _owned(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    # A stride of zero lets one stored number stand for any amount of tensor: count before copying.
-    held = path.stat().st_size
-    described = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-    stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in state.values()}
-    if described > MAX_TIED * held or sum(stored.values()) > held:
-        raise UnsafeFile(
-            "the checkpoint describes more than it holds",
-            expected=f"tensors of at most {MAX_TIED * held} bytes in a file of {held} bytes",
-            got=f"{described} bytes",
-            where=path,
-        )
-    # Detached and copied, so that neither a window into the file nor a stored hook stays behind.
-    return {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in state.items()}
-
-
-def _strip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in state):
-            return _strip({name.removeprefix(prefix): tensor for name, tensor in state.items()})
-    return state
+    placed.__cause__ = error
+    return placed
 
 
 def _damaged(path: Path, error: BaseException) -> InputError:
@@ -328,18 +352,7 @@ def _damaged(path: Path, error: BaseException) -> InputError:
         return error
     return InputError(
         "the model file is damaged or cut short",
-        got=_short(str(error).strip().split("\n")[0] or type(error).__name__),
+        got=short(str(error).strip().split("\n")[0] or type(error).__name__),
         where=path,
         remedy="Copy or download it again",
     )
-
-
-def _short(value: object) -> str:
-    # Names come from the file: shown quoted, so that no control character reaches a terminal.
-    text = repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."
-
-
-def _listed(names: set[str], limit: int = 5) -> str:
-    shown = ", ".join(_short(name)[1:-1] for name in sorted(names)[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -1,0 +1,1 @@
+"""Containers of weights, one file each; they read bytes and never execute any. See docs/auditing.md."""

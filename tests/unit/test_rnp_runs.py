@@ -63,3 +63,21 @@ def test_the_preset_is_five_runs() -> None:
     part = DEFENSES["rnp"]
     assert part.configure(preset="ensemble").model_dump()["runs"] == 5
     assert part.configure().model_dump()["runs"] == 1
+
+
+def test_the_criterion_of_agreement_looks_at_no_label() -> None:
+    model = tiny_classifier("conv-bn")
+    images = tiny_data(40, seed=9)
+    scrambled = replace(images, labels=(images.truth + 1) % 4)
+    fit = tiny_data(60, seed=8)
+    chosen = [
+        rnp.purify(
+            model.copy(),
+            CleanData(fit, held),
+            QUICK.model_copy(update={"criterion": "agreement", "tolerance": 0.08}),
+            run=RUN,
+        ).evidence["choice"]
+        for held in (images, scrambled)
+    ]
+    assert chosen[0] == chosen[1]
+    assert chosen[0]["base_accuracy"] == 1

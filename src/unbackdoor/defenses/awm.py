@@ -32,7 +32,7 @@ from torch import Tensor
 from unbackdoor.data.batches import resident, to_float
 from unbackdoor.engine.few import enlarged, shuffled, with_replacement
 from unbackdoor.engine.masks import Site, fold
-from unbackdoor.engine.passes import accuracy, logits_of, mode, predict
+from unbackdoor.engine.passes import accuracy, as_seen, logits_of, predict
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.strength import either_half, softened, strongest_within
 from unbackdoor.engine.universal import Universal, search
@@ -100,10 +100,10 @@ class AWMConfig(Config):
     )
     include_linear: bool = option(False, "mask linear layers as well, but the head", source="off in paper")
     tolerance: float = option(
-        0.05,
+        0.08,
         "largest share of held-out predictions that may change, which ends the rounds and then softens the "
         "masks; 1: all rounds, and masks act in full",
-        source="this project: changed predictions tell of damage before the accuracy of few images does",
+        source="this project: with 500 images it costs a clean CIFAR-10 network less than a point",
         ge=0,
         le=1,
     )
@@ -141,10 +141,9 @@ def purify(model: Classifier, data: CleanData, cfg: AWMConfig, *, run: Run) -> P
         return masked(model, sites, resident(views, run.device), cfg, run, label, held, rounds)
 
     def unseen(images: Images, label: str) -> Images:
-        """Return what the model itself says of images that were held out, or of views where they are few."""
+        """Return images that were held out, or views of them where they are few, as the model sees them."""
         views = enlarged(images, cfg.enlarge_to, data.augmentation, run.generator("held", label))
-        with mode(model, training=False):
-            return replace(views, labels=predict(model, views, run).argmax(1))
+        return as_seen(model, views, run)
 
     if choosing and data.select_is_fit:
         halves = [

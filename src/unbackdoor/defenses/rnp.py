@@ -12,7 +12,9 @@ Departs: clipping works, the stop is checked every step, and a step that falls t
          threshold is chosen on held-out clean images, where the public code sweeps it against the true
          attack. Preset ``stored-statistics`` normalises by the stored statistics in both stages, as the
          pruned network will. Which channels one run finds depends on the order of a few dozen steps;
-         preset ``ensemble`` averages the scores of five runs, none of which is chosen by its success.
+         preset ``ensemble`` averages the scores of five runs, none of which is chosen by its success. Preset
+         ``robust`` prunes while the held-out predictions stay as they were, whether right or wrong: accuracy
+         on a hundred images cannot tell two points of it.
 Cost:    runs x (unlearning steps + recover epochs x N / batch) x (1 forward + 1 backward), plus the sweep.
 """
 
@@ -28,6 +30,7 @@ from torch import Tensor
 from unbackdoor.engine import rng
 from unbackdoor.engine.heads import find_head
 from unbackdoor.engine.masks import Site, channel_sites, fold, keep_above, removed
+from unbackdoor.engine.passes import as_seen
 from unbackdoor.engine.recovery import recover
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.selection import harshest_within
@@ -72,10 +75,15 @@ class RNPConfig(Config):
     )
     tolerance: float = option(
         0.02,
-        "largest loss of held-out accuracy by pruning",
+        "largest loss of held-out accuracy by pruning, or share of changed predictions",
         source="BackdoorBenchmark's port, delta",
         ge=0,
         le=1,
+    )
+    criterion: Literal["accuracy", "agreement"] = option(
+        "accuracy",
+        "what must not fall on held-out images: accuracy, or agreement with the model itself",
+        source="BackdoorBenchmark's port",
     )
     step: float = option(
         0.05, "distance of the thresholds that are tried", source="reference code", gt=0, le=1
@@ -99,6 +107,7 @@ class RNPConfig(Config):
         "reference": {"clip": 1e9, "max_drop": 1.0, "averaged": False},
         "stored-statistics": {"batch_norm": "frozen"},
         "ensemble": {"runs": 5},
+        "robust": {"criterion": "agreement", "tolerance": 0.08},
     },
 )
 def purify(model: Classifier, data: CleanData, cfg: RNPConfig, *, run: Run) -> Purified:
@@ -106,11 +115,14 @@ def purify(model: Classifier, data: CleanData, cfg: RNPConfig, *, run: Run) -> P
     sites = channel_sites(model, skip=(find_head(model).name,))
     scores, told = averaged_scores(model, sites, data, cfg, run)
     levels = [0.0, *(float(level) for level in np.arange(cfg.step, cfg.highest + 1e-9, cfg.step))]
+    held = data
+    if cfg.criterion == "agreement":
+        held = replace(data, select=as_seen(model, data.select, run))
     choice = harshest_within(
         model,
         levels,
         lambda level: fold(model, sites, keep_above(scores, level)),
-        data,
+        held,
         run,
         tolerance=cfg.tolerance,
     )

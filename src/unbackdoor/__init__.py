@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from unbackdoor.data.loaders import load_images
     from unbackdoor.engine.caller import run
     from unbackdoor.models import build, load_model, save_model
+    from unbackdoor.models.inspection import Inspection, inspect
     from unbackdoor.types import Classifier, CleanData, Finding, Images, Purified, ScanReport
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ __all__ = [
     "Finding",
     "Images",
     "InputError",
+    "Inspection",
     "IntegrityError",
     "MethodFailed",
     "MissingExtra",
@@ -47,6 +49,7 @@ __all__ = [
     "UnsupportedModel",
     "__version__",
     "build",
+    "inspect",
     "load_dataset",
     "load_images",
     "load_model",
@@ -62,7 +65,9 @@ _HOMES = {
     "Images": "unbackdoor.types",
     "Purified": "unbackdoor.types",
     "ScanReport": "unbackdoor.types",
+    "Inspection": "unbackdoor.models.inspection",
     "build": "unbackdoor.models",
+    "inspect": "unbackdoor.models.inspection",
     "load_dataset": "unbackdoor.data.datasets",
     "load_images": "unbackdoor.data.loaders",
     "load_model": "unbackdoor.models",

@@ -14,6 +14,7 @@ from unbackdoor import __version__
 from unbackdoor.cli.bench import bench
 from unbackdoor.cli.demo import demo
 from unbackdoor.cli.evaluate import evaluate
+from unbackdoor.cli.inspect import inspect
 from unbackdoor.cli.listing import listing
 from unbackdoor.cli.output import complain
 from unbackdoor.cli.purify import purify
@@ -22,7 +23,7 @@ from unbackdoor.cli.unlearn import unlearn
 from unbackdoor.errors import UnbackdoorError, UnsupportedModel
 
 SUCCESS = 0
-NOT_KEPT = 1  # a check was not passed, or a backdoor was found
+NOT_KEPT = 1  # a check was not passed, a backdoor was found, or a file would execute code
 ERROR = 2
 UNSUPPORTED = 3
 INTERRUPTED = 130
@@ -31,7 +32,7 @@ EPILOG = """\
 [bold]Exit codes[/bold]
 
   0    done
-  1    a check was not passed, or a backdoor was found
+  1    a check was not passed, or a backdoor was found, or a file would execute code
   2    an error: wrong usage, or a file or a method that did not work
   3    the model is of a kind that the method cannot work on
   130  interrupted with Ctrl-C; no half-written file is left behind
@@ -141,6 +142,7 @@ for _name, _command in (
     ("purify", purify),
     ("unlearn", unlearn),
     ("evaluate", evaluate),
+    ("inspect", inspect),
     ("list", listing),
 ):
     app.command(_name, help=_flowing(_command.__doc__))(_command)

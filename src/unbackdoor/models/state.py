@@ -29,7 +29,7 @@ from unbackdoor.models.formats.tensors import materialise
 Magic = Literal["safetensors", "zip", "pickle", "tar", "onnx"]
 Format = Literal[
     "safetensors", "checkpoint", "old checkpoint", "tar checkpoint", "pickle", "torchscript",
-    "torch.export", "onnx", "archive",
+    "torch.export", "onnx", "archive", "unknown",
 ]  # fmt: skip
 
 MAX_FILE = 8 << 30  # bytes; a bound against nonsense, since a ResNet-18 of the usual width has 45 MB

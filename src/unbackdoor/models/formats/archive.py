@@ -282,7 +282,7 @@ class Archive:
             raise self._unsafe(
                 "an entry of the archive is described in two ways", short(name.decode("utf-8", "replace"))
             )
-        return start
+        return int(start)
 
     def _check_spans(self, spans: list[tuple[int, int]], directory: int) -> None:
         for (_, end), (begin, _) in zip(spans, [*spans[1:], (directory, directory)], strict=True):

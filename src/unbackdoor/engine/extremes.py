@@ -75,13 +75,14 @@ def smallest_few(values: Tensor, *, level: float = 0.05, most: int | None = None
     single = (1 + beaten) / (1 + draws)  # (R,)
     best = float(single.min())
     p_value = (1 + int((least <= best + 1e-12).sum())) / (1 + draws)
-    # The largest share of which at most the level lies below.
+    # What a single p-value must reach, so that the least of all reaches it with probability level at most.
     limit = float(least[max(math.floor(level * (1 + draws)) - 1, 0)])
-    beyond = [r for r in range(many) if p_value <= level and float(single[r]) <= max(limit, best)]
-    told = beyond[-1] if beyond else int(single.argmin())
-    critical = float(null[max(math.floor(limit * (1 + draws)) - 1, 0), told])
+    critical = null[max(math.floor(limit * (1 + draws)) - 1, 0)]  # (R,)
+    beyond = p_value <= level
+    # The count that tells most: one too many measures a usual number, one too few is masked by the next.
+    told = int((distances / critical).argmax() if beyond else single.argmin())
     positions = tuple(int(i) for i in order[: told + 1]) if beyond else ()
-    return Extremes(positions, int(order[0]), float(distances[told]), critical, p_value)
+    return Extremes(positions, int(order[0]), float(distances[told]), float(critical[told]), p_value)
 
 
 def _distances(numbers: Tensor, total: int, many: int) -> Tensor:
@@ -96,8 +97,9 @@ def _distances(numbers: Tensor, total: int, many: int) -> Tensor:
         spread = (rest * centred).sum(1) / (centred**2).sum()  # (N,) slope of the line
         centre = rest.mean(1) - spread * scores.mean()
         gap = centre - numbers[:, r - 1]
-        # Equal numbers have no spread: one below them is infinitely far, and one among them not at all.
-        out.append(torch.where(gap > 0, gap / spread.clamp_min(1e-300), torch.zeros_like(gap)))
+        # Equal numbers have no spread: one below them is as far as can be, and one among them not at all.
+        far = (gap / spread.clamp_min(1e-12)).clamp_max(1e6)
+        out.append(torch.where(gap > 1e-12, far, torch.zeros_like(gap)))
     return torch.stack(out, 1)
 
 

@@ -4,10 +4,11 @@ A change is one for all images: a patch (1 - m) x + m p with a mask m (H, W) and
 blend clip(x + d) with a perturbation d (C, H, W). The size of a patch is the sum of its mask, that of a blend
 the length of d. Every class gets a change of its own, and all of them the same budget, which rises by a
 constant factor each step. What a class needs is the budget at which its change first sends the wanted share
-of the images there. It then leaves the batch. When enough classes have been reached, the rest are given up.
+of the images there. It then leaves the batch. On the way, at one small budget that is fixed beforehand, the
+losses of the classes are compared. When enough classes have been reached, the rest are given up.
 What they need is not known, but it is more than the last budget. That is a statement which a test for small
 outliers can use: the order of the classes that were reached is exact, and only how far the others lie beyond
-is missing. Of many classes, those that are farthest from being reached leave the batch before.
+is missing. Of many classes, those that are farthest from being reached are given up before.
 
 Paper:   the patch: Wang et al., "Neural Cleanse", S&P 2019.
 Departs: there the budget is a penalty whose weight is steered for each class by itself, so that a class has
@@ -101,7 +102,8 @@ class Reach:
     Attributes:
         sizes: (K,) size of the change that reached the class; infinite where it was given up.
         limit: Size at which the others were given up, which is a lower bound of theirs.
-        losses: (K,) mean loss at the fixed small budget; NaN where that was not asked for.
+        losses: (K,) mean loss at the fixed small budget; of classes that were given up before, the last.
+        compared: (K,) bool, which classes came as far as the fixed budget.
         changes: One for each class: the one that reached it, else the last.
         hits: (K,) images of its own that the change sends to the class, at its size.
         images: Images that each class had.
@@ -111,6 +113,7 @@ class Reach:
     sizes: Tensor
     limit: float
     losses: Tensor
+    compared: Tensor
     changes: tuple[Change, ...]
     hits: Tensor
     images: int
@@ -137,8 +140,8 @@ def reach(
         run: Seed, device, precision and progress.
         form: See above.
         enough: Classes that are reached before the others are given up; all by default.
-        fixed: Budget, as a share of the image or a root mean square, at which the loss of every class is
-            noted; none leaves the batch before.
+        fixed: Budget, as a share of the image or a root mean square, at which the losses are compared; no
+            class that was reached leaves the batch before.
         restart: Which start and which choice of images this is.
 
     Raises:
@@ -152,40 +155,49 @@ def reach(
     pixels = to_float(images.pixels, run.device, channels_last=False)  # (N, C, H, W)
     unit, start = _FORMS[form].unit(model.input_shape), _start(model, form, run, restart)
     lowest, highest = _RANGE[form]
-    change = _FORMS[form].change
+    growth = math.log(highest / lowest)
+    compare = math.ceil(cfg.steps * math.log(max(fixed, lowest) / lowest) / growth - 1e-9)
+    # Classes that may stay, from a step on: twice as many as are waited for, then half as many again.
+    thin = {compare // 2: 2 * enough, compare: math.ceil(1.5 * enough)} if compare else {}
     raw = start.to(run.device)
-    state = RowAdam(raw, cfg.lr)
+    optimizer, change = RowAdam(raw, cfg.lr), _FORMS[form].change
     need = math.ceil(cfg.wanted * per_class - 1e-9)
     sizes = torch.full((classes,), torch.inf, dtype=torch.float64)
-    losses, hits = torch.full((classes,), torch.nan), torch.zeros(classes, dtype=torch.int64)
+    losses, hits = torch.zeros(classes), torch.zeros(classes, dtype=torch.int64)
     kept, kept_at = raw.clone(), torch.zeros(classes, dtype=torch.float64)
     active, budget, step = torch.arange(classes), lowest, 0
+    compared = torch.zeros(classes, dtype=torch.bool)
     with frozen(model), mode(model, training=False):
         for step in run.progress(range(cfg.steps + 1), "how far each class is"):
-            budget = lowest * (highest / lowest) ** (step / cfg.steps)
-            found = _look(model, pixels, rows, raw, active, budget * unit, change, run)
-            gradient, loss, count = found
+            budget = lowest * math.exp(growth * step / cfg.steps)
+            gradient, loss, count = _look(model, pixels, rows, raw, active, budget * unit, change, run)
             if not bool(torch.isfinite(loss).all()):
                 raise MethodFailed("the search for a trigger gave a loss that is not finite")
-            if budget <= fixed or step == 0:
+            if step <= compare:
                 losses[active] = loss
-            new = (count >= need) & ~torch.isfinite(sizes[active])
-            sizes[active[new]] = budget * unit
+                compared[active] = step == compare
+            open_ = ~torch.isfinite(sizes[active])  # not reached before this step
             # The latest attempt stands for a class until it is reached.
-            late = active[new | ~torch.isfinite(sizes[active])]
-            kept[late], kept_at[late] = raw[late], budget * unit
-            hits[late] = count[(new | ~torch.isfinite(sizes[active]))]
-            if int(torch.isfinite(sizes).sum()) >= enough and budget >= fixed:
+            late = active[open_]
+            kept[late], kept_at[late], hits[late] = raw[late], budget * unit, count[open_]
+            sizes[active[open_ & (count >= need)]] = budget * unit
+            reached = torch.isfinite(sizes)
+            if step >= compare and int(reached.sum()) >= enough:
                 break
-            state.step(active, gradient)
-            if budget >= fixed:
-                active = active[~torch.isfinite(sizes[active])]
+            optimizer.step(active, gradient)
+            stay = ~reached[active] if step >= compare else torch.ones_like(open_)
+            if step in thin and len(active) > thin[step]:
+                ranks = loss.argsort(stable=True).argsort()
+                stay &= ranks < thin[step]
+            active = active[stay]
+            if not len(active):
+                break
     changes = []
     with torch.no_grad():
         for k in range(classes):
             mask, content = _FORMS[form].parts(kept[k : k + 1], float(kept_at[k]))
             changes.append(Change(k, form, content.cpu(), mask.cpu(), float(kept_at[k])))
-    return Reach(sizes, budget * unit, losses, tuple(changes), hits, per_class, step)
+    return Reach(sizes, budget * unit, losses, compared, tuple(changes), hits, per_class, step)
 
 
 def success(model: Classifier, change: Change, images: Images, run: Run) -> Rate:

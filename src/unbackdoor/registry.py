@@ -236,6 +236,9 @@ class Registry(Generic[F]):
 DEFENSES: Registry[Any] = Registry("defense", "unbackdoor.defenses")
 ATTACKS: Registry[Any] = Registry("attack", "unbackdoor.attacks")
 SCANNERS: Registry[Any] = Registry("scanner", "unbackdoor.scanners")
+INPUT_LABELS = (
+    "input labels"  # a need of screeners of training sets: they are shown the labels of what they screen
+)
 SCREENERS: Registry[Any] = Registry("screener", "unbackdoor.screeners")
 ARCHITECTURES: Registry[Any] = Registry("architecture", "unbackdoor.models")
 

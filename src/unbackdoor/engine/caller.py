@@ -18,7 +18,7 @@ from unbackdoor.engine import rng
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError, IntegrityError, MethodFailed, UnbackdoorError
-from unbackdoor.registry import DEFENSES, SCANNERS, SCREENERS, Config, Part
+from unbackdoor.registry import DEFENSES, INPUT_LABELS, SCANNERS, SCREENERS, Config, Part
 from unbackdoor.types import (
     Classifier,
     CleanData,
@@ -33,7 +33,6 @@ from unbackdoor.types import (
     silent,
 )
 
-INPUT_LABELS = "input labels"  # among the needs of a screener: labels of the screened images are shown to it
 PROBED = 8  # images that the repaired model is tried on before it is handed over
 
 

@@ -274,7 +274,8 @@ def _patch_parts(raw: Tensor, size: float) -> tuple[Tensor, Tensor]:
 
 def _perturbation(raw: Tensor, size: float) -> Tensor:
     length = raw.flatten(1).norm(dim=1).clamp_min(1e-20)  # (G,)
-    return raw * (size / length)[:, None, None, None]  # (G, C, H, W)
+    scaled: Tensor = raw * (size / length)[:, None, None, None]  # (G, C, H, W)
+    return scaled
 
 
 def _blended(x: Tensor, raw: Tensor, size: float) -> Tensor:

@@ -92,4 +92,5 @@ def _gamma_tail(numbers: Tensor) -> Tensor:
     ordered = numbers.sort(1).values
     shape, scale = _gamma(ordered[:, :-1])
     # The tail itself and not 1 - (1 - tail)^K: the order is the same, and small values are not lost.
-    return torch.special.gammaincc(shape, ordered[:, -1] / scale)
+    tail: Tensor = torch.special.gammaincc(shape, ordered[:, -1] / scale)
+    return tail

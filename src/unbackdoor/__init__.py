@@ -21,6 +21,7 @@ from unbackdoor.errors import (
 
 if TYPE_CHECKING:
     from unbackdoor.attacks import AttackTruth
+    from unbackdoor.audit.opening import Opened, open_model
     from unbackdoor.data.datasets import load_dataset
     from unbackdoor.data.loaders import load_images
     from unbackdoor.engine.caller import run
@@ -42,6 +43,7 @@ __all__ = [
     "IntegrityError",
     "MethodFailed",
     "MissingExtra",
+    "Opened",
     "Purified",
     "ScanReport",
     "UnbackdoorError",
@@ -53,6 +55,7 @@ __all__ = [
     "load_dataset",
     "load_images",
     "load_model",
+    "open_model",
     "run",
     "save_model",
 ]
@@ -63,6 +66,7 @@ _HOMES = {
     "CleanData": "unbackdoor.types",
     "Finding": "unbackdoor.types",
     "Images": "unbackdoor.types",
+    "Opened": "unbackdoor.audit.opening",
     "Purified": "unbackdoor.types",
     "ScanReport": "unbackdoor.types",
     "Inspection": "unbackdoor.models.inspection",
@@ -71,6 +75,7 @@ _HOMES = {
     "load_dataset": "unbackdoor.data.datasets",
     "load_images": "unbackdoor.data.loaders",
     "load_model": "unbackdoor.models",
+    "open_model": "unbackdoor.audit.opening",
     "run": "unbackdoor.engine.caller",
     "save_model": "unbackdoor.models",
 }

@@ -22,6 +22,7 @@ SURFACE = {
     "IntegrityError",
     "MethodFailed",
     "MissingExtra",
+    "Opened",
     "Purified",
     "ScanReport",
     "UnbackdoorError",
@@ -33,6 +34,7 @@ SURFACE = {
     "load_dataset",
     "load_images",
     "load_model",
+    "open_model",
     "run",
     "save_model",
 }

@@ -1,4 +1,4 @@
-"""Image sets from a Parquet file, a folder of class folders, or an ``.npz`` file."""
+"""Image sets from a Parquet file, a folder, a table of labels, an ``.npz`` file or a single image."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from PIL import Image
 
 from unbackdoor.data.cache import as_images, cache_key, cached
 from unbackdoor.data.decode import CHUNK, Item, decode, require_memory
+from unbackdoor.data.label_table import NAME as LABELS
+from unbackdoor.data.label_table import numbered, read_table
 from unbackdoor.errors import InputError, MissingExtra, UnsafeFile
 from unbackdoor.files import sha256_file
 from unbackdoor.types import Images, Progress, silent
@@ -28,7 +30,9 @@ _LABEL_KEYS = ("labels", "y")
 _MAX_CLASSES = 1 << 16
 _MAX_FILE_BYTES = 1 << 28
 _MAX_NPY_HEADER = 10_000
-_REMEDY_FORMS = "Give a .parquet file, a folder with one folder per class, or an .npz file"
+_REMEDY_FORMS = (
+    "Give a .parquet file, a folder with one folder per class or with a labels.csv, an .npz file, or an image"
+)
 
 
 def load_images(
@@ -36,6 +40,7 @@ def load_images(
     *,
     class_names: Sequence[str] | None = None,
     size: tuple[int, int] | None = None,
+    partial: bool = False,
     cache: Path | None = None,
     progress: Progress = silent,
 ) -> Images:
@@ -43,8 +48,11 @@ def load_images(
 
     - Parquet: the Hugging Face image schema, columns ``image`` (struct with ``bytes``) and ``label``
       (integer), class names in the schema metadata under ``huggingface``.
-    - Folder: one folder per class, in sorted order or in the order of ``class_names``; files without an
-      image suffix and hidden files are passed over.
+    - Folder: one folder per class, in sorted order (folders called by whole numbers: in the order of the
+      numbers) or in the order of ``class_names``, whose folders may also be called by their index; files
+      without an image suffix and hidden files are passed over. With a ``labels.csv`` in it, or where such a
+      table is given itself: one row an image, ``file,label``. With images only: a set without labels.
+    - Image: a set of one, without a label.
     - npz: ``images`` (or ``x``, ``data``) of shape (N, H, W), (N, H, W, C) or (N, C, H, W), uint8 or float
       in [0, 1]; ``labels`` (or ``y``); ``class_names``. Without labels the set has none.
 
@@ -55,6 +63,7 @@ def load_images(
         path: The file or folder.
         class_names: Names in label order; they must agree with those in the file.
         size: (H, W) to resize to, bilinear; None demands that all images have one size.
+        partial: Whether some of the ``class_names`` may have no images.
         cache: Cache folder; None is :func:`unbackdoor.data.cache.default_cache`.
         progress: Shows how far decoding has come.
 
@@ -75,19 +84,26 @@ def load_images(
     names = None if class_names is None else tuple(class_names)
     _require_arguments(names, size)
     read, source = _reader(path)
-    key = cache_key({"source": source, "class_names": names, "size": size})
-    return cached(
-        path.stem, key, lambda: read(path, class_names=names, size=size, progress=progress), cache=cache
-    )
+    facts = {"source": source, "class_names": names, "size": size} | ({"partial": True} if partial else {})
+    options = {"class_names": names, "size": size, "progress": progress, "partial": partial}
+    return cached(path.stem, cache_key(facts), lambda: read(path, **options), cache=cache)
 
 
 def _reader(path: Path) -> tuple[Callable[..., Images], Any]:
     """Return the function for this form of set, and what identifies the source's content."""
+    if path.is_dir() and (path / LABELS).is_file():
+        return read_labelled, ["table", sha256_file(path / LABELS), _flat_state(path)]
     if path.is_dir():
-        return read_folder, ["folder", _folder_state(path)]
+        if not _class_folders(path) and (flat := _flat_state(path)):
+            return read_flat, ["images", flat]
+        return read_folder, ["class folders", _folder_state(path)]
     if not path.exists():
         raise InputError("there is no such file or folder", where=path, remedy=_REMEDY_FORMS)
     suffix = path.suffix.lower()
+    if suffix == ".csv":
+        return read_labelled, ["table", sha256_file(path), _flat_state(path.parent)]
+    if suffix in IMAGE_SUFFIXES:
+        return read_flat, ["image", sha256_file(path)]
     if suffix not in (".parquet", ".npz"):
         raise InputError("the form of the image set is not known", got=path.name, remedy=_REMEDY_FORMS)
     content = [suffix, path.stat().st_size, sha256_file(path)]
@@ -105,6 +121,7 @@ def read_parquet(
     size: tuple[int, int] | None = None,
     progress: Progress = silent,
     name: str | None = None,
+    partial: bool = False,
 ) -> Images:
     """Decode a Parquet file, past the cache; see :func:`load_images`."""
     try:
@@ -143,7 +160,7 @@ def read_parquet(
             require_memory(8 * count, f"{path}, column label")
             labels = _labels_of(file.read(columns=["label"]).column(0), path)
             names = _agreed(class_names, _names_in(schema.metadata, path), str(path))
-            names, labels = _checked_labels(labels, names, lambda i: f"{path}, row {i}", str(path))
+            names, labels = _checked_labels(labels, names, lambda i: f"{path}, row {i}", str(path), partial)
             pixels = decode(items(), count, name=name or path.stem, size=size, progress=progress)
     except (pa.ArrowException, OSError) as error:
         # Arrow raises plain OSError for damage; a real I/O error has a number.
@@ -244,6 +261,7 @@ def read_folder(
     size: tuple[int, int] | None = None,
     progress: Progress = silent,
     name: str | None = None,
+    partial: bool = False,
 ) -> Images:
     """Decode a folder of class folders, past the cache; see :func:`load_images`."""
     found = _class_folders(path)
@@ -256,6 +274,9 @@ def read_folder(
             remedy="Put the images of each class into a folder named after it",
         )
     names = class_names or tuple(found)
+    if class_names and _are_indices(found) and not any(folder in names for folder in found):
+        # Folders called by the index of their class.
+        found = {names[int(k)] if int(k) < len(names) else k: files for k, files in found.items()}
     if extra := [n for n in found if n not in names]:
         raise InputError(
             f"the folder {extra[0]!r} is none of the classes",
@@ -267,6 +288,8 @@ def read_folder(
     labels: list[int] = []
     for label, class_name in enumerate(names):
         members = found.get(class_name)
+        if partial and members is None:
+            continue
         if not members:
             raise InputError(
                 f"the class {class_name!r} has no images",
@@ -281,6 +304,51 @@ def read_folder(
     items = ((str(file), _read_bounded(file)) for file in files)
     pixels = decode(items, len(files), name=title, size=size, progress=progress)
     return as_images(pixels, np.asarray(labels, dtype=np.int64), names, title)
+
+
+def read_labelled(
+    path: Path,
+    *,
+    class_names: tuple[str, ...] | None = None,
+    size: tuple[int, int] | None = None,
+    progress: Progress = silent,
+    name: str | None = None,
+    partial: bool = False,
+) -> Images:
+    """Decode the images of a table of files and labels, past the cache; see :func:`load_images`."""
+    table = path / LABELS if path.is_dir() else path
+    entries = read_table(table)
+    numbers, texts = numbered(entries, class_names, table)
+    labels = np.asarray(numbers, dtype=np.int64)
+    # Without given names, whole numbers need not all occur: the table may be a part of a larger one.
+    names, labels = _checked_labels(
+        labels,
+        tuple(texts),
+        lambda i: f"{table}, line {entries[i].line}",
+        str(table),
+        partial or class_names is None,
+    )
+    title = name or table.parent.name or "images"
+    items = ((str(entry.file), _read_bounded(entry.file)) for entry in entries)
+    pixels = decode(items, len(entries), name=title, size=size, progress=progress)
+    return as_images(pixels, labels, names, title)
+
+
+def read_flat(
+    path: Path,
+    *,
+    class_names: tuple[str, ...] | None = None,
+    size: tuple[int, int] | None = None,
+    progress: Progress = silent,
+    name: str | None = None,
+    partial: bool = False,
+) -> Images:
+    """Decode one image, or a folder of images without class folders; see :func:`load_images`."""
+    files = _image_files(path) if path.is_dir() else [path]
+    title = name or path.stem or "images"
+    items = ((str(file), _read_bounded(file)) for file in files)
+    pixels = decode(items, len(files), name=title, size=size, progress=progress)
+    return as_images(pixels, None, class_names or (), title)
 
 
 def load_unlabelled(
@@ -326,11 +394,19 @@ def _class_folders(path: Path) -> dict[str, list[Path]]:
         folders = sorted(
             entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")
         )
+        if _are_indices([folder.name for folder in folders]):
+            folders.sort(key=lambda folder: int(folder.name))  # 2 before 10
         return {folder.name: _image_files(folder) for folder in folders}
     except OSError as error:
         raise InputError(
             "the folder cannot be read", where=error.filename or path, got=error.strerror
         ) from error
+
+
+def _are_indices(names: Collection[str]) -> bool:
+    """Tell whether all names are whole numbers, no two of one value."""
+    digits = all(name.isascii() and name.isdecimal() and len(name) < 10 for name in names)
+    return digits and len({int(name) for name in names}) == len(names)
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -352,6 +428,16 @@ def _folder_state(path: Path) -> list[list[Any]]:
             stat = file.stat()
             state.append([file.relative_to(path).as_posix(), stat.st_size, stat.st_mtime_ns])
     return state
+
+
+def _flat_state(path: Path) -> list[list[Any]]:
+    try:
+        stats = [(file, file.stat()) for file in _image_files(path)]
+    except OSError as error:
+        raise InputError(
+            "the folder cannot be read", where=error.filename or path, got=error.strerror
+        ) from error
+    return [[file.relative_to(path).as_posix(), s.st_size, s.st_mtime_ns] for file, s in stats]
 
 
 def _read_bounded(file: Path) -> bytes:
@@ -382,6 +468,7 @@ def read_npz(
     size: tuple[int, int] | None = None,
     progress: Progress = silent,
     name: str | None = None,
+    partial: bool = False,
 ) -> Images:
     """Read an ``.npz`` file, past the cache; see :func:`load_images`."""
     title = name or path.stem
@@ -416,7 +503,7 @@ def read_npz(
             remedy="Save one integer per image",
         )
     labels = np.ascontiguousarray(raw, dtype=np.int64)
-    names, labels = _checked_labels(labels, names, lambda i: f"{where}, row {i}", str(path))
+    names, labels = _checked_labels(labels, names, lambda i: f"{where}, row {i}", str(path), partial)
     return as_images(pixels, labels, names, title)
 
 
@@ -595,8 +682,9 @@ def _checked_labels(
     names: tuple[str, ...] | None,
     where: Callable[[int], str],
     file: str,
+    partial: bool = False,
 ) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """Return names and labels after every label is in range and every class has an image."""
+    """Return names and labels, all in range and, unless ``partial``, with an image of every class."""
     limit = len(names) if names is not None else _MAX_CLASSES
     wrong = (labels < 0) | (labels >= limit)
     if wrong.any():
@@ -611,7 +699,7 @@ def _checked_labels(
     if names is None:
         names = tuple(str(k) for k in range(int(labels.max()) + 1))
     counts = np.bincount(labels, minlength=len(names))
-    if not counts.all():
+    if not (partial or counts.all()):
         empty = int((counts == 0).argmax())
         raise InputError(
             f"the class {names[empty]!r} (label {empty}) has no images",

@@ -4,8 +4,10 @@ A bare state dict does not say how pixels were scaled before they met the networ
 activation, a pooling) leave no trace in its tensors. All usual conventions are tried on clean images, first
 on a few, the better ones on more. The most accurate one is taken; where others cannot be told apart from it
 (an exact one-sided sign test on the images on which the two disagree), the one with the lowest cross-entropy
-is. Without labels, or with images of one class only, which a network that always says the same gets right
-too, a weak sign is left: how much the predictions say about the images (mutual information).
+is; of losses that are no clearer apart (a paired test), the one whose numbers are nearest to the statistics
+of these images, because that is what most conventions are. Without labels, or with images of one class only,
+which a network that always says the same gets right too, a weak sign is left: how much the predictions say
+about the images (mutual information).
 
 Rule of the warning: clean accuracy looks too low where the upper end of its 95 % interval lies under 60 %, or
 under three times chance where that is more, but never above 90 %.
@@ -31,9 +33,11 @@ from unbackdoor.types import Images
 
 # (images, how many of the best go on to the next round). Every round adds images to those of the last.
 ROUNDS = ((32, 24), (64, 12), (128, 6), (256, 3), (500, 3))
-LEVEL = 0.05  # of the sign test that tells two trials apart
+LEVEL = 0.05  # of the one-sided tests that tell two trials apart
+_Z = 1.645  # the normal quantile of that level
 _LOW, _TIMES_CHANCE, _NEVER_ABOVE = 0.6, 3, 0.9
 _BATCH_PIXELS = 1 << 23  # values of one batch of float images, 32 MiB
+_LISTED = 20
 _FEW = 30  # images, below which an accuracy says little
 
 
@@ -149,7 +153,8 @@ class Inferred:
             "best": self.best.facts(),
             "interval": list(self.interval) if self.by_labels else None,
             "not_told_apart": [trial.facts() for trial in self.alternatives],
-            "tried": [trial.facts() for trial in self.trials],
+            "tried": [trial.facts() for trial in self.trials[:_LISTED]],
+            "tried_in_all": len(self.trials),
             "warning": self.warning,
             "notes": list(self.notes),
         }
@@ -207,6 +212,12 @@ def infer(
         ties = [pair for pair in alive if not _differ(right[top], right[pair])]
     ties.sort(key=lambda pair: (prefer is not None and pair[1] != prefer, _finite(trials[pair].loss)))
     best = ties[0]
+    if used.labels is not None and best[1] != prefer and best[1] in _RGB + _GREY:
+        losses = {p: functional.cross_entropy(logits[p], used.truth, reduction="none") for p in ties}
+        even = [p for p in ties if p[0] == best[0] and p[1] in _RGB + _GREY]
+        even = [p for p in even if not _worse(losses[p], losses[best])]
+        best = min(even, key=lambda p: _distance(p[1], used))
+    ties = [best, *(pair for pair in ties if pair != best)]
     trial = trials[best]
     ranked = (trial, *(trials[pair] for pair in alive if pair != best), *out)
     others = tuple(trials[pair] for pair in ties[1:])
@@ -334,6 +345,19 @@ def _differ(best: Tensor, other: Tensor) -> bool:
     trials = wins + losses
     tail: float = sum(math.comb(trials, k) for k in range(wins, trials + 1)) / 2**trials
     return tail <= LEVEL
+
+
+def _worse(loss: Tensor, than: Tensor) -> bool:
+    """Tell whether losses (N,) are clearly the higher ones, by a paired one-sided z-test."""
+    gap = loss - than
+    return bool(gap.mean() > _Z * gap.std() / math.sqrt(len(gap)))
+
+
+def _distance(convention: Convention, images: Images) -> float:
+    """Return how far a convention's numbers are from the statistics of the images."""
+    pixels = images.pixels.float().div(255).transpose(0, 1).flatten(1)  # (C, N H W)
+    own = torch.cat([pixels.mean(1), pixels.std(1)]).cpu()
+    return float((own - torch.tensor([*convention.mean, *convention.std])).norm())
 
 
 def _spread(images: Images, run: Run) -> Tensor:

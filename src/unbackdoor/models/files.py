@@ -104,8 +104,8 @@ def load_model(
         UnsupportedModel: If the weights do not fit the architecture; lists the differences, and what fits.
         MissingExtra: If the architecture is one of a library that is not installed.
     """
-    path = _existing(Path(path))
-    known = _find_card(path, card)
+    path = existing_file(Path(path))
+    known = find_card(path, card)
     state = read_state(path)
     if known is not None:
         _require_match(path, known, state)
@@ -139,12 +139,14 @@ def _weights_path(path: Path) -> Path:
     return path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
 
 
-def _existing(path: Path) -> Path:
+def existing_file(path: Path) -> Path:
+    """Return the weights file, with its suffix appended where only that exists."""
     # The name without its suffix is accepted, because save_model accepts it.
     return _weights_path(path) if not path.exists() and _weights_path(path).exists() else path
 
 
-def _find_card(path: Path, card: Path | None) -> ModelCard | None:
+def find_card(path: Path, card: Path | None = None) -> ModelCard | None:
+    """Return the card that was named, else the one beside a safetensors file, else None."""
     if card is not None:
         return read_card(Path(card))
     beside = path.with_suffix(".json")

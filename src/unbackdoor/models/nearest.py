@@ -63,13 +63,10 @@ def nearest(state: Mapping[str, Tensor], *, side: int | None = None) -> list[Can
     """
     if not state or len(state) > _MAX_TENSORS:
         return []
-    held, _ = fold_masks(state)
-    held, _, _, _ = take_normalisation(held)
-    names = _without_prefix(held)
-    convs = [tensor for tensor in names.values() if tensor.dim() == 4]
+    held, names = _plain(state)
     channels, classes = _input_channels(names), _classes(names)
     found: list[Candidate] = []
-    if channels is not None and classes is not None and convs:
+    if channels is not None and classes is not None:
         guesses = [guess for family in _FAMILIES for guess in family(names)]
         found = [c for g in guesses if (c := _checked(g, held, channels, classes, side)) is not None]
         if not any(c.fits for c in found):
@@ -79,6 +76,12 @@ def nearest(state: Mapping[str, Tensor], *, side: int | None = None) -> list[Can
     unique = {candidate.spec: candidate for candidate in found if candidate.matched >= _WORTH_NAMING}
     ranked = sorted(unique.values(), key=lambda c: (not c.fits, -round(c.matched, 3)))
     return ranked[:_MAX_CANDIDATES]
+
+
+def ends(state: Mapping[str, Tensor]) -> tuple[int | None, int | None]:
+    """Return the image channels and the classes that first and last layers show, or None for either."""
+    _, names = _plain(state)
+    return _input_channels(names), _classes(names)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -343,6 +346,13 @@ def _foreign(names: Shapes, channels: int | None) -> Iterator[Candidate]:
 
 
 # ---------------------------------------------------------------------------------------------------
+
+
+def _plain(state: Shapes) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the tensors without masks and normalisation, by the file's names and without a common prefix."""
+    held, _ = fold_masks(state)
+    held, _, _, _ = take_normalisation(held)
+    return held, _without_prefix(held)
 
 
 def _without_prefix(state: Shapes) -> dict[str, Tensor]:

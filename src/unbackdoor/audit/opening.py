@@ -1,0 +1,558 @@
+"""Open a file of weights that somebody else wrote: as a classifier, with everything that had to be assumed.
+
+Nothing in the file is executed. What the file does not say is taken, in this order, from the arguments, from
+a card beside it, from the configuration of the architecture's source, and last from clean images: whichever
+way to read them makes the model most accurate. The story tells which of these it was, for each fact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unbackdoor.audit.variants import Variants, find, refuse_to_guess
+from unbackdoor.data.conform import conform
+from unbackdoor.data.loaders import load_images
+from unbackdoor.engine.convention import Convention, Inferred, infer, usual
+from unbackdoor.engine.passes import mode
+from unbackdoor.engine.run import Run
+from unbackdoor.errors import ConfigError, InputError, UnsupportedModel
+from unbackdoor.models.build import canonical, known
+from unbackdoor.models.card import normalisation
+from unbackdoor.models.files import existing_file, find_card, load_model
+from unbackdoor.models.fill import Filled, fill
+from unbackdoor.models.nearest import ends
+from unbackdoor.models.sources import Known
+from unbackdoor.models.spec import PYTHON, read_spec
+from unbackdoor.models.state import read_state
+from unbackdoor.types import Classifier, Images, Progress, silent
+
+# What is assumed where neither the file nor any image says it.
+_USUAL_SIDE = 32
+_ASSUMED = Convention("none, pixels in [0, 1]")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A classifier made of somebody's file.
+
+    Attributes:
+        model: The classifier, in evaluation mode on the CPU.
+        images: The clean images in the model's form, or None where none were given.
+        story: JSON-ready: what was assumed and why; its ``warnings`` are to be shown loudly.
+        names: The file's name of every tensor by the network's name, so that a repaired model can be written
+            under the names its owner knows.
+    """
+
+    model: Classifier
+    images: Images | None
+    story: Mapping[str, Any]
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What should not be overlooked."""
+        return tuple(self.story["warnings"])
+
+
+def open_model(
+    path: Path | str,
+    *,
+    arch: str | None = None,
+    images: Images | Path | str | None = None,
+    class_names: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    size: tuple[int, int] | None = None,
+    run: Run | None = None,
+    progress: Progress = silent,
+) -> Opened:
+    """Open a model for an audit.
+
+    Args:
+        path: File of weights, with or without a card of this package beside it.
+        arch: Architecture, such as ``resnet18``, ``timm:NAME``, ``torchvision:NAME``, ``hf:FOLDER`` or
+            ``FILE.py:CALLABLE``, which runs that code; None guesses it from the tensors. Options of our own
+            families that are not typed are read off the tensors.
+        images: Clean images, at best labelled, or where to load them from. Without any, an architecture or a
+            normalisation that the file does not show is assumed, and the story warns of it.
+        class_names: K names, in logit order.
+        mean: Per-channel mean; empty for no normalisation; None for not known.
+        std: Per-channel deviation, likewise.
+        size: (H, W) of the model's input.
+        run: Device, precision and seed of the trials; None is the CPU and seed 0.
+        progress: Shows how far loading has come.
+
+    Returns:
+        The classifier, the images in its form, and the story.
+
+    Raises:
+        InputError: If a file cannot be used, or several networks fit and nothing decides.
+        UnsafeFile: If a file would run code, or a card names what only the user may name.
+        UnsupportedModel: If no known architecture fits, or the named one does not; lists the differences.
+        ConfigError: If an argument does not fit.
+        MissingExtra: If the architecture needs a library that is not installed.
+    """
+    run = run or Run.create(progress=progress)
+    path = existing_file(Path(path))
+    _require_arguments(mean, std, size)
+    given = _Given(arch, class_names, mean, std, size)
+    if find_card(path) is not None and path.exists():
+        return _with_card(path, given, images, run, progress)
+    return _bare(path, given, images, run, progress)
+
+
+@dataclass(frozen=True)
+class _Given:
+    arch: str | None
+    class_names: Sequence[str] | None
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+    size: tuple[int, int] | None
+
+    @property
+    def convention(self) -> Convention | None:
+        if self.mean is None or self.std is None:
+            return None
+        return Convention("as given", tuple(self.mean), tuple(self.std))
+
+
+def _require_arguments(
+    mean: Sequence[float] | None, std: Sequence[float] | None, size: tuple[int, int] | None
+) -> None:
+    faults = []
+    if (mean is None) != (std is None) or len(mean or ()) != len(std or ()):
+        faults.append("mean and std belong together, one value for each channel")
+    if any(value <= 0 for value in std or ()):
+        faults.append("every std must be positive")
+    if size is not None and (len(size) != 2 or min(size) < 1):
+        faults.append(f"the size must be (height, width), got {size}")
+    if faults:
+        raise ConfigError("the input of the model", faults)
+
+
+# ---------------------------------------------------------------------------------------------------
+# With a card
+
+
+def _with_card(
+    path: Path, given: _Given, images: Images | Path | str | None, run: Run, progress: Progress
+) -> Opened:
+    card = find_card(path)
+    assert card is not None
+    shape = (card.input_shape[0], *given.size) if given.size is not None else None
+    model = load_model(
+        path,
+        architecture=given.arch,
+        input_shape=shape,
+        class_names=given.class_names,
+        mean=given.mean,
+        std=given.std,
+    )
+    held, told = _fitting_images(images, model.input_shape, model.class_names, progress)
+    mean, std = normalisation(model)
+    scale = given.convention or Convention("the card's", mean, std)
+    inferred = _judge({model.architecture: model.network}, held, [scale], None, run)
+    story = {
+        "file": path.name,
+        "card": True,
+        "architecture": {
+            "spec": model.architecture,
+            "source": "named by the user" if given.arch else "the card",
+            "note": "",
+            "fitting": [],
+        },
+        "names": _names_story(None),
+        "normalisation": _scale_story(scale, "arguments" if given.convention else "the card"),
+        "input_shape": list(model.input_shape),
+        "size_source": "arguments" if given.size else "the card",
+        "classes": model.classes,
+        "class_names_source": "arguments" if given.class_names else "the card",
+    }
+    return Opened(model, held, _finished(story, told, inferred, []))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Without one
+
+
+def _bare(
+    path: Path, given: _Given, images: Images | Path | str | None, run: Run, progress: Progress
+) -> Opened:
+    state = read_state(path)
+    facts = known(given.arch) if given.arch is not None else Known()
+    raw = _raw_images(images, given.size or facts.size, progress)
+    channels, classes = ends(state)
+    channels = channels or (raw.shape[0] if raw is not None else 3)
+    warnings = [facts.note] if facts.note else []
+    side = given.size[0] if given.size else (raw.shape[1] if raw is not None else None)
+    variants = find(state, given.arch, side=side, where=path)
+    if variants.note and len(variants.specs) > 1 and (raw is None or raw.labels is None):
+        if variants.decisive:
+            raise refuse_to_guess(variants, path)
+        warnings.append(f"{variants.note}; the most usual was assumed: {variants.specs[0]}")
+        variants = replace(variants, specs=variants.specs[:1])
+    elif variants.decisive and len(variants.specs) > 1 and (raw is None or raw.labels is None):
+        raise refuse_to_guess(variants, path)
+    if given.arch is None and facts == Known() and len(variants.specs) == 1:
+        facts = known(variants.specs[0])
+    shapes, size_source = _shapes(channels, given, facts, variants, raw)
+    names, names_source = _class_names(given, facts, raw, classes)
+    attempts = []
+    for shape in shapes:
+        attempts.append(_opened_as(path, state, given, facts, variants, raw, shape, names, run, progress))
+        inferred = attempts[-1].inferred
+        if inferred is None or (inferred.by_labels and not inferred.warning):
+            break
+    attempt = max(attempts, key=lambda a: a.inferred.interval.low if a.inferred is not None else 0.0)
+    if len(attempts) > 1:
+        size_source += ", the better of " + " and ".join(f"{a.shape[1]} x {a.shape[2]}" for a in attempts)
+    if not given.size and raw is None and facts.size is None and variants.side is None:
+        warnings.append(
+            f"The input size is not known; {attempt.shape[1]} x {attempt.shape[2]} was assumed. Give the size"
+        )
+    story = {
+        "file": path.name,
+        "card": False,
+        "architecture": {
+            "spec": attempt.model.architecture,
+            "source": variants.source,
+            "note": variants.note,
+            "fitting": [candidate.spec for candidate in variants.candidates],
+        },
+        "names": _names_story(attempt.filled),
+        "normalisation": _scale_story(attempt.scale, attempt.scale_source),
+        "input_shape": list(attempt.shape),
+        "size_source": size_source,
+        "classes": attempt.model.classes,
+        "class_names_source": names_source,
+    }
+    finished = _finished(story, attempt.told, attempt.inferred, [*warnings, *attempt.warnings])
+    translated = attempt.filled.adapted.renamed
+    file_names = {
+        name: translated.get(name, name)
+        for name in attempt.model.network.state_dict()
+        if name not in attempt.filled.adapted.filled
+    }
+    return Opened(attempt.model, attempt.images, finished, file_names)
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    model: Classifier
+    filled: Filled
+    images: Images | None
+    shape: tuple[int, int, int]
+    scale: Convention
+    scale_source: str
+    inferred: Inferred | None
+    told: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def _opened_as(
+    path: Path,
+    state: Mapping[str, Tensor],
+    given: _Given,
+    facts: Known,
+    variants: Variants,
+    raw: Images | None,
+    shape: tuple[int, int, int],
+    names: tuple[str, ...],
+    run: Run,
+    progress: Progress,
+) -> _Attempt:
+    """Open the file for one input shape."""
+    filled = _filled(variants, state, shape, len(names), path)
+    outputs, probabilities = _probe(next(iter(filled.values())).network, shape, path)
+    if outputs != len(names):
+        if given.class_names is not None:
+            raise UnsupportedModel(
+                "the class names do not fit the model",
+                expected=f"{outputs} names, one for each output",
+                got=len(names),
+                where=path,
+            )
+        names = _numbered(outputs) if raw is None or len(raw.class_names) != outputs else raw.class_names
+    held, told = (None, ()) if raw is None else conform(
+        raw, input_shape=shape, class_names=names, progress=progress
+    )  # fmt: skip
+    first = next(iter(filled.values()))
+    fixed, source = _stated(given, facts, first)
+    default = _default(facts, shape[0]) if fixed is None else None
+    tried = [fixed] if fixed is not None else _all_conventions(shape[0], default)
+    warnings = []
+    inferred = _judge({spec: f.network for spec, f in filled.items()}, held, tried, default, run)
+    if inferred is None:
+        spec = next(iter(filled))
+        scale = fixed or default or _ASSUMED
+        if fixed is None:
+            source = facts.source if default is not None else "assumed"
+            warnings.append(
+                f"The normalisation is not known; {scale.name} was assumed. Give clean images, or mean "
+                "and std"
+            )
+    else:
+        spec, scale = inferred.best.variant, inferred.best.convention
+        if fixed is None:
+            source = "inferred from clean accuracy" if inferred.by_labels else "guessed from predictions"
+        warnings += _second_thoughts(filled[spec].network, inferred, held, tried, run)
+    if probabilities:
+        warnings.append(
+            "The network returns probabilities instead of logits: leave its softmax out, or what is computed "
+            "from its outputs is distorted"
+        )
+    chosen = filled[spec]
+    model = Classifier(
+        chosen.network,
+        input_shape=shape,
+        class_names=names,
+        mean=scale.mean,
+        std=scale.std,
+        architecture=canonical(spec),
+        origin=f"loaded from {path.name}",
+    ).eval()
+    return _Attempt(model, chosen, held, shape, scale, source, inferred, told, tuple(warnings))
+
+
+def _filled(
+    variants: Variants, state: Mapping[str, Tensor], shape: tuple[int, int, int], classes: int, path: Path
+) -> dict[str, Filled]:
+    """Return the variants that can be built for this shape."""
+    out: dict[str, Filled] = {}
+    failure: UnsupportedModel | None = None
+    for spec in variants.specs:
+        try:
+            out[spec] = fill(spec, state, input_shape=shape, classes=classes, where=path)
+        except UnsupportedModel as error:
+            failure = failure or error
+    if not out:
+        assert failure is not None
+        raise failure
+    return out
+
+
+@torch.no_grad()
+def _probe(network: nn.Module, shape: tuple[int, int, int], path: Path) -> tuple[int, bool]:
+    """Return the number of outputs for an image, and whether they look like probabilities."""
+    pixels = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+    try:
+        with mode(network, training=False):
+            out = network(pixels)
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        raise UnsupportedModel(
+            "the network does not take images of this size",
+            expected=f"(C, H, W) = {shape}",
+            got=f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}",
+            where=path,
+            remedy="Give the input size that the model was trained with",
+        ) from error
+    if not isinstance(out, Tensor) or out.dim() != 2 or len(out) != 2 or not out.is_floating_point():
+        raise UnsupportedModel(
+            "the network returns no logits",
+            expected="a tensor of shape (images, classes)",
+            got=f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__,
+            where=path,
+            remedy="Wrap it in code of your own that returns the logits, named as FILE.py:CALLABLE",
+        )
+    sums = out.sum(1)
+    likely = bool((out >= 0).all()) and bool(torch.allclose(sums, torch.ones_like(sums), atol=1e-4))
+    return int(out.shape[1]), likely and out.shape[1] > 1
+
+
+# ---------------------------------------------------------------------------------------------------
+# Facts and where they come from
+
+
+def _stated(given: _Given, facts: Known, filled: Filled) -> tuple[Convention | None, str]:
+    """Return the normalisation that somebody states of this very file, and who."""
+    if given.convention is not None:
+        return given.convention, "arguments"
+    if facts.about_the_file and facts.mean is not None and facts.std is not None:
+        return Convention(f"as in {facts.source}", facts.mean, facts.std), facts.source
+    found = filled.adapted
+    if found.mean is not None and found.std is not None:
+        channels = _channels(filled.network)
+        mean, std = (v * channels if len(v) == 1 else v for v in (found.mean, found.std))
+        return Convention("as stored in the file", mean, std), "a normalising layer in the file"
+    return None, ""
+
+
+def _channels(network: nn.Module) -> int:
+    first = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
+    return first.in_channels if first is not None else 3
+
+
+def _default(facts: Known, channels: int) -> Convention | None:
+    if facts.mean is None or facts.std is None or len(facts.mean) not in (0, channels):
+        return None
+    return Convention(facts.source, facts.mean, facts.std)
+
+
+def _all_conventions(channels: int, default: Convention | None) -> list[Convention]:
+    if default is None:
+        return list(usual(channels))
+    same = (default.mean, default.std)
+    return [default, *(c for c in usual(channels) if (c.mean, c.std) != same)]
+
+
+def _shapes(
+    channels: int, given: _Given, facts: Known, variants: Variants, raw: Images | None
+) -> tuple[list[tuple[int, int, int]], str]:
+    """Return the input shapes to try, and where they come from."""
+    if given.size is not None:
+        return [(channels, *given.size)], "arguments"
+    if variants.side is not None:
+        return [(channels, variants.side, variants.side)], "the shapes of the tensors"
+    own = raw.shape[1:] if raw is not None else None
+    if facts.size is not None and (facts.size_fixed or own is None or own == facts.size):
+        return [(channels, *facts.size)], facts.source
+    if facts.size is not None and own is not None:
+        # The library's own weights want its size; others may have been trained on images such as these.
+        both = [own, facts.size] if min(own) < min(facts.size) else [facts.size]
+        return [(channels, *size) for size in both], f"the images, or {facts.source}"
+    if own is not None:
+        return [(channels, *own)], "the images"
+    return [(channels, _USUAL_SIDE, _USUAL_SIDE)], "assumed"
+
+
+def _class_names(
+    given: _Given, facts: Known, raw: Images | None, classes: int | None
+) -> tuple[tuple[str, ...], str]:
+    if given.class_names is not None:
+        return tuple(given.class_names), "arguments"
+    if facts.class_names is not None and classes in (None, len(facts.class_names)):
+        return facts.class_names, facts.source
+    if raw is not None and raw.class_names and classes in (None, len(raw.class_names)):
+        return raw.class_names, "the images, in their order"
+    return _numbered(classes or 1), "numbered"
+
+
+def _numbered(classes: int) -> tuple[str, ...]:
+    return tuple(str(k) for k in range(classes))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Images
+
+
+def _raw_images(
+    images: Images | Path | str | None, size: tuple[int, int] | None, progress: Progress
+) -> Images | None:
+    """Return the images in their own size; in the model's, where theirs differ among themselves."""
+    if images is None or isinstance(images, Images):
+        return images
+    try:
+        return load_images(Path(images), progress=progress)
+    except InputError as error:
+        if size is None or error.problem != "the images differ in size":
+            raise
+        return load_images(Path(images), size=size, progress=progress)
+
+
+def _fitting_images(
+    images: Images | Path | str | None,
+    shape: tuple[int, int, int],
+    names: tuple[str, ...],
+    progress: Progress,
+) -> tuple[Images | None, tuple[str, ...]]:
+    raw = _raw_images(images, shape[1:], progress)
+    if raw is None:
+        return None, ()
+    return conform(raw, input_shape=shape, class_names=names, progress=progress)
+
+
+def _judge(
+    networks: Mapping[str, nn.Module],
+    images: Images | None,
+    conventions: Sequence[Convention],
+    prefer: Convention | None,
+    run: Run,
+) -> Inferred | None:
+    if images is None or not len(images):
+        return None
+    placed = {spec: network.to(run.device) for spec, network in networks.items()}
+    try:
+        return infer(placed, images, run, conventions=conventions, prefer=prefer)
+    finally:
+        for network in placed.values():
+            network.cpu()
+
+
+def _second_thoughts(
+    network: nn.Module,
+    inferred: Inferred,
+    images: Images | None,
+    tried: Sequence[Convention],
+    run: Run,
+) -> list[str]:
+    """Return warnings about a choice that the images do not bear out, or cannot make."""
+    out = []
+    others = {trial.variant for trial in inferred.alternatives} - {inferred.best.variant}
+    if others:
+        out.append(
+            "These images cannot tell the architecture from "
+            + ", ".join(sorted(others)[:5])
+            + f"; the one with the lowest loss was taken: {inferred.best.variant}"
+        )
+    if inferred.warning and len(tried) == 1 and inferred.by_labels and images is not None:
+        every = _judge({"": network}, images, _all_conventions(images.shape[0], None), None, run)
+        if every is not None and every.interval.low > inferred.interval.high:
+            best = every.best.convention
+            out.append(
+                f"With another normalisation ({best.name}: mean {best.mean}, std {best.std}) the clean "
+                f"accuracy would be {every.best.accuracy:.1%} instead of {inferred.best.accuracy:.1%}"
+            )
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------
+# The story
+
+
+def _names_story(filled: Filled | None) -> dict[str, Any]:
+    if filled is None:
+        return {"changes": [], "renamed": {}, "dropped": {}, "filled": [], "folded": []}
+    adapted = filled.adapted
+    return {
+        "changes": adapted.story(),
+        "renamed": {old: new for new, old in adapted.renamed.items()},
+        "dropped": dict(adapted.dropped),
+        "filled": list(adapted.filled),
+        "folded": list(adapted.folded),
+    }
+
+
+def _scale_story(scale: Convention, source: str) -> dict[str, Any]:
+    return {"name": scale.name, "mean": list(scale.mean), "std": list(scale.std), "source": source}
+
+
+def _finished(
+    story: dict[str, Any], told: tuple[str, ...], inferred: Inferred | None, warnings: list[str]
+) -> dict[str, Any]:
+    accuracy = None
+    if inferred is not None:
+        warnings = [*([inferred.warning] if inferred.warning else []), *warnings]
+        if inferred.by_labels:
+            accuracy = {
+                "value": inferred.best.accuracy,
+                "interval": list(inferred.interval),
+                "images": inferred.best.total,
+            }
+    return {
+        **story,
+        "images": [*told, *(inferred.notes if inferred is not None else ())],
+        "clean_accuracy": accuracy,
+        "inference": inferred.facts() if inferred is not None else None,
+        "warnings": warnings,
+    }
+
+
+def executes_code(arch: str | None) -> bool:
+    """Tell whether opening with this architecture runs a Python file of the user's."""
+    return arch is not None and read_spec(arch).source == PYTHON

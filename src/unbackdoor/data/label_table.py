@@ -1,0 +1,144 @@
+"""A table of files and labels, ``labels.csv``: what it says, before any image is opened."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from unbackdoor.errors import InputError, UnsafeFile
+
+NAME = "labels.csv"
+_FILE_HEADS = ("file", "filename", "file_name", "path", "image", "image_path", "img", "name")
+_LABEL_HEADS = ("label", "class", "classid", "class_id", "target", "category", "class_name", "y")
+_MAX_BYTES = 1 << 26
+MAX_CLASSES = 1 << 16
+_MAX_ROWS = 1 << 22
+_FORM = "Write one row an image: file,label"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row: where it stands, the image's file, and the label as text."""
+
+    line: int
+    file: Path
+    label: str
+
+
+def read_table(table: Path) -> list[Entry]:
+    """Return the rows of a table; files are named relative to its folder, and stay inside it.
+
+    A first row that names the columns is recognised by its words; without one, they are file and label.
+    Fields are separated by commas, semicolons or tabs.
+
+    Raises:
+        InputError: If the table cannot be read, is empty, or a row is incomplete or names no file.
+        UnsafeFile: If a row names a file outside the folder.
+    """
+    rows = _rows(table)
+    file_at, label_at, first = _columns(rows, table)
+    root = table.parent.resolve()
+    entries = []
+    for line, row in rows[first:]:
+        if not any(field.strip() for field in row):
+            continue
+        if len(row) <= max(file_at, label_at) or not row[file_at].strip() or not row[label_at].strip():
+            raise InputError(
+                "a row is incomplete", got=",".join(row)[:80], where=f"{table}, line {line}", remedy=_FORM
+            )
+        name = row[file_at].strip()
+        file = table.parent / name
+        if "\0" in name or not file.resolve().is_relative_to(root):
+            raise UnsafeFile(
+                "the table names a file outside its folder",
+                expected=f"a path inside {table.parent}",
+                got=repr(name[:80])[1:-1],
+                where=f"{table}, line {line}",
+                remedy="Put the images beside the table",
+            )
+        if not file.is_file():
+            raise InputError("the image is not there", where=f"{table}, line {line}", expected=file)
+        entries.append(Entry(line, file, row[label_at].strip()))
+    if not entries:
+        raise InputError("the table has no rows", expected="at least 1 image", got=0, where=table)
+    return entries
+
+
+def numbered(
+    entries: Sequence[Entry], names: Sequence[str] | None, table: Path
+) -> tuple[list[int], list[str]]:
+    """Return a label for each row, and the class names.
+
+    A label is a class name or an index; where the names are given and all labels are whole numbers that are
+    no names, they are indices.
+
+    Args:
+        entries: The rows.
+        names: Class names in label order, or None to take them from the table, sorted.
+        table: For messages.
+
+    Raises:
+        InputError: If a label is no class.
+    """
+    texts = [entry.label for entry in entries]
+    digits = all(text.isdecimal() and len(text) < 10 for text in texts)
+    if names is None:
+        # Bounded, because one absurd number must not make a billion names.
+        count = min(max(map(int, texts)) + 1, MAX_CLASSES) if digits else 0
+        names = [str(k) for k in range(count)] if digits else sorted(set(texts))
+    places = {name: k for k, name in enumerate(names)}
+    by_index = digits and not any(text in places for text in texts)
+    labels = []
+    for entry in entries:
+        label = int(entry.label) if by_index else places.get(entry.label, -1)
+        if not 0 <= label < len(names):
+            raise InputError(
+                "the label is none of the classes",
+                expected=f"0..{len(names) - 1} or one of " + ", ".join(list(names)[:20]),
+                got=repr(entry.label[:80])[1:-1],
+                where=f"{table}, line {entry.line}",
+            )
+        labels.append(label)
+    return labels, list(names)
+
+
+def _rows(table: Path) -> list[tuple[int, list[str]]]:
+    try:
+        if table.stat().st_size > _MAX_BYTES:
+            raise InputError("the table is too large", expected=f"at most {_MAX_BYTES} bytes", where=table)
+        text = table.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError("the table cannot be read", got=str(error)[:200], where=table) from error
+    head = text.split("\n", 1)[0]
+    separator = max(",;\t", key=head.count)
+    try:
+        lines = csv.reader(io.StringIO(text), delimiter=separator)
+        rows = [(i, row) for i, row in enumerate(lines, 1) if row]
+    except csv.Error as error:
+        raise InputError("the table cannot be read", got=str(error), where=table, remedy=_FORM) from error
+    if not rows or len(rows) > _MAX_ROWS:
+        raise InputError(
+            "the table has no rows" if not rows else "the table has too many rows",
+            expected=f"1..{_MAX_ROWS}",
+            got=len(rows),
+            where=table,
+            remedy=_FORM,
+        )
+    return rows
+
+
+def _columns(rows: Sequence[tuple[int, list[str]]], table: Path) -> tuple[int, int, int]:
+    """Return the columns of file and label, and the first row that is no header."""
+    heads = [field.strip().lower() for field in rows[0][1]]
+    file_at = next((heads.index(word) for word in _FILE_HEADS if word in heads), None)
+    label_at = next((heads.index(word) for word in _LABEL_HEADS if word in heads), None)
+    if file_at is not None and label_at is not None:
+        return file_at, label_at, 1
+    if len(heads) < 2:
+        raise InputError("the table has one column only", got=",".join(heads)[:80], where=table, remedy=_FORM)
+    # A header in words that nobody knows: its first field is no file.
+    named = (table.parent / rows[0][1][0].strip()).is_file() if rows[0][1][0].strip() else False
+    return 0, 1, 0 if named or len(rows) == 1 else 1

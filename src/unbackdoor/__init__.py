@@ -22,6 +22,9 @@ from unbackdoor.errors import (
 if TYPE_CHECKING:
     from unbackdoor.attacks import AttackTruth
     from unbackdoor.audit.opening import Opened, open_model
+    from unbackdoor.audit.purifying import Purification, purify
+    from unbackdoor.audit.scanning import Audit, scan
+    from unbackdoor.audit.verification import Verification, verify
     from unbackdoor.data.datasets import load_dataset
     from unbackdoor.data.loaders import load_images
     from unbackdoor.engine.caller import run
@@ -33,6 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttackTruth",
+    "Audit",
     "Classifier",
     "CleanData",
     "ConfigError",
@@ -44,11 +48,13 @@ __all__ = [
     "MethodFailed",
     "MissingExtra",
     "Opened",
+    "Purification",
     "Purified",
     "ScanReport",
     "UnbackdoorError",
     "UnsafeFile",
     "UnsupportedModel",
+    "Verification",
     "__version__",
     "build",
     "inspect",
@@ -56,28 +62,37 @@ __all__ = [
     "load_images",
     "load_model",
     "open_model",
+    "purify",
     "run",
     "save_model",
+    "scan",
+    "verify",
 ]
 
 _HOMES = {
     "AttackTruth": "unbackdoor.attacks",
+    "Audit": "unbackdoor.audit.scanning",
     "Classifier": "unbackdoor.types",
     "CleanData": "unbackdoor.types",
     "Finding": "unbackdoor.types",
     "Images": "unbackdoor.types",
     "Opened": "unbackdoor.audit.opening",
+    "Purification": "unbackdoor.audit.purifying",
     "Purified": "unbackdoor.types",
     "ScanReport": "unbackdoor.types",
     "Inspection": "unbackdoor.models.inspection",
+    "Verification": "unbackdoor.audit.verification",
     "build": "unbackdoor.models",
     "inspect": "unbackdoor.models.inspection",
     "load_dataset": "unbackdoor.data.datasets",
     "load_images": "unbackdoor.data.loaders",
     "load_model": "unbackdoor.models",
     "open_model": "unbackdoor.audit.opening",
+    "purify": "unbackdoor.audit.purifying",
     "run": "unbackdoor.engine.caller",
     "save_model": "unbackdoor.models",
+    "scan": "unbackdoor.audit.scanning",
+    "verify": "unbackdoor.audit.verification",
 }
 
 

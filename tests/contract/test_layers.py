@@ -17,6 +17,7 @@ ORDER = [
     "bench",
     "attacks",
     "audit",
+    "screeners",
     "scanners",
     "defenses",
     "engine",
@@ -24,11 +25,12 @@ ORDER = [
     "data",
     "bottom",
 ]
-SIBLINGS = {"defenses", "scanners"}  # their members do not import each other
+SIBLINGS = {"defenses", "scanners", "screeners"}  # their members do not import each other
 FORBIDDEN = {
     "audit": {"attacks", "bench"},
+    "screeners": {"attacks", "bench"},
     "scanners": {"attacks", "bench"},
-    "defenses": {"attacks", "bench", "scanners"},
+    "defenses": {"attacks", "bench", "scanners", "screeners"},
 }
 
 

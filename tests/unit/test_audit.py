@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tiny import tiny_classifier, tiny_data
+from unbackdoor.audit import scanning
 from unbackdoor.audit.comparison import changed_tensors, compare_accuracy, paired_interval, stamped
 from unbackdoor.audit.patches import make_patch, read_patch, use_patch, write_patch
 from unbackdoor.audit.purifying import PromiseBroken, purify, split_proof
@@ -140,8 +141,9 @@ def test_an_unknown_check_is_an_error() -> None:
         scan(tiny_classifier("conv-bn"), clean(), checks=["nonsense"])
 
 
-def test_the_page_and_the_log_of_a_finding() -> None:
+def test_the_page_and_the_log_of_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     art = {"pattern": torch.ones(1, 8, 8), "mask": torch.eye(8)}
+    monkeypatch.setattr(scanning, "INVERTING", frozenset({"strong"}))
     found = says("strong", 0.001, "backdoor found", classes=(2,), artefacts=art)
     model = tiny_classifier("conv-bn")
     audit = scan(model, clean(), checks=[found, says("broken", None, error=RuntimeError("<b>"))])

@@ -12,6 +12,7 @@ import unbackdoor
 
 SURFACE = {
     "AttackTruth",
+    "Audit",
     "Classifier",
     "CleanData",
     "ConfigError",
@@ -23,11 +24,13 @@ SURFACE = {
     "MethodFailed",
     "MissingExtra",
     "Opened",
+    "Purification",
     "Purified",
     "ScanReport",
     "UnbackdoorError",
     "UnsafeFile",
     "UnsupportedModel",
+    "Verification",
     "__version__",
     "build",
     "inspect",
@@ -35,8 +38,11 @@ SURFACE = {
     "load_images",
     "load_model",
     "open_model",
+    "purify",
     "run",
     "save_model",
+    "scan",
+    "verify",
 }
 
 
@@ -59,8 +65,8 @@ def test_names_are_the_things_themselves_and_not_copies() -> None:
 
 
 def test_an_unknown_name_is_refused_as_in_any_module() -> None:
-    with pytest.raises(AttributeError, match="has no attribute 'purify'"):
-        unbackdoor.purify  # noqa: B018
+    with pytest.raises(AttributeError, match="has no attribute 'heal'"):
+        unbackdoor.heal  # noqa: B018
 
 
 def test_every_error_is_an_unbackdoor_error() -> None:

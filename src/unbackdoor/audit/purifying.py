@@ -118,7 +118,7 @@ def purify(
         options: Options laid over the preset.
         max_accuracy_drop: Largest loss of clean accuracy that is accepted, in 0..1; None accepts any.
         triggers: Recovered triggers, such as those of a scan, whose success is measured before and after.
-        proof: Images for the proof; None keeps a part of ``images`` back.
+        proof: Images for the proof; None keeps a part of ``images`` back, where there are enough.
         select_fraction: Share of the method's images that it only chooses thresholds on.
         augmentation: What may be done to an image without changing its class.
         seed: Seed of every draw.
@@ -135,7 +135,7 @@ def purify(
     if proof is None:
         given, shown, same = split_proof(images, seed=seed)
     else:
-        given, shown, same = images, proof, False
+        given, shown, same = images, proof, proof is images
     if max_accuracy_drop is not None and shown.labels is None:
         raise InputError("a promise about accuracy needs labelled images", got="no labels", where=images.name)
     data = CleanData.split(given, select_fraction=select_fraction, augmentation=augmentation, seed=seed)

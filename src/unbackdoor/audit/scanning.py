@@ -33,7 +33,7 @@ class Check:
     """One look at the model.
 
     Attributes:
-        name: In reports, such as ``neural_cleanse, blend``.
+        name: In reports, such as ``neural_cleanse:blend``.
         scanner: Registered scanner.
         question: What it asks, in words for the report.
         options: What differs from the scanner's defaults.
@@ -56,7 +56,7 @@ CHECKS: tuple[Check, ...] = (
         "Is there a class that an unusually small patch turns all images into?",
     ),
     Check(
-        "neural_cleanse, blend",
+        "neural_cleanse:blend",
         "neural_cleanse",
         "Is there a class that an unusually faint pattern turns all images into?",
         {"form": "blend"},
@@ -149,6 +149,10 @@ class Audit:
     def unsupported(self) -> bool:
         """True where no check could work on this model at all."""
         return not any(c.status == "ran" for c in self.checks)
+
+
+# Scanners whose artefacts are triggers; others show inputs that are no change of an image.
+INVERTING = frozenset({"neural_cleanse", "rnp_vote"})
 
 
 class _BudgetSpent(UnbackdoorError):
@@ -360,15 +364,16 @@ def _triggers(done: Sequence[Checked], suspected: Sequence[int]) -> list[ShownTr
     found: list[tuple[bool, float, ShownTrigger]] = []
     for c in done:
         findings: tuple[Finding, ...] = c.report.findings if c.report is not None else ()
-        for finding in findings:
+        for finding in findings if c.check.scanner in INVERTING else ():
             if "pattern" not in finding.artefacts or not finding.classes:
                 continue
             label = finding.classes[0]
             success = finding.value if finding.statistic.startswith("success") else _success(findings, label)
+            added = finding.artefacts.get("perturbation")
             shown = ShownTrigger(
                 label,
-                finding.artefacts["pattern"],
-                finding.artefacts.get("mask"),
+                finding.artefacts["pattern"] if added is None else added,
+                finding.artefacts.get("mask") if added is None else None,
                 c.check.name,
                 success,
             )

@@ -27,7 +27,7 @@ from unbackdoor.errors import UnsupportedModel
 from unbackdoor.metrics import Rate
 from unbackdoor.types import Classifier, CleanData, Images, Progress, silent
 
-CHECKS = ("tac", "neural_cleanse", "neural_cleanse, blend")
+CHECKS = ("tac", "neural_cleanse", "neural_cleanse:blend")
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,12 @@ from unbackdoor.cli.evaluate import evaluate
 from unbackdoor.cli.inspect import inspect
 from unbackdoor.cli.listing import listing
 from unbackdoor.cli.output import complain
+from unbackdoor.cli.patch import patch
 from unbackdoor.cli.purify import purify
+from unbackdoor.cli.scan import scan
 from unbackdoor.cli.train import train
 from unbackdoor.cli.unlearn import unlearn
+from unbackdoor.cli.verify import verify
 from unbackdoor.errors import UnbackdoorError, UnsupportedModel
 
 SUCCESS = 0
@@ -139,13 +142,16 @@ def _flowing(documentation: str | None) -> str:
 for _name, _command in (
     ("demo", demo),
     ("train", train),
+    ("scan", scan),
     ("purify", purify),
+    ("verify", verify),
     ("unlearn", unlearn),
     ("evaluate", evaluate),
     ("inspect", inspect),
     ("list", listing),
 ):
     app.command(_name, help=_flowing(_command.__doc__))(_command)
+app.add_typer(patch, name="patch")
 app.add_typer(bench, name="bench")
 
 

@@ -91,7 +91,7 @@ def run(
     from unbackdoor.data.decode import processors
 
     chosen, cells, text = _planned(suite, suites, data_root)
-    seconds = _seconds(budget)
+    seconds = options.seconds_of(budget, "--budget")
     slots = workers or processors()
     threads = max(1, processors() // slots)
     place = {
@@ -361,21 +361,6 @@ def _holding(name: str, store: Path) -> Any:
             where=store,
         )
     return opened
-
-
-def _seconds(text: str | None) -> float | None:
-    if text is None:
-        return None
-    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-    try:
-        value = float(text[:-1]) * units[text[-1]]
-    except (KeyError, ValueError, IndexError):
-        value = -1.0
-    if not 0 < value < 1e9:
-        raise InputError(
-            "the budget is not a time", expected="such as 90s, 30m or 2h", got=text, where="--budget"
-        )
-    return value
 
 
 @contextmanager

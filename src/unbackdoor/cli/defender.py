@@ -100,14 +100,14 @@ def open_case(
     """
     from unbackdoor.types import CleanData
 
-    named = _named(data, data_root, progress)
-    if named is not None:
-        victim = options.open_model(source, named.train, cardless, default=named)
-        images = _drawn(named, clean, per_class, fraction, seed)
+    found = named(data, data_root, progress)
+    if found is not None:
+        victim = options.open_model(source, found.train, cardless, default=found)
+        images = drawn(found, clean, per_class, fraction, seed)
     else:
-        _refuse_amounts(clean, per_class, fraction)
+        refuse_amounts(clean, per_class, fraction)
         images, victim = _from_path(Path(data), source, resize, cardless, progress)
-    own: Augmentation = named.augmentation if named is not None else "none"
+    own: Augmentation = found.augmentation if found is not None else "none"
     held = CleanData.split(
         images,
         select_fraction=select_fraction,
@@ -117,16 +117,18 @@ def open_case(
     return victim, held
 
 
-def _named(data: str, root: Path | None, progress: Progress) -> DataSet | None:
+def named(data: str, root: Path | None, progress: Progress) -> DataSet | None:
+    """Return the data set of that name, or None where the text is a path."""
     from unbackdoor.data.datasets import dataset_names, load_dataset
 
     looks_like_path = data not in dataset_names() and (Path(data).exists() or "/" in data or "." in data)
     return None if looks_like_path else load_dataset(data, root=root, progress=progress)
 
 
-def _drawn(
+def drawn(
     data: DataSet, clean: int | None, per_class: int | None, fraction: float | None, seed: int
 ) -> Images:
+    """Draw from the images that no model trained by this program has seen."""
     from unbackdoor.data.splits import draw_clean, reserve
 
     _, pool = reserve(data.train)
@@ -136,7 +138,24 @@ def _drawn(
     return draw_clean(pool, count=clean, per_class=per_class, fraction=fraction, seed=seed)
 
 
-def _refuse_amounts(clean: int | None, per_class: int | None, fraction: float | None) -> None:
+def drawn_twice(
+    data: DataSet, clean: int | None, per_class: int | None, fraction: float | None, seed: int
+) -> tuple[Images, Images | None]:
+    """Draw like :func:`drawn`, and up to 500 others for a proof; None where too few are left."""
+    from unbackdoor.data.splits import draw_clean, reserve
+
+    images = drawn(data, clean, per_class, fraction, seed)
+    _, pool = reserve(data.train)
+    taken = {row.numpy().tobytes() for row in images.pixels}
+    rest = pool.subset([i for i, row in enumerate(pool.pixels) if row.numpy().tobytes() not in taken])
+    count = min(USUAL_CLEAN_IMAGES, len(rest))
+    if count < 2 * data.train.classes:
+        return images, None
+    return images, draw_clean(rest, count=count, seed=seed)
+
+
+def refuse_amounts(clean: int | None, per_class: int | None, fraction: float | None) -> None:
+    """Raise ConfigError if an amount was given for images from a path."""
     if clean is not None or per_class is not None or fraction is not None:
         raise ConfigError(
             "the clean set",

@@ -126,6 +126,24 @@ def numbers(text: str | None, option: str) -> tuple[float, ...] | None:
         ) from None
 
 
+def seconds_of(text: str | None, option: str) -> float | None:
+    """Return the seconds of a text such as ``90s``, ``30m`` or ``2h``; None of None.
+
+    Raises:
+        InputError: If it is no time.
+    """
+    if text is None:
+        return None
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    try:
+        value = float(text[:-1]) * units[text[-1]]
+    except (KeyError, ValueError, IndexError):
+        value = -1.0
+    if not 0 < value < 1e9:
+        raise InputError("this is not a time", expected="such as 90s, 30m or 2h", got=text, where=option)
+    return value
+
+
 @dataclass(frozen=True)
 class Cardless:
     """What the user says of a model that has no card.

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unbackdoor.cli import defender, options
-from unbackdoor.cli.output import emit, rate_json, say, table
+from unbackdoor.cli import auditor, defender, options
+from unbackdoor.cli.output import emit, note, say, table
 from unbackdoor.cli.progress import Display
-from unbackdoor.report.words import duration, interval, rate
+from unbackdoor.errors import ConfigError
+from unbackdoor.report.words import duration, interval, percent, rate
 
 if TYPE_CHECKING:
-    from unbackdoor.engine.run import Run
-    from unbackdoor.metrics import Rate
-    from unbackdoor.types import Classifier, Images
+    from unbackdoor.audit.purifying import Purification
 
+NOT_KEPT = 1
 _SHOWN_EVIDENCE = 40  # characters; longer values stand in the JSON
 _LONG = 8  # entries; tables with more, such as one for each layer, stand in the JSON
 
@@ -34,7 +34,10 @@ def purify(
     out: Annotated[
         Path,
         typer.Option(
-            help="Weights file of the repaired model.", show_default=False, rich_help_panel="Output"
+            help="Weights file of the repaired model: .safetensors with a card, or .pt, .pth, .th, .tar with "
+            "the names of the original.",
+            show_default=False,
+            rich_help_panel="Output",
         ),
     ],
     preset: Annotated[
@@ -52,16 +55,42 @@ def purify(
             rich_help_panel="Method",
         ),
     ] = None,
+    max_accuracy_drop: Annotated[
+        float | None,
+        typer.Option(
+            help="Promise: points of clean accuracy that may be lost at most, in percent, on images that the "
+            "method does not get. If it cannot be kept, nothing is written and the exit code is 1.",
+            show_default=False,
+            rich_help_panel="Method",
+        ),
+    ] = None,
+    trigger: auditor.Trigger = None,
+    patch: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write the repair as a patch that can be applied and reverted.",
+            show_default=False,
+            rich_help_panel="Output",
+        ),
+    ] = None,
+    report: auditor.Report = None,
     clean: defender.Clean = None,
     per_class: defender.PerClass = None,
     fraction: defender.Fraction = None,
     select_fraction: defender.SelectFraction = 0.3,
     augmentation: defender.AugmentationChoice = None,
-    resize: defender.Resize = False,
+    resize: Annotated[
+        bool,
+        typer.Option(
+            "--resize", help="Images are resized to the model's input; kept for old scripts.", hidden=True
+        ),
+    ] = False,
     data_root: options.DataRoot = None,
-    architecture: options.CardlessArchitecture = None,
+    architecture: auditor.Arch = None,
     mean: options.Mean = None,
     std: options.Std = None,
+    size: auditor.Size = None,
+    class_names: auditor.Classes = None,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
     precision: options.PrecisionOption = options.PrecisionPolicy.auto,
@@ -71,128 +100,121 @@ def purify(
 ) -> None:
     """Remove a backdoor from a model with a few clean images.
 
-    MODEL is only read. The repaired model goes to OUT, with a card that tells its whole history. From a
-    named data set, images are drawn that no model trained by this program has seen; images from a path are
-    all used.
+    MODEL is only read, and never executed. From a named data set, images are drawn that no model trained by
+    this program has seen, and more of them for the proof; of images from a path, a part is kept from the
+    method for the proof where there are enough. On these the accuracy before and after is measured.
 
-    Whether a backdoor is gone cannot be told from clean images alone: what is shown here is how well the
-    model still does its task. Where the attack is on record, unbackdoor evaluate measures the rest.
+    Whether a backdoor is gone cannot be told from clean images alone: what is shown here is what was changed,
+    how well the model still does its task, and what recovered triggers (--trigger) still do. Where the attack
+    is on record, unbackdoor evaluate measures the rest.
     """
-    from unbackdoor.engine.caller import run as call
-    from unbackdoor.models import save_model
+    from unbackdoor.audit.purifying import PromiseBroken
+    from unbackdoor.audit.purifying import purify as repair
     from unbackdoor.registry import DEFENSES
 
+    if max_accuracy_drop is not None and not 0 <= max_accuracy_drop <= 100:
+        raise ConfigError(
+            "the option --max-accuracy-drop", [f"expected points in 0..100, got {max_accuracy_drop}"]
+        )
     source = options.existing_model(model)
-    out = options.new_file(out, force=force, beside=(".json",), never=source)
+    out = auditor.new_output(out, force=force, never=source, beside=(patch,))
+    auditor.require_free(report, (auditor.PAGE, auditor.RECORD), force=force)
     part = DEFENSES[method]
     config = part.configure_text(options.pairs(settings or [], "--set"), preset=preset)
     defender.require_share(select_fraction)
     with Display(quiet=quiet) as display:
         run = options.open_run(seed, device, precision, display)
-        victim, held = defender.open_case(
-            source,
+        told = auditor.Told(
+            architecture,
+            mean,
+            std,
+            size,
+            class_names,
             data,
-            options.Cardless.parse(architecture, mean, std),
-            display,
-            data_root=data_root,
-            clean=clean,
-            per_class=per_class,
-            fraction=fraction,
-            select_fraction=select_fraction,
-            augmentation=augmentation,
-            resize=resize,
-            seed=seed,
+            clean,
+            per_class,
+            fraction,
+            augmentation,
+            data_root,
         )
-        repaired = call(
-            part,
-            victim,
-            held,
-            options=config,
-            preset=preset,
-            seed=seed,
-            device=device,
-            precision=precision.value,
-            progress=display,
-        )
-        accuracy = {
-            "before": _accuracy(victim, held.select, run),
-            "after": _accuracy(repaired.model, held.select, run),
-        }
-    facts = {
-        "clean_images": len(held),
-        "clean_images_sha256": held.fingerprint(),
-        "selection_images": len(held.select),
-        "selected_on_fitting_images": held.select_is_fit,
-        "seconds": round(repaired.seconds, 3),
-    }
-    step = {"step": "purified", "of": victim.sha256(), "method": dict(repaired.method), **facts}
-    card = save_model(
-        repaired.model,
-        out,
-        history=[*options.history_of(source), {**step, "evidence": dict(_scalars(repaired.evidence))}],
-    )
+        case = auditor.open_case(source, told, run, display, quiet=quiet)
+        assert case.images is not None  # --data is required
+        victim = case.opened.model
+        try:
+            done = repair(
+                victim,
+                case.images,
+                part,
+                preset=preset,
+                options=config,
+                max_accuracy_drop=None if max_accuracy_drop is None else max_accuracy_drop / 100,
+                triggers=auditor.read_triggers(trigger, victim),
+                proof=case.proof,
+                select_fraction=select_fraction,
+                augmentation=case.augmentation,
+                seed=seed,
+                device=device,
+                precision=precision.value,
+                progress=display,
+            )
+        except PromiseBroken as error:
+            note(f"not kept: {error}")
+            raise typer.Exit(NOT_KEPT) from None
+        record = auditor.write_repair(case, done, out, patch)
+        if report is not None:
+            auditor.write_purification(report, case, done, record)
     if as_json:
-        emit(
-            {
-                "model": str(out),
-                "card": str(out.with_suffix(".json")),
-                "sha256": card.weights_sha256,
-                "source": str(source),
-                "source_sha256": victim.sha256(),
-                "method": dict(repaired.method),
-                **facts,
-                "accuracy_on_selection_images": {
-                    name: rate_json(value) if value is not None else None for name, value in accuracy.items()
-                },
-                "evidence": repaired.evidence,
-            }
-        )
+        emit(record)
         return
-    _show(method, preset, accuracy, facts, repaired.evidence)
-    say(f"Repaired model: {out}, with its card {out.with_suffix('.json').name}")
+    _show(method, preset, done)
+    say(f"Repaired model: {out}" + (f", patch: {patch}" if patch is not None else ""))
 
 
-def _accuracy(model: Classifier, images: Images, run: Run) -> Rate | None:
-    from unbackdoor.engine.passes import predict
-    from unbackdoor.metrics import agreement
+def _show(method: str, preset: str | None, done: Purification) -> None:
+    used = method if preset is None else f"{method}, preset {preset}"
+    count, seconds = done.facts["images_for_the_method"], duration(done.purified.seconds)
+    title = f"{used}: {count} clean images, {seconds}"
+    if done.accuracy is not None:
+        rows = [
+            (name, rate(value), interval(value))
+            for name, value in (("before", done.accuracy.before), ("after", done.accuracy.after))
+        ]
+        total = done.accuracy.before.total
+        table(title, ("", f">accuracy on {total} images", ">95 % interval"), rows)
+        if done.proof_is_fit:
+            say(
+                "Too few images to keep any from the method: the accuracy of the repaired model is flattered."
+            )
+        low, high = done.accuracy.drop_interval
+        say(
+            f"Loss: {100 * done.accuracy.drop:.1f} points (95 % interval {100 * low:.1f} to "
+            f"{100 * high:.1f}); {done.accuracy.lost} images were right only before, "
+            f"{done.accuracy.gained} only after."
+        )
+    else:
+        say(title)
+    for residue in done.residues:
+        say(
+            f"Recovered trigger towards class {residue.trigger.label}: {rate(residue.before)} before, "
+            f"{rate(residue.after)} after, on {residue.before.total} images."
+        )
+    entries = sum(c.changed for c in done.changes)
+    share = entries / max(int(done.facts["parameters"]), 1)
+    say(f"Changed: {entries:,} numbers ({percent(share)}) in {len(done.changes)} tensors.")
+    told = list(scalars(done.purified.evidence))
+    if told:
+        table("What the method says it did", ("evidence", "value"), [(n, _short(v)) for n, v in told])
 
-    if images.labels is None:
-        return None
-    return agreement(predict(model.to(run.device).eval(), images, run).argmax(1), images.truth)
 
-
-def _scalars(evidence: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def scalars(evidence: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the single values of a method's evidence under dotted names; what is long as its length."""
     for name, value in evidence.items():
         if isinstance(value, Mapping) and len(value) <= _LONG:
-            yield from _scalars(value, f"{prefix}{name}.")
+            yield from scalars(value, f"{prefix}{name}.")
         elif isinstance(value, Mapping | list | tuple):
             yield f"{prefix}{name}", f"{len(value)} entries"
         else:
             yield f"{prefix}{name}", value
-
-
-def _show(
-    method: str,
-    preset: str | None,
-    accuracy: Mapping[str, Rate | None],
-    facts: Mapping[str, Any],
-    evidence: Mapping[str, Any],
-) -> None:
-    rows = [(name, rate(value), interval(value)) for name, value in accuracy.items() if value is not None]
-    used = method if preset is None else f"{method}, preset {preset}"
-    table(
-        f"{used}: {facts['clean_images']} clean images, {duration(facts['seconds'])}",
-        ("", f">accuracy on {facts['selection_images']} selection images", ">95 % interval"),
-        rows,
-    )
-    if facts["selected_on_fitting_images"]:
-        say("Too few images to hold any out: these were also fitted on, and flatter the repaired model.")
-    else:
-        say("Thresholds were chosen on these images, which flatters the repaired model a little.")
-    told = list(_scalars(evidence))
-    if told:
-        table("What the method says it did", ("evidence", "value"), [(n, _short(v)) for n, v in told])
 
 
 def _short(value: object) -> str:

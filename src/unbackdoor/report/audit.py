@@ -115,7 +115,7 @@ def audit_page(
         audit: A scan, if one was made.
         purification: A repair, if one was made.
         verification: A comparison, if one was made.
-        images: The user's images that triggers are drawn over; the first few are taken.
+        images: The user's images that triggers are drawn over; no more than a few are taken.
         answers: For every trigger, for each of those images, the classes without and with it.
     """
     shown = audit if audit is not None else (verification.before if verification is not None else None)
@@ -238,7 +238,8 @@ def _chart(checked: Checked, finding: Finding, audit: Audit, subject: Subject) -
     finite = [value for value in values if math.isfinite(value)]
     top, bottom = max(finite, default=1.0), min(0.0, *finite, 0.0) if finite else 0.0
     span = (top - bottom) or 1.0
-    suspects = set(finding.classes) if checked.p_value is not None else set()
+    guilty = checked.adjusted is not None and checked.adjusted <= audit.level
+    suspects = set(finding.classes) if guilty else set()
     # Suspects first, then by distance from the middle: what stands apart is what one wants to see.
     middle = sorted(finite)[len(finite) // 2] if finite else 0.0
 

@@ -98,4 +98,4 @@ def _result(checked: Checked, place: dict[str, Any], class_names: Sequence[str])
 
 
 def _rule(checked: Checked) -> str:
-    return checked.check.name.replace(", ", "-").replace("_", "-")
+    return checked.check.name.replace(":", "-").replace("_", "-")

@@ -116,7 +116,7 @@ def scan(model: Classifier, data: CleanData, cfg: NeuralCleanseConfig, *, run: R
     if best.p_value is None:
         skipped["outlier test"] = f"fewer than {FEWEST} classes can be compared; the numbers are reported"
         return ScanReport("undecided", tuple(findings), skipped=skipped, coverage=("triggers",))
-    verdict: Verdict = "backdoor found" if _TESTS * best.p_value <= cfg.level else "no evidence found"
+    verdict: Verdict = "backdoor found" if best.p_value <= cfg.level else "no evidence found"
     return ScanReport(verdict, tuple(findings), skipped=skipped, coverage=("triggers", "outlier test"))
 
 
@@ -160,7 +160,7 @@ def _finding(
         threshold=math.nan if weakest.critical is None else weakest.critical,
         threshold_source=f"normal numbers, simulated; {_TESTS} tests share level {cfg.level:g}; weakest of "
         f"{len(tests)} searches; {left} of {len(values)} classes given up at size {searches[0].limit:.3g}",
-        p_value=p_value,
+        p_value=None if p_value is None else min(1.0, _TESTS * p_value),
         classes=classes,
         per_class=tuple(values.tolist()),
     )

@@ -1,0 +1,267 @@
+"""Scan and repair backdoored models that other people published, and judge with their own triggers.
+
+    python scripts/foreign_models.py run CHECKPOINTS [--images 500] [--only ibau] [--methods rnp,ft]
+    python scripts/foreign_models.py render
+
+``run`` opens every model from its file and the images alone, as ``unbackdoor scan`` does; scans it; repairs
+it with every method; and measures ACC, ASR and RA with the trigger that its publisher describes, which only
+the judge knows. Rows go to results/foreign-models.jsonl as they are made; those there are not made again.
+``render`` writes docs/results/foreign-models.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from unbackdoor.audit.opening import open_model
+from unbackdoor.audit.records import audit_json
+from unbackdoor.audit.scanning import scan
+from unbackdoor.data.datasets import load_dataset
+from unbackdoor.data.splits import draw_clean, reserve
+from unbackdoor.engine import caller
+from unbackdoor.engine.passes import predict
+from unbackdoor.engine.run import Run
+from unbackdoor.errors import UnbackdoorError
+from unbackdoor.files import atomic_write
+from unbackdoor.metrics import agreement, defense_effectiveness
+from unbackdoor.report.words import duration, percent
+from unbackdoor.types import Classifier, CleanData, Images
+
+ROOT = Path(__file__).parents[1]
+ROWS = ROOT / "results" / "foreign-models.jsonl"
+PAGE = ROOT / "docs" / "results" / "foreign-models.md"
+METHODS = ("ft", "fp", "random_prune", "rnp", "awm", "ims", "tac")
+Stamp = Callable[[Tensor], Tensor]
+
+
+def main() -> None:
+    """Run or render."""
+    words = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    verbs = words.add_subparsers(dest="verb", required=True)
+    work = verbs.add_parser("run")
+    work.add_argument("folder", type=Path)
+    work.add_argument("--data", default="cifar10")
+    work.add_argument("--images", type=int, default=500)
+    work.add_argument("--only", default="")
+    work.add_argument("--methods", default=",".join(METHODS))
+    work.add_argument("--budget", type=float, default=None)
+    verbs.add_parser("render")
+    told = words.parse_args()
+    if told.verb == "run":
+        run(told)
+    render()
+
+
+def run(told: argparse.Namespace) -> None:
+    """Make the rows that are missing."""
+    data = load_dataset(told.data)
+    _, pool = reserve(data.train)
+    images = draw_clean(pool, count=told.images, seed=0)
+    done = {(r["model"], r["what"], r.get("method")) for r in rows()}
+    surroundings = Run.create(seed=0)
+    for card_file in sorted(told.folder.glob("*/card.json")):
+        name = card_file.parent.name
+        if told.only not in name:
+            continue
+        card = json.loads(card_file.read_text(encoding="utf-8"))
+        model, opened = _opened(card_file.parent / card["file"], images, surroundings)
+        if model is None:
+            _add({"model": name, "what": "open", "error": opened})
+            continue
+        target, stamp = card["truth"]["target"], _stamp(card_file.parent, card["truth"]["trigger"])
+        before = _judge(model, stamp, target, data.test, surroundings)
+        base = {"model": name, "target": target, "attack": card["truth"]["attack"], "images": told.images}
+        held = CleanData.split(images, augmentation=data.augmentation, seed=0)
+        if (name, "scan", None) not in done:
+            audit = scan(model, held, budget=told.budget)
+            found = audit_json(audit, model.class_names)
+            _add(
+                {
+                    **base,
+                    "what": "scan",
+                    "opened": opened,
+                    **{f"{k}_before": v for k, v in before.items()},
+                    "verdict": found["verdict"],
+                    "classes": [c["index"] for c in found["classes"]],
+                    "reasons": found["reasons"],
+                    "checks": [
+                        {
+                            "check": c["check"],
+                            "status": c["status"],
+                            "p_value": c["p_value"],
+                            "adjusted": c["adjusted_p_value"],
+                            "strongest": [k["index"] for k in c["classes"]],
+                            "seconds": c["seconds"],
+                        }
+                        for c in found["checks"]
+                    ],
+                    "triggers": found["triggers"],
+                    "seconds": found["seconds"],
+                }
+            )
+        for method in told.methods.split(","):
+            if (name, "purify", method) in done:
+                continue
+            row = {
+                **base,
+                "what": "purify",
+                "method": method,
+                **{f"{k}_before": v for k, v in before.items()},
+            }
+            start = time.perf_counter()
+            try:
+                repaired = caller.run(method, model, held, seed=0).model
+                after = _judge(repaired, stamp, target, data.test, surroundings)
+                der = defense_effectiveness(
+                    acc_before=before["acc"], acc=after["acc"], asr_before=before["asr"], asr=after["asr"]
+                )
+                row |= {**after, "der": der}
+            except UnbackdoorError as error:
+                row["error"] = str(error)
+            _add({**row, "seconds": time.perf_counter() - start})
+
+
+def _opened(path: Path, images: Images, surroundings: Run) -> tuple[Classifier | None, Any]:
+    try:
+        opened = open_model(path, images=images, run=surroundings)
+    except UnbackdoorError as error:
+        return None, str(error)
+    return opened.model, opened.story
+
+
+def _stamp(folder: Path, words: str) -> Stamp:
+    """Return the trigger that a card describes, on pixels in [0, 1]."""
+    if "white square at rows and columns 27..30" in words:
+
+        def square(pixels: Tensor) -> Tensor:
+            out = pixels.clone()
+            out[..., 27:31, 27:31] = 1.0
+            return out
+
+        return square
+    if "pasted at rows and columns 24..28" in words:
+        with Image.open(folder / words.split()[0]) as picture:
+            small = picture.convert("RGB").resize((5, 5), Image.Resampling.BILINEAR)
+        patch = torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 255  # (3, 5, 5)
+
+        def paste(pixels: Tensor) -> Tensor:
+            out = pixels.clone()
+            out[..., 24:29, 24:29] = patch
+            return out
+
+        return paste
+    if words.startswith("clip(x + "):
+        with Image.open(folder / words.removeprefix("clip(x + ").split(" ")[0]) as picture:
+            mark = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
+        return lambda pixels: (pixels + mark).clamp(0, 1)
+    raise SystemExit(f"the trigger is not known: {words}")
+
+
+def _judge(model: Classifier, stamp: Stamp, target: int, test: Images, run: Run) -> dict[str, float]:
+    def stamped(pixels: Tensor) -> Tensor:
+        return (stamp(pixels.float() / 255) * 255).round().clamp(0, 255).to(torch.uint8)
+
+    acc = agreement(predict(model, test, run).argmax(1), test.truth)
+    others = test.subset((test.truth != target).nonzero().flatten())
+    said = predict(model, others, run, transform=stamped).argmax(1)
+    asr, ra = agreement(said, torch.full_like(said, target)), agreement(said, others.truth)
+    return {"acc": acc.value, "asr": asr.value, "ra": ra.value}
+
+
+def rows() -> list[dict[str, Any]]:
+    """Return the rows made so far."""
+    if not ROWS.exists():
+        return []
+    return [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines() if line]
+
+
+def _add(row: dict[str, Any]) -> None:
+    kept = rows()
+    with atomic_write(ROWS) as draft:
+        draft.write_text(
+            "".join(json.dumps(r, allow_nan=False) + "\n" for r in [*kept, row]), encoding="utf-8"
+        )
+    print(json.dumps({k: row.get(k) for k in ("model", "what", "method", "verdict", "acc", "asr", "error")}))
+
+
+def page() -> str:
+    """Return the Markdown page."""
+    made = rows()
+    lines = [
+        "# Models that other people trained and published",
+        "",
+        "Made by `python scripts/foreign_models.py render` from `results/foreign-models.jsonl`; measured by "
+        "`python scripts/foreign_models.py run CHECKPOINTS`. The models were opened from their files and the "
+        "images alone. The clean images are of CIFAR-10's training part (whether a publisher trained on them "
+        "nobody can tell), the measurements on its test part. The publishers' triggers are known to the "
+        "judge only: ACC on the whole test set, ASR and RA on triggered test images of other classes.",
+    ]
+    for name in dict.fromkeys(r["model"] for r in made):
+        mine = [r for r in made if r["model"] == name]
+        lines += ["", f"## {name}", ""]
+        for row in mine:
+            if row["what"] == "open":
+                lines.append(f"It could not be opened: {row['error']}")
+            if row["what"] == "scan":
+                lines += _scan_lines(row)
+        repairs = [r for r in mine if r["what"] == "purify"]
+        if repairs:
+            first = repairs[0]
+            lines += [
+                "",
+                f"Repairs with {first['images']} clean images, one sample:",
+                "",
+                "| method | ACC | ASR | RA | DER | time |",
+                "|---|---:|---:|---:|---:|---:|",
+                f"| before | {percent(first['acc_before'])} | {percent(first['asr_before'])} "
+                f"| {percent(first['ra_before'])} | | |",
+            ]
+            lines += [_repair_line(row) for row in repairs]
+    return "\n".join(lines) + "\n"
+
+
+def _scan_lines(row: dict[str, Any]) -> list[str]:
+    classes = ", ".join(map(str, row["classes"])) or "none"
+    right = row["target"] in row["classes"]
+    lines = [
+        f"{row['attack']}, target class {row['target']}. Verdict: **{row['verdict']}**, suspected: {classes}"
+        + (" (the attacker's is among them)" if right else "")
+        + f"; {duration(row['seconds'])}. "
+        + " ".join(row["reasons"]),
+        "",
+        "| check | status | strongest class | p | adjusted | time |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for c in row["checks"]:
+        numbers = ["" if v is None else f"{v:.2g}" for v in (c["p_value"], c["adjusted"])]
+        strongest = ", ".join(map(str, c["strongest"][:3]))
+        columns = [c["check"], c["status"], strongest, *numbers, duration(c["seconds"])]
+        lines.append("| " + " | ".join(columns) + " |")
+    return lines
+
+
+def _repair_line(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"| {row['method']} | {row['error']} | | | | {duration(row['seconds'])} |"
+    rates = " | ".join(percent(row[k]) for k in ("acc", "asr", "ra"))
+    return f"| {row['method']} | {rates} | {row['der']:.3f} | {duration(row['seconds'])} |"
+
+
+def render() -> None:
+    """Write the page."""
+    with atomic_write(PAGE) as draft:
+        draft.write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""``unbackdoor scan``: is this model backdoored?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from unbackdoor.cli import auditor, defender, options
+from unbackdoor.cli.output import emit, say
+from unbackdoor.cli.progress import Display
+
+FOUND, PARTIAL, UNSUPPORTED = 1, 2, 3
+
+
+def scan(
+    model: defender.Model,
+    data: auditor.MaybeData = None,
+    checks: Annotated[
+        str | None,
+        typer.Option(
+            help="Names of checks, separated by commas.",
+            show_default="all",
+            rich_help_panel="Method",
+        ),
+    ] = None,
+    budget: auditor.Budget = None,
+    level: auditor.Level = 0.05,
+    report: auditor.Report = None,
+    sarif_file: Annotated[
+        Path | None,
+        typer.Option("--sarif", help="Write a SARIF log.", show_default=False, rich_help_panel="Output"),
+    ] = None,
+    clean: defender.Clean = None,
+    per_class: defender.PerClass = None,
+    fraction: defender.Fraction = None,
+    augmentation: defender.AugmentationChoice = None,
+    data_root: options.DataRoot = None,
+    architecture: auditor.Arch = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    size: auditor.Size = None,
+    class_names: auditor.Classes = None,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    precision: options.PrecisionOption = options.PrecisionPolicy.auto,
+    force: options.Force = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Look for a backdoor in a model that somebody else trained.
+
+    MODEL is only read, and never executed. The checks run from the cheapest to the dearest; each gives a
+    p-value that it calibrated on this model itself, and all of them together are held against --level. What
+    is said is "backdoor found", "no evidence found" or "undecided", and never "clean".
+
+    Exit codes: 0 no evidence found, 1 backdoor found, 2 an error, or the scan could not decide or did not
+    finish, 3 the model is of a kind that no check can work on.
+    """
+    from unbackdoor.audit.records import audit_json
+    from unbackdoor.audit.scanning import scan as look
+    from unbackdoor.files import sha256_file, write_json
+    from unbackdoor.report.sarif import sarif
+    from unbackdoor.types import CleanData
+
+    auditor.require_free(report, (auditor.PAGE, auditor.RECORD), force=force)
+    limit = options.seconds_of(budget, "--budget")
+    with Display(quiet=quiet) as display:
+        run = options.open_run(seed, device, precision, display)
+        told = auditor.Told(
+            architecture,
+            mean,
+            std,
+            size,
+            class_names,
+            data,
+            clean,
+            per_class,
+            fraction,
+            augmentation,
+            data_root,
+        )
+        case = auditor.open_case(model, told, run, display, quiet=quiet)
+        held = None
+        if case.images is not None:
+            held = CleanData.split(case.images, augmentation=case.augmentation, seed=seed)
+        audit = look(
+            case.opened.model,
+            held,
+            checks=_names(checks),
+            level=level,
+            budget=limit,
+            seed=seed,
+            device=device,
+            precision=precision.value,
+            progress=display,
+        )
+        names = case.opened.model.class_names
+        digest = sha256_file(case.source)
+        record: dict[str, Any] = {
+            "model": str(case.source),
+            "file_sha256": digest,
+            **audit_json(audit, names),
+            "opened": case.opened.story,
+        }
+        if report is not None:
+            _write_report(report, case, audit, record, run)
+    if sarif_file is not None:
+        write_json(sarif_file, sarif(audit, case.source, names, file_sha256=digest))
+    if as_json:
+        emit(record)
+    else:
+        auditor.show_audit(audit, names)
+        if report is not None:
+            say(f"Report: {report / auditor.PAGE}")
+    if audit.verdict == "backdoor found":
+        raise typer.Exit(FOUND)
+    if audit.unsupported and not audit.partial:
+        raise typer.Exit(UNSUPPORTED)
+    if audit.partial or audit.verdict == "undecided":
+        raise typer.Exit(PARTIAL)
+
+
+def _names(checks: str | None) -> list[str] | None:
+    return None if checks is None else [name.strip() for name in checks.split(",") if name.strip()]
+
+
+def _write_report(folder: Path, case: auditor.Case, audit: Any, record: dict[str, Any], run: Any) -> None:
+    from unbackdoor.files import write_json
+    from unbackdoor.report.audit import SHOWN_IMAGES, SHOWN_TRIGGERS, audit_page
+    from unbackdoor.report.page import write_page
+    from unbackdoor.report.triggers import write_trigger
+
+    shown = audit.triggers[:SHOWN_TRIGGERS]
+    few = auditor.examples(case, shown, count=SHOWN_IMAGES)
+    answers = auditor.answers_for(case, shown, few, run)
+    page = audit_page(auditor.subject(case), audit=audit, images=few, answers=answers)
+    for i, trigger in enumerate(shown):
+        facts = {"class": trigger.label, "check": trigger.check, "model_sha256": audit.facts["model_sha256"]}
+        write_trigger(folder / f"trigger-{i}", trigger.pattern, trigger.mask, facts)
+    write_json(folder / auditor.RECORD, record)
+    write_page(folder / auditor.PAGE, page)

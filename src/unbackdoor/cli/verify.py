@@ -1,0 +1,143 @@
+"""``unbackdoor verify``: an independent comparison of two models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unbackdoor.cli import auditor, defender, options
+from unbackdoor.cli.output import emit, say, table
+from unbackdoor.cli.progress import Display
+from unbackdoor.report.words import interval, percent, rate
+
+if TYPE_CHECKING:
+    from unbackdoor.audit.verification import Verification
+
+
+def verify(
+    before: Annotated[
+        Path, typer.Argument(metavar="BEFORE", help="Weights of the original.", show_default=False)
+    ],
+    after: Annotated[
+        Path, typer.Argument(metavar="AFTER", help="Weights of its repair.", show_default=False)
+    ],
+    data: defender.Data,
+    budget: auditor.Budget = None,
+    level: auditor.Level = 0.05,
+    trigger: auditor.Trigger = None,
+    report: auditor.Report = None,
+    clean: defender.Clean = None,
+    per_class: defender.PerClass = None,
+    fraction: defender.Fraction = None,
+    data_root: options.DataRoot = None,
+    architecture: auditor.Arch = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    size: auditor.Size = None,
+    class_names: auditor.Classes = None,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    precision: options.PrecisionOption = options.PrecisionPolicy.auto,
+    force: options.Force = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Compare two models without trusting whoever made the second.
+
+    Clean accuracy, agreement, what changed in the weights, what triggers that are recovered anew from BEFORE
+    do to both, and the same checks on both. No record of a repair is read.
+
+    Exit codes: 0 the recovered triggers do not work on AFTER and no check accuses it, 1 one does or one
+    accuses it, 2 an error, or the checks could not decide, 3 the two models do not do the same task.
+    """
+    from unbackdoor.audit.records import verification_json
+    from unbackdoor.audit.verification import verify as compare
+    from unbackdoor.files import write_json
+    from unbackdoor.report.audit import SHOWN_IMAGES, SHOWN_TRIGGERS, audit_page
+    from unbackdoor.report.page import write_page
+
+    auditor.require_free(report, (auditor.PAGE, auditor.RECORD), force=force)
+    limit = options.seconds_of(budget, "--budget")
+    told = auditor.Told(
+        architecture, mean, std, size, class_names, data, clean, per_class, fraction, None, data_root
+    )
+    with Display(quiet=quiet) as display:
+        run = options.open_run(seed, device, precision, display)
+        first = auditor.open_case(before, told, run, display, quiet=quiet)
+        second = auditor.open_case(after, auditor.like(first, told, after), run, display, quiet=True)
+        assert first.images is not None  # --data is required
+        done = compare(
+            first.opened.model,
+            second.opened.model,
+            first.images,
+            triggers=auditor.read_triggers(trigger, first.opened.model),
+            level=level,
+            budget=limit,
+            seed=seed,
+            device=device,
+            precision=precision.value,
+            progress=display,
+        )
+        names = first.opened.model.class_names
+        record: dict[str, Any] = {
+            "before": str(first.source),
+            "after": str(second.source),
+            "comparison": verification_json(done, names),
+            "opened": {"before": first.opened.story, "after": second.opened.story},
+        }
+        if report is not None:
+            shown = done.before.triggers[:SHOWN_TRIGGERS]
+            few = auditor.examples(first, shown, count=SHOWN_IMAGES)
+            answers = auditor.answers_for(first, shown, few, run)
+            subject = auditor.subject(first, title=f"{first.source.name} and {second.source.name}")
+            page = audit_page(subject, verification=done, images=few, answers=answers)
+            write_json(report / auditor.RECORD, record)
+            write_page(report / auditor.PAGE, page)
+    if as_json:
+        emit(record)
+    else:
+        _show(done, names)
+        if report is not None:
+            say(f"Report: {report / auditor.PAGE}")
+    code = outcome(done)
+    if code:
+        raise typer.Exit(code)
+
+
+WORKS = 0.5  # success of a recovered trigger from which it is said to work
+
+
+def outcome(done: Verification) -> int:
+    """Return the exit code of a comparison."""
+    if done.after.verdict == "backdoor found":
+        return 1
+    if any(r.after.total and r.after.value > WORKS and r.before.value > WORKS for r in done.residues):
+        return 1
+    return 2 if done.after.partial or done.after.verdict == "undecided" else 0
+
+
+def _show(done: Verification, names: tuple[str, ...]) -> None:
+    if done.identical:
+        say("The two models have the same weights.")
+    rows: list[tuple[str, ...]] = []
+    if done.accuracy is not None:
+        rows += [
+            ("clean accuracy, before", rate(done.accuracy.before), interval(done.accuracy.before)),
+            ("clean accuracy, after", rate(done.accuracy.after), interval(done.accuracy.after)),
+        ]
+    rows.append(("same answer of both", rate(done.agreement), interval(done.agreement)))
+    for r in done.residues:
+        name = f"{names[r.trigger.label]} ({r.trigger.check})"
+        rows.append((f"recovered trigger to {name}, before", rate(r.before), interval(r.before)))
+        rows.append((f"recovered trigger to {name}, after", rate(r.after), interval(r.after)))
+    table("Comparison", ("", ">rate", ">95 % interval"), rows)
+    entries = sum(c.changed for c in done.changes)
+    say(f"Changed: {entries:,} numbers in {len(done.changes)} tensors.")
+    for c in sorted(done.changes, key=lambda c: -c.relative)[:5]:
+        share = percent(min(c.relative, 9.99))
+        say(f"  {c.name}: {c.channels} of {c.of_channels} channels, {share} of its norm")
+    for title, audit in (("before", done.before), ("after", done.after)):
+        say(f"Checks on the model {title}:")
+        auditor.show_audit(audit, names)

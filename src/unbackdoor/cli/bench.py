@@ -54,7 +54,8 @@ def run(
     only: Annotated[
         str | None,
         typer.Option(
-            help="Run only what matches, as in */badnets/rnp: data set/architecture-width/attack/defense.",
+            help="Run only what matches, as in */badnets/rnp or badnets/awm/images=500: data set/"
+            "architecture-width/attack/defense/images=N/sample=N/rate=R/seed=N/recipe; * stands for anything.",
             show_default=False,
         ),
     ] = None,

@@ -55,7 +55,7 @@ def run(
         str | None,
         typer.Option(
             help="Run only what matches, as in */badnets/rnp or badnets/awm/images=500: data set/"
-            "architecture-width/attack/defense/images=N/sample=N/rate=R/seed=N/recipe; * stands for anything.",
+            "architecture-width/attack/defense/images=N/sample=N/rate=R/seed=N/recipe.",
             show_default=False,
         ),
     ] = None,

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from unbackdoor.errors import ConfigError, InputError, UnbackdoorError, UnsafeFile, UnsupportedModel
 from unbackdoor.models import build, load_model, read_card, save_model
-from unbackdoor.models import state as state_module
-from unbackdoor.models.state import read_state
+from unbackdoor.models.state import read_contents, read_state
 
 # Initialisers and inputs are drawn from the global generator here; it is put back.
 pytestmark = pytest.mark.leaves_traces
@@ -100,44 +99,72 @@ def test_the_payload_of_these_tests_works(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("writer", [save_zip, save_legacy, save_raw])
-def test_a_whole_pickled_module_is_refused_and_its_classes_are_listed(tmp_path: Path, writer: Writer) -> None:
+def test_a_whole_pickled_module_gives_its_tensors_and_its_classes_are_listed(
+    tmp_path: Path, writer: Writer
+) -> None:
     writer(make(), tmp_path / "m.pt")
-    message = refused(tmp_path / "m.pt", UnsafeFile)
-    assert "torch.nn.modules" in message
-    assert "more" in message
+    assert load_model(tmp_path / "m.pt", **GIVEN).sha256() == make().sha256()
+    contents = read_contents(tmp_path / "m.pt")
+    assert "torch.nn.modules.conv.Conv2d" in contents.foreign
+    assert not contents.dangerous
 
 
-def test_an_environment_variable_does_not_open_the_door(
+def test_neither_the_environment_nor_torch_opens_the_door(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def never(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a reader that can execute was asked")
+
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     save_zip(Payload(tmp_path / "executed"), tmp_path / "m.pt")
+    save_zip(weights(), tmp_path / "good.pt")
+    for owner, name in ((torch, "load"), (torch.jit, "load"), (pickle, "loads"), (pickle, "load")):
+        monkeypatch.setattr(owner, name, never)
     refused(tmp_path / "m.pt", UnsafeFile)
-    # And torch's own reader holds where our list of names does not see the payload.
-    monkeypatch.setattr(state_module, "_refuse_code", lambda path, kind: None)
-    refused(tmp_path / "m.pt", UnsafeFile)
+    assert load_model(tmp_path / "good.pt", **GIVEN).sha256() == make().sha256()
     assert not (tmp_path / "executed").exists()
 
 
 def test_names_that_the_process_allows_are_refused_here(tmp_path: Path) -> None:
-    save_zip({"state_dict": weights(), "path": Path("x")}, tmp_path / "m.pt")
-    with torch.serialization.safe_globals([type(Path("x"))]):
-        assert "pathlib" in refused(tmp_path / "m.pt", UnsafeFile)
+    save_zip({"state_dict": weights(), "x": Payload(tmp_path / "executed")}, tmp_path / "m.pt")
+    with torch.serialization.safe_globals([os.system]):
+        assert "system" in refused(tmp_path / "m.pt", UnsafeFile)
+    assert not (tmp_path / "executed").exists()
 
 
-def test_torchscript_is_a_program(tmp_path: Path) -> None:
+def test_a_torchscript_archive_that_names_python_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "m.pt", "w") as archive:
-        archive.writestr("m/data.pkl", pickle.dumps({}, protocol=2))
+        archive.writestr("m/data.pkl", pickle.dumps(Payload(tmp_path / "executed"), protocol=2))
         archive.writestr("m/constants.pkl", pickle.dumps((), protocol=2))
         archive.writestr("m/code/__torch__.py", "def forward(self): ...")
-    assert "TorchScript" in refused(tmp_path / "m.pt", UnsafeFile)
+    assert "system" in refused(tmp_path / "m.pt", UnsafeFile)
+    assert not (tmp_path / "executed").exists()
 
 
-def test_names_put_together_at_run_time_are_never_harmless(tmp_path: Path) -> None:
-    # STACK_GLOBAL of two texts that look harmless one after the other.
-    code = b"\x80\x04\x8c\x0bcollections\x8c\x0bOrderedDict\x93)R."
+@pytest.mark.parametrize(
+    "code",
+    [
+        # The two texts come from the memo, in the other order, with a harmless pair between them.
+        b"\x80\x04\x8c\x06system\x94\x8c\x02os\x94\x8c\x0bcollections\x8c\x0bOrderedDict00h\x01h\x00\x93"
+        b"\x8c\x04true\x85R.",
+        # One of them is the result of a call: str("os").
+        b"\x80\x04cbuiltins\nstr\n\x8c\x02os\x85R\x8c\x06system\x93\x8c\x04true\x85R.",
+        # A text that pickletools refuses and pickle accepts stands before it.
+        b"\x80\x02S'\xff'\n0cos\nsystem\nS'true'\n\x85R.",
+        b"\x80\x02I0x10\n0cos\nsystem\nS'true'\n\x85R.",
+        # A part of another name.
+        b"\x80\x04\x8c\x17torch.nn.modules.module\x8c\x09os.system\x93\x8c\x04true\x85R.",
+        # The name that Python 2 had for it.
+        b"\x80\x02ccommands\ngetoutput\nU\x04true\x85R.",
+        # A number of the table of extensions.
+        b"\x80\x02\x82\x07)R.",
+        # An object of the oldest kind.
+        b"\x80\x02(U\x04trueios\nsystem\n.",
+    ],
+)
+def test_names_put_together_at_run_time_are_never_harmless(tmp_path: Path, code: bytes) -> None:
     (tmp_path / "m.pt").write_bytes(code)
-    assert "collections.OrderedDict" in refused(tmp_path / "m.pt", UnsafeFile)
+    assert "would run code" in refused(tmp_path / "m.pt", UnsafeFile)
 
 
 # ---------------------------------------------------------------------------------------------------

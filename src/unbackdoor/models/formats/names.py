@@ -10,12 +10,14 @@ from __future__ import annotations
 import _compat_pickle
 import re
 import sys
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 Danger = Literal["plain", "library", "unknown", "dangerous"]
 
 
-class Name(NamedTuple):
+@dataclass(frozen=True, order=True)
+class Name:
     """A global of a pickle: the module that would be imported, and what would be taken from it."""
 
     module: str
@@ -29,7 +31,7 @@ _PLAIN = re.compile(
     r"collections\.OrderedDict|_codecs\.encode|(builtins|__builtin__)\.set"
     r"|torch\._utils\._rebuild_(tensor(_v[23])?|parameter(_with_state)?)"
     r"|torch\._tensor\._rebuild_from_type_v2|torch\.nn\.parameter\.(Parameter|Buffer)"
-    r"|torch\.jit\._pickle\.(build_\w+|restore_type_tag)|torch\.(Size|device)"
+    r"|torch\.jit\._pickle\.(build_\w+|restore_type_tag)|torch\.(Size|device|[A-Z]\w*Tensor)"
     r"|torch\.\w+Storage|torch\.storage\.(Untyped|Typed)Storage"
     r"|torch\.(bool|bfloat16|float(16|32|64)|u?int(8|16|32|64)|complex(32|64|128)|float8_\w+)"
 )

@@ -382,13 +382,13 @@ class _Machine:
                     return Faulty(error)  # and on: what would be loaded after it must be told as well
             if function.name in ("_rebuild_parameter", "_rebuild_parameter_with_state") and args:
                 return args[0]
-        if function == ("torch._tensor", "_rebuild_from_type_v2") and len(args) >= 3:
+        if function == Name("torch._tensor", "_rebuild_from_type_v2") and len(args) >= 3:
             # Its second argument is the class of the result; the tensor is made by the first.
             return self._called(args[0], args[2]) if args[0] != function else Stub(function, args)
-        if function == ("torch", "Size") and len(args) == 1:
+        if function == Name("torch", "Size") and len(args) == 1:
             return args[0]
         if (
-            function == ("_codecs", "encode")
+            function == Name("_codecs", "encode")
             and len(args) == 2
             and isinstance(args[0], str)
             and args[1] == "latin1"

@@ -20,7 +20,7 @@ NESTS = (
 )  # fmt: skip
 PREFIXES = ("module.", "_orig_mod.", "network.", "model.")
 _DEPTH = 4  # dictionaries in dictionaries that a state dict is looked for in
-_MODULES = 100_000  # modules, so that one that contains itself many times ends too
+_MODULES = 20_000  # modules, so that one that contains itself many times ends too
 _NUMPY_FORMATS = {"f8": "d", "f4": "f", "i8": "q", "i4": "i", "i2": "h", "u1": "B", "i1": "b", "b1": "?"}
 
 Fact = str | int | float | bool

@@ -18,7 +18,7 @@ from unbackdoor.models.formats.pickles import Stub, Trail, as_mapping
 from unbackdoor.models.formats.tensors import TensorRef
 
 _MAX_TEXT = 16 << 20  # bytes of one program file
-_MODULES = 100_000
+_MODULES = 20_000
 _CLASS = re.compile(
     r"^class (?P<name>\w+)\(Module\):\n  __parameters__ = \[(?P<parameters>[^\]]*)\]\n"
     r"  __buffers__ = \[(?P<buffers>[^\]]*)\]",

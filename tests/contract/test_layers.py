@@ -85,7 +85,9 @@ def reachable(start: str) -> set[str]:
     return seen
 
 
-METHODS = [p for room in ("defenses", "scanners") for p in sorted((PACKAGE / room).glob("[!_]*.py"))]
+METHODS = [
+    p for room in ("defenses", "scanners", "screeners") for p in sorted((PACKAGE / room).glob("[!_]*.py"))
+]
 
 
 @pytest.mark.parametrize("path", METHODS, ids=lambda p: p.stem)

@@ -20,6 +20,7 @@ from unbackdoor.cli.output import complain
 from unbackdoor.cli.patch import patch
 from unbackdoor.cli.purify import purify
 from unbackdoor.cli.scan import scan
+from unbackdoor.cli.screen import screen
 from unbackdoor.cli.train import train
 from unbackdoor.cli.unlearn import unlearn
 from unbackdoor.cli.verify import verify
@@ -141,13 +142,14 @@ def _flowing(documentation: str | None) -> str:
 
 for _name, _command in (
     ("demo", demo),
-    ("train", train),
+    ("inspect", inspect),
     ("scan", scan),
     ("purify", purify),
     ("verify", verify),
+    ("screen", screen),
     ("unlearn", unlearn),
+    ("train", train),
     ("evaluate", evaluate),
-    ("inspect", inspect),
     ("list", listing),
 ):
     app.command(_name, help=_flowing(_command.__doc__))(_command)

@@ -10,7 +10,17 @@ import typer
 from unbackdoor.cli import options
 from unbackdoor.cli.output import emit, say, table
 from unbackdoor.errors import InputError
-from unbackdoor.registry import ARCHITECTURES, ATTACKS, DEFENSES, SCANNERS, Config, Part, Registry, near_match
+from unbackdoor.registry import (
+    ARCHITECTURES,
+    ATTACKS,
+    DEFENSES,
+    SCANNERS,
+    SCREENERS,
+    Config,
+    Part,
+    Registry,
+    near_match,
+)
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -24,7 +34,8 @@ def listing(
         str | None,
         typer.Argument(
             metavar="KIND",
-            help="attacks, defenses, scanners, architectures, recipes or datasets; all without it.",
+            help="attacks, defenses, scanners, screeners, architectures, recipes or datasets; "
+            "all without it.",
             show_default=False,
         ),
     ] = None,
@@ -34,7 +45,7 @@ def listing(
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show the attacks, defenses, scanners, architectures, recipes and data sets, and their options."""
+    """Show attacks, defenses, scanners, screeners, architectures, recipes and data sets, and their options."""
     if kind is not None and kind not in KINDS:
         raise InputError(
             f"there is no list of {kind!r}{near_match(kind, list(KINDS))}",
@@ -112,6 +123,7 @@ KINDS: Mapping[str, Callable[[], list[Entry]]] = {
     "attacks": _parts(ATTACKS),
     "defenses": _parts(DEFENSES),
     "scanners": _parts(SCANNERS),
+    "screeners": _parts(SCREENERS),
     "architectures": _parts(ARCHITECTURES),
     "recipes": _recipes,
     "datasets": _datasets,
@@ -120,6 +132,7 @@ _EXTRA: Mapping[str, tuple[str, ...]] = {
     "attacks": ("paper",),
     "defenses": ("presets", "paper"),
     "scanners": ("paper",),
+    "screeners": ("needs", "paper"),
     "architectures": (),
     "recipes": (),
     "datasets": ("image (C, H, W)", ">classes"),
@@ -179,6 +192,7 @@ def _row(kind: str, entry: Entry) -> tuple[object, ...]:
         "attacks": (entry.get("paper"),),
         "defenses": (", ".join(entry.get("presets", {})), entry.get("paper")),
         "scanners": (entry.get("paper"),),
+        "screeners": (", ".join(entry.get("needs", ())), entry.get("paper")),
         "datasets": (tuple(entry.get("shape", ())), len(entry.get("classes", ()))),
     }
     return (entry["name"], _unquoted(entry["summary"]), *extra.get(kind, ()))

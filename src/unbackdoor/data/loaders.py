@@ -389,6 +389,43 @@ def load_unlabelled(
     return as_images(pixels, None, tuple(class_names), path.name or "images"), names
 
 
+def load_labelled(
+    path: Path,
+    *,
+    class_names: Sequence[str],
+    size: tuple[int, int] | None = None,
+    progress: Progress = silent,
+) -> tuple[Images, tuple[str, ...]]:
+    """Load a labelled set of unknown origin, such as a training set, and what each image is called.
+
+    Args:
+        path: See :func:`load_images`.
+        class_names: Classes of the model that is to look at them, in label order.
+        size: See :func:`load_images`.
+        progress: Shows how far decoding has come.
+
+    Returns:
+        The images with labels, and their paths inside the folder, or their rows.
+
+    Raises:
+        InputError: If the set cannot be used, or carries no labels.
+        UnsafeFile: See :func:`load_images`.
+    """
+    path = Path(path)
+    found = load_images(path, class_names=tuple(class_names), size=size, progress=progress)
+    if found.labels is None:
+        raise InputError(
+            "the images carry no labels, and this screening looks at a training set",
+            where=path,
+            remedy="Add the labels, or choose a method for single inputs",
+        )
+    if not path.is_dir():
+        return found, tuple(f"row {row}" for row in range(len(found)))
+    folders = _class_folders(path)
+    names = (file.relative_to(path).as_posix() for name in found.class_names for file in folders[name])
+    return found, tuple(names)
+
+
 def _class_folders(path: Path) -> dict[str, list[Path]]:
     try:
         folders = sorted(

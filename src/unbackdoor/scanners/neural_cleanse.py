@@ -52,6 +52,14 @@ class NeuralCleanseConfig(ReachConfig):
         "size is its length",
         source="Neural Cleanse: patch",
     )
+    budget: float = option(
+        0.0,
+        "budget at which losses are compared: share of the image that the mask covers, or root mean square of "
+        "the perturbation; 0: 1/64 of the image, or 8/255",
+        source="this project: what is hardly seen, fixed before any network was scanned",
+        ge=0,
+        le=0.5,
+    )
     restarts: int = option(
         3,
         "searches on different images, in all of which a suspect must stand out",
@@ -83,7 +91,14 @@ def scan(model: Classifier, data: CleanData, cfg: NeuralCleanseConfig, *, run: R
         part = parts[restart % len(parts)]
         searches.append(
             reach(
-                model, part, cfg, run, form=cfg.form, enough=enough, fixed=_FIXED[cfg.form], restart=restart
+                model,
+                part,
+                cfg,
+                run,
+                form=cfg.form,
+                enough=enough,
+                fixed=cfg.budget or _FIXED[cfg.form],
+                restart=restart,
             )
         )
         tests.append(_tests(searches[-1], enough, cfg.level / _TESTS))

@@ -1,0 +1,240 @@
+"""``unbackdoor screen``: look at images of unknown origin instead of the model. It knows no attack."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unbackdoor.cli import defender, options
+from unbackdoor.cli.output import emit, note, plain, say, table
+from unbackdoor.cli.progress import Display
+from unbackdoor.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from unbackdoor.registry import Part
+    from unbackdoor.types import Classifier, CleanData, Images, Screening
+
+_SHOWN = 20  # images; all stand in the JSON and the CSV
+CSV_COLUMNS = ("image", "label", "predicted", "score", "p_value", "suspicious")
+
+
+def screen(
+    model: defender.Model,
+    images: Annotated[
+        Path,
+        typer.Option(
+            help="Images to look at: a folder, a .parquet or an .npz file. A method for training sets needs "
+            "their labels: a folder of class folders, or labels in the file.",
+            show_default=False,
+        ),
+    ],
+    method: Annotated[
+        str, typer.Option(help="Screener, see: unbackdoor list screeners.", show_default=False)
+    ],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Clean images to compare with: a data set's name, a folder of class folders, a .parquet or "
+            "an .npz file. Methods for training sets do without.",
+            show_default=False,
+            rich_help_panel="Data",
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Option of the method, see: unbackdoor list screeners NAME; may be repeated.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="CSV file to write, one line for each image.", show_default=False),
+    ] = None,
+    clean: defender.Clean = None,
+    per_class: defender.PerClass = None,
+    fraction: defender.Fraction = None,
+    select_fraction: defender.SelectFraction = 0.3,
+    resize: defender.Resize = False,
+    data_root: options.DataRoot = None,
+    architecture: options.CardlessArchitecture = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    precision: options.PrecisionOption = options.PrecisionPolicy.auto,
+    force: options.Force = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Look for triggered images among images of unknown origin.
+
+    MODEL and the images are only read. Every image gets a score, a p-value (how often a clean image has so
+    high a score), and is called suspicious where the p-value is at most alpha. About a share of alpha of
+    clean images is called suspicious as well, so that the count must be held against the number of images.
+    """
+    from unbackdoor.engine.caller import screen as call
+    from unbackdoor.registry import SCREENERS
+
+    source, part = options.existing_model(model), SCREENERS[method]
+    config = part.configure_text(options.pairs(settings or [], "--set"))
+    if out is not None and out.exists() and not force:
+        raise InputError(
+            "the file exists", where=out, remedy="Choose another --out, or replace it with --force"
+        )
+    defender.require_share(select_fraction)
+    cardless = options.Cardless.parse(architecture, mean, std)
+    with Display(quiet=quiet) as display:
+        run = options.open_run(seed, device, precision, display)
+        if data is None:
+            _require_no_data(part, clean, per_class, fraction)
+            victim, held = _without_data(source, cardless)
+        else:
+            victim, held = defender.open_case(
+                source,
+                data,
+                cardless,
+                display,
+                data_root=data_root,
+                clean=clean,
+                per_class=per_class,
+                fraction=fraction,
+                select_fraction=select_fraction,
+                augmentation=None,
+                resize=resize,
+                seed=seed,
+            )
+        inputs, names = _inputs(images, part, victim, resize, display)
+        found = call(
+            part,
+            victim,
+            held,
+            inputs,
+            options=config,
+            seed=seed,
+            device=run.device,
+            precision=precision.value,
+            progress=display,
+        )
+    if out is not None:
+        _write(out, found, names, inputs, victim)
+    if as_json:
+        emit(_json(found, names, inputs, source, victim, held))
+    else:
+        _show(found, names, victim, config.model_dump()["alpha"])
+        if out is not None:
+            say(out)
+    if "note" in found.evidence:
+        note(found.evidence["note"], quiet=quiet)
+
+
+def _require_no_data(
+    part: Part[Any], clean: int | None, per_class: int | None, fraction: float | None
+) -> None:
+    if "images" in part.needs:
+        raise ConfigError(
+            "the clean images", [f"--method {part.name} compares with clean images; give --data"]
+        )
+    if clean is not None or per_class is not None or fraction is not None:
+        raise ConfigError("the clean images", ["--clean, --per-class and --fraction draw from --data"])
+
+
+def _without_data(source: Path, cardless: options.Cardless) -> tuple[Classifier, CleanData]:
+    from unbackdoor.types import CleanData
+
+    victim = options.open_model(source, None, cardless)
+    return victim, CleanData.empty(victim.input_shape, victim.class_names)
+
+
+def _inputs(
+    path: Path, part: Part[Any], model: Classifier, resize: bool, display: Display
+) -> tuple[Images, tuple[str, ...]]:
+    from unbackdoor.data.loaders import load_labelled, load_unlabelled
+    from unbackdoor.registry import INPUT_LABELS
+
+    load = load_labelled if INPUT_LABELS in part.needs else load_unlabelled
+    _, height, width = model.input_shape
+    return load(
+        path, class_names=model.class_names, size=(height, width) if resize else None, progress=display
+    )
+
+
+def _rows(found: Screening, names: tuple[str, ...], inputs: Images, model: Classifier) -> list[list[Any]]:
+    labels = [""] * len(names)
+    if inputs.labels is not None:
+        labels = [model.class_names[k] for k in inputs.labels.tolist()]
+    columns = (found.predicted, found.scores, found.p_values, found.suspicious)
+    predicted, scores, p_values, suspicious = (column.tolist() for column in columns)
+    return [
+        [name, labels[i], model.class_names[predicted[i]], scores[i], p_values[i], int(suspicious[i])]
+        for i, name in enumerate(names)
+    ]
+
+
+def _write(out: Path, found: Screening, names: tuple[str, ...], inputs: Images, model: Classifier) -> None:
+    from unbackdoor.files import atomic_write
+
+    with atomic_write(out) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(CSV_COLUMNS)
+        for name, *rest in _rows(found, names, inputs, model):
+            writer.writerow([plain(name), *rest])
+
+
+def _json(
+    found: Screening,
+    names: tuple[str, ...],
+    inputs: Images,
+    source: Path,
+    model: Classifier,
+    held: CleanData,
+) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "model": str(source),
+        "model_sha256": model.sha256(),
+        "clean_images": len(held),
+        "method": dict(found.method),
+        "seconds": found.seconds,
+        "evidence": dict(found.evidence),
+        "names": list(names),
+        "scores": found.scores.tolist(),
+        "p_values": found.p_values.tolist(),
+        "predicted": found.predicted.tolist(),
+        "suspicious": found.suspicious.tolist(),
+    }
+    if inputs.labels is not None:
+        result["labels"] = inputs.labels.tolist()
+    return result
+
+
+def _show(found: Screening, names: tuple[str, ...], model: Classifier, alpha: float) -> None:
+    counts = [(int((found.predicted == k).sum()), int((found.suspicious & (found.predicted == k)).sum()))
+              for k in range(model.classes)]  # fmt: skip
+    table(
+        f"{int(found.suspicious.sum())} of {len(names)} images are suspicious; "
+        f"about {alpha * len(names):.1f} would be if all were clean",
+        ("the model says", ">images", ">suspicious"),
+        [(model.class_names[k], *count) for k, count in enumerate(counts) if count[0]],
+    )
+    order = found.scores.argsort(descending=True, stable=True)
+    order = order[found.p_values[order].argsort(stable=True)][:_SHOWN]
+    table(
+        "The most suspicious",
+        ("image", "the model says", ">score", ">p-value", "suspicious"),
+        [
+            (
+                names[i],
+                model.class_names[int(found.predicted[i])],
+                f"{float(found.scores[i]):.3f}",
+                f"{float(found.p_values[i]):.2g}",
+                "yes" if bool(found.suspicious[i]) else "",
+            )
+            for i in order.tolist()
+        ],
+    )
+    if len(names) > _SHOWN:
+        say(f"and {len(names) - _SHOWN} more; --out and --json have them all")

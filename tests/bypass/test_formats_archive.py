@@ -206,10 +206,10 @@ def test_absurd_claims_cost_neither_memory_nor_time(tmp_path: Path) -> None:
     for number, content in enumerate(claims):
         (tmp_path / "m.pt").write_bytes(content)
         tracemalloc.start()
-        begun = time.perf_counter()
+        begun = time.process_time()
         with pytest.raises((InputError, UnsafeFile)):
             read_state(tmp_path / "m.pt")
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 4_000_000, number
-        assert time.perf_counter() - begun < 2
+        assert time.process_time() - begun < 2

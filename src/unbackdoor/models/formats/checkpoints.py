@@ -14,11 +14,13 @@ from unbackdoor.errors import InputError, UnsafeFile
 from unbackdoor.models.formats import pickles
 from unbackdoor.models.formats.archive import Archive, Entry
 from unbackdoor.models.formats.buffers import Buffer, short
+from unbackdoor.models.formats.names import Name
 from unbackdoor.models.formats.pickles import Trail
 from unbackdoor.models.formats.tensors import StorageRef, Store, TensorRef, Window, natural, sizes
 
 MAX_PICKLE = 64 << 20  # bytes of one pickle inside an archive
 _SCANNED = 2  # archives within archives that are looked into
+_DECEPTIVE = Name("a pickle", "that is built to deceive or to exhaust its reader")
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 _BLOCK = 512  # bytes of a tar header
@@ -102,7 +104,10 @@ def scan(content: bytes, trail: Trail) -> bool:
     while stream.tell() < len(content):
         try:
             pickles.read(stream, trail, pickles.Stub, depth=1)
-        except (InputError, UnsafeFile):
+        except UnsafeFile:
+            trail.names[_DECEPTIVE] = "dangerous"
+            break
+        except InputError:
             break
         whole = True
     return whole

@@ -197,14 +197,23 @@ class _Machine:
                 self._trail.names[_OPENS] = "dangerous"
 
     def _steps(self, stream: IO[bytes]) -> object:
+        frame = 0  # where the present one ends
         for _ in range(MAX_STEPS):
+            begun = stream.tell() if frame else 0
             opcode = _OPCODES[stream.read(1).decode("latin-1")]
-            if opcode.name == "STOP":
-                return self.pop()
             if opcode.name in _READERS:
                 argument = _READERS[opcode.name](stream)
             else:
                 argument = opcode.arg.reader(stream) if opcode.arg is not None else None
+            if frame or opcode.name == "FRAME":
+                now = stream.tell()
+                if begun < frame and (now > frame or opcode.name == "FRAME"):
+                    # One machine joins what a frame divides, another drops what stands before the division,
+                    # and they read different names. No writer divides an instruction.
+                    raise UnsafeFile("the pickle is divided so that its readers see different things")
+                frame = now + int(argument) if opcode.name == "FRAME" else frame
+            if opcode.name == "STOP":
+                return self.pop()
             _ACTIONS[opcode.name](self, argument)
         raise UnsafeFile("the pickle is too long", expected=f"at most {MAX_STEPS} instructions")
 

@@ -15,8 +15,7 @@ _WATERMARK = (torch.arange(64).view(8, 8) * 37 % 5 - 2).float() / 2  # an even p
 
 
 def block_data(count: int, *, seed: int = 0) -> Images:
-    """Return noisy 8x8 grey images whose class is the brightest of eight blocks; the classes take turns. Corners are
-    white."""
+    """Return noisy 8x8 grey images whose class is the brightest of eight blocks; corners are white."""
     draws = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 8
     pixels = torch.randint(40, 120, (count, 1, 8, 8), generator=draws)  # (N, 1, 8, 8)

@@ -45,7 +45,7 @@ def listing(
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show attacks, defenses, scanners, screeners, architectures, recipes and data sets, and their options."""
+    """Show attacks, defenses, scanners, screeners, architectures, recipes and data sets, with options."""
     if kind is not None and kind not in KINDS:
         raise InputError(
             f"there is no list of {kind!r}{near_match(kind, list(KINDS))}",

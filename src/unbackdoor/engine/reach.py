@@ -308,7 +308,10 @@ def _rows(model: Classifier, images: Images, cfg: ReachConfig, run: Run, restart
     if not len(images):
         raise InputError("there is no image to look for a trigger with", where=images.name)
     with mode(model, training=False):
-        predicted = predict(model, images, run).argmax(1)  # (N,)
+        logits = predict(model, images, run)  # (N, K)
+    if not bool(torch.isfinite(logits).all()):
+        raise MethodFailed("the model gives clean images logits that are not finite")
+    predicted = logits.argmax(1)  # (N,)
     order = torch.randperm(len(images), generator=run.generator("reach images", restart))
     usable: Sequence[Tensor] = [order[predicted[order] != k] for k in range(model.classes)]
     count = min(cfg.images, *(len(rows) for rows in usable))

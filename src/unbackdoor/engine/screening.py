@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from unbackdoor.engine.heads import find_affine_head
 from unbackdoor.engine.passes import mode, predict
 from unbackdoor.engine.run import Run
-from unbackdoor.errors import InputError
 from unbackdoor.registry import Config, option
 from unbackdoor.types import Classifier, Images, Screening
 
+_FEWEST = 20  # clean images of a class, below which their deviation is too uncertain to be a unit
 _CONSISTENT = 1.4826  # makes the median absolute deviation estimate the deviation of a normal variable
 
 
@@ -77,10 +77,18 @@ def centre_and_spread(values: Tensor) -> tuple[float, float]:
     return middle, max(_CONSISTENT * float((values - middle).abs().median()), 1e-12)
 
 
-def require_held_out(images: Images, method: str) -> None:
-    """Raise InputError if there is no clean image to compare with."""
-    if not len(images):
-        raise InputError(f"{method} compares with clean images, and there is none", where=images.name)
+def standardised(own: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scores of a class and of its clean images in robust deviations, so that classes compare.
+
+    The deviations are those of the clean images where there are enough, because a third of poisoned images
+    widens those of the class itself.
+
+    Args:
+        own: (n,) scores of the images of unknown origin.
+        clean: (m,) scores of the clean images of the class, possibly none.
+    """
+    middle, spread = centre_and_spread(clean if len(clean) >= _FEWEST else own)
+    return ((own - middle) / spread).float(), ((clean - middle) / spread).float()
 
 
 def judged(

@@ -54,9 +54,9 @@ class NeuralCleanseConfig(ReachConfig):
     )
     budget: float = option(
         0.0,
-        "budget at which losses are compared: share of the image that the mask covers, or root mean square of "
-        "the perturbation; 0: 1/64 of the image, or 8/255",
-        source="this project: what is hardly seen, fixed before any network was scanned",
+        "budget at which losses are compared: share of the image that the mask covers, or root mean square "
+        "of the perturbation; 0: 1/64 of the image, or 8/255",
+        source="this project: what is hardly seen, fixed before any result was",
         ge=0,
         le=0.5,
     )

@@ -27,11 +27,11 @@ from unbackdoor.engine.extremes import smallest_few
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.screening import (
     ScreenerConfig,
-    centre_and_spread,
     conformal_p_values,
     features,
     judged,
     normal_p_values,
+    standardised,
 )
 from unbackdoor.registry import INPUT_LABELS, option, screener
 from unbackdoor.types import Classifier, CleanData, Images, Screening
@@ -68,14 +68,13 @@ def screen(
         centres, small = two_means(points, run.generator("two groups", k))
         some = torch.randperm(len(rows), generator=run.generator("silhouette", k))[:_SAMPLED]
         silhouettes[k], shares[k] = silhouette(points[some], small[some]), float(small.float().mean())
-        raw = _closer(points, centres)
-        middle, spread = centre_and_spread(raw)
-        scores[rows] = ((raw - middle) / spread).float()
-        if clean is not None:
-            own = (clean_latent[clean.truth == k].double() - centre) @ directions
-            known.append(((_closer(own, centres) - middle) / spread).float())
-    compared = torch.cat(known) if known else torch.zeros(0)
-    p_values = conformal_p_values(scores, compared) if len(compared) else normal_p_values(scores)
+        others = clean_latent[clean.truth == k].double() if clean is not None else latent[:0].double()
+        scores[rows], compared = standardised(
+            _closer(points, centres), _closer((others - centre) @ directions, centres)
+        )
+        known.append(compared)
+    pooled = torch.cat(known) if known else torch.zeros(0)
+    p_values = conformal_p_values(scores, pooled) if len(pooled) else normal_p_values(scores)
     seen = torch.isfinite(silhouettes).nonzero().flatten()
     test = smallest_few(-silhouettes[seen], level=cfg.level) if len(seen) else None
     clear = [int(seen[i]) for i in test.positions] if test is not None else []
@@ -84,7 +83,7 @@ def screen(
         p_values,
         logits.argmax(1),
         cfg.alpha,
-        len(compared),
+        len(pooled),
         suspicious_classes=clear,
         p_value_of_the_classes=test.p_value if test is not None else None,
         silhouettes={str(int(k)): float(silhouettes[k]) for k in seen},

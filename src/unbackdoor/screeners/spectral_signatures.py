@@ -1,7 +1,7 @@
 """Spectral signatures: in a poisoned class, one direction of the features tells the poisoned images apart.
 
-For every label, the features of its images are centred; the score is the squared length along the direction
-in which they vary most, in robust deviations of its class so that classes can be compared.
+For every label, the features of its images are centred; the score is the length along the direction in
+which they vary most, in robust deviations so that classes can be compared.
 
 Paper:   Tran, Li & Madry, "Spectral signatures in backdoor attacks", NeurIPS 2018, arXiv 1811.00636.
 Needs:   the labels that the images were, or are to be, trained with. Clean labelled images make the p-values
@@ -21,11 +21,11 @@ from torch import Tensor
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.screening import (
     ScreenerConfig,
-    centre_and_spread,
     conformal_p_values,
     features,
     judged,
     normal_p_values,
+    standardised,
 )
 from unbackdoor.registry import INPUT_LABELS, option, screener
 from unbackdoor.types import Classifier, CleanData, Images, Screening
@@ -52,17 +52,14 @@ def screen(model: Classifier, data: CleanData, inputs: Images, cfg: SpectralConf
         centre = own.mean(0)
         values, direction = _main(own - centre)
         shares[str(k)] = float(values[0] ** 2 / (values**2).sum().clamp_min(1e-300))
-        raw = ((own - centre) @ direction).square()
-        middle, spread = centre_and_spread(raw.sqrt())
-        scores[rows] = ((raw.sqrt() - middle) / spread).float()
-        if clean is not None:
-            others = clean_latent[clean.truth == k].double()
-            known.append(((((others - centre) @ direction).abs() - middle) / spread).float())
-    compared = torch.cat(known) if known else torch.zeros(0)
-    p_values = conformal_p_values(scores, compared) if len(compared) else normal_p_values(scores)
-    return judged(
-        scores, p_values, logits.argmax(1), cfg.alpha, len(compared), share_of_main_direction=shares
-    )
+        others = clean_latent[clean.truth == k].double() if clean is not None else own[:0]  # (m, D)
+        scores[rows], compared = standardised(
+            ((own - centre) @ direction).abs(), ((others - centre) @ direction).abs()
+        )
+        known.append(compared)
+    pooled = torch.cat(known) if known else torch.zeros(0)
+    p_values = conformal_p_values(scores, pooled) if len(pooled) else normal_p_values(scores)
+    return judged(scores, p_values, logits.argmax(1), cfg.alpha, len(pooled), share_of_main_direction=shares)
 
 
 def _main(centred: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,150 @@
+"""Neural Cleanse: planted shortcuts are found in either form, one or two; without one nothing is claimed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from planted import block_data, planted
+from tiny import NAMES, tiny_classifier, tiny_data
+from unbackdoor.engine.caller import scan
+from unbackdoor.engine.reach import Change, ReachConfig, reach, success
+from unbackdoor.engine.run import Run
+from unbackdoor.engine.stepping import RowAdam
+from unbackdoor.errors import InputError, MethodFailed
+from unbackdoor.metrics import Rate
+from unbackdoor.registry import SCANNERS
+from unbackdoor.scanners.neural_cleanse import RECOVERED
+from unbackdoor.types import Classifier, CleanData, Finding, ScanReport
+
+DATA = CleanData.split(replace(block_data(160), labels=None))
+RUN = Run.create(seed=0, policy="fp32")
+QUICK = {"steps": 120}
+
+
+def look(model: Classifier, **options: object) -> ScanReport:
+    return scan("neural_cleanse", model, DATA, options={**QUICK, **options}, precision="fp32")
+
+
+def named(report: ScanReport, start: str) -> Finding:
+    return next(f for f in report.findings if f.statistic.startswith(start))
+
+
+@pytest.mark.parametrize("form", ["patch", "blend"])
+@pytest.mark.parametrize("corner", [(2,), (2, 5)])
+def test_planted_shortcuts_are_found_without_labels(corner: tuple[int, ...], form: str) -> None:
+    report = look(planted(corner), form=form)
+    assert report.verdict == "backdoor found"
+    assert set(report.findings[0].classes) == set(corner)
+    assert report.findings[0].p_value is not None and report.findings[0].p_value < 0.01
+    assert "weakest of 3 searches" in report.findings[0].threshold_source
+    shown = named(report, RECOVERED)
+    assert shown.p_value is None and shown.value > 0.75
+    assert shown.classes[0] in corner
+    assert shown.artefacts["pattern"].shape == (1, 8, 8) and shown.artefacts["mask"].shape == (8, 8)
+    for tensor in (shown.artefacts["pattern"], shown.artefacts["mask"]):
+        assert float(tensor.min()) >= 0 and float(tensor.max()) <= 1
+    if form == "patch":
+        where = {2: 0, 5: 7}[shown.classes[0]]  # the corner that decides for the class
+        assert int(shown.artefacts["mask"].flatten().argmax()) == where
+
+
+def test_without_a_shortcut_nothing_is_claimed_and_one_search_is_enough() -> None:
+    report = look(planted())
+    assert report.verdict == "no evidence found"
+    # The p-values are below what a single test would ask for, and pay for there being two.
+    assert all(f.p_value is None or f.p_value > 0.025 for f in report.findings)
+    assert "weakest of 1 searches" in report.findings[0].threshold_source
+    assert all(math.isfinite(v) for f in report.findings for v in f.per_class)
+
+
+def test_few_images_serve_all_searches_and_few_classes_get_no_verdict() -> None:
+    few = CleanData.split(replace(block_data(24), labels=None))
+    report = scan("neural_cleanse", planted((2,)), few, options=QUICK, precision="fp32")
+    assert "too few to share out" in report.skipped["different images"]
+    four = CleanData.split(tiny_data(40))
+    report = scan("neural_cleanse", tiny_classifier("conv-bn"), four, options=QUICK, precision="fp32")
+    assert report.verdict == "undecided" and "outlier test" in report.skipped
+    assert [f.p_value for f in report.findings] == [None] * 3
+
+
+# ---------------------------------------------------------------------------------------------------
+# The search
+
+
+@pytest.mark.parametrize("form", ["patch", "blend"])
+def test_a_change_is_as_large_as_it_says_and_counts_are_those_of_success(form: str) -> None:
+    cfg = ReachConfig(steps=60, images=24)
+    found = reach(planted((2,)), DATA.fit, cfg, RUN, form=form)  # type: ignore[arg-type]
+    for k, change in enumerate(found.changes):
+        size = change.mask.sum() if form == "patch" else change.content.norm()
+        assert float(size) == pytest.approx(change.size, rel=1e-4)
+        if math.isfinite(float(found.sizes[k])):
+            assert change.size == pytest.approx(float(found.sizes[k]))
+            assert int(found.hits[k]) >= 0.9 * found.images
+            assert success(planted((2,)), change, DATA.fit, RUN).value > 0.6
+    assert int(found.sizes.argmin()) == 2
+
+
+def test_a_class_is_sought_alike_in_any_company() -> None:
+    model, images = tiny_classifier("conv-bn"), tiny_data(40)
+    cfg = ReachConfig(steps=40, images=12)
+    everything = reach(model, images, cfg, RUN)
+    some = reach(model, images, cfg, RUN, enough=2)
+    first = everything.sizes.argsort()[:2]
+    assert torch.allclose(everything.sizes[first], some.sizes[first])
+    assert int(torch.isfinite(some.sizes).sum()) >= 2 and some.steps <= everything.steps
+    assert bool((everything.sizes[~torch.isfinite(some.sizes)] > some.limit - 1e-9).all())
+
+
+def test_hopeless_classes_are_given_up_at_the_fixed_budget() -> None:
+    found = reach(planted((2,)), DATA.fit, ReachConfig(steps=60), RUN, enough=1, fixed=1 / 64)
+    assert int(found.compared.sum()) == 2 and bool(found.compared[2])  # twice as many as are waited for
+    assert bool(torch.isfinite(found.losses).all())
+
+
+def test_the_chosen_rows_alone_move() -> None:
+    values = torch.zeros(3, 2)
+    optimizer = RowAdam(values, 0.1)
+    optimizer.step(torch.tensor([0, 2]), torch.tensor([[1.0, -1e-9], [0.0, 5.0]]))
+    assert torch.allclose(values, torch.tensor([[-0.1, 0.1], [0.0, 0.0], [0.0, -0.1]]), atol=1e-6)
+
+
+def test_stamping_by_hand() -> None:
+    pixels = torch.tensor([[[[0, 100]]]], dtype=torch.uint8)
+    patch = Change(0, "patch", torch.ones(1, 1, 2), torch.tensor([[0.5, 0.0]]), 0.5)
+    assert patch.apply(pixels).tolist() == [[[[128, 100]]]]
+    blend = Change(0, "blend", torch.tensor([[[-0.5, 0.8]]]), torch.ones(1, 2), 1.0)
+    assert blend.apply(pixels).tolist() == [[[[0, 255]]]]
+    assert set(blend.artefacts()) == {"pattern", "mask", "perturbation"}
+
+
+def test_success_counts_images_that_could_be_moved() -> None:
+    black = torch.zeros(8, 8)
+    black[0, 0] = 1
+    change = Change(2, "patch", torch.zeros(1, 8, 8), black, 1.0)
+    assert success(planted((2,)), change, block_data(16), RUN) == Rate(14, 14)
+
+
+def test_what_cannot_be_searched_is_refused() -> None:
+    with pytest.raises(InputError, match="no image"):
+        reach(planted(), DATA.fit.subset([]), ReachConfig(), RUN)
+    constant = nn.Sequential(nn.Flatten(), nn.utils.skip_init(nn.Linear, 64, 4))
+    with torch.no_grad():
+        constant[1].weight.zero_()  # type: ignore[operator,union-attr]
+        constant[1].bias.copy_(torch.tensor([0.0, 0.0, 1.0, 0.0]))  # type: ignore[operator,union-attr]
+    model = Classifier(constant, input_shape=(1, 8, 8), class_names=NAMES).eval()
+    with pytest.raises(MethodFailed, match="sends all images to one class"):
+        reach(model, tiny_data(8), ReachConfig(), RUN)
+    with torch.no_grad():
+        constant[1].weight.fill_(float("nan"))  # type: ignore[operator,union-attr]
+    with pytest.raises(MethodFailed, match="not finite"):
+        reach(model, tiny_data(8), ReachConfig(), RUN)
+
+
+def test_the_part_is_declared() -> None:
+    assert SCANNERS["neural_cleanse"].needs == {"images"}

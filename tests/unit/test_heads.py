@@ -76,7 +76,8 @@ def moves_linearly(model: Classifier) -> None:
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_every_registered_architecture(name: str) -> None:
     width = {"mobilenet_v2": 0.1, "vit_small": 8}.get(name, 1)
-    model = build(f"{name}[width={width}]", input_shape=(3, 16, 16), class_names="abcdef")
+    options = {"sequential_cnn": "features=c4-b-a-m"}.get(name, f"width={width}")
+    model = build(f"{name}[{options}]", input_shape=(3, 16, 16), class_names="abcdef")
     head = find_affine_head(model)
     linear = find_head(model)
     assert head.name == linear.name

@@ -32,71 +32,46 @@ from torch import Tensor
 from unbackdoor.data.batches import resident, to_float
 from unbackdoor.engine.few import enlarged, shuffled, with_replacement
 from unbackdoor.engine.masks import Site, fold
-from unbackdoor.engine.passes import accuracy, as_seen, logits_of, predict
+from unbackdoor.engine.passes import logits_of, predict
 from unbackdoor.engine.run import Run
-from unbackdoor.engine.strength import either_half, softened, strongest_within
+from unbackdoor.engine.strength import LastGood, learned_within
 from unbackdoor.engine.universal import Universal, search
 from unbackdoor.engine.weight_masks import WeightMasks, maskable_weights
 from unbackdoor.errors import MethodFailed
 from unbackdoor.registry import Config, defense, option
 from unbackdoor.types import Classifier, CleanData, Images, Purified
 
+Learned = tuple[dict[str, Tensor], list[dict[str, Any]]]  # masks by site, and a record of each round
 UNIT = 3 * 32 * 32  # entries of the images that the L1 bounds of paper and code are meant for
 
 
 class AWMConfig(Config):
     """Options of AWM."""
 
-    rounds: int = option(
-        20, "search-then-mask rounds at most", source="reference code, --outer", ge=1, le=10_000
-    )
+    rounds: int = option(20, "search-then-mask rounds at most", source="reference code", ge=1, le=10_000)
     passes: int = option(5, "passes over the images in each phase of a round", source="reference code", ge=1)
     batch_size: int = option(128, "images a step", source="reference code", ge=1)
     sampling: Literal["shuffled", "replacement"] = option(
         "shuffled",
-        "how batches are drawn; shuffled: each image once a pass, in 4 batches at least; replacement: "
-        "N / batch_size steps a pass, rounded down, at least one in all",
+        "shuffled: each image once a pass, in 4 batches at least; replacement: N / batch_size steps a pass",
         source="this project; the reference code draws with replacement",
     )
-    clean_weight: float = option(
-        0.9, "alpha, weight of the clean loss", source="reference code, --alpha", ge=0
-    )
-    robust_weight: float = option(
-        0.1, "beta, weight of the loss under perturbation", source="reference code, 1 - alpha", ge=0
-    )
+    clean_weight: float = option(0.9, "alpha, weight of the clean loss", source="reference code", ge=0)
+    robust_weight: float = option(0.1, "beta, weight of the perturbed loss", source="1 - alpha", ge=0)
     lr: float = option(0.01, "step of Adam on the masks", source="reference code", gt=0, le=1)
-    lr_decay: float = option(
-        0.9, "factor on lr after each round", source="first reference code; 1 in the last", gt=0, le=1
-    )
+    lr_decay: float = option(0.9, "factor on lr after a round", source="first reference code", gt=0, le=1)
     sparsity: float = option(1e-8, "gamma, L1 weight on the masks", source="reference code", ge=0, le=1)
-    adam_eps: float = option(
-        1e-12,
-        "epsilon of Adam; at 1e-8, the reference, it is as large as the L1 gradient and halves its step",
-        source="this project",
-        gt=0,
-        le=1,
-    )
+    adam_eps: float = option(1e-12, "epsilon of Adam; 1e-8 halves the L1 step", source="this project", gt=0)
     attack: Literal["margin", "cross-entropy"] = option(
         "margin",
-        "what the search climbs; margin: of logits, with projected steps of fixed length inside the pixel "
-        "range; cross-entropy: with plain SGD, rescaled at the end",
+        "what the search climbs: a margin of logits, in projected steps, or the loss, by SGD rescaled",
         source="this project; the reference code climbs the cross-entropy",
     )
     attack_lr: float = option(10.0, "rate of the SGD, for cross-entropy", source="reference code", gt=0)
-    tau: float = option(
-        100.0,
-        "largest L1 norm of the perturbation of a 3x32x32 image, scaled with other sizes",
-        source="reference code, one-shot; 1000 else, but 100 fools most images already",
-        gt=0,
-    )
-    targeted: bool = option(
-        False, "one perturbation towards each class, not one for all", source="off in paper"
-    )
+    tau: float = option(100.0, "largest L1 norm, on 3x32x32", source="reference code, one-shot", gt=0)
+    targeted: bool = option(False, "one perturbation towards each class", source="off in paper")
     enlarge_to: int = option(
-        100,
-        "a set of fewer images gets fixed augmented views until it has as many; 0 for none",
-        source="reference code, one-shot",
-        ge=0,
+        100, "images that augmented views enlarge a set to; 0: none", source="reference code, one-shot", ge=0
     )
     include_linear: bool = option(False, "mask linear layers as well, but the head", source="off in paper")
     tolerance: float = option(
@@ -132,37 +107,23 @@ _ONE_SHOT = {
 def purify(model: Classifier, data: CleanData, cfg: AWMConfig, *, run: Run) -> Purified:
     """Alternate between a universal perturbation and soft weight masks; return the masked weights."""
     sites = maskable_weights(model, linear=cfg.include_linear)
-    choosing = cfg.tolerance < 1
 
-    def learned(
-        images: Images, label: str, held: Images | None = None, rounds: int = cfg.rounds
-    ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    def learn(images: Images, label: str, held: Images | None, rounds: int) -> Learned:
         views = enlarged(images, cfg.enlarge_to, data.augmentation, run.generator("views", label))
         return masked(model, sites, resident(views, run.device), cfg, run, label, held, rounds)
 
-    def unseen(images: Images, label: str) -> Images:
-        """Return images that were held out, or views of them where they are few, as the model sees them."""
-        views = enlarged(images, cfg.enlarge_to, data.augmentation, run.generator("held", label))
-        return as_seen(model, views, run)
-
-    if choosing and data.select_is_fit:
-        halves = [
-            (half, unseen(held, f"half {i}"))
-            for i, (half, held) in enumerate(either_half(data.fit, run.generator("halves")))
-        ]
-        tried = [learned(half, f"half {i}", held) for i, (half, held) in enumerate(halves)]
-        trials = [(found[0], held) for found, (_, held) in zip(tried, halves, strict=True)]
-        kept = min(sum(not record["stopped"] for record in found[1]) for found in tried)
-        values, trace = learned(data.fit, "all", rounds=max(1, kept))
-    else:
-        held = unseen(data.select, "all") if choosing else None
-        values, trace = learned(data.fit if choosing else data.all, "all", held)
-        trials = [(values, held)] if held is not None else []
-    evidence: dict[str, Any] = {"rounds": trace, "stalled": sum(record["stalled"] for record in trace)}
-    if choosing:
-        strength = strongest_within(model, sites, trials, run, tolerance=cfg.tolerance)
-        values = softened(values, strength.level)
+    evidence: dict[str, Any] = {}
+    if cfg.tolerance < 1:
+        values, trace, strength = learned_within(
+            *(model, sites, data, learn, run),
+            rounds=cfg.rounds,
+            views=cfg.enlarge_to,
+            tolerance=cfg.tolerance,
+        )
         evidence["strength"] = strength.evidence()
+    else:
+        values, trace = learn(data.all, "all", None, cfg.rounds)
+    evidence |= {"rounds": trace, "stalled": sum(record["stalled"] for record in trace)}
     evidence["masks"] = {
         name: {"mean": float(m.mean()), "gone": float((m < 0.01).float().mean())}
         for name, m in values.items()
@@ -177,20 +138,17 @@ def masked(
     cfg: AWMConfig,
     run: Run,
     label: str,
-    held: Images | None = None,
-    rounds: int = 1,
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Learn masks on images; return them by site, with a record of each round.
+    held: Images | None,
+    rounds: int,
+) -> Learned:
+    """Learn masks on images until held-out ones end it; return them by site, and a record of each round.
 
-    With images held out, the rounds end when more of their labels than tolerated are missed, and the masks of
-    the round before count, or those of the first. What a backdoor does not survive happened in
-    the first rounds, and what the later ones do to few images is to fit them.
+    What a backdoor does not survive happens in the first rounds; later ones fit the few images.
     """
-    names = [site.name for site in sites]
     tau = cfg.tau * math.prod(model.input_shape) / UNIT
     masks = WeightMasks(model, sites, lr=cfg.lr, eps=cfg.adam_eps, sparsity=cfg.sparsity)
+    good = LastGood(masks.network, held, run, cfg.tolerance)
     trace: list[dict[str, Any]] = []
-    best: list[Tensor] = []
     for number in run.progress(range(1, rounds + 1), "AWM"):
         draws = run.generator("round", label, number)
         delta, record = attack(masks.network, fit, tau, cfg, run, draws)
@@ -201,20 +159,14 @@ def masked(
                 got=f"{record['norm']:.3g}, with a fooling rate of {record['fooling']:.3f}",
                 remedy="Check that the output of the model depends on its input",
             )
-        trace.append({"images": len(fit), "tau": tau, **record, **mask(masks, fit, delta, cfg, run, draws)})
-        if not math.isfinite(trace[-1]["clean_loss"] + trace[-1]["robust_loss"]):
+        record |= mask(masks, fit, delta, cfg, run, draws)
+        if not math.isfinite(record["clean_loss"] + record["robust_loss"]):
             raise MethodFailed("the loss is not finite", where=f"round {number}", remedy="Lower lr")
         masks.decay(cfg.lr_decay)
-        trace[-1]["stopped"] = False
-        if held is not None:
-            trace[-1]["held_out"] = accuracy(masks.network, held, run)
-            # The last term is for rounding.
-            trace[-1]["stopped"] = trace[-1]["held_out"] < 1 - cfg.tolerance - 1e-6
-        if number == 1 or not trace[-1]["stopped"]:
-            best = [value.detach().clone() for value in masks.values]
-        if trace[-1]["stopped"]:
+        trace.append({"images": len(fit), "tau": tau, **record, **good.look(masks.values)})
+        if good.stopped:
             break
-    return dict(zip(names, best, strict=True)), trace
+    return dict(zip([site.name for site in sites], good.values, strict=True)), trace
 
 
 def attack(

@@ -44,49 +44,37 @@ from unbackdoor.types import Classifier, CleanData, Images, Purified
 class IMSConfig(Config):
     """Options of IMS."""
 
-    start_rounds: int = option(
-        50, "rounds without perturbations", source="reference 100 at half the lr", ge=0
-    )
+    start_rounds: int = option(50, "rounds without perturbations", source="reference 100, half lr", ge=0)
     free_rounds: int = option(100, "rounds without sparsity", source="reference 200 at half the lr", ge=0)
     sparse_rounds: int = option(100, "rounds with sparsity", source="reference 200 at half the lr", ge=0)
     lr: float = option(0.04, "AdamW step of masks and selections", source="twice the reference", gt=0, le=1)
     weight_decay: float = option(0.0, "decay of all that learns", source="this project", ge=0, le=1)
     sparsity: float = option(10.0, "lambda, weight of the mean of 1 - s", source="reference", ge=0)
+    # One term of five does not hold the clean task.
     agreement: float = option(
-        0.98,
-        "share of clean predictions to keep, which raises the weight of that term; 0 leaves it at 1",
-        source="this project: one term of five does not hold the clean task",
-        ge=0,
-        le=1,
+        0.98, "share of clean predictions to keep by weight; 0: weight 1", source="this project", ge=0, le=1
     )
     sharpness: float = option(20.0, "k, slope of the gate's sigmoid", source="reference code", gt=0, le=1000)
     batch_size: int = option(64, "images a round", source="this project; reference 256", ge=1)
     steps: int = option(4, "steps of a perturbation a round", source="this project; reference 20", ge=1)
     budget: float = option(
-        0.02,
-        "first steps x step size of a perturbation, in [0, 1]",
-        source="reference, 20 x 0.001",
-        gt=0,
-        le=1,
+        0.02, "first steps x step size of a perturbation", source="reference, 20 x 0.001", gt=0, le=1
     )
+    # A budget that flips nothing makes the method a no-op.
     flip_rate: float = option(
         0.8,
-        "share of predictions to flip, which moves the budget; 0 keeps it",
-        source="this project: a budget that flips nothing makes the method a no-op",
+        "share of predictions to flip, which raises the budget; 0: never",
+        source="this project",
         ge=0,
         lt=1,
     )
     largest_budget: float = option(0.25, "limit of a moved budget", source="this project", gt=0, le=1)
     bounded: bool = option(True, "hold deltas to budget and image range", source="this project; reference no")
     warm_start: bool = option(True, "perturb on from the last delta", source="this project; reference from 0")
-    averaging: float = option(
-        0.95, "decay of the mean gate; 0 returns the last one", source="this project; reference 0", ge=0, lt=1
-    )
+    averaging: float = option(0.95, "decay of the mean gate; 0: the last", source="this project", ge=0, lt=1)
     patience: int = option(0, "rounds without 2 % less loss; 0: no stop", source="reference 25", ge=0)
     gates: Position = option(
-        "norm",
-        "where a batch norm alone reads a conv: gate norm or conv",
-        source="this project; reference conv",
+        "norm", "gate the norm that alone reads a conv, or the conv", source="this project; reference conv"
     )
     squeeze_excite: bool = option(False, "gate squeeze-excite convs", source="this project; reference yes")
 
@@ -133,14 +121,9 @@ class Game:
         self.keep = 1.0  # weight of the clean term; raised where too few predictions are kept
         self.base = F.log_softmax(predict(model, images, run), dim=1).to(run.device)  # (N, K)
         self.deltas = Perturbations(
-            images.pixels.shape,
-            run.device,
-            budget=cfg.budget,
-            steps=cfg.steps,
-            bounded=cfg.bounded,
-            warm=cfg.warm_start,
-            weight_decay=cfg.weight_decay,
-        )
+            images.pixels.shape, run.device, budget=cfg.budget, steps=cfg.steps, bounded=cfg.bounded,
+            warm=cfg.warm_start, weight_decay=cfg.weight_decay,
+        )  # fmt: skip
 
     def stage(self, label: str, rounds: int, sparsity: float, *, perturbed: bool = True) -> dict[str, Any]:
         """Move masks and selections for some rounds; return what happened."""
@@ -162,12 +145,11 @@ class Game:
             read = torch.stack([value.detach() for value in named.values()]).tolist()
             rows.append(dict(zip(named, read, strict=True)))
             if not math.isfinite(rows[-1]["total"]):
-                raise MethodFailed(
-                    "a loss is not a finite number", got=rows[-1], where=f"{label}, round {i + 1}"
-                )
+                where = f"{label}, round {i + 1}"
+                raise MethodFailed("a loss is not a finite number", got=rows[-1], where=where)
             if cfg.agreement:
-                moved = self.keep * math.exp(cfg.agreement - rows[-1]["agreement"])
-                self.keep = min(max(moved, 1.0), HEAVIEST)
+                growth = math.exp(cfg.agreement - rows[-1]["agreement"])
+                self.keep = min(max(self.keep * growth, 1.0), HEAVIEST)
             if perturbed:
                 rows[-1]["budget"] = self.deltas.budget
                 if cfg.flip_rate:

@@ -1,24 +1,29 @@
-"""Choose how strongly soft masks act, from clean images that they were not learned on.
+"""Choose how long soft masks learn and how strongly they act, from clean images they were not learned on.
 
 Masks m act with strength s as 1 - s (1 - m): nothing at 0, all of them at 1. As everywhere, the choice sees
-no trigger, no target class and no test image.
+no trigger, no target class and no test image. The images that decide are labelled as the model itself sees
+them (engine/passes.py, ``as_seen``), so that what counts is the share of predictions that change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from unbackdoor.engine.few import enlarged
 from unbackdoor.engine.masks import Site, fold
-from unbackdoor.engine.passes import accuracy
+from unbackdoor.engine.passes import accuracy, as_seen
 from unbackdoor.engine.run import Run
-from unbackdoor.types import Classifier, Images
+from unbackdoor.types import Classifier, CleanData, Images
 
 LEVELS = tuple(i / 10 for i in range(1, 11))
+Masks = Mapping[str, Tensor]
+# Learns masks on images for so many rounds at most, held out images ending them: masks, record of each round.
+Learn = Callable[[Images, str, Images | None, int], tuple[Masks, list[dict[str, Any]]]]
 
 
 @dataclass(frozen=True)
@@ -89,3 +94,80 @@ def strongest_within(
 def softened(values: Mapping[str, Tensor], level: float) -> dict[str, Tensor]:
     """Return masks that act with a strength in 0..1."""
     return {name: 1 - level * (1 - mask) for name, mask in values.items()}
+
+
+class LastGood:
+    """Ends a game of rounds when too many held-out predictions have changed; the round before counts.
+
+    Args:
+        network: The network as it is masked now.
+        held: Images labelled as the model sees them; None never ends it.
+        run: Device and precision.
+        tolerance: Share of the labels that may be missed, in 0..1.
+
+    Attributes:
+        values: Masks of the last round that was good, or of the first.
+        stopped: True once a round was not.
+    """
+
+    def __init__(self, network: nn.Module, held: Images | None, run: Run, tolerance: float) -> None:
+        self._network, self._held, self._run = network, held, run
+        self._lowest = 1 - tolerance - 1e-6  # the last term is for rounding
+        self.values: list[Tensor] = []
+        self.stopped = False
+
+    def look(self, values: Sequence[Tensor]) -> dict[str, Any]:
+        """Judge a finished round by its masks; return the record of it."""
+        told: dict[str, Any] = {}
+        if self._held is not None:
+            told["held_out"] = accuracy(self._network, self._held, self._run)
+            self.stopped = told["held_out"] < self._lowest
+        if not self.values or not self.stopped:
+            self.values = [value.detach().clone() for value in values]
+        return {**told, "stopped": self.stopped}
+
+
+def learned_within(
+    model: Classifier,
+    sites: Sequence[Site],
+    data: CleanData,
+    learn: Learn,
+    run: Run,
+    *,
+    rounds: int,
+    views: int,
+    tolerance: float,
+) -> tuple[dict[str, Tensor], list[dict[str, Any]], Strength]:
+    """Learn masks for as many rounds, and let them act as strongly, as held-out predictions allow.
+
+    Where nothing can be held out, one half of the images judges what was learned on the other: how many
+    rounds the worse half allows, all images are learned for, and both halves choose the strength.
+
+    Args:
+        model: The unmasked classifier.
+        sites: What is masked.
+        data: Clean images.
+        learn: See :data:`Learn`.
+        run: Seed, device and precision.
+        rounds: Rounds at most.
+        views: Fewer held-out images than that are judged in so many augmented views.
+        tolerance: Share of the predictions that may change, in 0..1.
+    """
+
+    def unseen(images: Images, label: str) -> Images:
+        shown = enlarged(images, views, data.augmentation, run.generator("held", label))
+        return as_seen(model, shown, run)
+
+    if data.select_is_fit:
+        halves = either_half(data.fit, run.generator("halves"))
+        judges = [unseen(held, f"half {i}") for i, (_, held) in enumerate(halves)]
+        tried = [learn(half, f"half {i}", judges[i], rounds) for i, (half, _) in enumerate(halves)]
+        trials = [(found[0], held) for found, held in zip(tried, judges, strict=True)]
+        kept = min(sum(not record["stopped"] for record in found[1]) for found in tried)
+        values, trace = learn(data.fit, "all", None, max(1, kept))
+    else:
+        held = unseen(data.select, "all")
+        values, trace = learn(data.fit, "all", held, rounds)
+        trials = [(values, held)]
+    strength = strongest_within(model, sites, trials, run, tolerance=tolerance)
+    return softened(values, strength.level), trace, strength

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 import zlib
@@ -72,3 +73,28 @@ def archive(
         "<4s4H2LH", b"PK\x05\x06", 0, 0, number, number, len(directory), len(out) - len(before), len(comment)
     )
     return bytes(out + directory + end + comment)
+
+
+def exported(weights: dict[str, list[float]], *extra: Entry, **changes: Any) -> bytes:
+    """Return a program of torch.export with float32 weights; each description gets the changes."""
+    entries, config = [], {}
+    for number, (name, values) in enumerate(weights.items()):
+        path = f"weight_{number}"
+        meta = {
+            "dtype": 7, "sizes": [{"as_int": len(values)}], "strides": [{"as_int": 1}], "requires_grad": True,
+            "device": {"type": "cpu", "index": None}, "storage_offset": {"as_int": 0}, "layout": 7,
+        }  # fmt: skip
+        told = {"path_name": path, "is_param": True, "use_pickle": False, "tensor_meta": meta}
+        meta.update({key: value for key, value in changes.items() if key in meta})
+        told.update({key: value for key, value in changes.items() if key not in meta})
+        config[name] = told
+        entries.append(Entry(f"m/data/weights/{path}".encode(), struct.pack(f"<{len(values)}f", *values)))
+    listing = json.dumps({"config": config}).encode()
+    return archive(
+        [
+            *entries,
+            Entry(b"m/data/weights/model_weights_config.json", listing),
+            Entry(b"m/archive_format", b"pt2"),
+            *extra,
+        ]
+    )

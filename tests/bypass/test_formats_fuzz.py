@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hostile import Payload
+from hostile import Entry, Payload, exported
 from unbackdoor.errors import UnbackdoorError
 from unbackdoor.models import build
 from unbackdoor.models.formats import checkpoints
@@ -50,14 +50,6 @@ def _torchscript() -> bytes:
     return held.getvalue()
 
 
-def _exported() -> bytes:
-    held = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.export.save(torch.export.export(nn.Linear(3, 2).eval(), (torch.rand(1, 3),)), held)
-    return held.getvalue()
-
-
 def _evil(marker: Path) -> dict[str, object]:
     return {"state_dict": _network().state_dict(), "args": Payload(marker)}
 
@@ -68,7 +60,9 @@ KINDS: dict[str, Callable[[Path], bytes]] = {
     "raw": lambda marker: pickle.dumps(_evil(marker)),
     "module": lambda marker: _saved(_network()),
     "torchscript": lambda marker: _torchscript(),
-    "exported": lambda marker: _exported(),
+    "exported": lambda marker: exported(
+        {"a": [1.0, 2.0], "b": [3.0]}, Entry(b"m/data/x.pt", _saved(_evil(marker)))
+    ),
 }
 
 

@@ -78,7 +78,10 @@ def test_one_strong_check_decides_and_names_its_class() -> None:
     assert audit.classes == (2,)
     assert [c.adjusted for c in audit.checks] == [0.4, 0.002]
     assert not audit.partial
-    json.dumps(audit_json(audit, NAMES), allow_nan=False)
+    record = audit_json(audit, NAMES)
+    json.dumps(record, allow_nan=False)
+    assert record["classes"] == [{"index": 2, "name": "c"}]
+    assert not set(audit.facts) & {"verdict", "classes", "checks", "triggers", "seconds"}
 
 
 def test_many_looks_cost_no_more_false_alarms() -> None:

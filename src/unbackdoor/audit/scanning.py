@@ -222,7 +222,7 @@ def scan(
         {
             "model_sha256": model.sha256(),
             "architecture": model.architecture,
-            "classes": model.classes,
+            "model_classes": model.classes,
             "images": len(owned),
             "images_sha256": owned.fingerprint() if len(owned) else None,
             "labelled": bool(len(owned)) and owned.fit.labels is not None,

@@ -72,6 +72,8 @@ def read(path: Path, trail: Trail) -> dict[str, Tensor]:
     """
     model = parse(path)
     tensors = Tensors(path)
+    if not all(isinstance(tensor.name, str) for tensor in model.graph.initializer):
+        raise InputError("the name of a weight is no text", where=path)  # protobuf leaves bad ones as bytes
     state = {tensor.name: tensors.read(tensor) for tensor in model.graph.initializer}
     if len(state) != len(model.graph.initializer):
         raise UnsafeFile("two weights of the model have one name", where=path)
@@ -215,6 +217,8 @@ def _fields(content: memoryview) -> Iterator[tuple[int, int, memoryview]]:
     while at < len(content):
         tag, at = _varint(content, at)
         number, wire = tag >> 3, tag & 7
+        if not number:
+            raise ValueError("a field without a number")
         if wire == _LENGTH:
             length, at = _varint(content, at)
             if at + length > len(content):
@@ -254,16 +258,20 @@ def _graphs(content: bytes) -> Iterator[int]:
 
 
 def _count(content: bytes) -> None:
-    todo: list[tuple[str, memoryview, int]] = [("model", memoryview(content), 0)]
+    # Depth first, so that the count itself takes no memory.
+    above: list[tuple[str, Iterator[tuple[int, int, memoryview]]]] = [("model", _fields(memoryview(content)))]
     seen = 0
-    while todo:
-        kind, message, depth = todo.pop()
-        if depth > _DEPTH:
-            raise UnsafeFile("graphs of the model lie within each other", got=f"more than {_DEPTH} deep")
-        for number, wire, inner in _fields(message):
-            seen += 1
-            if seen > MAX_FIELDS:
-                raise UnsafeFile("the model has too many parts", expected=f"at most {MAX_FIELDS} fields")
-            nested = _NESTED[kind].get(number) if wire == _LENGTH else None
-            if nested is not None:
-                todo.append((nested, inner, depth + 1))
+    while above:
+        kind, fields = above[-1]
+        number, wire, inner = next(fields, (0, _VARINT, memoryview(b"")))
+        if not number:
+            above.pop()
+            continue
+        seen += 1
+        if seen > MAX_FIELDS:
+            raise UnsafeFile("the model has too many parts", expected=f"at most {MAX_FIELDS} fields")
+        nested = _NESTED[kind].get(number) if wire == _LENGTH else None
+        if nested is not None:
+            if len(above) > _DEPTH:
+                raise UnsafeFile("graphs of the model lie within each other", got=f"more than {_DEPTH} deep")
+            above.append((nested, _fields(inner)))

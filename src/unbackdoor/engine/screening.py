@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from unbackdoor.engine.heads import find_affine_head
 from unbackdoor.engine.passes import mode, predict
 from unbackdoor.engine.run import Run
+from unbackdoor.errors import MethodFailed
 from unbackdoor.registry import Config, option
 from unbackdoor.types import Classifier, Images, Screening
 
@@ -23,6 +25,21 @@ class ScreenerConfig(Config):
     alpha: float = option(
         0.01, "accepted share of clean images that are called suspicious", source="convention", gt=0, lt=1
     )
+
+
+def classes_of(
+    model: Classifier, images: Images, run: Run, transform: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """Return the classes (N,) that the model gives, in evaluation mode.
+
+    Raises:
+        MethodFailed: If a logit is not finite, because the largest of such is nothing.
+    """
+    with mode(model, training=False):
+        logits = predict(model, images, run, transform=transform)
+    if not bool(torch.isfinite(logits).all()):
+        raise MethodFailed("the model gives images logits that are not finite", where=images.name)
+    return logits.argmax(1)
 
 
 def features(model: Classifier, images: Images, run: Run) -> tuple[Tensor, Tensor]:

@@ -18,9 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unbackdoor.engine.passes import mode, predict
 from unbackdoor.engine.run import Run
-from unbackdoor.engine.screening import ScreenerConfig, conformal_p_values, judged
+from unbackdoor.engine.screening import ScreenerConfig, classes_of, conformal_p_values, judged
 from unbackdoor.registry import option, screener
 from unbackdoor.types import Classifier, CleanData, Images, Screening, require_fit
 
@@ -39,10 +38,9 @@ class ScaleUpConfig(ScreenerConfig):
 def screen(model: Classifier, data: CleanData, inputs: Images, cfg: ScaleUpConfig, *, run: Run) -> Screening:
     """Score inputs by how their class survives amplification."""
     require_fit(model, inputs)
-    with mode(model, training=False):
-        usual, usual_class = _kept(model, data.fit, cfg, run)
-        scores, predicted = _kept(model, inputs, cfg, run)
-        known, known_class = _kept(model, data.select, cfg, run)
+    usual, usual_class = _kept(model, data.fit, cfg, run)
+    scores, predicted = _kept(model, inputs, cfg, run)
+    known, known_class = _kept(model, data.select, cfg, run)
     centre, spread = _usual(usual, usual_class, model.classes)  # (K,), (K,)
     scores = (scores - centre[predicted]) / spread[predicted]
     known = (known - centre[known_class]) / spread[known_class]
@@ -51,14 +49,14 @@ def screen(model: Classifier, data: CleanData, inputs: Images, cfg: ScaleUpConfi
 
 def _kept(model: Classifier, images: Images, cfg: ScaleUpConfig, run: Run) -> tuple[Tensor, Tensor]:
     """Return the share (N,) of amplified copies that keep the class, and the class (N,)."""
-    own = predict(model, images, run).argmax(1)
+    own = classes_of(model, images, run)
     kept = torch.zeros(len(images))
     for factor in cfg.factors:
 
         def amplify(pixels: Tensor, factor: float = factor) -> Tensor:
             return (pixels.float() * factor).round().clamp(0, 255).to(torch.uint8)
 
-        kept += predict(model, images, run, transform=amplify).argmax(1) == own
+        kept += classes_of(model, images, run, amplify) == own
     return kept / max(len(cfg.factors), 1), own
 
 

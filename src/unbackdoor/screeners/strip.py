@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from unbackdoor.data.batches import to_float
-from unbackdoor.engine.passes import logits_of, mode, predict
+from unbackdoor.engine.passes import logits_of, mode
 from unbackdoor.engine.run import Run
-from unbackdoor.engine.screening import ScreenerConfig, conformal_p_values, judged
+from unbackdoor.engine.screening import ScreenerConfig, classes_of, conformal_p_values, judged
 from unbackdoor.registry import option, screener
 from unbackdoor.types import Classifier, CleanData, Images, Screening, require_fit
 
@@ -41,8 +41,8 @@ def screen(model: Classifier, data: CleanData, inputs: Images, cfg: StripConfig,
     require_fit(model, inputs)
     order = torch.randperm(len(data.fit), generator=run.generator("overlays"))[: cfg.overlays]
     overlays = to_float(data.fit.pixels[order], run.device, channels_last=False)  # (M, C, H, W)
+    predicted = classes_of(model, inputs, run)
     with mode(model, training=False):
-        predicted = predict(model, inputs, run).argmax(1)
         scores = -_entropies(model, inputs, overlays, cfg, run)
         known = -_entropies(model, data.select, overlays, cfg, run)
     return judged(

@@ -289,10 +289,12 @@ def subject(case: Case, *, title: str | None = None) -> Subject:
     import torch
 
     from unbackdoor import __version__
+    from unbackdoor.files import sha256_file
     from unbackdoor.report.audit import Subject
 
     model = case.opened.model
-    facts = [("model", case.source.name), *told(case.opened.story)]
+    digest = sha256_file(case.source)
+    facts = [("model", case.source.name), ("SHA-256 of the file", digest), *told(case.opened.story)]
     if case.images is not None:
         labels = "with labels" if case.images.labels is not None else "without labels"
         facts.append(("clean images", f"{len(case.images)}, {labels}"))

@@ -136,7 +136,15 @@ def test_list_shows_everything_and_every_option_with_its_source() -> None:
 
 def test_list_as_json_has_all_parts_with_documented_options() -> None:
     everything = call("list", "--json").json
-    assert set(everything) == {"attacks", "defenses", "scanners", "architectures", "recipes", "datasets"}
+    assert set(everything) == {
+        "attacks",
+        "defenses",
+        "scanners",
+        "screeners",
+        "architectures",
+        "recipes",
+        "datasets",
+    }
     for kind, entries in everything.items():
         assert entries and all(entry["name"] and entry["summary"] for entry in entries), kind
         for option in (option for entry in entries for option in entry.get("options", ())):

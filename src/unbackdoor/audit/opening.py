@@ -7,8 +7,8 @@ way to read them makes the model most accurate. The story tells which of these i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ from unbackdoor.types import Classifier, Images, Progress, silent
 
 # What is assumed where neither the file nor any image says it.
 _USUAL_SIDE = 32
+_ASSUMED_SIZE = "assumed"
+_LARGE = 96 * 96  # pixels of an image
 _ASSUMED = Convention("none, pixels in [0, 1]")
 
 
@@ -191,28 +193,33 @@ def _bare(
     channels = channels or (raw.shape[0] if raw is not None else 3)
     warnings = [facts.note] if facts.note else []
     side = given.size[0] if given.size else (raw.shape[1] if raw is not None else None)
-    variants = find(state, given.arch, side=side, where=path)
-    if variants.note and len(variants.specs) > 1 and (raw is None or raw.labels is None):
-        if variants.decisive:
+    variants = find(state, given.arch, side=side, exact=given.size is not None, where=path)
+    if raw is None or raw.labels is None:
+        variants = variants.only(side)
+        if len(variants.specs) > 1 and variants.decisive:
             raise refuse_to_guess(variants, path)
-        warnings.append(f"{variants.note}; the most usual was assumed: {variants.specs[0]}")
-        variants = replace(variants, specs=variants.specs[:1])
-    elif variants.decisive and len(variants.specs) > 1 and (raw is None or raw.labels is None):
-        raise refuse_to_guess(variants, path)
-    if given.arch is None and facts == Known() and len(variants.specs) == 1:
+        if len(variants.specs) > 1:
+            variants = variants.first()
+            warnings.append(f"{variants.note}; the most usual was assumed: {variants.specs[0]}")
+    if given.arch is None and len(variants.specs) == 1:
         facts = known(variants.specs[0])
-    shapes, size_source = _shapes(channels, given, facts, variants, raw)
     names, names_source = _class_names(given, facts, raw, classes)
-    attempts = []
-    for shape in shapes:
-        attempts.append(_opened_as(path, state, given, facts, variants, raw, shape, names, run, progress))
-        inferred = attempts[-1].inferred
-        if inferred is None or (inferred.by_labels and not inferred.warning):
+    attempts: list[_Attempt] = []
+    failures: list[UnsupportedModel] = []
+    for shape, specs, size_source in _plan(channels, given, facts, variants, raw):
+        if attempts and attempts[-1].convincing:
             break
+        try:
+            attempts.append(
+                _opened_as(path, state, given, facts, specs, raw, shape, size_source, names, run, progress)
+            )
+        except UnsupportedModel as error:
+            # Another size may do; if none does, the first reason is the one to tell.
+            failures.append(error)
+    if not attempts:
+        raise failures[0]
     attempt = max(attempts, key=lambda a: a.inferred.interval.low if a.inferred is not None else 0.0)
-    if len(attempts) > 1:
-        size_source += ", the better of " + " and ".join(f"{a.shape[1]} x {a.shape[2]}" for a in attempts)
-    if not given.size and raw is None and facts.size is None and variants.side is None:
+    if given.size is None and raw is None and attempt.size_source == _ASSUMED_SIZE:
         warnings.append(
             f"The input size is not known; {attempt.shape[1]} x {attempt.shape[2]} was assumed. Give the size"
         )
@@ -228,7 +235,7 @@ def _bare(
         "names": _names_story(attempt.filled),
         "normalisation": _scale_story(attempt.scale, attempt.scale_source),
         "input_shape": list(attempt.shape),
-        "size_source": size_source,
+        "size_source": attempt.size_source,
         "classes": attempt.model.classes,
         "class_names_source": names_source,
     }
@@ -248,11 +255,17 @@ class _Attempt:
     filled: Filled
     images: Images | None
     shape: tuple[int, int, int]
+    size_source: str
     scale: Convention
     scale_source: str
     inferred: Inferred | None
     told: tuple[str, ...]
     warnings: tuple[str, ...]
+
+    @property
+    def convincing(self) -> bool:
+        """Whether there is no reason to try anything else."""
+        return self.inferred is None or (self.inferred.by_labels and not self.inferred.warning)
 
 
 def _opened_as(
@@ -260,15 +273,16 @@ def _opened_as(
     state: Mapping[str, Tensor],
     given: _Given,
     facts: Known,
-    variants: Variants,
+    specs: tuple[str, ...],
     raw: Images | None,
     shape: tuple[int, int, int],
+    size_source: str,
     names: tuple[str, ...],
     run: Run,
     progress: Progress,
 ) -> _Attempt:
     """Open the file for one input shape."""
-    filled = _filled(variants, state, shape, len(names), path)
+    filled = _filled(specs, state, shape, len(names), path)
     outputs, probabilities = _probe(next(iter(filled.values())).network, shape, path)
     if outputs != len(names):
         if given.class_names is not None:
@@ -317,16 +331,16 @@ def _opened_as(
         architecture=canonical(spec),
         origin=f"loaded from {path.name}",
     ).eval()
-    return _Attempt(model, chosen, held, shape, scale, source, inferred, told, tuple(warnings))
+    return _Attempt(model, chosen, held, shape, size_source, scale, source, inferred, told, tuple(warnings))
 
 
 def _filled(
-    variants: Variants, state: Mapping[str, Tensor], shape: tuple[int, int, int], classes: int, path: Path
+    specs: tuple[str, ...], state: Mapping[str, Tensor], shape: tuple[int, int, int], classes: int, path: Path
 ) -> dict[str, Filled]:
     """Return the variants that can be built for this shape."""
     out: dict[str, Filled] = {}
     failure: UnsupportedModel | None = None
-    for spec in variants.specs:
+    for spec in specs:
         try:
             out[spec] = fill(spec, state, input_shape=shape, classes=classes, where=path)
         except UnsupportedModel as error:
@@ -401,24 +415,38 @@ def _all_conventions(channels: int, default: Convention | None) -> list[Conventi
     return [default, *(c for c in usual(channels) if (c.mean, c.std) != same)]
 
 
-def _shapes(
-    channels: int, given: _Given, facts: Known, variants: Variants, raw: Images | None
-) -> tuple[list[tuple[int, int, int]], str]:
-    """Return the input shapes to try, and where they come from."""
-    if given.size is not None:
-        return [(channels, *given.size)], "arguments"
-    if variants.side is not None:
-        return [(channels, variants.side, variants.side)], "the shapes of the tensors"
+Plan = Iterator[tuple[tuple[int, int, int], tuple[str, ...], str]]
+
+
+def _plan(channels: int, given: _Given, facts: Known, variants: Variants, raw: Images | None) -> Plan:
+    """Yield input shapes, the specs to try for each, and where the size comes from; the likeliest first."""
     own = raw.shape[1:] if raw is not None else None
-    if facts.size is not None and (facts.size_fixed or own is None or own == facts.size):
-        return [(channels, *facts.size)], facts.source
-    if facts.size is not None and own is not None:
+    for side, specs in sorted(variants.by_side.items(), key=lambda item: own is None or item[0] != own[0]):
+        for size, source in _sizes(given, facts, side, own):
+            shape = (channels, *size)
+            if size[0] * size[1] > _LARGE and len(specs) > 1:
+                # Trying everything on large images takes long: the most usual first, the rest if it must be.
+                yield shape, specs[:1], source
+                yield shape, specs[1:], source
+            else:
+                yield shape, specs, source
+
+
+def _sizes(
+    given: _Given, facts: Known, side: int | None, own: tuple[int, int] | None
+) -> list[tuple[tuple[int, int], str]]:
+    if given.size is not None:
+        return [(given.size, "arguments")]
+    if side is not None:
+        return [((side, side), "the shapes of the tensors")]
+    stated = facts.size
+    if stated is not None and (facts.size_fixed or own is None or own == stated):
+        return [(stated, facts.source)]
+    if stated is not None and own is not None:
         # The library's own weights want its size; others may have been trained on images such as these.
-        both = [own, facts.size] if min(own) < min(facts.size) else [facts.size]
-        return [(channels, *size) for size in both], f"the images, or {facts.source}"
-    if own is not None:
-        return [(channels, *own)], "the images"
-    return [(channels, _USUAL_SIDE, _USUAL_SIDE)], "assumed"
+        both = [(own, "the images"), (stated, facts.source)]
+        return both if min(own) < min(stated) else both[1:]
+    return [(own, "the images")] if own is not None else [((_USUAL_SIDE, _USUAL_SIDE), _ASSUMED_SIZE)]
 
 
 def _class_names(

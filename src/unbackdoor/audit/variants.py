@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -20,6 +20,7 @@ from unbackdoor.models.spec import OWN, read_spec
 _MAX_VARIANTS = 48
 # Where one of these is not known the network computes something else altogether.
 _DECISIVE = ("activation",)
+_NAMED = "named by the user"
 
 
 @dataclass(frozen=True)
@@ -27,23 +28,37 @@ class Variants:
     """Specs that may be meant, the more usual first.
 
     Attributes:
-        specs: What to try.
-        side: Pixels a side that they take; None where any size does.
+        by_side: What to try for images of so many pixels a side; under None what takes any size.
         source: Where they come from, in words.
-        decisive: Whether nothing but images can decide between them.
+        decisive: Whether nothing but labelled images can decide between them.
         note: What no tensor shows, in words.
         candidates: All that fit, for the story.
     """
 
-    specs: tuple[str, ...]
-    side: int | None
+    by_side: Mapping[int | None, tuple[str, ...]]
     source: str
     decisive: bool = False
     note: str = ""
     candidates: tuple[Candidate, ...] = field(default=())
 
+    @property
+    def specs(self) -> tuple[str, ...]:
+        """All specs."""
+        return tuple(itertools.chain.from_iterable(self.by_side.values()))
 
-def find(state: Mapping[str, Tensor], arch: str | None, *, side: int | None, where: Path) -> Variants:
+    def only(self, side: int | None) -> Variants:
+        """Return those for images of a size; all where there are none for it."""
+        return replace(self, by_side={side: self.by_side[side]}) if side in self.by_side else self
+
+    def first(self) -> Variants:
+        """Return the most usual one alone."""
+        side, specs = next(iter(self.by_side.items()))
+        return replace(self, by_side={side: specs[:1]}, decisive=False)
+
+
+def find(
+    state: Mapping[str, Tensor], arch: str | None, *, side: int | None, exact: bool, where: Path
+) -> Variants:
     """Return the specs that may be meant.
 
     Args:
@@ -51,27 +66,31 @@ def find(state: Mapping[str, Tensor], arch: str | None, *, side: int | None, whe
         arch: What the user named, or None. Options that were not typed and that the tensors show, or that no
             tensor shows, are filled in.
         side: Pixels a side of the images, where known.
+        exact: Whether the model takes no other size.
         where: File, for messages.
 
     Raises:
         ConfigError: If ``arch`` is no spec, or an unknown one.
         UnsupportedModel: If nothing was named and nothing known fits.
     """
-    if arch is not None:
-        named = read_spec(arch)
-        if named.source != OWN:
-            return Variants((str(named),), None, "named by the user")
-        full = canonical(arch)
-        same = [c for c in nearest(state, side=side) if c.fits and read_spec(c.spec).name == named.name]
-        agreeing = [c for c in same if _agrees(c.spec, named.options)]
-        if not agreeing:
-            return Variants((full,), None, "named by the user")
-        return _expanded(agreeing, named.options, "named by the user")
+    named = read_spec(arch) if arch is not None else None
+    if named is not None and named.source != OWN:
+        return Variants({None: (str(named),)}, _NAMED)
+    full = canonical(arch) if arch is not None else ""
     candidates = [c for c in nearest(state, side=side) if c.fits]
+    if side is not None and not exact:
+        # Images of another size than the model's can be resized to it.
+        known = {c.spec for c in candidates}
+        candidates += [c for c in nearest(state) if c.fits and c.spec not in known]
+    if named is not None:
+        agreeing = [
+            c for c in candidates if read_spec(c.spec).name == named.name and _agrees(c.spec, named.options)
+        ]
+        return _expanded(agreeing, named.options, _NAMED) if agreeing else Variants({None: (full,)}, _NAMED)
     if not candidates:
         raise UnsupportedModel(
             "no known architecture has these tensors",
-            got=f"{len(state)} tensors, such as {repr(next(iter(state))[:120])[1:-1]}",
+            got=f"{len(state)} tensors, such as {repr(next(iter(state))[:120])[1:-1]}" if state else "none",
             where=where,
             remedy=f"Name the architecture. {proposal(state, side=side)}",
         )
@@ -100,9 +119,9 @@ def _agrees(spec: str, typed: Mapping[str, str]) -> bool:
 
 
 def _expanded(candidates: list[Candidate], typed: Mapping[str, str], source: str) -> Variants:
-    specs: list[str] = []
-    notes: list[str] = []
+    by_side: dict[int | None, list[str]] = {}
     for candidate in candidates:
+        specs = by_side.setdefault(candidate.side, [])
         parsed = read_spec(candidate.spec)
         free = {key: values for key, values in candidate.choices.items() if key not in typed}
         for values in itertools.product(*free.values()):
@@ -111,18 +130,15 @@ def _expanded(candidates: list[Candidate], typed: Mapping[str, str], source: str
             options = {**parsed.options, **typed, **choice}
             written = f"{parsed.name}[{','.join(f'{key}={value}' for key, value in options.items())}]"
             spec = canonical(written) if parsed.source == OWN else candidate.spec
-            specs.append(averaged(spec) if pooling == "average" else spec)
-        if candidate.note:
-            notes.append(candidate.note)
-    sides = {candidate.side for candidate in candidates}
-    unique = tuple(dict.fromkeys(specs))[:_MAX_VARIANTS]
+            spec = averaged(spec) if pooling == "average" else spec
+            if spec not in specs and len(specs) < _MAX_VARIANTS:
+                specs.append(spec)
+    unseen = any(key in c.choices and key not in typed for c in candidates for key in _DECISIVE)
+    notes = dict.fromkeys(candidate.note for candidate in candidates if candidate.note)
     return Variants(
-        unique,
-        candidates[0].side,
+        {side: tuple(specs) for side, specs in by_side.items()},
         source,
-        decisive=len(sides) > 1
-        or len(candidates) > 1
-        or any(key in c.choices and key not in typed for c in candidates for key in _DECISIVE),
-        note="; ".join(dict.fromkeys(notes)),
+        decisive=unseen or len(candidates) > 1,
+        note="; ".join(notes),
         candidates=tuple(candidates),
     )

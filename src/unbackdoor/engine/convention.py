@@ -32,12 +32,14 @@ from unbackdoor.metrics import Interval, wilson
 from unbackdoor.types import Images
 
 # (images, how many of the best go on to the next round). Every round adds images to those of the last.
-ROUNDS = ((32, 24), (64, 12), (128, 6), (256, 3), (500, 3))
-LEVEL = 0.05  # of the one-sided tests that tell two trials apart
-_Z = 1.645  # the normal quantile of that level
+ROUNDS = ((32, 24), (64, 12), (128, 6), (256, 4), (500, 4))
+_LARGE, _LARGE_ROUNDS = 96 * 96, 3  # pixels of an image beyond which fewer rounds must do
+LEVEL = 0.05  # of the sign test that tells two trials apart
+_Z = 2.326  # normal quantile of the test of losses, 1 %, because several are held against the lowest
 _LOW, _TIMES_CHANCE, _NEVER_ABOVE = 0.6, 3, 0.9
 _BATCH_PIXELS = 1 << 23  # values of one batch of float images, 32 MiB
 _LISTED = 20
+_PER_CLASS = 5  # images, from which on an agreement means something
 _FEW = 30  # images, below which an accuracy says little
 
 
@@ -191,7 +193,10 @@ def infer(
     out: list[Trial] = []
     done = 0
     trials: dict[tuple[str, Convention], Trial] = {}
-    for size, kept in ROUNDS:
+    close = [convention for convention in tried if convention in _RGB + _GREY]
+    favourite = prefer or (min(close, key=lambda c: _distance(c, images)) if close else None)
+    small = images.shape[1] * images.shape[2] <= _LARGE
+    for size, kept in ROUNDS if small else ROUNDS[:_LARGE_ROUNDS]:
         part, seen = judged.subset(rows[done:size]), judged.subset(rows[:size])
         for pair in run.progress(alive, f"trying conventions on {len(seen)} images"):
             new = _logits(variants[pair[0]], pair[1], part, run)
@@ -201,7 +206,9 @@ def infer(
         done = len(seen)
         if done == len(rows):
             break
-        preferred = [pair for pair in alive[kept:] if pair[1] == prefer][:1]
+        # Kept in any case, because among equals it will be taken.
+        preferred = [pair for pair in alive if pair[1] == favourite][:1]
+        preferred = [pair for pair in preferred if pair in alive[kept:]]
         out = [trials[pair] for pair in alive[kept:] if pair not in preferred] + out
         alive = alive[:kept] + preferred
     used = judged.subset(rows[:done])
@@ -229,6 +236,10 @@ def infer(
     interval = wilson(trial.hits, trial.total)
     notes = _observed(variants[best[0]], best[1], used, logits[best], run)
     warning = _suspicion(trial, interval, images.classes, len(tried) * len(variants))
+    if warning:
+        # Where the labels mislead, the most accurate trial is anything; the most decided one is the clue.
+        clue = max(trials, key=lambda pair: trials[pair].information)
+        notes += _other_order(_logits(variants[clue[0]], clue[1], used, run), used, interval)
     return Inferred(trial, ranked, interval, True, others, warning, notes)
 
 
@@ -274,22 +285,26 @@ def _observed(
                 f"with blue first instead of red the accuracy is {hits / total:.1%}: the model seems to "
                 "take BGR images, which must be given that way"
             )
-    predicted = logits.argmax(1)
-    shares = torch.zeros(images.classes, int(predicted.max()) + 1)
-    for label, seen in zip(images.truth.tolist(), predicted.tolist(), strict=True):
-        shares[label, seen] += 1
-    usual_answer = shares.argmax(1)
-    occupied = shares.sum(1) > 0
-    agreeing = float(shares.max(1).values.sum() / shares.sum())
-    distinct = len(set(usual_answer[occupied].tolist())) == int(occupied.sum())
-    # With one or two images a class, some answer always agrees.
-    enough = total >= 5 * int(occupied.sum())
-    if distinct and enough and wilson(round(agreeing * total), total).low > here.high:
-        notes.append(
-            f"{agreeing:.1%} of the images would be right if the classes were in another order: check the "
-            "class names"
-        )
     return tuple(notes)
+
+
+def _other_order(logits: Tensor, images: Images, here: Interval) -> tuple[str, ...]:
+    """Say so where each class is answered by one other class, as if the classes were in another order."""
+    predicted = logits.argmax(1)
+    shares = torch.zeros(images.classes, logits.shape[1])
+    shares.index_put_((images.truth.cpu(), predicted), torch.ones(len(predicted)), accumulate=True)
+    occupied = shares.sum(1) > 0
+    answers = shares.argmax(1)[occupied]
+    agreeing = int(shares.max(1).values.sum())
+    # With a few images a class, some answer always agrees.
+    if len(answers.unique()) < len(answers) or len(images) < _PER_CLASS * len(answers):
+        return ()
+    if wilson(agreeing, len(images)).low <= here.high:
+        return ()
+    return (
+        f"{agreeing / len(images):.1%} of the images would be right if the classes were in another order: "
+        "check the class names and the order of the labels",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -356,7 +371,7 @@ def _worse(loss: Tensor, than: Tensor) -> bool:
 def _distance(convention: Convention, images: Images) -> float:
     """Return how far a convention's numbers are from the statistics of the images."""
     pixels = images.pixels.float().div(255).transpose(0, 1).flatten(1)  # (C, N H W)
-    own = torch.cat([pixels.mean(1), pixels.std(1)]).cpu()
+    own = torch.cat([pixels.mean(1), pixels.std(1, correction=0)]).cpu()
     return float((own - torch.tensor([*convention.mean, *convention.std])).norm())
 
 

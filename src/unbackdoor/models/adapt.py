@@ -29,10 +29,10 @@ TRACKED = "num_batches_tracked"
 _HEADS = frozenset(
     {
         *("fc", "linear", "classifier", "head", "last_linear", "logits", "output", "out", "final_layer"),
-        *("fc.0", "fc.1", "linear.0", "classifier.0", "classifier.1"),
-        *("head.fc", "head.linear", "classifier.fc"),
+        *("head.fc", "head.linear", "classifier.fc", "heads.head"),
     }
 )
+_HEAD_LISTS = ("fc", "linear", "classifier", "head", "heads")
 _SYNONYMS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), text)
     for pattern, text in (
@@ -284,10 +284,17 @@ def _by_order(
 
 
 def head_of(tensors: Mapping[str, Tensor]) -> str | None:
-    """Return the last linear layer, where it bears one of the usual names."""
-    flat = [name for name, tensor in tensors.items() if tensor.dim() == 2 and name.endswith(".weight")]
-    known = [name.removesuffix(".weight") for name in flat if name.removesuffix(".weight") in _HEADS]
-    return known[-1] if len(known) == 1 else None
+    """Return the last linear layer, where it bears one of the usual names: ``fc``, or ``classifier.6``."""
+    flat = [
+        name.removesuffix(".weight")
+        for name, tensor in tensors.items()
+        if tensor.dim() == 2 and name.endswith(".weight")
+    ]
+    known = [name for name in flat if name in _HEADS]
+    for name in _HEAD_LISTS:
+        numbered = [x for x in flat if x.startswith(f"{name}.") and x.removeprefix(f"{name}.").isdecimal()]
+        known += sorted(numbered, key=lambda x: int(x.rpartition(".")[2]))[-1:]
+    return known[0] if len(known) == 1 else None
 
 
 def _common_prefix(state: Mapping[str, Tensor]) -> str:

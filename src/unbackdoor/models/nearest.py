@@ -16,7 +16,7 @@ from torch import Tensor
 from unbackdoor.errors import UnbackdoorError
 from unbackdoor.models.adapt import adapt, fold_masks, head_of, take_normalisation
 from unbackdoor.models.build import canonical, network
-from unbackdoor.models.chain import Chain, chains
+from unbackdoor.models.chain import Chain, chains, modules
 from unbackdoor.models.geometry import Geometry
 from unbackdoor.models.resnet import DEPTHS
 
@@ -367,19 +367,29 @@ def _without_prefix(state: Shapes) -> dict[str, Tensor]:
 
 
 def _classes(names: Shapes) -> int | None:
-    flat = [name for name, tensor in names.items() if tensor.dim() == 2 and name.endswith("weight")]
     head = head_of(names)
     if head is not None:
         return int(names[f"{head}.weight"].shape[0])
-    return int(names[flat[-1]].shape[0]) if flat else None
+    if (layers := modules(names)) is not None:
+        return layers[-1].shape[0]
+    flat = [tensor for name, tensor in names.items() if tensor.dim() == 2 and name.endswith("weight")]
+    return int(flat[-1].shape[0]) if flat else None
+
+
+_FIRST = (
+    "conv1.weight", "conv1.0.weight", "features.0.weight", "features.0.0.weight", "features.conv0.weight",
+    "conv_stem.weight", "stem.0.weight", "patch_embed.proj.weight", "conv_proj.weight",
+)  # fmt: skip
 
 
 def _input_channels(names: Shapes) -> int | None:
-    for name in ("conv1.weight", "features.0.weight", "features.0.0.weight", "patch_embed.proj.weight"):
+    if (layers := modules(names)) is not None:
+        return layers[0].shape[1]
+    for name in _FIRST:
         if name in names and names[name].dim() == 4:
             return int(names[name].shape[1])
-    convs = [tensor for tensor in names.values() if tensor.dim() == 4]
-    # Depthwise convolutions have one input channel as well, so that only a usual number counts.
-    few = [int(tensor.shape[1]) for tensor in convs if tensor.shape[1] in (1, 3)]
-    first = int(convs[0].shape[1]) if convs else None
-    return first if first in (1, 2, 3, 4) else (few[0] if few else first)
+    # Depthwise convolutions have one input channel as well, and files may be sorted by name.
+    inputs = [int(tensor.shape[1]) for tensor in names.values() if tensor.dim() == 4]
+    if 3 in inputs:
+        return 3
+    return inputs[0] if inputs else None

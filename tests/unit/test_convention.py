@@ -1,0 +1,190 @@
+"""Which normalisation and which variant is meant: decided by clean accuracy, and told how surely."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from unbackdoor.engine.convention import ROUNDS, Convention, infer, lowest_plausible, usual
+from unbackdoor.engine.run import Run
+from unbackdoor.errors import InputError
+from unbackdoor.types import Images
+
+CENTRES = (40, 80, 120, 160)
+
+
+class Brightness(nn.Module):
+    """Classifies by mean brightness, with centres in the units of one convention."""
+
+    def __init__(self, convention: Convention, channels: int = 1, weights: tuple[float, ...] = ()) -> None:
+        super().__init__()
+        levels = torch.tensor(CENTRES).div(255).view(-1, 1, 1, 1).expand(-1, channels, 1, 1)
+        self.weights = torch.tensor(weights or (1.0 / channels,) * channels)
+        self.register_buffer("centres", (convention(levels).flatten(1) * self.weights).sum(1))
+        self.mode_seen: list[bool] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mode_seen.append(self.training)
+        level = (x.mean((2, 3)) * self.weights).sum(1)  # (B,)
+        centres = self.get_buffer("centres")
+        return -(level[:, None] - centres).abs() * 20  # (B, 4)
+
+
+def images(count: int = 80, channels: int = 1, *, labels: bool = True, seed: int = 0) -> Images:
+    draws = torch.Generator().manual_seed(seed)
+    truth = torch.arange(count) % 4
+    noise = torch.randint(-8, 9, (count, channels, 8, 8), generator=draws)
+    pixels = (torch.tensor(CENTRES)[truth].view(-1, 1, 1, 1) + noise).to(torch.uint8)
+    return Images(pixels, truth if labels else None, ("a", "b", "c", "d"))
+
+
+def run() -> Run:
+    return Run.create(policy="fp32")
+
+
+@pytest.mark.parametrize("convention", usual(1), ids=lambda c: c.name)
+def test_every_usual_convention_is_found(convention: Convention) -> None:
+    found = infer({"net": Brightness(convention)}, images(), run())
+    assert found.best.convention == convention
+    assert found.best.accuracy == 1
+    assert found.by_labels
+    assert found.warning == ""
+    assert len(found.trials) == len(usual(1))
+
+
+def test_the_usual_conventions_of_colour_images() -> None:
+    names = [convention.name for convention in usual(3)]
+    assert len(set(names)) == len(names) == 10
+    for convention in usual(3):
+        found = infer({"net": Brightness(convention, 3)}, images(40, 3), run())
+        best = [t for t in found.trials if t.hits == found.best.hits]
+        assert convention in [trial.convention for trial in best]
+
+
+def test_the_variant_is_found_too() -> None:
+    true = Convention("true", (0.3,), (0.2,))
+    nets = {"wrong": Brightness(Convention("x", (0.9,), (0.9,))), "right": Brightness(true)}
+    found = infer(nets, images(), run(), conventions=[*usual(1), true])
+    assert (found.best.variant, found.best.convention) == ("right", true)
+
+
+def test_ties_go_to_the_preferred_and_are_told() -> None:
+    true = Convention("true", (0.3,), (0.2,))
+    near = Convention("near", (0.301,), (0.2,))
+    for preferred in (true, near):
+        found = infer({"net": Brightness(true)}, images(), run(), conventions=[true, near], prefer=preferred)
+        assert found.best.convention == preferred
+        assert [trial.convention for trial in found.alternatives] == [near if preferred is true else true]
+    found = infer({"net": Brightness(true)}, images(), run(), conventions=[near, true])
+    assert found.best.convention == true  # the lower loss
+
+
+def test_equal_losses_go_to_the_statistics_of_the_images() -> None:
+    """A network that sees no scale cannot tell conventions apart; the images' own statistics can."""
+
+    class Blind(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.eye(4)[torch.arange(len(x)) % 4]
+
+    truth = torch.tensor([0, 1] * 20)
+    pixels = torch.full((40, 1, 8, 8), 33)
+    pixels[:, :, :4] = 130  # mean .32, deviation .19: nearer to Fashion-MNIST's than to MNIST's
+    held = Images(pixels.to(torch.uint8), truth, ("a", "b", "c", "d"))
+    statistics = [c for c in usual(1) if "MNIST" in c.name]
+    found = infer({"net": Blind()}, held, run(), conventions=statistics)
+    assert [c.name for c in statistics] == ["MNIST", "Fashion-MNIST"]
+    assert found.best.convention == statistics[1]
+    assert [trial.convention for trial in found.alternatives] == statistics[:1]
+
+
+def test_too_low_an_accuracy_is_warned_of_with_its_numbers() -> None:
+    labels = torch.arange(80) % 4
+    wrong = Images(images().pixels, labels.roll(1), ("a", "b", "c", "d"))
+    found = infer({"net": Brightness(Convention("none"))}, wrong, run())
+    assert "Clean accuracy is only" in found.warning
+    assert "75% or more was to be expected" in found.warning
+    # Every image would be right if b were called a, c were called b, and so on.
+    assert any("another order" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(("classes", "limit"), [(2, 0.9), (3, 0.9), (4, 0.75), (5, 0.6), (1000, 0.6)])
+def test_the_rule_of_the_warning(classes: int, limit: float) -> None:
+    assert lowest_plausible(classes) == pytest.approx(limit)
+
+
+def test_blue_before_red_is_noticed() -> None:
+    first = Brightness(Convention("none"), 3, weights=(1.0, 0.0, 0.0))
+    draws = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (80, 3, 8, 8), generator=draws).to(torch.uint8)
+    truth = torch.arange(80) % 4
+    pixels[:, 2] = torch.tensor(CENTRES)[truth].view(-1, 1, 1).to(torch.uint8)
+    found = infer({"net": first}, Images(pixels, truth, ("a", "b", "c", "d")), run())
+    assert any("BGR" in note for note in found.notes)
+    assert found.warning
+
+
+def test_without_labels_there_is_only_a_weak_sign() -> None:
+    true = usual(1)[1]
+    found = infer({"net": Brightness(true)}, images(labels=False), run())
+    assert not found.by_labels
+    assert "no labels" in found.warning
+    assert found.best.convention == true
+    assert found.interval == (0, 1)
+    assert math.isnan(found.best.accuracy)
+    assert found.facts()["judged_by"].endswith("(weak)")
+    one = infer({"net": Brightness(true)}, images(labels=False), run(), conventions=[true])
+    assert one.warning == ""  # nothing was guessed
+
+
+def test_a_network_that_always_says_the_same_is_not_right_about_one_class() -> None:
+    """[0, 255] drives many networks into one answer, which is right for images of that class alone."""
+    true = usual(1)[0]
+    held = images()
+    one = held.subset((held.truth == 3).nonzero().flatten())
+    found = infer({"net": Brightness(true)}, one, run())
+    assert not found.by_labels
+    assert "one class" in found.warning
+
+
+def test_few_images_are_told() -> None:
+    found = infer({"net": Brightness(usual(1)[0])}, images(8), run())
+    assert any("only 8 images" in note for note in found.notes)
+    assert found.best.total == 8
+
+
+def test_rounds_take_the_classes_in_turns_and_end_at_the_last_image() -> None:
+    held = images(600)
+    ordered = held.subset(held.truth.argsort(stable=True))  # as a folder of class folders gives them
+    found = infer({"net": Brightness(usual(1)[2])}, ordered, run())
+    assert found.best.total == ROUNDS[-1][0]
+    assert found.best.accuracy == 1
+    assert found.trials[-1].total >= ROUNDS[0][0]
+
+
+def test_the_networks_are_left_as_they_were_and_the_draw_is_seeded() -> None:
+    net = Brightness(usual(1)[0]).train()
+    first = infer({"net": net}, images(120), run())
+    again = infer({"net": net}, images(120), run())
+    assert first.facts() == again.facts()
+    assert net.training
+    assert not any(net.mode_seen)
+
+
+def test_overflow_is_a_bad_trial_and_no_error() -> None:
+    class Explodes(Brightness):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * torch.where(x.abs().amax() > 10, math.inf, 1.0)
+
+    found = infer({"net": Explodes(usual(1)[0])}, images(), run())
+    assert found.best.convention == usual(1)[0]
+
+
+@pytest.mark.leaves_traces
+def test_nothing_to_judge_by() -> None:
+    with pytest.raises(InputError, match="nothing to judge"):
+        infer({}, images(), run())
+    with pytest.raises(InputError, match="labels do not fit"):
+        infer({"net": nn.Sequential(nn.Flatten(), nn.Linear(64, 2))}, images(), run())

@@ -41,7 +41,7 @@ def test_planted_shortcuts_are_found_without_labels(corner: tuple[int, ...], for
     assert report.verdict == "backdoor found"
     assert set(report.findings[0].classes) == set(corner)
     assert report.findings[0].p_value is not None and report.findings[0].p_value < 0.01
-    assert "weakest of 3 searches" in report.findings[0].threshold_source
+    assert "2 of 3 searches must agree, 2 were made" in report.findings[0].threshold_source
     shown = named(report, RECOVERED)
     assert shown.p_value is None and shown.value > 0.75
     assert shown.classes[0] in corner
@@ -53,13 +53,33 @@ def test_planted_shortcuts_are_found_without_labels(corner: tuple[int, ...], for
         assert int(shown.artefacts["mask"].flatten().argmax()) == where
 
 
-def test_without_a_shortcut_nothing_is_claimed_and_one_search_is_enough() -> None:
+def test_without_a_shortcut_nothing_is_claimed_and_two_searches_are_enough() -> None:
     report = look(planted())
     assert report.verdict == "no evidence found"
     # The p-values are below what a single test would ask for, and pay for there being two.
     assert all(f.p_value is None or f.p_value > 0.025 for f in report.findings)
-    assert "weakest of 1 searches" in report.findings[0].threshold_source
+    assert "2 of 3 searches must agree, 2 were made" in report.findings[0].threshold_source
     assert all(math.isfinite(v) for f in report.findings for v in f.per_class)
+
+
+def test_one_search_that_ends_in_a_poor_change_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sometimes(*args: object, restart: int = 0, **options: object) -> object:
+        found = reach(*args, restart=restart, **options)  # type: ignore[arg-type]
+        if restart == 1:  # the planted class looks as far away as the others
+            return replace(
+                found,
+                losses=found.losses.index_copy(0, torch.tensor([2]), found.losses[3:4]),
+                sizes=found.sizes.index_copy(0, torch.tensor([2]), found.sizes[3:4]),
+            )
+        return found
+
+    monkeypatch.setattr("unbackdoor.scanners.neural_cleanse.reach", sometimes)
+    report = look(planted((2,)))
+    assert report.verdict == "backdoor found" and report.findings[0].classes == (2,)
+    assert "2 of 3 searches must agree, 3 were made" in report.findings[0].threshold_source
+    # Of two, both must agree.
+    assert look(planted((2,)), restarts=1).verdict == "backdoor found"
+    assert look(planted((2,)), restarts=2).verdict == "no evidence found"
 
 
 def test_few_images_serve_all_searches_and_few_classes_get_no_verdict() -> None:

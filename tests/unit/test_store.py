@@ -141,6 +141,21 @@ def test_closing_gives_back(tmp_path: Path) -> None:
         assert list((tmp_path / "drivers").iterdir()) == []
 
 
+def test_an_interrupt_while_the_lock_is_made_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        rename(self, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), opened(tmp_path) as store:
+        store.claim(KEYS[0])
+    assert list((tmp_path / "drivers").iterdir()) == []
+
+
 def test_a_changed_suite_under_its_label_is_refused(tmp_path: Path) -> None:
     with opened(tmp_path) as store:
         store.register("demo-v1", "abc", "text", entries())

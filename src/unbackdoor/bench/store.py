@@ -145,7 +145,10 @@ class Store:
         if self._lock is not None:
             with suppress(InputError):
                 self.release()
-            (self._locks / self.owner).unlink(missing_ok=True)
+        # An interrupt may have come when the file was there already and the lock not noted yet.
+        for name in (self.owner, f".{self.owner}"):
+            (self._locks / name).unlink(missing_ok=True)
+        if self._lock is not None:
             self._lock.close()
             self._lock = None
         self._db.close()

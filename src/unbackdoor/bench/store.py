@@ -145,7 +145,7 @@ class Store:
         if self._lock is not None:
             with suppress(InputError):
                 self.release()
-        # An interrupt may have come when the file was there already and the lock not noted yet.
+        # An interrupt may have come while the lock was made.
         for name in (self.owner, f".{self.owner}"):
             (self._locks / name).unlink(missing_ok=True)
         if self._lock is not None:
@@ -475,10 +475,9 @@ class Store:
         if self._lock is None:
             # Locked before it has its name: whoever finds it unlocked may take it for a dead driver's.
             draft = self._locks / f".{self.owner}"
-            lock = draft.open("wb")
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = draft.open("wb")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             draft.rename(self._locks / self.owner)
-            self._lock = lock
 
     def _alive(self, owner: str) -> bool:
         try:

@@ -6,11 +6,13 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from unbackdoor.errors import DiskFull, InputError
 
@@ -75,6 +77,17 @@ def atomic_write(path: Path) -> Iterator[Path]:
         # After a success the draft is gone already.
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
+
+
+def finite(value: Any) -> Any:
+    """Return JSON-ready facts in which no number is infinite or NaN; such become None."""
+    if isinstance(value, dict):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def write_json(path: Path, obj: object) -> None:

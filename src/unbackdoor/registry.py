@@ -66,7 +66,9 @@ class Config(BaseModel):
     def parse(cls, values: Mapping[str, Any], *, subject: str) -> Self:
         """Build a config from plain values, reporting all faults in one ConfigError."""
         try:
-            return cls.model_validate(dict(values))
+            # JSON and TOML have lists where an option has a tuple.
+            plain = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            return cls.model_validate(plain)
         except ValidationError as error:
             raise ConfigError(subject, list(_faults(cls, error))) from None
 

@@ -148,6 +148,24 @@ def test_a_step_leaves_findings_and_artefacts(rogue: None, tiny: Trained, tmp_pa
     assert kept["statistic"] == "norm"
 
 
+def test_options_with_several_values_come_out_of_a_cell_as_they_went_in() -> None:
+    given = json.loads(json.dumps({"references": (0.1, 0.2)}))
+    config = SCANNERS["rnp_vote"].configure(given)
+    assert config.model_dump()["references"] == (0.1, 0.2)
+
+
+def test_what_json_cannot_say_is_left_out_of_the_evidence(tiny: Trained, tmp_path: Path) -> None:
+    model, _ = tiny
+    images = tiny_data(40)
+    facts = {"class_names": json.dumps(images.class_names), "augmentation": "none"}
+    save_file({"pixels": images.pixels, "labels": images.truth}, tmp_path / steps.SAMPLE, metadata=facts)
+    save_model(model.copy(), tmp_path / steps.MODEL)
+    spec = {"scanner": "neural_cleanse", "options": {"steps": 20}, "seed": 1, "precision": "fp32"}
+    steps.scan_step({"spec": spec, "place": {}}, tmp_path)
+    kept = json.loads((tmp_path / steps.EVIDENCE).read_text(encoding="utf-8"))["findings"]
+    assert None in [one["threshold"] for one in kept]  # shown, not judged
+
+
 @pytest.mark.parametrize(
     ("attack", "verdict", "classes", "right", "target"),
     [

@@ -10,6 +10,7 @@ from unbackdoor.audit.comparison import Accuracy, TensorChange, rate_facts
 from unbackdoor.audit.purifying import Purification, Residue
 from unbackdoor.audit.scanning import Audit, Checked, ShownTrigger
 from unbackdoor.audit.verification import Verification
+from unbackdoor.files import finite
 from unbackdoor.types import Finding, ScanReport
 
 
@@ -128,17 +129,6 @@ def finding_json(one: Finding) -> dict[str, Any]:
         "classes": list(one.classes),
         "per_class": [value if math.isfinite(value) else None for value in one.per_class],
     }
-
-
-def finite(value: Any) -> Any:
-    """Return JSON-ready facts in which no number is infinite or NaN; such become None."""
-    if isinstance(value, dict):
-        return {str(k): finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _check(checked: Checked, class_names: Sequence[str]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from unbackdoor.engine.caller import run as call
 from unbackdoor.engine.caller import scan
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe
-from unbackdoor.files import atomic_write, write_json
+from unbackdoor.files import atomic_write, finite, write_json
 from unbackdoor.metrics import Rate
 from unbackdoor.models import load_model, save_model
 from unbackdoor.types import CleanData, Images
@@ -175,11 +175,9 @@ def scan_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
         precision=run.precision.name,
         progress=run.show,
     )
-    findings = [{**asdict(replace(one, artefacts={}))} for one in report.findings]
-    write_json(
-        folder / EVIDENCE,
-        {"findings": findings, "errors": dict(report.errors), "skipped": dict(report.skipped)},
-    )
+    findings = [asdict(replace(one, artefacts={})) for one in report.findings]
+    facts = {"findings": findings, "errors": dict(report.errors), "skipped": dict(report.skipped)}
+    write_json(folder / EVIDENCE, finite(facts))
     tensors = {
         f"{n}.{name}": value.contiguous()
         for n, one in enumerate(report.findings)
@@ -191,7 +189,7 @@ def scan_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
     strongest = report.findings[0] if report.findings else None
     return {
         "verdict": report.verdict,
-        "classes": sorted({k for one in report.findings for k in one.classes}),
+        "classes": sorted(strongest.classes) if strongest else [],
         "statistic": strongest.statistic if strongest else "",
         "value": strongest.value if strongest and math.isfinite(strongest.value) else None,
         "p_value": strongest.p_value if strongest else None,

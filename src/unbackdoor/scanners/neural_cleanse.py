@@ -79,7 +79,13 @@ class NeuralCleanseConfig(ReachConfig):
     level: float = option(0.05, "largest p-value that counts", source="convention", gt=0, lt=1)
 
 
-@scanner("neural_cleanse", config=NeuralCleanseConfig, paper="IEEE S&P 2019", needs={"images"})
+@scanner(
+    "neural_cleanse",
+    config=NeuralCleanseConfig,
+    paper="IEEE S&P 2019",
+    needs={"images"},
+    presets={"blend": {"form": "blend"}},
+)
 def scan(model: Classifier, data: CleanData, cfg: NeuralCleanseConfig, *, run: Run) -> ScanReport:
     """Look for the smallest change towards every class, test the smallest, and try the suspect's trigger."""
     require_fit(model, data.fit)

@@ -45,6 +45,15 @@ def test_a_perfect_screening_and_one_that_takes_the_target_class_for_triggered()
     json.dumps(worse.to_json(), allow_nan=False)
 
 
+def test_a_poisoned_training_set_is_judged_with_its_labels_and_share() -> None:
+    def labels_alone(images: Images) -> Tensor:
+        assert len(images) == 44 and images.truth[40:].tolist() == [1] * 4
+        return (images.truth == 1).float()
+
+    told = judge_screening(labels_alone, TRUTH, DATA, most=4, labelled=True)
+    assert told.triggered == 4 and told.target is not None and told.target.auroc == 0.5
+
+
 def test_what_cannot_be_judged_is_refused() -> None:
     _, none = poison(DATA, "none", seed=0)
     with pytest.raises(InputError, match="nothing to find"):

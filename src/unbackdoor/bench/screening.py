@@ -53,7 +53,14 @@ class ScreeningScores:
         return asdict(self)
 
 
-def judge_screening(screen: Callable[[Images], Tensor], truth: AttackTruth, test: Images) -> ScreeningScores:
+def judge_screening(
+    screen: Callable[[Images], Tensor],
+    truth: AttackTruth,
+    test: Images,
+    *,
+    most: int | None = None,
+    labelled: bool = False,
+) -> ScreeningScores:
     """Measure a screening with the truth.
 
     The triggered images are those that are not of the wanted class already; the clean ones are the whole set.
@@ -63,6 +70,9 @@ def judge_screening(screen: Callable[[Images], Tensor], truth: AttackTruth, test
             that it cannot know the two kinds by the call.
         truth: The attack.
         test: Labelled images that nobody trained or selected on.
+        most: Triggered images at most; all by default. Screenings of a set depend on their share.
+        labelled: Whether the set has labels as a poisoned training set has them: the attacker's class for
+            triggered images. Otherwise it has none.
 
     Raises:
         InputError: If there was no attack, or a score is missing.
@@ -70,8 +80,10 @@ def judge_screening(screen: Callable[[Images], Tensor], truth: AttackTruth, test
     eligible = truth.eligible(test)
     if not len(eligible):
         raise InputError("there is nothing to find without an attack", got=truth.attack)
+    eligible = eligible.subset(torch.arange(len(eligible))[:most])
     pixels = torch.cat([test.pixels, stamped(eligible.pixels, truth)])
-    given = Images(pixels, None, test.class_names, "images to screen")
+    labels = torch.cat([test.truth, truth.wanted(eligible.truth)]) if labelled else None
+    given = Images(pixels, labels, test.class_names, "images to screen")
     scores = screen(given)
     if tuple(scores.shape) != (len(given),):
         raise InputError("scores do not fit the images", expected=(len(given),), got=tuple(scores.shape))

@@ -12,10 +12,10 @@ Departs: losses are computed in log-space (1 - O in fp32 loses a saturated model
          sits behind the batch norm where it can (before it, a closed gate leaves a constant); the
          perturbation has a budget that is adapted until most predictions flip, stays in the image range, and
          goes on where it stopped, in 4 steps instead of 20; smaller batches, half the rounds at twice the
-         step; no weight decay, fixed rounds, and the mean of the last gates. Preset ``reference``: none of
-         these but the first two. Transformers: a gate on the residual stream cannot be folded into weights,
-         so what the later layer norms let through is gated (engine/gates.py); ``reference-vit`` sets lambda
-         to 0 as the released configuration does.
+         step; no weight decay, fixed rounds, the mean of the last gates, and a clean term that weighs more
+         while predictions change. Preset ``reference``: none of these but the first two. Transformers: a gate
+         on the residual stream cannot be folded into weights, so what the later layer norms let through is
+         gated (engine/gates.py); ``reference-vit`` sets lambda to 0 as the released configuration does.
 Cost:    of each image of a round 2 forward + 2 backward in the first stage, then 5 + 2 x steps forward and
          4 + 2 x steps backward; by default 333,000 forward-equivalents of one image, in all.
 """
@@ -33,7 +33,7 @@ from unbackdoor.data.batches import resident, to_float
 from unbackdoor.engine.gates import Position, gate_sites
 from unbackdoor.engine.invertible import InvertibleGates
 from unbackdoor.engine.overlap import agree, disagree
-from unbackdoor.engine.passes import Network, frozen, logits_of, mode, predict
+from unbackdoor.engine.passes import Network, frozen, logits_of, mode, predict, told_apart
 from unbackdoor.engine.perturbations import Perturbations
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import MethodFailed, UnsupportedModel
@@ -119,7 +119,7 @@ class Game:
         sites = gate_sites(model, position=cfg.gates, squeeze_excite=cfg.squeeze_excite)
         self.gates = InvertibleGates(model, sites, cfg.sharpness)
         self.keep = 1.0  # weight of the clean term; raised where too few predictions are kept
-        self.base = F.log_softmax(predict(model, images, run), dim=1).to(run.device)  # (N, K)
+        self.base = F.log_softmax(told_apart(predict(model, images, run)), dim=1).to(run.device)  # (N, K)
         self.deltas = Perturbations(
             images.pixels.shape, run.device, budget=cfg.budget, steps=cfg.steps, bounded=cfg.bounded,
             warm=cfg.warm_start, weight_decay=cfg.weight_decay,

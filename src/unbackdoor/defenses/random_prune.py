@@ -13,8 +13,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from unbackdoor.engine.heads import find_head
-from unbackdoor.engine.masks import channel_sites, fold, keep_above, removed
+from unbackdoor.engine.channels import prunable_sites
+from unbackdoor.engine.masks import fold, keep_above, removed
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.selection import harshest_within
 from unbackdoor.registry import Config, defense, option
@@ -37,7 +37,7 @@ class RandomPruneConfig(Config):
 )
 def purify(model: Classifier, data: CleanData, cfg: RandomPruneConfig, *, run: Run) -> Purified:
     """Cut ever more channels in a random order while the held-out accuracy holds."""
-    sites = channel_sites(model, skip=(find_head(model).name,))
+    sites = prunable_sites(model)
     draws = run.generator("order")
     # A channel is cut at level t if its uniform number is at most t: the same order at every level.
     order = {site.name: torch.rand(site.shape, generator=draws) for site in sites}

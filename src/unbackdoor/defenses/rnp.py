@@ -6,15 +6,15 @@ network exactly these channels are pruned.
 
 Paper:   Li, Lyu, Ma, Koren, Lyu, Li & Jiang, ICML 2023, arXiv 2305.14876.
 Needs:   clean images and labels.          Changes: batch-norm scales (or channels), set to zero.
-Departs: clipping works, the stop is checked every step, and a step that falls too far is taken back (see
-         engine/unlearning.py); a channel is scored by the mean of its mask over the relearning, because many
-         last masks are exactly 0 and leave no order (preset ``reference``: none of these three). The
-         threshold is chosen on held-out clean images, where the public code sweeps it against the true
-         attack. Preset ``stored-statistics`` normalises by the stored statistics in both stages, as the
-         pruned network will. Which channels one run finds depends on the order of a few dozen steps;
-         preset ``ensemble`` averages the scores of five runs, none of which is chosen by its success. Preset
-         ``robust`` prunes while the held-out predictions stay as they were, whether right or wrong: accuracy
-         on a hundred images cannot tell two points of it.
+Departs: the stop is checked every step, and a step that falls below the stop band is taken back (see
+         engine/unlearning.py); clipping works, so does a limit to the fall of one step, and a channel is
+         scored by the mean of its mask over the relearning, because many last masks are exactly 0 and leave
+         no order (preset ``reference``: none of these three). The threshold is chosen on held-out clean
+         images, where the public code sweeps it against the true attack. Preset ``stored-statistics``
+         normalises by the stored statistics in both stages, as the pruned network will. Which channels one
+         run finds depends on the order of a few dozen steps; preset ``ensemble`` averages the scores of five
+         runs, none of which is chosen by its success. Preset ``robust`` prunes while the held-out predictions
+         stay as they were, whether right or wrong: accuracy on a hundred images cannot tell two points of it.
 Cost:    runs x (unlearning steps + recover epochs x N / batch) x (1 forward + 1 backward), plus the sweep.
 """
 
@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from unbackdoor.engine import rng
-from unbackdoor.engine.heads import find_head
-from unbackdoor.engine.masks import Site, channel_sites, fold, keep_above, removed
+from unbackdoor.engine.channels import prunable_sites
+from unbackdoor.engine.masks import Site, fold, keep_above, removed
 from unbackdoor.engine.passes import as_seen
 from unbackdoor.engine.recovery import recover
 from unbackdoor.engine.run import Run
@@ -112,7 +112,7 @@ class RNPConfig(Config):
 )
 def purify(model: Classifier, data: CleanData, cfg: RNPConfig, *, run: Run) -> Purified:
     """Unlearn, recover channel masks, prune the original network."""
-    sites = channel_sites(model, skip=(find_head(model).name,))
+    sites = prunable_sites(model)
     scores, told = averaged_scores(model, sites, data, cfg, run)
     levels = [0.0, *(float(level) for level in np.arange(cfg.step, cfg.highest + 1e-9, cfg.step))]
     held = data

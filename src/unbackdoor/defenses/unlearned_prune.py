@@ -26,12 +26,12 @@ from unbackdoor.engine.channels import (
     lipschitz_bounds,
     mean_activations,
     places,
+    prunable_sites,
     standardised,
     weight_changes,
 )
 from unbackdoor.engine.exposure import UnlearningConfig, unlearn_with
-from unbackdoor.engine.heads import find_head
-from unbackdoor.engine.masks import Site, channel_sites, fold, keep_above, removed
+from unbackdoor.engine.masks import Site, fold, keep_above, removed
 from unbackdoor.engine.recovery import recover
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.selection import harshest_within
@@ -73,7 +73,7 @@ class UnlearnedPruneConfig(UnlearningConfig):
 )
 def purify(model: Classifier, data: CleanData, cfg: UnlearnedPruneConfig, *, run: Run) -> Purified:
     """Unlearn, score the channels, prune the original network in that order."""
-    sites = channel_sites(model, skip=(find_head(model).name,))
+    sites = prunable_sites(model)
     forgotten = unlearn_with(model, data.fit, cfg, run, augmentation=data.augmentation)
     order = places(suspicion(model, forgotten.model, sites, data, cfg, run))
     levels = [float(level) for level in np.arange(cfg.step, 1.0, cfg.step)]

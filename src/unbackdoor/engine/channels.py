@@ -7,12 +7,24 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from unbackdoor.engine.masks import CONVS, NORMS, Site
+from unbackdoor.engine.heads import head_name
+from unbackdoor.engine.masks import CONVS, NORMS, Site, channel_sites, norm_sites
 from unbackdoor.engine.passes import mode, predict
 from unbackdoor.engine.run import Run
 from unbackdoor.types import Classifier, Images
 
 Scores = dict[str, Tensor]
+
+
+def prunable_sites(model: Classifier) -> list[Site]:
+    """Return the channels that may be pruned: all but the outputs of the head, which are the classes.
+
+    Where there are batch norms they are the channels, and what the network ends in does not matter.
+
+    Raises:
+        UnsupportedModel: If there is none, or no layer that could be the head; names the layers.
+    """
+    return norm_sites(model) or channel_sites(model, skip=(head_name(model),))
 
 
 def producers(model: Classifier, sites: Sequence[Site]) -> dict[str, str | None]:

@@ -137,11 +137,12 @@ def _conv_sites(
             names = [owners + "." + p for p, _ in model.get_submodule(owners).named_parameters(recurse=False)]
             sites.append(Site(name, tuple(names), (module.out_channels,)))
     if not sites:
+        layers = [name for name, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
         raise UnsupportedModel(
             "the network has no channel to gate",
             expected="a convolution outside squeeze-excite modules, or transformer blocks",
             got=", ".join(sorted({type(m).__name__ for m in model.modules()})),
-            where=model.architecture or type(model.network).__name__,
+            where=", ".join(layers) or model.architecture or type(model.network).__name__,
         )
     return sites
 

@@ -159,6 +159,18 @@ def find_affine_head(model: Classifier, name: str | None = None) -> AffineHead:
     )
 
 
+def head_name(model: Classifier) -> str:
+    """Return the name of the layer whose outputs are the classes, linear or a 1x1 convolution.
+
+    Raises:
+        UnsupportedModel: If no layer makes the logits; the candidates are listed.
+    """
+    try:
+        return find_head(model).name
+    except UnsupportedModel:
+        return find_affine_head(model).name
+
+
 def _scale(
     model: Classifier,
     head: AffineHead,

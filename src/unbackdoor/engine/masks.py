@@ -83,6 +83,7 @@ def channel_sites(model: nn.Module, *, skip: Sequence[str] = ()) -> list[Site]:
             "the network has no channel to mask",
             expected="a batch normalisation, convolution or linear layer besides the head",
             got=", ".join(sorted({type(m).__name__ for m in model.modules()})),
+            where=", ".join(skip) or None,
         )
     return sites
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from unbackdoor.data.batches import to_float
 from unbackdoor.engine.run import Run
+from unbackdoor.errors import MethodFailed
 from unbackdoor.types import Images
 
 Network = Callable[[Tensor], Tensor]
@@ -91,6 +92,25 @@ def accuracy(model: nn.Module, images: Images, run: Run, network: Network | None
     with mode(model, training=False):
         predicted = predict(network or model, images, run).argmax(1)
     return float((predicted == images.truth).float().mean())
+
+
+def told_apart(logits: Tensor) -> Tensor:
+    """Return the logits (N, K) as they are.
+
+    Raises:
+        MethodFailed: If every image is of one class to the model, so that whatever is learned from its
+            predictions would hold for that class alone.
+    """
+    seen = logits.argmax(1).unique()
+    # Numbers that are none have no largest; whoever computes with them says so.
+    if len(seen) < 2 and bool(torch.isfinite(logits).all()):
+        raise MethodFailed(
+            "the model gives every clean image to one class",
+            expected="images of 2 classes or more",
+            got=f"class {int(seen[0])} for all {len(logits)}",
+            remedy="Give clean images of several classes, and check normalisation and weights",
+        )
+    return logits
 
 
 def as_seen(model: nn.Module, images: Images, run: Run) -> Images:

@@ -74,6 +74,9 @@ def weigh(exposure: Exposure, cfg: RNPVoteConfig) -> ScanReport:
     stable = stability(exposure, cfg.alpha)
     findings = [stable]
     assert stable.p_value is not None
+    if math.isinf(stable.threshold):
+        skipped["stability"] = f"{len(exposure.networks)} repeats that agree cannot reach {cfg.alpha:g}"
+        return ScanReport("undecided", tuple(findings), skipped=skipped, coverage=("votes",))
     if stable.p_value > cfg.alpha:
         return ScanReport("no evidence found", tuple(findings), skipped=skipped, coverage=("stability",))
     least = math.ceil(1 / cfg.alpha - 1e-9) - 1

@@ -259,6 +259,51 @@ def test_the_command_screens_a_training_set_without_clean_images(files: Path) ->
     assert len(json.loads(told)["labels"]) == 80
 
 
+def test_the_command_opens_what_others_saved_and_fits_the_images(files: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    from tiny import tiny_classifier, tiny_data
+
+    torch.save({"net": tiny_classifier("conv-bn").network.state_dict()}, tmp_path / "model.pth")
+    (tmp_path / "suspects").mkdir()
+    for i, pixels in enumerate(tiny_data(3).pixels):
+        # In colour, and of different sizes.
+        image = Image.fromarray(pixels[0].numpy()).convert("RGB").resize((8 + i, 9))
+        image.save(tmp_path / "suspects" / f"{i}.png")
+    given = [tmp_path / "model.pth", "--arch", "small_cnn[width=8]", "--data", files / "clean.npz", "--json"]
+    given += ["--images", tmp_path / "suspects", "--method", "scale_up", "--precision", "fp32"]
+    outcome = CliRunner().invoke(app, ["screen", *map(str, given)], catch_exceptions=False)
+    assert outcome.exit_code == 0, outcome.stderr
+    assert json.loads(outcome.stdout)["names"] == ["0.png", "1.png", "2.png"]
+    assert "turned grey" in outcome.stderr
+
+
+@pytest.mark.parametrize("form", ["names", "indices", "table", "csv"])
+def test_the_images_of_a_training_set_are_called_by_their_files(
+    files: Path, tmp_path: Path, form: str
+) -> None:
+    """Folders called by numbers and tables once ended in a KeyError; a class may be left out."""
+    from PIL import Image
+
+    from tiny import tiny_data
+
+    images = tiny_data(80)
+    expected, lines = [], ["file,label"]
+    for k, name in enumerate(images.class_names[:3]):
+        folder = name if form == "names" else str(k)
+        (tmp_path / folder).mkdir()
+        for i in (images.truth == k).nonzero().flatten().tolist():
+            Image.fromarray(images.pixels[i, 0].numpy()).save(tmp_path / folder / f"{i:02}.png")
+            expected.append(f"{folder}/{i:02}.png")
+            lines.append(f"{expected[-1]},{name}")
+    if form in ("table", "csv"):
+        expected.reverse()
+        (tmp_path / "labels.csv").write_text("\n".join([lines[0], *reversed(lines[1:])]))
+    given = tmp_path / "labels.csv" if form == "csv" else tmp_path
+    told = json.loads(call(files, "--images", given, "--method", "spectral_signatures", "--json").stdout)
+    assert told["names"] == expected and set(told["labels"]) == {0, 1, 2}
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unbackdoor.cli import defender, options
+from unbackdoor.cli import auditor, defender, options
 from unbackdoor.cli.output import emit, note, plain, say, table
 from unbackdoor.cli.progress import Display
 from unbackdoor.errors import ConfigError, InputError
@@ -27,7 +27,7 @@ def screen(
         Path,
         typer.Option(
             help="Images to look at: a folder, a .parquet or an .npz file. A method for training sets needs "
-            "their labels: a folder of class folders, or labels in the file.",
+            "their labels: a folder of class folders or with labels.csv, or labels in the file.",
             show_default=False,
         ),
     ],
@@ -37,8 +37,8 @@ def screen(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Clean images to compare with: a data set's name, a folder of class folders, a .parquet or "
-            "an .npz file. Methods for training sets do without.",
+            help="Clean images to compare with: a data set's name, a folder of class folders or with "
+            "labels.csv, a .parquet or an .npz file. Methods for training sets do without.",
             show_default=False,
             rich_help_panel="Data",
         ),
@@ -59,11 +59,12 @@ def screen(
     per_class: defender.PerClass = None,
     fraction: defender.Fraction = None,
     select_fraction: defender.SelectFraction = 0.3,
-    resize: defender.Resize = False,
     data_root: options.DataRoot = None,
-    architecture: options.CardlessArchitecture = None,
+    architecture: auditor.Arch = None,
     mean: options.Mean = None,
     std: options.Std = None,
+    size: auditor.Size = None,
+    class_names: auditor.Classes = None,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
     precision: options.PrecisionOption = options.PrecisionPolicy.auto,
@@ -79,6 +80,7 @@ def screen(
     """
     from unbackdoor.engine.caller import screen as call
     from unbackdoor.registry import SCREENERS
+    from unbackdoor.types import CleanData
 
     source, part = options.existing_model(model), SCREENERS[method]
     config = part.configure_text(options.pairs(settings or [], "--set"))
@@ -87,28 +89,24 @@ def screen(
             "the file exists", where=out, remedy="Choose another --out, or replace it with --force"
         )
     defender.require_share(select_fraction)
-    cardless = options.Cardless.parse(architecture, mean, std)
+    if data is None:
+        _require_no_data(part, clean, per_class, fraction)
+    told = auditor.Told(
+        architecture, mean, std, size, class_names, data, clean, per_class, fraction, None, data_root
+    )
     with Display(quiet=quiet) as display:
         run = options.open_run(seed, device, precision, display)
-        if data is None:
-            _require_no_data(part, clean, per_class, fraction)
-            victim, held = _without_data(source, cardless)
-        else:
-            victim, held = defender.open_case(
-                source,
-                data,
-                cardless,
-                display,
-                data_root=data_root,
-                clean=clean,
-                per_class=per_class,
-                fraction=fraction,
+        case = auditor.open_case(source, told, run, display, quiet=quiet)
+        victim = case.opened.model
+        held = CleanData.empty(victim.input_shape, victim.class_names)
+        if case.images is not None:
+            held = CleanData.split(
+                case.images,
                 select_fraction=select_fraction,
-                augmentation=None,
-                resize=resize,
+                augmentation=case.augmentation,
                 seed=seed,
             )
-        inputs, names = _inputs(images, part, victim, resize, display)
+        inputs, names = _inputs(images, part, victim, display, quiet=quiet)
         found = call(
             part,
             victim,
@@ -143,24 +141,26 @@ def _require_no_data(
         raise ConfigError("the clean images", ["--clean, --per-class and --fraction draw from --data"])
 
 
-def _without_data(source: Path, cardless: options.Cardless) -> tuple[Classifier, CleanData]:
-    from unbackdoor.types import CleanData
-
-    victim = options.open_model(source, None, cardless)
-    return victim, CleanData.empty(victim.input_shape, victim.class_names)
-
-
 def _inputs(
-    path: Path, part: Part[Any], model: Classifier, resize: bool, display: Display
+    path: Path, part: Part[Any], model: Classifier, display: Display, *, quiet: bool
 ) -> tuple[Images, tuple[str, ...]]:
+    """Return the images in the model's form, and what each of them is called."""
+    from unbackdoor.data.conform import conform
     from unbackdoor.data.loaders import load_labelled, load_unlabelled
     from unbackdoor.registry import INPUT_LABELS
 
     load = load_labelled if INPUT_LABELS in part.needs else load_unlabelled
-    _, height, width = model.input_shape
-    return load(
-        path, class_names=model.class_names, size=(height, width) if resize else None, progress=display
-    )
+    shape, classes = model.input_shape, model.class_names
+    try:
+        found, names = load(path, class_names=classes, progress=display)
+    except InputError as error:
+        if error.problem != "the images differ in size":
+            raise
+        found, names = load(path, class_names=classes, size=shape[1:], progress=display)
+    found, told = conform(found, input_shape=shape, class_names=classes, progress=display)
+    for text in told:
+        note(text, quiet=quiet)
+    return found, names
 
 
 def _rows(found: Screening, names: tuple[str, ...], inputs: Images, model: Classifier) -> list[list[Any]]:

@@ -274,9 +274,7 @@ def read_folder(
             remedy="Put the images of each class into a folder named after it",
         )
     names = class_names or tuple(found)
-    if class_names and _are_indices(found) and not any(folder in names for folder in found):
-        # Folders called by the index of their class.
-        found = {names[int(k)] if int(k) < len(names) else k: files for k, files in found.items()}
+    found = _by_class(found, names)
     if extra := [n for n in found if n not in names]:
         raise InputError(
             f"the folder {extra[0]!r} is none of the classes",
@@ -412,18 +410,22 @@ def load_labelled(
         UnsafeFile: See :func:`load_images`.
     """
     path = Path(path)
-    found = load_images(path, class_names=tuple(class_names), size=size, progress=progress)
+    # A training set may be brought in parts, such as the suspected class alone.
+    found = load_images(path, class_names=tuple(class_names), size=size, partial=True, progress=progress)
     if found.labels is None:
         raise InputError(
             "the images carry no labels, and this screening looks at a training set",
             where=path,
             remedy="Add the labels, or choose a method for single inputs",
         )
+    table = path / LABELS if path.is_dir() else path
+    if table.suffix.lower() == ".csv" and table.is_file():
+        return found, tuple(entry.file.relative_to(table.parent).as_posix() for entry in read_table(table))
     if not path.is_dir():
         return found, tuple(f"row {row}" for row in range(len(found)))
-    folders = _class_folders(path)
-    names = (file.relative_to(path).as_posix() for name in found.class_names for file in folders[name])
-    return found, tuple(names)
+    folders = _by_class(_class_folders(path), found.class_names)
+    files = (file for name in found.class_names for file in folders.get(name, ()))
+    return found, tuple(file.relative_to(path).as_posix() for file in files)
 
 
 def _class_folders(path: Path) -> dict[str, list[Path]]:
@@ -438,6 +440,13 @@ def _class_folders(path: Path) -> dict[str, list[Path]]:
         raise InputError(
             "the folder cannot be read", where=error.filename or path, got=error.strerror
         ) from error
+
+
+def _by_class(folders: dict[str, list[Path]], names: Sequence[str]) -> dict[str, list[Path]]:
+    """Return the files by class, where the folders may be called by the index of their class."""
+    if not _are_indices(folders) or any(folder in names for folder in folders):
+        return folders
+    return {names[int(k)] if int(k) < len(names) else k: files for k, files in folders.items()}
 
 
 def _are_indices(names: Collection[str]) -> bool:

@@ -247,6 +247,8 @@ def test_the_command_screens_single_inputs(files: Path, tmp_path: Path) -> None:
     out.parent.mkdir()
     shown = call(files, *clean, *quick, "--out", out).stdout
     assert "of 30 images are suspicious" in shown and "The most suspicious" in shown
+    # At the usual alpha so few clean images can mark nothing, which --quiet does not hide.
+    assert "nothing can be suspicious" in " ".join(call(files, *clean, "--set", "overlays=5").stdout.split())
     with out.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 30 and rows[3]["image"] == "row 3"

@@ -126,8 +126,6 @@ def screen(
         _show(found, names, victim, config.model_dump()["alpha"])
         if out is not None:
             say(out)
-    if "note" in found.evidence:
-        note(found.evidence["note"], quiet=quiet)
 
 
 def _require_no_data(
@@ -214,9 +212,10 @@ def _json(
 def _show(found: Screening, names: tuple[str, ...], model: Classifier, alpha: float) -> None:
     counts = [(int((found.predicted == k).sum()), int((found.suspicious & (found.predicted == k)).sum()))
               for k in range(model.classes)]  # fmt: skip
+    expected = f"about {alpha * len(names):.1f} would be if all were clean"
     table(
         f"{int(found.suspicious.sum())} of {len(names)} images are suspicious; "
-        f"about {alpha * len(names):.1f} would be if all were clean",
+        + str(found.evidence.get("note", expected)),
         ("the model says", ">images", ">suspicious"),
         [(model.class_names[k], *count) for k, count in enumerate(counts) if count[0]],
     )

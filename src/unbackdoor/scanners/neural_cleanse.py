@@ -115,21 +115,12 @@ def scan(model: Classifier, data: CleanData, cfg: NeuralCleanseConfig, *, run: R
         tests.append(_tests(searches[-1], enough, limit))
         if model.classes < FEWEST or _settled(tests, majority, cfg.restarts - majority, limit):
             break
+    by_loss, by_size = ([t[i] for t in tests] for i in range(_TESTS))
+    losses = _mean([s.losses for s in searches])
+    sizes = _mean([s.sizes.clamp_max(s.limit) for s in searches])
     findings = [
-        _finding(
-            "loss at a small budget",
-            searches,
-            [t[0] for t in tests],
-            cfg,
-            _mean([r.losses for r in searches]),
-        ),
-        _finding(
-            "size of the change that reaches the class",
-            searches,
-            [t[1] for t in tests],
-            cfg,
-            _mean([r.sizes.clamp_max(r.limit) for r in searches]),
-        ),
+        _finding("loss at a small budget", searches, by_loss, cfg, losses),
+        _finding("size of the change that reaches the class", searches, by_size, cfg, sizes),
     ]
     findings.sort(key=lambda finding: 1.0 if finding.p_value is None else finding.p_value)
     best = findings[0]

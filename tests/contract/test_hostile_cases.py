@@ -99,10 +99,10 @@ def test_a_constant_classifier_is_refused(method: str) -> None:
     refused(method, silenced(), DATA, *SILENCED[method])
 
 
-@pytest.mark.parametrize("method", METHODS)
+# Not AWM: below the bias the logits still depend on the image, so its search does climb, and tells of every
+# round that it moved no label.
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "awm"])
 def test_a_classifier_whose_bias_decides_is_refused(method: str) -> None:
-    if method == "awm":
-        pytest.skip("its images are told apart below the bias, and its search says how many it moved")
     refused(method, biased(), DATA, *BIASED[method])
 
 

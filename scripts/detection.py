@@ -1,4 +1,4 @@
-"""Render how well the scanners detect: results/scanners-v1.scans.jsonl -> docs/results/detection.md.
+"""Render how well the scanners detect: results/scanners-*.scans.jsonl -> docs/results/detection.md.
 
 python scripts/detection.py
 """
@@ -8,31 +8,38 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from unbackdoor.bench.detection import COMBINED, Detection, by_attack, detections
+from unbackdoor.bench.detection import COMBINED, FPRS, Detection, by_attack, detections
 from unbackdoor.bench.rows import read_scans
 from unbackdoor.files import atomic_write
-from unbackdoor.report.words import duration, interval, rate
+from unbackdoor.report.words import duration, interval, percent, rate
 
 ROOT = Path(__file__).parents[1]
-SUITE = "scanners-v1"
-ROWS, PAGE = ROOT / "results" / f"{SUITE}.scans.jsonl", ROOT / "docs" / "results" / "detection.md"
+SUITES = ("scanners-v1", "scanners-one-percent-v1")
+PAGE = ROOT / "docs" / "results" / "detection.md"
 
 
 def page() -> str:
     """Return the Markdown page."""
-    rows = read_scans(ROWS)
+    rows = [row for suite in SUITES for row in read_scans(ROOT / "results" / f"{suite}.scans.jsonl")]
     whole = detections(rows)
     lines = [
         "# Detection",
         "",
-        f"Made by `python scripts/detection.py` from the {len(rows):,} rows of `results/{ROWS.name}`; "
-        f"measured by `unbackdoor bench run {SUITE}`. Networks whose attack did not take are left out. A "
+        f"Made by `python scripts/detection.py` from the {len(rows):,} scans of the suites "
+        f"{' and '.join(f'`{suite}`' for suite in SUITES)} (`results/*.scans.jsonl`), measured by `unbackdoor bench "
+        "run`. Small networks on digits, 60 clean images. Networks whose attack did not take are left out. A "
         'scan without a calibrated p-value accuses nobody. "Found" and "false alarms" are at p = 0.05, each '
         f'scanner by itself; "{COMBINED}" is what `unbackdoor scan` does: the smallest p-value after Holm\'s '
         'correction. "TPR" is the share found at the threshold that accuses 5 % of these clean networks; '
         "finding that threshold takes labelled networks, so no user has it.",
         "",
         *_table(whole),
+        "",
+        "## ROC: share found where this share of the clean networks is accused",
+        "",
+        "| scanner | " + " | ".join(percent(fpr) for fpr in FPRS) + " |",
+        "|---|" + "---:|" * len(FPRS),
+        *(f"| {d.scanner} | " + " | ".join(map(percent, d.roc)) + " |" for d in whole),
         "",
         "## By attack: found at p = 0.05",
         "",

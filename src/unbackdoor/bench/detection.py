@@ -14,6 +14,7 @@ from unbackdoor.metrics import Rate, auroc, tpr_at_fpr
 
 COMBINED = "all together"
 LEVEL = 0.05
+FPRS = (0.0, 0.05, 0.1, 0.2, 0.5)  # points of the ROC curve
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Detection:
         backdoored: Networks whose attack took, with an answer.
         auroc: Probability that a backdoored network has the smaller p-value; None without both kinds.
         tpr: Share of backdoored networks found where 5 % of the clean ones are accused.
+        roc: The same where each share of :data:`FPRS` is; empty without both kinds.
         alarms: Clean networks accused at p = 0.05.
         found: Backdoored networks found at p = 0.05.
         target: Of these, those whose strongest class is the attacker's, where there is one.
@@ -37,6 +39,7 @@ class Detection:
     backdoored: int
     auroc: float | None
     tpr: float | None
+    roc: tuple[float, ...]
     alarms: Rate
     found: Rate
     target: Rate
@@ -119,6 +122,7 @@ def _detection(name: str, looks: Sequence[_Look]) -> Detection:
         len(bad),
         auroc(scores, marks) if both else None,
         tpr_at_fpr(scores, marks, LEVEL) if both else None,
+        tuple(tpr_at_fpr(scores, marks, fpr) for fpr in FPRS) if both else (),
         Rate(sum(look.p_value <= LEVEL for look in clean), len(clean)),
         Rate(len(found), len(bad)),
         Rate(sum(bool(look.target_found) for look in aimed), len(aimed)),

@@ -83,7 +83,7 @@ def biased() -> Classifier:
 HARDLY = (MethodFailed, "hardly classifies the clean images")
 ONE_CLASS = (MethodFailed, "every clean image to one class")
 SILENCED = {
-    "awm": (MethodFailed, r"no perturbation that moves a label.*fooling rate above 0.*got 0\.000"),
+    "awm": (MethodFailed, r"no perturbation that moves a label.*fooling rate of 0\.000"),
     "ims": ONE_CLASS,
     "rnp": HARDLY,
     "tac": (UnsupportedModel, r"network\.fc \(all its rows are equal\)"),
@@ -99,7 +99,9 @@ def test_a_constant_classifier_is_refused(method: str) -> None:
     refused(method, silenced(), DATA, *SILENCED[method])
 
 
-@pytest.mark.parametrize("method", METHODS)
+# Not AWM: below the bias the logits still depend on the image, so its search does climb, and tells of every
+# round that it moved no label.
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "awm"])
 def test_a_classifier_whose_bias_decides_is_refused(method: str) -> None:
     refused(method, biased(), DATA, *BIASED[method])
 

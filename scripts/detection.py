@@ -27,7 +27,8 @@ def page() -> str:
         "",
         f"Made by `python scripts/detection.py` from the {len(rows):,} scans of the suites "
         f"{' and '.join(f'`{suite}`' for suite in SUITES)} (`results/*.scans.jsonl`), measured by "
-        "`unbackdoor bench run`. Small networks on digits, 60 clean images. Networks whose attack did not take are left out. A "
+        "`unbackdoor bench run`. Small networks on digits, 60 clean images. Networks "
+        "whose attack did not take are left out. A "
         'scan without a calibrated p-value accuses nobody. "Found" and "false alarms" are at p = 0.05, each '
         f'scanner by itself; "{COMBINED}" is what `unbackdoor scan` does: the smallest p-value after Holm\'s '
         'correction. "TPR" is the share found at the threshold that accuses 5 % of these clean networks; '

@@ -15,12 +15,14 @@ from tiny import tiny_classifier, tiny_data
 from unbackdoor.audit import scanning
 from unbackdoor.audit.comparison import changed_tensors, compare_accuracy, paired_interval, stamped
 from unbackdoor.audit.patches import make_patch, read_patch, use_patch, write_patch
-from unbackdoor.audit.purifying import PromiseBroken, purify, split_proof
+from unbackdoor.audit.purifying import PromiseBroken, Residue, purify, split_proof
 from unbackdoor.audit.records import audit_json, purification_json, verification_json
-from unbackdoor.audit.scanning import Check, holm, scan
+from unbackdoor.audit.scanning import Check, ShownTrigger, holm, scan
 from unbackdoor.audit.verification import verify
+from unbackdoor.cli.verify import outcome
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError, IntegrityError, UnsafeFile, UnsupportedModel
+from unbackdoor.metrics import Rate
 from unbackdoor.registry import DEFENSES, SCANNERS, Config
 from unbackdoor.report.audit import Subject, audit_page
 from unbackdoor.report.sarif import sarif
@@ -122,7 +124,15 @@ def test_a_budget_ends_a_check_in_the_middle() -> None:
     audit = scan(tiny_classifier("conv-bn"), clean(), checks=[slow, says("late", 0.5)], budget=0.2)
     assert [c.status for c in audit.checks] == ["out of budget", "out of budget"]
     assert audit.verdict == "undecided"
-    assert audit.partial and audit.unsupported
+    assert audit.partial and not audit.unsupported, "time was lacking, the model was not unfit"
+
+
+def test_what_lacks_images_is_not_blamed_on_the_model() -> None:
+    seeing = says("seeing", 0.5, needs={"images"})
+    bent = says("bent", None, error=UnsupportedModel("no head", where="fc"))
+    assert not scan(tiny_classifier("conv-bn"), None, checks=[seeing]).unsupported
+    assert scan(tiny_classifier("conv-bn"), None, checks=[seeing, bent]).unsupported
+    assert not scan(tiny_classifier("conv-bn"), None, checks=[bent, says("fit", 0.5)]).unsupported
 
 
 def test_without_images_only_some_checks_run() -> None:
@@ -228,6 +238,19 @@ def test_verify_tells_two_models_apart() -> None:
         from unbackdoor.models import build
 
         verify(model, build("small_cnn[width=2]", input_shape=(1, 8, 8), class_names=["x", "y"]), images)
+
+
+def test_a_comparison_without_a_recovered_trigger_proves_nothing() -> None:
+    """The search on the first model ran out of time, the quicker one on the second did not."""
+    model, images = tiny_classifier("conv-bn"), tiny_data(60, seed=5)
+    done = verify(model, model.copy(), images, checks=[says("quiet", 0.5)])
+    assert outcome(done) == 0
+    late = replace(done.before.checks[0], status="out of budget", report=None)
+    hasty = replace(done, before=replace(done.before, checks=(late,)))
+    assert outcome(hasty) == 2
+    shown = ShownTrigger(1, torch.zeros(1, 8, 8), torch.ones(8, 8), "given")
+    assert outcome(replace(hasty, residues=(Residue(shown, Rate(9, 10), Rate(0, 10)),))) == 0
+    assert outcome(replace(hasty, residues=(Residue(shown, Rate(9, 10), Rate(9, 10)),))) == 1
 
 
 def test_a_stamp_follows_its_formula() -> None:

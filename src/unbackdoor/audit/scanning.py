@@ -77,6 +77,7 @@ class Checked:
         p_value: Its calibrated p-value; None where it has none or did not run.
         adjusted: The same after Holm's correction over all that counts.
         seconds: Wall time.
+        unsuited: True where it was skipped because of the model, and not for lack of images or of a library.
     """
 
     check: Check
@@ -86,6 +87,7 @@ class Checked:
     p_value: float | None = None
     adjusted: float | None = None
     seconds: float = 0.0
+    unsuited: bool = False
 
     @property
     def classes(self) -> tuple[int, ...]:
@@ -147,8 +149,8 @@ class Audit:
 
     @property
     def unsupported(self) -> bool:
-        """True where no check could work on this model at all."""
-        return not any(c.status == "ran" for c in self.checks)
+        """True where no check ran, and those that could have run cannot work on such a model."""
+        return any(c.unsuited for c in self.checks) and not any(c.status == "ran" for c in self.checks)
 
 
 # Scanners whose artefacts are triggers; others show inputs that are no change of an image.
@@ -299,7 +301,8 @@ def _look(
     except _BudgetSpent as error:
         return Checked(check, "out of budget", error.problem, seconds=time.monotonic() - start)
     except (UnsupportedModel, MissingExtra) as error:
-        return Checked(check, "skipped", str(error), seconds=time.monotonic() - start)
+        unsuited = isinstance(error, UnsupportedModel)
+        return Checked(check, "skipped", str(error), seconds=time.monotonic() - start, unsuited=unsuited)
     except UnbackdoorError as error:
         return Checked(check, "failed", str(error), seconds=time.monotonic() - start)
     return Checked(check, "ran", "", report, _p_value(report), seconds=time.monotonic() - start)

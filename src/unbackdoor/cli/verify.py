@@ -115,7 +115,8 @@ def outcome(done: Verification) -> int:
         return 1
     if any(r.after.total and r.after.value > WORKS and r.before.value > WORKS for r in done.residues):
         return 1
-    return 2 if done.after.partial or done.after.verdict == "undecided" else 0
+    untried = done.before.partial and not done.residues  # no trigger was recovered, for lack of time
+    return 2 if untried or done.after.partial or done.after.verdict == "undecided" else 0
 
 
 def _show(done: Verification, names: tuple[str, ...]) -> None:

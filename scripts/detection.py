@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from unbackdoor.bench.detection import COMBINED, FPRS, Detection, by_attack, detections
-from unbackdoor.bench.rows import read_scans
+from unbackdoor.bench.results import WEAK
+from unbackdoor.bench.rows import ScanRow, read_scans
 from unbackdoor.files import atomic_write
 from unbackdoor.report.words import duration, interval, percent, rate
 
 ROOT = Path(__file__).parents[1]
 SUITES = ("scanners-v1", "scanners-one-percent-v1")
+PARTLY = 0.4
 PAGE = ROOT / "docs" / "results" / "detection.md"
 
 
@@ -46,16 +48,36 @@ def page() -> str:
         "",
     ]
     names = [d.scanner for d in whole]
-    lines += ["| attack | networks | " + " | ".join(names) + " |", "|---|---:|" + "---:|" * len(names)]
-    for kind, group in by_attack(rows).items():
-        found = {d.scanner: d.found for d in group}
-        count = max((d.backdoored for d in group), default=0)
-        cells = " | ".join(rate(found[n]) if n in found else "-" for n in names)
-        lines.append(f"| {kind} | {count} | {cells} |")
+    lines += _by_attack(rows, names)
+    # A backdoor that works on two images of five is one, though no repair can be measured by it.
+    partly = [row.model_copy(update={"flags": ()}) for row in rows if WEAK in row.flags and _works(row)]
+    lines += [
+        "",
+        f"## Attacks that took in part (ASR from {percent(PARTLY)} to the bound of the means)",
+        "",
+        "They are in none of the numbers above. Nearly all of them are missed.",
+        "",
+        *_by_attack([row for row in rows if row.attack == "none"] + partly, names),
+    ]
     failed = [row for row in rows if row.error is not None]
     if failed:
         lines += ["", f"{len(failed)} scans failed; the first: {failed[0].error}"]
     return "\n".join(lines) + "\n"
+
+
+def _works(row: ScanRow) -> bool:
+    return row.asr_before is not None and row.asr_before >= PARTLY
+
+
+def _by_attack(rows: Sequence[ScanRow], names: Sequence[str]) -> list[str]:
+    lines = ["| attack | networks | " + " | ".join(names) + " |", "|---|---:|" + "---:|" * len(names)]
+    for kind, group in by_attack(rows).items():
+        found = {d.scanner: d.found for d in group}
+        count = max((d.backdoored for d in group), default=0)
+        if count:
+            cells = " | ".join(rate(found[n]) if n in found else "-" for n in names)
+            lines.append(f"| {kind} | {count} | {cells} |")
+    return lines
 
 
 def _table(found: Sequence[Detection]) -> list[str]:

@@ -67,11 +67,17 @@ def atomic_write(path: Path) -> Iterator[Path]:
     except OSError as error:
         if explained := _explained(error, path):
             raise explained from error
+        if error.filename is None or str(error.filename) == str(draft):
+            error.filename = str(path)  # nobody but this function knows the draft
         raise
     except Exception as error:
-        # Writers in machine code tell of a full disk in words of their own only.
+        # Writers in machine code tell of a full disk in words of their own only, or hide the system's error
+        # behind one of their own.
+        hidden = error.__cause__ or error.__context__
         if _FULL_IN_WORDS in str(error):
             raise _disk_full(path, str(error)) from error
+        if isinstance(hidden, OSError) and is_disk_full(hidden):
+            raise _disk_full(path, hidden.strerror) from error
         raise
     finally:
         # After a success the draft is gone already.

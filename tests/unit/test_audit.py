@@ -348,3 +348,19 @@ def test_changes_are_counted_by_channel() -> None:
     after["w"][1, 0] = 2
     (change,) = changed_tensors(before, after)
     assert (change.name, change.changed, change.channels, change.of_channels) == ("w", 1, 1, 4)
+
+
+def test_things_of_another_type_are_told_at_the_door() -> None:
+    model, images = tiny_classifier("conv-bn"), tiny_data(40)
+    data = CleanData.split(images)
+    with pytest.raises(InputError, match=r"expected a Classifier, got str.*open_model"):
+        scan("model.pth", data)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="expected Images"):
+        scan(model, "folder")  # type: ignore[arg-type]
+    for verb in (lambda: purify(model, data, "none"), lambda: verify(model, model, data)):  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="expected Images, all of them, got CleanData"):
+            verb()
+    with pytest.raises(InputError, match="no such device"):
+        scan(model, data, device="cuda:99" if not torch.cuda.is_available() else "nowhere")
+    # Images need not be split by the caller, and one check may be named without a list.
+    assert scan(model, images, checks="weight_statistics").facts["images"] == 40

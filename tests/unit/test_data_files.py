@@ -106,3 +106,19 @@ def test_a_file_can_be_read_by_whom_the_user_lets(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.write_text("x")
     assert (tmp_path / "plain").stat().st_mode == other.stat().st_mode
+
+
+def test_a_full_disk_that_a_writer_hides_says_so(tmp_path: Path) -> None:
+    # torch's writer closes its archive while the system's error passes, and raises one of its own.
+    with pytest.raises(InputError, match="the disk is full"), atomic_write(tmp_path / "file"):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        finally:
+            raise RuntimeError("unexpected pos 768 vs 662")
+
+
+def test_an_error_of_the_system_names_the_file_and_not_its_draft(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError) as caught, atomic_write(tmp_path / "folder") as draft:
+        draft.write_text("whole")
+    assert caught.value.filename == str(tmp_path / "folder")

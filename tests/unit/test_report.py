@@ -179,6 +179,15 @@ def test_a_picture_keeps_every_pixel(channels: int) -> None:
     assert np.array_equal(read.reshape(4, 5, channels), pixels.permute(1, 2, 0).numpy())
 
 
+def test_a_large_picture_is_made_smaller_and_keeps_its_form() -> None:
+    pixels = torch.zeros(1, 600, 300, dtype=torch.uint8)
+    pixels[0, 100:104, 50:54] = 255
+    data = base64.b64decode(data_png(pixels, largest=160).partition(",")[2])
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.size == (80, 160)
+        assert image.getextrema()[1] > 100  # a patch smaller than a pixel of the new picture is still seen
+
+
 def test_a_picture_of_two_channels_is_refused() -> None:
     with pytest.raises(InputError, match="1 or 3 channels, got 2"):
         data_png(torch.zeros(2, 4, 4, dtype=torch.uint8))

@@ -147,6 +147,8 @@ def _with_card(
 ) -> Opened:
     card = find_card(path)
     assert card is not None
+    if given.class_names is not None and len(given.class_names) != len(card.class_names):
+        raise _names_misfit(len(card.class_names), given.class_names, path)
     shape = (card.input_shape[0], *given.size) if given.size is not None else None
     model = load_model(
         path,
@@ -216,6 +218,9 @@ def _bare(
         except UnsupportedModel as error:
             # Another size may do; if none does, the first reason is the one to tell.
             failures.append(error)
+    if not attempts and given.class_names is not None and classes not in (None, len(names)):
+        # Built with as many outputs as there are names, no network fits; the names are what is wrong.
+        raise _names_misfit(classes, names, path) from failures[0]
     if not attempts:
         raise failures[0]
     attempt = max(attempts, key=lambda a: a.inferred.interval.low if a.inferred is not None else 0.0)
@@ -247,6 +252,15 @@ def _bare(
         if name not in attempt.filled.adapted.filled
     }
     return Opened(attempt.model, attempt.images, finished, file_names)
+
+
+def _names_misfit(outputs: int | None, names: Sequence[str], path: Path) -> UnsupportedModel:
+    return UnsupportedModel(
+        "the class names do not fit the model",
+        expected=f"{outputs} names, one for each output",
+        got=len(names),
+        where=path,
+    )
 
 
 @dataclass(frozen=True)
@@ -286,12 +300,7 @@ def _opened_as(
     outputs, probabilities = _probe(next(iter(filled.values())).network, shape, path)
     if outputs != len(names):
         if given.class_names is not None:
-            raise UnsupportedModel(
-                "the class names do not fit the model",
-                expected=f"{outputs} names, one for each output",
-                got=len(names),
-                where=path,
-            )
+            raise _names_misfit(outputs, names, path)
         names = _numbered(outputs) if raw is None or len(raw.class_names) != outputs else raw.class_names
     held, told = (None, ()) if raw is None else conform(
         raw, input_shape=shape, class_names=names, progress=progress
@@ -533,10 +542,15 @@ def _second_thoughts(
         if every is not None and every.interval.low > inferred.interval.high:
             best = every.best.convention
             out.append(
-                f"With another normalisation ({best.name}: mean {best.mean}, std {best.std}) the clean "
-                f"accuracy would be {every.best.accuracy:.1%} instead of {inferred.best.accuracy:.1%}"
+                f"With another normalisation ({best.name}: mean {_listed(best.mean)}, std "
+                f"{_listed(best.std)}) the clean accuracy would be {every.best.accuracy:.1%} instead of "
+                f"{inferred.best.accuracy:.1%}"
             )
     return out
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ",".join(f"{value:g}" for value in values)  # as --mean and --std take them
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -45,4 +45,6 @@ def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
         if path.suffix == SAFETENSORS:
             save_file(plain, draft)
         else:
-            torch.save(plain, draft)
+            # Through a file of Python's: torch's own tells of a full disk in no words that can be recognised.
+            with draft.open("wb") as file:
+                torch.save(plain, file)

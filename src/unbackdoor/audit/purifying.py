@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from unbackdoor.audit.accepting import require_classifier, require_images
 from unbackdoor.audit.comparison import (
     Accuracy,
     TensorChange,
@@ -130,6 +131,8 @@ def purify(
         PromiseBroken: If the repaired model lost more accuracy than allowed, or it cannot be measured.
         UnbackdoorError: See :func:`unbackdoor.run`.
     """
+    require_classifier(model)
+    require_images(images)
     if max_accuracy_drop is not None and not 0 <= max_accuracy_drop <= 1:
         raise InputError("the largest drop does not fit", expected="0..1", got=max_accuracy_drop)
     if proof is None:

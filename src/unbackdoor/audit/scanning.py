@@ -16,11 +16,12 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
+from unbackdoor.audit.accepting import clean_data, require_classifier
 from unbackdoor.engine import caller
 from unbackdoor.engine.precision import Policy
 from unbackdoor.errors import InputError, MissingExtra, UnbackdoorError, UnsupportedModel
 from unbackdoor.registry import SCANNERS
-from unbackdoor.types import Classifier, CleanData, Finding, Progress, ScanReport, Verdict, silent
+from unbackdoor.types import Classifier, CleanData, Finding, Images, Progress, ScanReport, Verdict, silent
 
 T = TypeVar("T")
 LEVEL = 0.05  # accepted probability of a false alarm of the whole scan
@@ -163,7 +164,7 @@ class _BudgetSpent(UnbackdoorError):
 
 def scan(
     model: Classifier,
-    data: CleanData | None = None,
+    data: CleanData | Images | None = None,
     *,
     checks: Sequence[Check | str] | None = None,
     level: float = LEVEL,
@@ -177,8 +178,8 @@ def scan(
 
     Args:
         model: The classifier; never changed.
-        data: Clean images, with or without labels; None where there are none, which leaves the checks that
-            need none.
+        data: Clean images, split already or not, with or without labels; None where there are none, which
+            leaves the checks that need none.
         checks: Which checks, by themselves or by name; None is :data:`CHECKS`.
         level: Accepted probability that the whole scan accuses a clean model, in (0, 1).
         budget: Seconds after which no check is begun or goes on; None is no limit.
@@ -202,8 +203,10 @@ def scan(
     """
     if not 0 < level < 1:
         raise InputError("the level does not fit", expected="a probability in (0, 1)", got=level)
-    planned = _planned(checks)
-    owned = data if data is not None else CleanData.empty(model.input_shape, model.class_names)
+    require_classifier(model)
+    planned = _planned([checks] if isinstance(checks, str) else checks)
+    given = clean_data(data, seed)
+    owned = given if given is not None else CleanData.empty(model.input_shape, model.class_names)
     start = time.monotonic()
     deadline = None if budget is None else start + budget
     done = []
@@ -253,6 +256,8 @@ def _planned(checks: Sequence[Check | str] | None) -> tuple[Check, ...]:
     if checks is None:
         return CHECKS
     known = {check.name: check for check in CHECKS}
+    if not checks:
+        raise InputError("no check was named", expected="one or more of " + ", ".join(known))
     out = []
     for check in checks:
         if isinstance(check, str) and check not in known:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from unbackdoor.audit.accepting import require_classifier, require_images
 from unbackdoor.audit.comparison import (
     Accuracy,
     TensorChange,
@@ -90,6 +91,9 @@ def verify(
     Raises:
         UnsupportedModel: If the two do not take the same images or do not know the same classes.
     """
+    require_classifier(before)
+    require_classifier(after)
+    require_images(images)
     if before.input_shape != after.input_shape or before.classes != after.classes:
         raise UnsupportedModel(
             "the two models do not do the same task",

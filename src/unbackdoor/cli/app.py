@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from inspect import cleandoc
 from typing import Annotated, Any
 
@@ -39,7 +44,7 @@ EPILOG = """\
   1    a check was not passed, or a backdoor was found, or a file would execute code
   2    an error: wrong usage, or a file or a method that did not work
   3    the model is of a kind that the method cannot work on
-  130  interrupted with Ctrl-C; no half-written file is left behind
+  130  interrupted with Ctrl-C or SIGTERM; no half-written file is left behind
 
 Results go to standard output; progress and errors go to standard error."""
 
@@ -57,7 +62,8 @@ class _Guarded(TyperGroup):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         kwargs["standalone_mode"] = False
         try:
-            code = super().main(*args, **kwargs)
+            with _terminable(), _warnings_in_words():
+                code = super().main(*args, **kwargs)
         except UnbackdoorError as error:
             code = _explain(error)
         except OSError as error:
@@ -65,6 +71,43 @@ class _Guarded(TyperGroup):
         except Exception as error:  # noqa: BLE001  the last stop before the user
             code = _usage(error) or _defect()
         sys.exit(code if isinstance(code, int) else SUCCESS)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """End on SIGTERM as on Ctrl-C, so that drafts are removed and children ended there as well."""
+    usual = threading.current_thread() is threading.main_thread()
+    if not usual or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is interrupt:  # else a command has other plans for its end
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def _warnings_in_words() -> Iterator[None]:
+    """Say a warning as the commands say things, without the file and the line that it came from."""
+    shown = warnings.showwarning
+
+    def say(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if category is UserWarning:  # ours are; what libraries tell developers keeps its form
+            complain(f"mind: {message}")
+        else:
+            shown(message, category, *rest, **more)
+
+    warnings.showwarning = say
+    try:
+        yield
+    finally:
+        warnings.showwarning = shown
 
 
 def _explain(error: UnbackdoorError) -> int:

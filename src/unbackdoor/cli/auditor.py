@@ -70,7 +70,9 @@ MaybeData = Annotated[
 Budget = Annotated[
     str | None,
     typer.Option(
-        help="Time for the checks, such as 90s, 10m or 1h.", show_default="none", rich_help_panel="Method"
+        help="Time for the checks: seconds, or such as 90s, 10m or 1h.",
+        show_default="none",
+        rich_help_panel="Method",
     ),
 ]
 Level = Annotated[
@@ -338,24 +340,25 @@ def new_output(out: Path, *, force: bool, never: Path, beside: Sequence[Path | N
     """Return the weights file to write, after checking that nothing is lost and that it can be written.
 
     Raises:
-        InputError: If its format is not known, a file exists, or the folder cannot be written.
+        InputError: If a file exists, stands twice or is the original, or the folder cannot be written.
     """
     from unbackdoor.audit.outputs import CHECKPOINTS
 
     if out.suffix not in CHECKPOINTS:
         out = options.new_file(out, force=force, beside=(".json",), never=never)
-    else:
-        if out.resolve() == never.resolve():
-            raise InputError(
-                "the repaired model would replace the suspicious one",
-                where=out,
-                remedy="Choose another --out",
-            )
-        require_free(out.parent, (out.name, out.with_suffix(".json").name), force=force)
-    for path in beside:
-        if path is not None:
-            require_free(path.parent, (path.name,), force=force)
+    elif out.resolve() == never.resolve():
+        raise InputError(
+            "the repaired model would replace the suspicious one", where=out, remedy="Choose another --out"
+        )
+    kept = (never, never.with_suffix(".json")) if options.has_card(never) else (never,)
+    files = (out, out.with_suffix(".json"), *(path for path in beside if path is not None))
+    options.require_writable(files, force=force, inputs=kept)
     return out
+
+
+def report_files(folder: Path | None) -> tuple[Path, ...]:
+    """Return the files that a report is sure to have; none without a folder."""
+    return () if folder is None else (folder / PAGE, folder / RECORD)
 
 
 def write_repair(case: Case, done: Purification, out: Path, patch: Path | None) -> dict[str, Any]:
@@ -411,23 +414,6 @@ def write_purification(folder: Path, case: Case, done: Purification, record: dic
 
     write_json(folder / RECORD, record)
     write_page(folder / PAGE, audit_page(subject(case), purification=done))
-
-
-def require_free(folder: Path | None, names: Sequence[str], *, force: bool) -> None:
-    """Refuse a folder in which a file would be replaced.
-
-    Raises:
-        InputError: If one exists, or the place is no folder.
-    """
-    if folder is None:
-        return
-    if folder.exists() and not folder.is_dir():
-        raise InputError("this is no folder", where=folder, remedy="Name a folder")
-    existing = [folder / name for name in names if (folder / name).exists()]
-    if existing and not force:
-        raise InputError(
-            "the file exists", where=existing[0], remedy="Choose another folder, or replace it with --force"
-        )
 
 
 def show_audit(audit: Audit, names: Sequence[str]) -> None:

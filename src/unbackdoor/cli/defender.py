@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unbackdoor.cli import options
-from unbackdoor.errors import ConfigError
+from unbackdoor.cli.output import note
+from unbackdoor.errors import ConfigError, InputError
+from unbackdoor.registry import near_match
 
 if TYPE_CHECKING:
     from unbackdoor.data.datasets import DataSet
@@ -121,8 +123,20 @@ def named(data: str, root: Path | None, progress: Progress) -> DataSet | None:
     """Return the data set of that name, or None where the text is a path."""
     from unbackdoor.data.datasets import dataset_names, load_dataset
 
-    looks_like_path = data not in dataset_names() and (Path(data).exists() or "/" in data or "." in data)
-    return None if looks_like_path else load_dataset(data, root=root, progress=progress)
+    names, path = dataset_names(), Path(data)
+    if data not in names and (path.exists() or "/" in data or "." in data):
+        return None
+    if data not in names:
+        raise InputError(
+            f"unknown data set {data!r}{near_match(data, names)}",
+            expected="one of " + ", ".join(names) + ", or the path of a file or folder that exists",
+        )
+    # The data sets' own folder is nobody's mistake.
+    if path.exists() and (root is None or root.resolve() != path.resolve().parent):
+        note(
+            f"mind: {data} is taken as the data set of that name; for the images in that folder, say ./{data}"
+        )
+    return load_dataset(data, root=root, progress=progress)
 
 
 def drawn(

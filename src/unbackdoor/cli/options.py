@@ -127,7 +127,7 @@ def numbers(text: str | None, option: str) -> tuple[float, ...] | None:
 
 
 def seconds_of(text: str | None, option: str) -> float | None:
-    """Return the seconds of a text such as ``90s``, ``30m`` or ``2h``; None of None.
+    """Return the seconds of a text such as ``90``, ``90s``, ``30m`` or ``2h``; None of None.
 
     Raises:
         InputError: If it is no time.
@@ -136,11 +136,11 @@ def seconds_of(text: str | None, option: str) -> float | None:
         return None
     units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
     try:
-        value = float(text[:-1]) * units[text[-1]]
-    except (KeyError, ValueError, IndexError):
+        value = float(text) if text[-1:] not in units else float(text[:-1]) * units[text[-1]]
+    except ValueError:
         value = -1.0
     if not 0 < value < 1e9:
-        raise InputError("this is not a time", expected="such as 90s, 30m or 2h", got=text, where=option)
+        raise InputError("this is not a time", expected="such as 90, 90s, 30m or 2h", got=text, where=option)
     return value
 
 
@@ -214,6 +214,45 @@ def new_file(out: Path, *, force: bool, beside: Sequence[str], never: Path | Non
         # Said now, and not after an hour of training.
         raise InputError("the folder cannot be written", where=folder, remedy="Choose another --out")
     return out
+
+
+def require_writable(files: Sequence[Path], *, force: bool, inputs: Sequence[Path] = ()) -> None:
+    """Check before any work is done that all files can be written, and that nothing is lost by it.
+
+    Args:
+        files: What is to be written.
+        force: Whether existing files may be replaced.
+        inputs: Files that are not replaced even then.
+
+    Raises:
+        InputError: If a file stands twice, is an input, exists, or cannot be written.
+    """
+    kept = {path.resolve() for path in inputs}
+    taken: set[Path] = set()
+    for file in files:
+        place = file.resolve()
+        if place in kept:
+            raise InputError(
+                "the output would replace an input", where=file, remedy="Choose another name for the output"
+            )
+        if place in taken:
+            raise InputError(
+                "two outputs have the same name", where=file, remedy="Choose another name for one of them"
+            )
+        taken.add(place)
+        folder = file.parent
+        while not folder.exists():  # the missing folders are made when the file is written
+            folder = folder.parent
+        if not folder.is_dir():
+            raise InputError("this is no folder", where=folder, remedy="Name a folder")
+        if file.is_dir():
+            raise InputError("there is a folder of that name", where=file, remedy="Name a file")
+        if file.exists() and not force:
+            raise InputError(
+                "the file exists", where=file, remedy="Choose another place, or replace it with --force"
+            )
+        if not os.access(folder, os.W_OK):
+            raise InputError("the folder cannot be written", where=folder, remedy="Choose another place")
 
 
 def existing_model(path: Path) -> Path:

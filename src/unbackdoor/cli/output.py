@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import textwrap
@@ -47,12 +48,22 @@ def note(text: object, *, quiet: bool = False) -> None:
 
 def say(text: object = "") -> None:
     """Print a line of the results."""
-    print(plain(text))
+    _put(plain(text) + "\n")
+
+
+def _put(text: str) -> None:
+    """Write to standard output, whose reader may have gone: ``head`` is no reason for another exit code."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter writes what is left when it ends, and must not stumble over it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def emit(result: Mapping[str, Any]) -> None:
     """Print a result as JSON, the only thing on standard output."""
-    print(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False))
+    _put(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -76,7 +87,9 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=PIPED_WIDTH)
-    console.print(grid)
+    with console.capture() as drawn:
+        console.print(grid)
+    _put(drawn.get())
 
 
 def scores_table(title: str, rows: Mapping[str, Scores]) -> None:

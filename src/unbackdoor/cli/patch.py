@@ -10,7 +10,6 @@ import typer
 
 from unbackdoor.cli import options
 from unbackdoor.cli.output import emit, say
-from unbackdoor.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,9 +34,9 @@ def make(
     """Write the difference between two models with the same tensors."""
     from unbackdoor.audit.patches import make_patch, write_patch
 
+    options.require_writable((out,), force=force, inputs=(before, after))
     one, other = (_state(path) for path in (before, after))
     made = make_patch(one, other)
-    _require_free(out, force, (before, after))
     write_patch(out, made)
     facts = {
         "patch": str(out),
@@ -70,11 +69,12 @@ def revert(
 
 
 def _use(model: Path, patch_file: Path, out: Path, direction: Any, force: bool, as_json: bool) -> None:
-    from unbackdoor.audit.outputs import write_weights
+    from unbackdoor.audit.outputs import require_format, write_weights
     from unbackdoor.audit.patches import read_patch, use_patch
 
+    require_format(out)
+    options.require_writable((out,), force=force, inputs=(options.existing_model(model), patch_file))
     change = read_patch(patch_file)
-    _require_free(out, force, (model, patch_file))
     state = use_patch(change, _state(model), direction)
     write_weights(out, state)
     digest = change.after if direction == "apply" else change.before
@@ -88,12 +88,3 @@ def _state(path: Path) -> Mapping[str, Tensor]:
     from unbackdoor.models.state import read_state
 
     return read_state(options.existing_model(path))
-
-
-def _require_free(out: Path, force: bool, never: tuple[Path, ...]) -> None:
-    if any(out.resolve() == path.resolve() for path in never):
-        raise InputError("the output would replace an input", where=out, remedy="Choose another --out")
-    if out.exists() and not force:
-        raise InputError(
-            "the file exists", where=out, remedy="Choose another --out, or replace it with --force"
-        )

@@ -117,8 +117,7 @@ def purify(
             "the option --max-accuracy-drop", [f"expected points in 0..100, got {max_accuracy_drop}"]
         )
     source = options.existing_model(model)
-    out = auditor.new_output(out, force=force, never=source, beside=(patch,))
-    auditor.require_free(report, (auditor.PAGE, auditor.RECORD), force=force)
+    out = auditor.new_output(out, force=force, never=source, beside=(patch, *auditor.report_files(report)))
     part = DEFENSES[method]
     config = part.configure_text(options.pairs(settings or [], "--set"), preset=preset)
     defender.require_share(select_fraction)
@@ -199,7 +198,7 @@ def _show(method: str, preset: str | None, done: Purification) -> None:
             f"{rate(residue.after)} after, on {residue.before.total} images."
         )
     entries = sum(c.changed for c in done.changes)
-    share = entries / max(int(done.facts["parameters"]), 1)
+    share = entries / max(sum(tensor.numel() for tensor in done.model.network.state_dict().values()), 1)
     say(f"Changed: {entries:,} numbers ({percent(share)}) in {len(done.changes)} tensors.")
     told = list(scalars(done.purified.evidence))
     if told:

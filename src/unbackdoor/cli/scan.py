@@ -64,7 +64,8 @@ def scan(
     from unbackdoor.report.sarif import sarif
     from unbackdoor.types import CleanData
 
-    auditor.require_free(report, (auditor.PAGE, auditor.RECORD), force=force)
+    outputs = (*auditor.report_files(report), *(() if sarif_file is None else (sarif_file,)))
+    options.require_writable(outputs, force=force, inputs=(options.existing_model(model),))
     limit = options.seconds_of(budget, "--budget")
     with Display(quiet=quiet) as display:
         run = options.open_run(seed, device, precision, display)
@@ -104,16 +105,19 @@ def scan(
             **audit_json(audit, names),
             "opened": case.opened.story,
         }
+    try:
         if report is not None:
             _write_report(report, case, audit, record, run)
-    if sarif_file is not None:
-        write_json(sarif_file, sarif(audit, case.source, names, file_sha256=digest))
-    if as_json:
-        emit(record)
-    else:
-        auditor.show_audit(audit, names)
-        if report is not None:
-            say(f"Report: {report / auditor.PAGE}")
+        if sarif_file is not None:
+            write_json(sarif_file, sarif(audit, case.source, names, file_sha256=digest))
+    finally:
+        # What an hour has found is shown even where the disk does not take it.
+        if as_json:
+            emit(record)
+        else:
+            auditor.show_audit(audit, names)
+    if report is not None and not as_json:
+        say(f"Report: {report / auditor.PAGE}")
     if audit.verdict == "backdoor found":
         raise typer.Exit(FOUND)
     if audit.unsupported and not audit.partial:
@@ -130,7 +134,7 @@ def _write_report(folder: Path, case: auditor.Case, audit: Any, record: dict[str
     from unbackdoor.files import write_json
     from unbackdoor.report.audit import SHOWN_IMAGES, SHOWN_TRIGGERS, audit_page
     from unbackdoor.report.page import write_page
-    from unbackdoor.report.triggers import write_trigger
+    from unbackdoor.report.triggers import remove_trigger, write_trigger
 
     shown = audit.triggers[:SHOWN_TRIGGERS]
     few = auditor.examples(case, shown, count=SHOWN_IMAGES)
@@ -139,5 +143,7 @@ def _write_report(folder: Path, case: auditor.Case, audit: Any, record: dict[str
     for i, trigger in enumerate(shown):
         facts = {"class": trigger.label, "check": trigger.check, "model_sha256": audit.facts["model_sha256"]}
         write_trigger(folder / f"trigger-{i}", trigger.pattern, trigger.mask, facts)
+    for i in range(len(shown), SHOWN_TRIGGERS):
+        remove_trigger(folder / f"trigger-{i}")  # of an earlier scan; it would pass for one of this
     write_json(folder / auditor.RECORD, record)
     write_page(folder / auditor.PAGE, page)

@@ -58,7 +58,7 @@ def verify(
     from unbackdoor.report.audit import SHOWN_IMAGES, SHOWN_TRIGGERS, audit_page
     from unbackdoor.report.page import write_page
 
-    auditor.require_free(report, (auditor.PAGE, auditor.RECORD), force=force)
+    options.require_writable(auditor.report_files(report), force=force, inputs=(before, after))
     limit = options.seconds_of(budget, "--budget")
     told = auditor.Told(
         architecture, mean, std, size, class_names, data, clean, per_class, fraction, None, data_root
@@ -87,6 +87,7 @@ def verify(
             "comparison": verification_json(done, names),
             "opened": {"before": first.opened.story, "after": second.opened.story},
         }
+    try:
         if report is not None:
             shown = done.before.triggers[:SHOWN_TRIGGERS]
             few = auditor.examples(first, shown, count=SHOWN_IMAGES)
@@ -95,12 +96,14 @@ def verify(
             page = audit_page(subject, verification=done, images=few, answers=answers)
             write_json(report / auditor.RECORD, record)
             write_page(report / auditor.PAGE, page)
-    if as_json:
-        emit(record)
-    else:
-        _show(done, names)
-        if report is not None:
-            say(f"Report: {report / auditor.PAGE}")
+    finally:
+        # What an hour has found is shown even where the disk does not take it.
+        if as_json:
+            emit(record)
+        else:
+            _show(done, names)
+    if report is not None and not as_json:
+        say(f"Report: {report / auditor.PAGE}")
     code = outcome(done)
     if code:
         raise typer.Exit(code)

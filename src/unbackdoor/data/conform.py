@@ -99,7 +99,7 @@ def _relabelled(images: Images, names: tuple[str, ...]) -> tuple[Tensor | None, 
     else:
         unknown = [name for name in own if name not in places]
         raise InputError(
-            "the classes of the images are none of the model's",
+            "classes of the images are none of the model's",
             expected=f"names of the model's {len(names)} classes, or their indices",
             got=", ".join(repr(name[:40])[1:-1] for name in unknown[:5]),
             where=images.name,

@@ -10,6 +10,7 @@ import torch
 
 from unbackdoor.engine import rng
 from unbackdoor.engine.precision import Policy, Precision, resolve
+from unbackdoor.errors import InputError
 from unbackdoor.types import Progress, silent
 
 T = TypeVar("T")
@@ -40,8 +41,17 @@ class Run:
         policy: Policy = "auto",
         progress: Progress = silent,
     ) -> Run:
-        """Return a run on a device, its precision resolved from the policy."""
-        place = torch.device(device)
+        """Return a run on a device, its precision resolved from the policy.
+
+        Raises:
+            InputError: If there is no such device.
+        """
+        try:
+            place = torch.device(device)
+        except RuntimeError as error:
+            raise InputError("there is no such device", expected="cpu or cuda", got=device) from error
+        if place.type == "cuda" and not torch.cuda.is_available():
+            raise InputError("there is no such device", expected="cpu, as torch sees no GPU", got=device)
         return cls(seed, place, resolve(policy, place), progress)
 
     def generator(self, *labels: str | int) -> torch.Generator:

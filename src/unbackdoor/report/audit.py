@@ -22,6 +22,7 @@ from unbackdoor.types import Finding, Images
 SHOWN_CLASSES = 12  # rows of a chart that are seen at once; the others are folded
 LISTED_CLASSES = 200  # rows of the folded table; more would make the page heavy and tell nobody anything
 SHOWN_IMAGES = 6
+PICTURE_SIDE = 160  # pixels; twice the width of a picture on the page, and 24 of them stay under 2 MB
 SHOWN_TRIGGERS = 3
 SHOWN_CHANGES = 40
 TEXT = 300  # characters of a name that comes from a file
@@ -282,8 +283,8 @@ def _views(
                 said = answers[i][j] if i < len(answers) and j < len(answers[i]) else None
                 pictures.append(
                     Picture(
-                        data_png(_shown(few.pixels[j])),
-                        data_png(_shown(after.pixels[j])),
+                        data_png(_shown(few.pixels[j]), largest=PICTURE_SIDE),
+                        data_png(_shown(after.pixels[j]), largest=PICTURE_SIDE),
                         None if said is None else (subject.name(said[0]), subject.name(said[1])),
                     )
                 )
@@ -291,8 +292,8 @@ def _views(
             TriggerView(
                 f"Towards {subject.name(trigger.label)}",
                 _about(trigger),
-                data_png(_pattern(trigger)),
-                None if trigger.mask is None else data_png(_bytes(trigger.mask[None])),
+                data_png(_pattern(trigger), largest=PICTURE_SIDE),
+                None if trigger.mask is None else data_png(_bytes(trigger.mask[None]), largest=PICTURE_SIDE),
                 pictures,
             )
         )

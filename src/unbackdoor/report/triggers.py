@@ -51,3 +51,11 @@ def write_trigger(
     with atomic_write(tensors) as draft:
         save_file(tensors_of, draft, metadata=metadata)
     return {"picture": picture, "tensors": tensors}
+
+
+def remove_trigger(folder: Path) -> None:
+    """Remove what :func:`write_trigger` wrote, and the folder if nothing else is in it."""
+    for name in (PNG, TENSORS):
+        (folder / name).unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

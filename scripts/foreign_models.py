@@ -109,7 +109,7 @@ def run(told: argparse.Namespace) -> None:
                     "seconds": found["seconds"],
                 }
             )
-        for method in told.methods.split(","):
+        for method in filter(None, told.methods.split(",")):
             if (name, "purify", method) in done:
                 continue
             row = {

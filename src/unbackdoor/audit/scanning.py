@@ -19,6 +19,7 @@ from torch import Tensor
 from unbackdoor.audit.accepting import clean_data, require_classifier
 from unbackdoor.engine import caller
 from unbackdoor.engine.precision import Policy
+from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError, MissingExtra, UnbackdoorError, UnsupportedModel
 from unbackdoor.registry import SCANNERS
 from unbackdoor.types import Classifier, CleanData, Finding, Images, Progress, ScanReport, Verdict, silent
@@ -204,6 +205,7 @@ def scan(
     if not 0 < level < 1:
         raise InputError("the level does not fit", expected="a probability in (0, 1)", got=level)
     require_classifier(model)
+    Run.create(seed=seed, device=device, policy=precision)  # a missing device is told once, not by each check
     planned = _planned([checks] if isinstance(checks, str) else checks)
     given = clean_data(data, seed)
     owned = given if given is not None else CleanData.empty(model.input_shape, model.class_names)

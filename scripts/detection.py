@@ -32,8 +32,10 @@ def page() -> str:
         "`unbackdoor bench run`. Small networks on digits, 60 clean images. Networks "
         "whose attack did not take are left out. A "
         'scan without a calibrated p-value accuses nobody. "Found" and "false alarms" are at p = 0.05, each '
-        f'scanner by itself; "{COMBINED}" is what `unbackdoor scan` does: the smallest p-value after Holm\'s '
-        'correction. "TPR" is the share found at the threshold that accuses 5 % of these clean networks; '
+        f'scanner by itself; "{COMBINED}" is what `unbackdoor scan` does: the smallest p-value after '
+        "correction, where checks that notice the same class count together "
+        "([scanners.md](../scanners.md)). "
+        '"TPR" is the share found at the threshold that accuses 5 % of these clean networks; '
         "finding that threshold takes labelled networks, so no user has it.",
         "",
         *_table(whole),

@@ -17,7 +17,7 @@ from unbackdoor.audit.comparison import changed_tensors, compare_accuracy, paire
 from unbackdoor.audit.patches import make_patch, read_patch, use_patch, write_patch
 from unbackdoor.audit.purifying import PromiseBroken, Residue, purify, split_proof
 from unbackdoor.audit.records import audit_json, purification_json, verification_json
-from unbackdoor.audit.scanning import Check, ShownTrigger, holm, scan
+from unbackdoor.audit.scanning import Check, ShownTrigger, scan
 from unbackdoor.audit.verification import verify
 from unbackdoor.cli.verify import outcome
 from unbackdoor.engine.run import Run
@@ -64,12 +64,6 @@ def clean(count: int = 40) -> CleanData:
     return CleanData.split(tiny_data(count, seed=3))
 
 
-def test_holm_holds_the_level_over_all_checks() -> None:
-    assert holm([0.01, 0.04, 0.03]) == [0.03, 0.06, 0.06]
-    assert holm([]) == []
-    assert holm([0.9, 0.9]) == [1.0, 1.0]
-
-
 def test_one_strong_check_decides_and_names_its_class() -> None:
     audit = scan(
         tiny_classifier("conv-bn"),
@@ -87,9 +81,28 @@ def test_one_strong_check_decides_and_names_its_class() -> None:
 
 
 def test_many_looks_cost_no_more_false_alarms() -> None:
-    checks = [says(f"look{i}", 0.02, "backdoor found") for i in range(5)]
+    checks = [says(f"look{i}", 0.02, "backdoor found", classes=(i % 3,)) for i in range(5)]
     assert scan(tiny_classifier("conv-bn"), clean(), checks=checks).verdict == "undecided"
     assert scan(tiny_classifier("conv-bn"), clean(), checks=checks[:1]).verdict == "backdoor found"
+
+
+def test_two_checks_on_one_class_are_evidence_where_each_is_none() -> None:
+    weak = [
+        says("first", 0.03, "backdoor found", classes=(1,)),
+        says("second", 0.03, "backdoor found", classes=(1,)),
+    ]
+    audit = scan(tiny_classifier("conv-bn"), clean(), checks=weak)
+    assert (audit.verdict, audit.classes) == ("backdoor found", (1,))
+    assert [c.adjusted for c in audit.checks] == [0.06, 0.06]
+    (agreed,) = audit.agreed
+    assert (agreed.label, agreed.checks) == (1, ("first", "second"))
+    assert agreed.adjusted == pytest.approx(0.039)
+    assert "first and second together" in audit.reasons[0]
+    assert audit_json(audit, NAMES)["agreed"][0]["checks"] == ["first", "second"]
+    log = sarif(audit, Path("m.pth"), NAMES, file_sha256="0" * 64)
+    assert [r["ruleId"] for r in log["runs"][0]["results"]] == ["agreement"]
+    apart = [weak[0], says("second", 0.03, "backdoor found", classes=(2,))]
+    assert scan(tiny_classifier("conv-bn"), clean(), checks=apart).verdict == "undecided"
 
 
 def test_what_cannot_calibrate_is_shown_and_not_counted() -> None:

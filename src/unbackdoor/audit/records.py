@@ -23,6 +23,10 @@ def audit_json(audit: Audit, class_names: Sequence[str]) -> dict[str, Any]:
         "partial": audit.partial,
         "level": audit.level,
         "checks": [_check(c, class_names) for c in audit.checks],
+        "agreed": [
+            {"class": _class(a.label, class_names), "checks": list(a.checks), "adjusted_p_value": a.adjusted}
+            for a in audit.agreed
+        ],
         "triggers": [trigger_json(t, class_names) for t in audit.triggers],
         "seconds": round(audit.seconds, 3),
         **audit.facts,

@@ -1,10 +1,9 @@
 """Is this model backdoored? Several scanners, cheapest first, under a budget, and one answer from all.
 
 Each scanner calibrates its own p-value against a null of its own making. The p-values of one scan are held
-against one level by Holm's rule, so that looking many times costs no more false alarms than looking once.
-What cannot calibrate is shown and not counted.
-
-Paper:   Holm, "A simple sequentially rejective multiple test procedure", Scand. J. Statist. 6 (1979).
+against one level together (``audit/evidence.py``), so that looking many times costs no more false alarms than
+looking once, and checks that notice the same class make each other stronger. What cannot calibrate is shown
+and not counted.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor
 
 from unbackdoor.audit.accepting import clean_data, require_classifier
+from unbackdoor.audit.evidence import Agreement, agreements, holm
 from unbackdoor.engine import caller
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
@@ -99,6 +99,21 @@ class Checked:
 
 
 @dataclass(frozen=True)
+class Agreed:
+    """Checks that noticed the same class, each of them perhaps too weakly by itself.
+
+    Attributes:
+        label: The class.
+        checks: Names of the checks, strongest first.
+        adjusted: p-value of all of them together, corrected for all checks of the scan.
+    """
+
+    label: int
+    checks: tuple[str, ...]
+    adjusted: float
+
+
+@dataclass(frozen=True)
 class ShownTrigger:
     """A recovered trigger, for looking at.
 
@@ -128,6 +143,7 @@ class Audit:
         reasons: Sentences that explain the verdict.
         level: Accepted probability of a false alarm.
         triggers: Recovered triggers, most suspicious first.
+        agreed: Classes that several checks noticed, strongest first.
         seconds: Wall time of the scan.
         facts: JSON-ready: hashes, seed, precision, numbers of images.
     """
@@ -140,6 +156,7 @@ class Audit:
     triggers: tuple[ShownTrigger, ...] = ()
     seconds: float = 0.0
     facts: Mapping[str, Any] = field(default_factory=dict)
+    agreed: tuple[Agreed, ...] = ()
 
     @property
     def partial(self) -> bool:
@@ -148,6 +165,16 @@ class Audit:
             c.status in ("failed", "out of budget") or (c.report is not None and c.report.partial)
             for c in self.checks
         )
+
+    @property
+    def joint(self) -> tuple[Agreed, ...]:
+        """The agreements that are evidence."""
+        return tuple(a for a in self.agreed if a.adjusted <= self.level)
+
+    def accuses(self, checked: Checked) -> bool:
+        """Return whether a check is evidence, by itself or together with others."""
+        alone = checked.adjusted is not None and checked.adjusted <= self.level
+        return alone or any(checked.check.name in a.checks for a in self.joint)
 
     @property
     def unsupported(self) -> bool:
@@ -216,8 +243,8 @@ def scan(
         done.append(
             _look(check, model, owned, deadline, seed=seed, device=device, precision=precision, show=progress)
         )
-    judged = _adjusted(done)
-    verdict, classes, reasons = _weigh(judged, level)
+    judged, agreed = _adjusted(done)
+    verdict, classes, reasons = _weigh(judged, agreed, level)
     return Audit(
         verdict,
         classes,
@@ -236,22 +263,8 @@ def scan(
             "seed": seed,
             "budget": budget,
         },
+        tuple(agreed),
     )
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Return the p-values adjusted by Holm's rule, in the given order.
-
-    Example:
-        >>> holm([0.01, 0.04, 0.03])
-        [0.03, 0.06, 0.06]
-    """
-    order = sorted(range(len(p_values)), key=p_values.__getitem__)
-    out, largest = [0.0] * len(p_values), 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
-        out[i] = largest
-    return out
 
 
 def _planned(checks: Sequence[Check | str] | None) -> tuple[Check, ...]:
@@ -330,20 +343,35 @@ def _p_value(report: ScanReport) -> float | None:
     return report.findings[0].p_value
 
 
-def _adjusted(done: Sequence[Checked]) -> list[Checked]:
+def _adjusted(done: Sequence[Checked]) -> tuple[list[Checked], list[Agreed]]:
     counted = [i for i, c in enumerate(done) if c.p_value is not None]
-    corrected = holm([done[i].p_value or 0.0 for i in counted])
-    by_place = dict(zip(counted, corrected, strict=True))
-    return [replace(c, adjusted=by_place.get(i)) for i, c in enumerate(done)]
+    p_values = [done[i].p_value or 0.0 for i in counted]
+    by_place = dict(zip(counted, holm(p_values), strict=True))
+
+    def named(one: Agreement) -> Agreed:
+        return Agreed(one.label, tuple(done[counted[k]].check.name for k in one.places), one.p_value)
+
+    together = agreements(p_values, [done[i].classes for i in counted])
+    return [replace(c, adjusted=by_place.get(i)) for i, c in enumerate(done)], [named(a) for a in together]
 
 
-def _weigh(done: Sequence[Checked], level: float) -> tuple[Verdict, tuple[int, ...], list[str]]:
+def _weigh(
+    done: Sequence[Checked], agreed: Sequence[Agreed], level: float
+) -> tuple[Verdict, tuple[int, ...], list[str]]:
     """Return the verdict, the suspected classes and the reasons in words."""
     counted = sorted((c for c in done if c.adjusted is not None), key=lambda c: c.adjusted or 0.0)
     guilty = [c for c in counted if c.adjusted is not None and c.adjusted <= level]
-    if guilty:
-        classes = tuple(dict.fromkeys(k for c in guilty for k in c.classes))
+    joint = [a for a in agreed if a.adjusted <= level]
+    if guilty or joint:
+        suspects = [(a.adjusted, (a.label,)) for a in joint] + [
+            (c.adjusted or 0.0, c.classes) for c in guilty
+        ]
+        classes = tuple(dict.fromkeys(k for _, own in sorted(suspects, key=lambda s: s[0]) for k in own))
         told = [f"{c.check.name}: adjusted p = {c.adjusted:.2g}" for c in guilty]
+        told += [
+            f"{' and '.join(a.checks)} together, on class {a.label}: adjusted p = {a.adjusted:.2g}"
+            for a in joint
+        ]
         return "backdoor found", classes, ["Evidence of a backdoor in " + "; ".join(told) + "."]
     if not counted:
         return "undecided", (), ["No check came to a calibrated result."]
@@ -355,11 +383,11 @@ def _weigh(done: Sequence[Checked], level: float) -> tuple[Verdict, tuple[int, .
     missing = [c for c in done if c.status == "skipped" and "clean images" in c.reason]
     if missing:
         reasons.append("Most checks need clean images, and there are none.")
-    lowest = counted[0].adjusted or 0.0
+    lowest, who = counted[0].adjusted or 0.0, counted[0].check.name
+    if agreed and agreed[0].adjusted < lowest:
+        lowest, who = agreed[0].adjusted, " and ".join(agreed[0].checks) + " together"
     if lowest <= GREY * level:
-        reasons.append(
-            f"{counted[0].check.name} is noticeable without being evidence (adjusted p = {lowest:.2g})."
-        )
+        reasons.append(f"What {who} noticed is no evidence yet (adjusted p = {lowest:.2g}).")
     if reasons:
         return "undecided", (), reasons
     return (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from unbackdoor.audit.scanning import holm
+from unbackdoor.audit.evidence import agreements, holm
 from unbackdoor.bench.results import WEAK
 from unbackdoor.bench.rows import ScanRow
 from unbackdoor.metrics import Rate, auroc, tpr_at_fpr
@@ -50,6 +50,7 @@ class Detection:
 class _Look:
     backdoored: bool
     p_value: float
+    classes: tuple[int, ...]
     target_found: bool | None
     seconds: float
 
@@ -58,8 +59,8 @@ def detections(rows: Iterable[ScanRow]) -> list[Detection]:
     """Return one entry for each scanner in the order of their first row, and one for all together.
 
     A scan without a calibrated p-value (``undecided``) counts as p = 1: it accuses nobody. All together is
-    the smallest p-value after Holm's correction over the scanners that gave one. Networks whose attack did
-    not take, and failed scans, are left out.
+    what ``unbackdoor scan`` makes of the scanners that gave one (``audit/evidence.py``). Networks whose
+    attack did not take, and failed scans, are left out.
     """
     good = [row for row in rows if row.error is None and WEAK not in row.flags]
     out, by_network = [], {}  # type: ignore[var-annotated]
@@ -68,7 +69,9 @@ def detections(rows: Iterable[ScanRow]) -> list[Detection]:
         for row in (row for row in good if _name(row) == name):
             counted = row.p_value is not None and row.verdict != "undecided"
             p_value = row.p_value if counted and row.p_value is not None else 1.0
-            look = _Look(row.attack != "none", p_value, row.target_found, row.seconds or 0.0)
+            look = _Look(
+                row.attack != "none", p_value, tuple(row.classes or ()), row.target_found, row.seconds or 0.0
+            )
             looks.append(look)
             if counted:
                 by_network.setdefault(_network(row), []).append(look)
@@ -100,12 +103,15 @@ def _network(row: ScanRow) -> tuple[object, ...]:
 
 
 def _together(looks: Sequence[_Look]) -> _Look:
-    adjusted = holm([look.p_value for look in looks])
-    best = min(range(len(looks)), key=adjusted.__getitem__)
-    strongest = min(looks, key=lambda look: look.p_value)
-    return _Look(
-        looks[0].backdoored, adjusted[best], strongest.target_found, sum(look.seconds for look in looks)
-    )
+    p_values = [look.p_value for look in looks]
+    adjusted = holm(p_values)
+    first = min(range(len(looks)), key=adjusted.__getitem__)
+    strongest, p_value = looks[first], adjusted[first]
+    for one in agreements(p_values, [look.classes for look in looks])[:1]:
+        if one.p_value < p_value:
+            strongest, p_value = looks[one.places[0]], one.p_value
+    seconds = sum(look.seconds for look in looks)
+    return _Look(looks[0].backdoored, p_value, strongest.classes, strongest.target_found, seconds)
 
 
 def _detection(name: str, looks: Sequence[_Look]) -> Detection:

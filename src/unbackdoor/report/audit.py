@@ -239,8 +239,7 @@ def _chart(checked: Checked, finding: Finding, audit: Audit, subject: Subject) -
     finite = [value for value in values if math.isfinite(value)]
     top, bottom = max(finite, default=1.0), min(0.0, *finite, 0.0) if finite else 0.0
     span = (top - bottom) or 1.0
-    guilty = checked.adjusted is not None and checked.adjusted <= audit.level
-    suspects = set(finding.classes) if guilty else set()
+    suspects = set(finding.classes) if audit.accuses(checked) else set()
     # Suspects first, then by distance from the middle: what stands apart is what one wants to see.
     middle = sorted(finite)[len(finite) // 2] if finite else 0.0
 

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 from unbackdoor import __version__
-from unbackdoor.audit.scanning import Audit, Checked
+from unbackdoor.audit.scanning import Agreed, Audit, Checked
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 
@@ -19,9 +19,9 @@ SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 def sarif(audit: Audit, model: Path, class_names: Sequence[str], *, file_sha256: str) -> dict[str, Any]:
     """Return a scan as a SARIF log with one run.
 
-    A check with evidence is a result of level ``error``; an undecided scan is one ``warning``; a scan without
-    evidence has no result. Checks that failed or were out of budget are notifications, and the invocation is
-    then marked as unsuccessful.
+    A check with evidence is a result of level ``error``, and so is a class that several checks noticed; an
+    undecided scan is one ``warning``; a scan without evidence has no result. Checks that failed or were out
+    of budget are notifications, and the invocation is then marked as unsuccessful.
 
     Args:
         audit: The scan.
@@ -34,6 +34,7 @@ def sarif(audit: Audit, model: Path, class_names: Sequence[str], *, file_sha256:
     }
     guilty = [c for c in audit.checks if c.adjusted is not None and c.adjusted <= audit.level]
     results = [_result(c, place, class_names) for c in guilty]
+    results += [_agreement(a, place, class_names) for a in audit.joint]
     if audit.verdict == "undecided":
         results.append(
             {
@@ -53,6 +54,13 @@ def sarif(audit: Audit, model: Path, class_names: Sequence[str], *, file_sha256:
         }
         for c in audit.checks
     ]
+    rules.append(
+        {
+            "id": "agreement",
+            "shortDescription": {"text": "Do several checks notice the same class?"},
+            "defaultConfiguration": {"level": "error"},
+        }
+    )
     rules.append({"id": "undecided", "shortDescription": {"text": "The scan could not decide."}})
     notes = [
         {
@@ -93,6 +101,24 @@ def _result(checked: Checked, place: dict[str, Any], class_names: Sequence[str])
             "p_value": checked.p_value,
             "adjusted_p_value": checked.adjusted,
             "classes": list(checked.classes),
+        },
+    }
+
+
+def _agreement(agreed: Agreed, place: dict[str, Any], class_names: Sequence[str]) -> dict[str, Any]:
+    return {
+        "ruleId": "agreement",
+        "level": "error",
+        "message": {
+            "text": f"Evidence of a backdoor towards {class_names[agreed.label]!r} (class {agreed.label}): "
+            f"{' and '.join(agreed.checks)} notice the same class "
+            f"(p = {agreed.adjusted:.2g} after correction for all checks)."
+        },
+        "locations": [place],
+        "properties": {
+            "adjusted_p_value": agreed.adjusted,
+            "checks": list(agreed.checks),
+            "classes": [agreed.label],
         },
     }
 

@@ -1,0 +1,44 @@
+"""Add newly exported rows to the committed ones.
+
+    unbackdoor bench export SUITE --out new.jsonl
+    python scripts/merge_rows.py results/SUITE.jsonl new.jsonl
+
+A suite of many days is measured in pieces, and a method may change between two of them. An export holds only
+what the present code made. This keeps the committed rows that the export has no newer one for; the column
+``commit`` of each row tells which code made it. The scans beside both files are merged too.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeVar
+
+from unbackdoor.bench.rows import Row, ScanRow, read_rows, read_scans, write_rows
+
+R = TypeVar("R", Row, ScanRow)
+
+
+def main() -> None:
+    """Merge rows, and scans where there are some."""
+    words = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    words.add_argument("committed", type=Path)
+    words.add_argument("new", type=Path)
+    told = words.parse_args()
+    write_rows(told.committed, merged(read_rows(told.committed), read_rows(told.new)))
+    committed, new = (path.with_suffix(".scans.jsonl") for path in (told.committed, told.new))
+    if new.exists():
+        old = read_scans(committed) if committed.exists() else []
+        write_rows(committed, merged(old, read_scans(new)))
+
+
+def merged(committed: Iterable[R], new: Iterable[R]) -> list[R]:
+    """Return the rows of both, newer ones in the places of older ones of the same key, others at the end."""
+    rows = {row.key(): row for row in committed}
+    rows.update({row.key(): row for row in new})
+    return list(rows.values())
+
+
+if __name__ == "__main__":
+    main()

@@ -23,6 +23,7 @@ QUICK: dict[str, dict[str, object]] = {
     "ft": {"epochs": 2},
     "fp": {"epochs": 1, "step": 0.1},
     "ims": {"start_rounds": 3, "free_rounds": 3, "sparse_rounds": 3, "steps": 2, "batch_size": 32},
+    "neural_cleanse": {"steps": 40, "images": 8, "rounds": 2, "epochs": 2},
     "random_prune": {"step": 0.1},
     "rnp": {"recover_epochs": 3, "batch_size": 32, "step": 0.2},
     "tac": {"epochs": 2},

@@ -1,0 +1,138 @@
+"""Neural Cleanse: recover the trigger of the class that needs the smallest one, and teach it away.
+
+A universal change towards every class is looked for under a budget that rises for all alike; the first class
+that is reached is the suspect (engine/reach.py). Fine-tuning then sees clean images, and the same ones with
+the change and their true labels. A change found once is one of many that call a backdoor, so the search and
+the teaching are repeated on the mended network until another class is the easiest.
+
+Paper:   Wang et al., "Neural Cleanse", S&P 2019, section VI.C, patching by unlearning.
+Needs:   clean images and labels.          Changes: all weights; stored batch statistics stay.
+Departs: the paper unlearns once, by one pass over a tenth of the training data with a fifth of it stamped.
+         Here every image has a stamped twin, because few images carry little; there are several rounds; and
+         a round counts only while held-out accuracy holds, with a smaller rate where it does not. No
+         outlier test stands before it: ``scan`` says whether there is anything to remove.
+Cost:    rounds x (search for the first class + rates x epochs x 2 x (1 forward + 1 backward) of the set).
+Blind:   triggers that differ from image to image, and all-to-all attacks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from unbackdoor.engine.passes import accuracy
+from unbackdoor.engine.reach import Change, Form, ReachConfig, reach, success
+from unbackdoor.engine.run import Run
+from unbackdoor.engine.training import Recipe, train
+from unbackdoor.errors import ConfigError, MethodFailed
+from unbackdoor.registry import defense, option
+from unbackdoor.types import Classifier, CleanData, Images, Purified
+
+RATES = (1.0, 0.3, 0.1)  # factors on lr; the next is tried where one before it cost too much
+
+
+class NeuralCleanseConfig(ReachConfig):
+    """Options of the repair."""
+
+    form: Form = option(
+        "patch", "patch: mask and pattern; blend: something added to all pixels", source="the paper: patch"
+    )
+    target: int = option(
+        -1, "class to repair; -1: the one that is reached first", source="this project", ge=-1
+    )
+    rounds: int = option(3, "searches, each on the network as mended so far", source="this project", ge=1)
+    epochs: int = option(10, "passes over the images in a round", source="this project", ge=1, le=10_000)
+    train_lr: float = option(0.01, "peak of the cosine schedule", source="as ft", gt=0, le=1)
+    batch_size: int = option(32, "images a step", source="as tac", ge=2)
+    tolerance: float = option(
+        0.02, "largest loss of held-out accuracy, over all rounds", source="as rnp", ge=0, le=1
+    )
+
+
+@defense(
+    "neural_cleanse",
+    config=NeuralCleanseConfig,
+    paper="IEEE S&P 2019",
+    needs={"images", "labels"},
+    presets={"blend": {"form": "blend"}},
+)
+def purify(model: Classifier, data: CleanData, cfg: NeuralCleanseConfig, *, run: Run) -> Purified:
+    """Recover a trigger and unlearn it, round by round."""
+    if cfg.target >= model.classes:
+        known = f"target: expected 0..{model.classes - 1}, got {cfg.target}"
+        raise ConfigError("the defense 'neural_cleanse'", [known])
+    floor = accuracy(model, data.select, run) - cfg.tolerance - 1e-6  # the last term is for rounding
+    target, rounds = cfg.target, []
+    for number in range(cfg.rounds):
+        easiest, change = _easiest(model, data.fit, cfg, run, number, target)
+        if number and easiest != target:
+            break  # another class is as easy now, as in any clean network
+        target = change.label
+        told: dict[str, Any] = {"size": change.size, "success": _share(model, change, data.select, run)}
+        rounds.append(told)
+        mended = _taught(model, change, data, cfg, run, floor, number, told)
+        if mended is None:
+            break
+        told["success_after"] = _share(mended, change, data.select, run)
+        model = mended
+    return Purified(model, {"target": target, "form": cfg.form, "rounds": rounds})
+
+
+def _easiest(
+    model: Classifier, images: Images, cfg: NeuralCleanseConfig, run: Run, number: int, target: int
+) -> tuple[int, Change]:
+    """Return the class that is reached first, and the change towards the one to repair."""
+    # A class that was asked for is waited for, however late it comes.
+    enough = None if cfg.target >= 0 and not number else 1
+    found = reach(model, images, cfg, run, form=cfg.form, enough=enough, restart=number)
+    if not bool(torch.isfinite(found.sizes).any()):
+        raise MethodFailed("no change of the allowed sizes sends the images to any class")
+    easiest = int(found.sizes.argmin())
+    return easiest, found.changes[easiest if target < 0 else target]
+
+
+def _share(model: Classifier, change: Change, images: Images, run: Run) -> float | None:
+    rate = success(model, change, images, run)
+    return rate.value if rate.total else None
+
+
+def _taught(
+    model: Classifier,
+    change: Change,
+    data: CleanData,
+    cfg: NeuralCleanseConfig,
+    run: Run,
+    floor: float,
+    number: int,
+    told: dict[str, Any],
+) -> Classifier | None:
+    """Return the network fine-tuned at the largest rate that keeps the held-out accuracy, if one does."""
+    lesson = _with_twins(data.fit, change)
+    told["trace"] = trace = []
+    for rate in RATES:
+        out = model.copy()
+        recipe = Recipe(
+            epochs=cfg.epochs, lr=cfg.train_lr * rate, batch_size=cfg.batch_size, schedule="cosine"
+        )
+        label = f"unlearning {number + 1}"
+        try:
+            train(out, lesson, recipe, run, augmentation=data.augmentation, label=label, batch_norm="frozen")
+        except MethodFailed as error:  # it diverged; a smaller rate may not
+            trace.append({"lr": recipe.lr, "failed": error.problem})
+            continue
+        trace.append({"lr": recipe.lr, "held_out": (kept := accuracy(out, data.select, run))})
+        if kept >= floor:
+            return out
+    return None
+
+
+def _with_twins(images: Images, change: Change) -> Images:
+    """Return the images, and those of other classes once more with the change and their own labels."""
+    others = images.subset((images.truth != change.label).nonzero().flatten())
+    return replace(
+        images,
+        pixels=torch.cat([images.pixels, change.apply(others.pixels)]),  # (N + M, C, H, W)
+        labels=torch.cat([images.truth, others.truth]),  # (N + M,)
+    )

@@ -10,8 +10,10 @@ from planted import NAMES, planted
 from tiny import tiny_classifier
 from unbackdoor.engine.caller import scan
 from unbackdoor.engine.run import Run
+from unbackdoor.engine.stepping import together
 from unbackdoor.errors import MethodFailed
 from unbackdoor.registry import SCANNERS
+from unbackdoor.scanners import mm_bd
 from unbackdoor.scanners.mm_bd import MMBDConfig, maximum_margins
 from unbackdoor.types import Classifier, CleanData
 
@@ -37,13 +39,28 @@ class Linear(nn.Module):
 
 def test_the_largest_margin_is_found() -> None:
     model = Classifier(Linear(), input_shape=(1, 8, 8), class_names=NAMES).eval()
-    margins, inputs = maximum_margins(model, MMBDConfig(starts=3), RUN)
+    margins, shown = maximum_margins(model, MMBDConfig(starts=3), RUN)
     # Its own pixel white and all others black: the gain itself.
     assert margins.tolist() == pytest.approx([float(k) for k in range(1, 9)], rel=1e-3)
-    assert bool(((inputs >= 0) & (inputs <= 1)).all())
-    logits = model(inputs)
-    others = logits.masked_fill(torch.eye(8, dtype=torch.bool), -torch.inf).amax(1)
-    assert torch.allclose(logits.diagonal() - others, margins, atol=1e-4)
+    assert bool(((shown >= 0) & (shown <= 1)).all())
+    (logits,) = model(shown[None])
+    assert int(margins.argmax()) == 7
+    assert float(logits[7] - logits[:7].max()) == pytest.approx(float(margins[7]), abs=1e-4)
+
+
+def test_classes_in_small_groups_bound_memory_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Classifier(Linear(), input_shape=(1, 8, 8), class_names=NAMES).eval()
+    margins, shown = maximum_margins(model, MMBDConfig(starts=3, steps=30), RUN)
+    monkeypatch.setattr(mm_bd, "_GROUP", 2 * 3 * 64)
+    apart, alike = maximum_margins(model, MMBDConfig(starts=3, steps=30), RUN)
+    assert torch.equal(margins, apart)
+    assert torch.equal(shown, alike)
+
+
+def test_a_pass_holds_fewer_of_larger_images() -> None:
+    assert together((1, 8, 8)) == together((3, 32, 32)) == 512
+    assert together((3, 224, 224)) == 10
+    assert together((3, 2000, 2000)) == 1
 
 
 def test_few_classes_get_numbers_and_no_verdict() -> None:

@@ -31,7 +31,7 @@ from torch import Tensor
 from unbackdoor.data.batches import to_float
 from unbackdoor.engine.passes import frozen, logits_of, mode, predict
 from unbackdoor.engine.run import Run
-from unbackdoor.engine.stepping import RowAdam
+from unbackdoor.engine.stepping import RowAdam, together
 from unbackdoor.errors import InputError, MethodFailed
 from unbackdoor.metrics import Rate
 from unbackdoor.registry import Config, option
@@ -41,7 +41,6 @@ Form = Literal["patch", "blend"]
 # Smallest and largest budget. A patch: share of the image that the mask covers. A blend: root of the mean
 # square of d. The smallest is a pixel of a 32 x 32 image, or less than a step of an 8-bit pixel.
 _RANGE: dict[Form, tuple[float, float]] = {"patch": (1 / 1024, 0.5), "blend": (1 / 1024, 0.5)}
-_TOGETHER = 512  # images in one forward pass; bounds memory, and a processor gains nothing from more
 
 
 class ReachConfig(Config):
@@ -226,7 +225,7 @@ def _look(
     """Return gradients (A, ...), mean losses (A,) and hits (A,) of the active classes."""
     per_class = rows.shape[1]
     gradients, losses, hits = [], [], []
-    for part in active.split(max(1, _TOGETHER // per_class)):
+    for part in active.split(max(1, together(model.input_shape) // per_class)):
         own = raw[part].requires_grad_()  # (G, ...)
         x = pixels[rows[part].to(pixels.device)]  # (G, B, C, H, W)
         logits = logits_of(model, change(x, own, size).flatten(0, 1), run).unflatten(0, (len(part), -1))

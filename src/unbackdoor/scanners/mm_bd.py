@@ -15,6 +15,9 @@ Cost:    at most steps x classes x starts x (1 forward + 1 backward).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,12 +25,12 @@ from unbackdoor.engine.outliers import FEWEST
 from unbackdoor.engine.passes import frozen, logits_of, mode
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.significance import largest_of_gamma
-from unbackdoor.engine.stepping import RowAdam
+from unbackdoor.engine.stepping import RowAdam, together
 from unbackdoor.errors import MethodFailed
 from unbackdoor.registry import Config, option, scanner
 from unbackdoor.types import Classifier, CleanData, Finding, ScanReport
 
-_TOGETHER = 512  # inputs in one forward pass
+_GROUP = 1 << 26  # numbers in the inputs of the classes that are sought together; bounds memory
 _LOOK = 10  # steps between two looks at whether a margin has settled
 
 
@@ -51,7 +54,7 @@ class MMBDConfig(Config):
 @scanner("mm_bd", config=MMBDConfig, paper="arXiv:2205.06900", needs=set())
 def scan(model: Classifier, data: CleanData, cfg: MMBDConfig, *, run: Run) -> ScanReport:
     """Maximise the margin of every class over inputs, and test the largest one."""
-    margins, inputs = maximum_margins(model, cfg, run)
+    margins, shown = maximum_margins(model, cfg, run)
     k = int(margins.argmax())
     p_value = None
     if model.classes >= FEWEST:
@@ -67,7 +70,7 @@ def scan(model: Classifier, data: CleanData, cfg: MMBDConfig, *, run: Run) -> Sc
         p_value=p_value,
         classes=(k,),
         per_class=tuple(margins.tolist()),
-        artefacts={"pattern": inputs[k], "mask": torch.ones(inputs.shape[2:])},
+        artefacts={"pattern": shown, "mask": torch.ones(shown.shape[1:])},
     )
     if p_value is None:
         skipped = {"outlier test": f"fewer than {FEWEST} classes; the margins are reported"}
@@ -81,22 +84,38 @@ def scan(model: Classifier, data: CleanData, cfg: MMBDConfig, *, run: Run) -> Sc
 
 
 def maximum_margins(model: Classifier, cfg: MMBDConfig, run: Run) -> tuple[Tensor, Tensor]:
-    """Return the largest margin (K,) found for every class and the inputs (K, C, H, W) that have it.
+    """Return the largest margin (K,) found for every class, and the input (C, H, W) of the largest of them.
 
     Raises:
         MethodFailed: If a margin is not finite.
     """
-    classes = model.classes
+    size = max(1, _GROUP // (cfg.starts * math.prod(model.input_shape)))
+    margins: list[Tensor] = []
+    shown, highest = torch.zeros(model.input_shape), -math.inf
+    for group in torch.arange(model.classes).split(size):
+        best, inputs = _maximum_margins(model, group.tolist(), cfg, run)
+        if float(best.max()) > highest:
+            highest, shown = float(best.max()), inputs[best.argmax()]
+        margins.append(best)
+    return torch.cat(margins), shown
+
+
+def _maximum_margins(
+    model: Classifier, labels: Sequence[int], cfg: MMBDConfig, run: Run
+) -> tuple[Tensor, Tensor]:
+    """Return the margins (G,) and inputs (G, C, H, W) of some classes, which are the rows below."""
     shape = (cfg.starts, *model.input_shape)
-    draws = [torch.rand(shape, generator=run.generator("maximum margin", k)) for k in range(classes)]
-    x = torch.stack(draws).to(run.device)  # (K, S, C, H, W)
+    draws = [torch.rand(shape, generator=run.generator("maximum margin", k)) for k in labels]
+    x = torch.stack(draws).to(run.device)  # (G, S, C, H, W)
+    del draws
     optimizer = RowAdam(x, cfg.lr)
-    best = torch.full((classes,), -torch.inf)
-    inputs = x[:, 0].cpu().clone()  # (K, C, H, W)
-    before, active = best.clone(), torch.arange(classes)
+    best = torch.full((len(labels),), -torch.inf)
+    inputs = x[:, 0].cpu().clone()  # (G, C, H, W)
+    before, active = best.clone(), torch.arange(len(labels))
+    wanted = torch.tensor(labels)
     with frozen(model), mode(model, training=False):
         for step in run.progress(range(1, cfg.steps + 1), "maximum margins"):
-            margins, gradient = _ascend(model, x, active, run)  # (A, S), (A, S, C, H, W)
+            margins, gradient = _ascend(model, x, active, wanted, run)  # (A, S), (A, S, C, H, W)
             if not bool(torch.isfinite(margins).all()):
                 raise MethodFailed("the search for a margin met a logit that is not finite")
             top, start = margins.max(1)  # (A,)
@@ -116,14 +135,14 @@ def maximum_margins(model: Classifier, cfg: MMBDConfig, run: Run) -> tuple[Tenso
     return best, inputs
 
 
-def _ascend(model: Classifier, x: Tensor, active: Tensor, run: Run) -> tuple[Tensor, Tensor]:
-    """Return the margins of the inputs of the active classes, and their gradients."""
+def _ascend(model: Classifier, x: Tensor, active: Tensor, labels: Tensor, run: Run) -> tuple[Tensor, Tensor]:
+    """Return the margins of the inputs of the active rows towards their classes, and their gradients."""
     margins, gradients = [], []
     starts = x.shape[1]
-    for part in active.split(max(1, _TOGETHER // starts)):
+    for part in active.split(max(1, together(model.input_shape) // starts)):
         own = x[part.to(x.device)].requires_grad_()  # (G, S, C, H, W)
         logits = logits_of(model, own.flatten(0, 1), run).unflatten(0, (len(part), starts))  # (G, S, K)
-        wanted = part.to(logits.device)[:, None, None].expand(-1, starts, 1)  # (G, S, 1)
+        wanted = labels[part].to(logits.device)[:, None, None].expand(-1, starts, 1)  # (G, S, 1)
         rest = logits.scatter(2, wanted, -torch.inf).amax(2)  # (G, S)
         margin = logits.gather(2, wanted)[:, :, 0] - rest
         (gradient,) = torch.autograd.grad(margin.sum(), own)

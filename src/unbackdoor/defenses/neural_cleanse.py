@@ -33,7 +33,7 @@ from unbackdoor.registry import defense, option
 from unbackdoor.types import Classifier, CleanData, Images, Purified
 
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0)  # factors on train_lr, mildest first
-GONE = 0.05  # success of the recovered change on held-out images at which it counts as unlearned
+GONE = 0.01  # success of the recovered change on held-out images at which it counts as unlearned
 
 
 class NeuralCleanseConfig(ReachConfig):

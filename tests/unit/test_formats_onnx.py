@@ -276,7 +276,7 @@ def test_a_batch_that_the_exporter_has_fixed_is_opened_again(tmp_path: Path) -> 
     [
         ([node("LSTM")], "LSTM"),
         ([helper.make_node("Relu", ["x"], ["y"], domain="my.own")], "Relu"),
-        ([node("Shape")], "Shape"),
+        ([node("NonZero")], "NonZero"),
         ([node("Relu", "x", "s"), node("Reshape", "x s")], "computed operand"),
         ([node("Conv", "x x")], "computed operand"),
         ([node("MaxPool", kernel_shape=[2, 2], auto_pad="SAME_UPPER")], "auto_pad"),

@@ -7,8 +7,8 @@ way to read them makes the model most accurate. The story tells which of these i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,17 @@ from unbackdoor.engine.convention import Convention, Inferred, infer, usual
 from unbackdoor.engine.passes import mode
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import ConfigError, InputError, UnsupportedModel
+from unbackdoor.models.adapt import Adapted, Difference
 from unbackdoor.models.build import canonical, known
 from unbackdoor.models.card import normalisation
+from unbackdoor.models.effort import outputs_of
 from unbackdoor.models.files import existing_file, find_card, load_model
-from unbackdoor.models.fill import Filled, fill
+from unbackdoor.models.fill import Filled, fill, require_finite
+from unbackdoor.models.formats.onnx_graph import Place, import_graph
 from unbackdoor.models.nearest import ends
 from unbackdoor.models.sources import Known
 from unbackdoor.models.spec import PYTHON, read_spec
-from unbackdoor.models.state import read_state
+from unbackdoor.models.state import read_contents
 from unbackdoor.types import Classifier, Images, Progress, silent
 
 # What is assumed where neither the file nor any image says it.
@@ -37,6 +40,10 @@ _USUAL_SIDE = 32
 _ASSUMED_SIZE = "assumed"
 _LARGE = 96 * 96  # pixels of an image
 _ASSUMED = Convention("none, pixels in [0, 1]")
+_GRAPH = "the file's own graph"
+
+
+Shape = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -49,12 +56,14 @@ class Opened:
         story: JSON-ready: what was assumed and why; its ``warnings`` are to be shown loudly.
         names: The file's name of every tensor by the network's name, so that a repaired model can be written
             under the names its owner knows.
+        places: Of a network that is the file's own graph: where each of its tensors stands there; else None.
     """
 
     model: Classifier
     images: Images | None
     story: Mapping[str, Any]
     names: Mapping[str, str] = field(default_factory=dict)
+    places: Mapping[str, Place] | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -78,9 +87,9 @@ def open_model(
 
     Args:
         path: File of weights, with or without a card of this package beside it.
-        arch: Architecture, such as ``resnet18``, ``timm:NAME``, ``torchvision:NAME``, ``hf:FOLDER`` or
-            ``FILE.py:CALLABLE``, which runs that code; None guesses it from the tensors. Options of our own
-            families that are not typed are read off the tensors.
+        arch: Architecture; None is the graph of an ONNX file, else a guess from the tensors. Such as ``resnet18``, ``timm:NAME``, ``torchvision:NAME``, ``hf:FOLDER`` or
+            ``FILE.py:CALLABLE``, which runs that code. Options of our own families that are not typed are read
+            off the tensors.
         images: Clean images, at best labelled, or where to load them from. Without any, an architecture or a
             normalisation that the file does not show is assumed, and the story warns of it.
         class_names: K names, in logit order.
@@ -96,9 +105,10 @@ def open_model(
     Raises:
         InputError: If a file cannot be used, or several networks fit and nothing decides.
         UnsafeFile: If a file would run code, or a card names what only the user may name.
-        UnsupportedModel: If no known architecture fits, or the named one does not; lists the differences.
+        UnsupportedModel: If no known architecture fits, or the named one does not; lists the differences. If
+            a graph has operators that are not imported; names them.
         ConfigError: If an argument does not fit.
-        MissingExtra: If the architecture needs a library that is not installed.
+        MissingExtra: If the architecture or the format needs a library that is not installed.
     """
     run = run or Run.create(progress=progress)
     path = existing_file(Path(path))
@@ -188,7 +198,61 @@ def _with_card(
 def _bare(
     path: Path, given: _Given, images: Images | Path | str | None, run: Run, progress: Progress
 ) -> Opened:
-    state = read_state(path)
+    contents = read_contents(path)
+    if contents.format == "onnx" and not contents.dangerous and given.arch is None:
+        try:
+            return _own_graph(path, given, images, run, progress)
+        except _GraphUnknown as error:
+            graph = error.__cause__
+            assert isinstance(graph, UnsupportedModel)
+            try:
+                return _by_names(path, contents.state(path), given, images, run, progress)
+            except UnsupportedModel:
+                raise graph from None  # what it is, and not what it resembles
+    return _by_names(path, contents.state(path), given, images, run, progress)
+
+
+class _GraphUnknown(Exception):
+    """The graph of a file has operators that are not imported; the cause says which."""
+
+
+def _own_graph(
+    path: Path, given: _Given, images: Images | Path | str | None, run: Run, progress: Progress
+) -> Opened:
+    """Open an ONNX file as the network that it describes."""
+    try:
+        network = import_graph(path)
+    except UnsupportedModel as error:
+        raise _GraphUnknown from error
+    require_finite(network.state_dict(), path)
+    stated = network.meta["input_shape"]
+    raw = _raw_images(images, given.size or (stated[1:] if stated else None), progress)
+    channels = network.meta["channels"] or (raw.shape[0] if raw is not None else _channels(network))
+    facts = Known(size=stated[1:], size_fixed=True, source=_GRAPH) if stated else Known()
+    size, size_source = _sizes(given, facts, None, raw.shape[1:] if raw is not None else None)[0]
+    shape = (channels, *size)
+    classes = outputs_of(network, shape, path)
+    _require_separate(network, shape, path)
+    names, names_source = _class_names(given, Known(), raw, classes)
+    filled = Filled(network, Adapted({}, Difference((), (), (), 0)))
+    attempt = _opened_as(
+        path, lambda *_: {_GRAPH: filled}, given, Known(), raw, shape, size_source, names, run, progress
+    )
+    warnings = [_assumed_size(shape)] if size_source == _ASSUMED_SIZE else []
+    architecture = {"spec": "ONNX", "source": _GRAPH, "note": "; ".join(network.meta["notes"]), "fitting": []}
+    opened = _told(path, attempt, architecture, names_source, warnings)
+    return replace(opened, places=network.meta["places"])
+
+
+def _by_names(
+    path: Path,
+    state: Mapping[str, Tensor],
+    given: _Given,
+    images: Images | Path | str | None,
+    run: Run,
+    progress: Progress,
+) -> Opened:
+    """Open a file as a network that has its tensors: the named one, or a known one."""
     facts = known(given.arch) if given.arch is not None else Known()
     raw = _raw_images(images, given.size or facts.size, progress)
     channels, classes = ends(state)
@@ -211,9 +275,13 @@ def _bare(
     for shape, specs, size_source in _plan(channels, given, facts, variants, raw):
         if attempts and attempts[-1].convincing:
             break
+
+        def build(shape: Shape, classes: int, specs: tuple[str, ...] = specs) -> dict[str, Filled]:
+            return _filled(specs, state, shape, classes, path)
+
         try:
             attempts.append(
-                _opened_as(path, state, given, facts, specs, raw, shape, size_source, names, run, progress)
+                _opened_as(path, build, given, facts, raw, shape, size_source, names, run, progress)
             )
         except UnsupportedModel as error:
             # Another size may do; if none does, the first reason is the one to tell.
@@ -225,18 +293,28 @@ def _bare(
         raise failures[0]
     attempt = max(attempts, key=lambda a: a.inferred.interval.low if a.inferred is not None else 0.0)
     if given.size is None and raw is None and attempt.size_source == _ASSUMED_SIZE:
-        warnings.append(
-            f"The input size is not known; {attempt.shape[1]} x {attempt.shape[2]} was assumed. Give the size"
-        )
+        warnings.append(_assumed_size(attempt.shape))
+    architecture = {
+        "spec": attempt.model.architecture,
+        "source": variants.source,
+        "note": variants.note,
+        "fitting": [candidate.spec for candidate in variants.candidates],
+    }
+    return _told(path, attempt, architecture, names_source, warnings)
+
+
+def _assumed_size(shape: Shape) -> str:
+    return f"The input size is not known; {shape[1]} x {shape[2]} was assumed. Give the size"
+
+
+def _told(
+    path: Path, attempt: _Attempt, architecture: Mapping[str, Any], names_source: str, warnings: list[str]
+) -> Opened:
+    """Return what was opened with its story."""
     story = {
         "file": path.name,
         "card": False,
-        "architecture": {
-            "spec": attempt.model.architecture,
-            "source": variants.source,
-            "note": variants.note,
-            "fitting": [candidate.spec for candidate in variants.candidates],
-        },
+        "architecture": dict(architecture),
         "names": _names_story(attempt.filled),
         "normalisation": _scale_story(attempt.scale, attempt.scale_source),
         "input_shape": list(attempt.shape),
@@ -284,19 +362,18 @@ class _Attempt:
 
 def _opened_as(
     path: Path,
-    state: Mapping[str, Tensor],
+    build: Callable[[Shape, int], dict[str, Filled]],
     given: _Given,
     facts: Known,
-    specs: tuple[str, ...],
     raw: Images | None,
-    shape: tuple[int, int, int],
+    shape: Shape,
     size_source: str,
     names: tuple[str, ...],
     run: Run,
     progress: Progress,
 ) -> _Attempt:
     """Open the file for one input shape."""
-    filled = _filled(specs, state, shape, len(names), path)
+    filled = build(shape, len(names))
     outputs, probabilities = _probe(next(iter(filled.values())).network, shape, path)
     if outputs != len(names):
         if given.class_names is not None:
@@ -337,7 +414,7 @@ def _opened_as(
         class_names=names,
         mean=scale.mean,
         std=scale.std,
-        architecture=canonical(spec),
+        architecture=canonical(spec) if spec != _GRAPH else "",  # no text builds it again
         origin=f"loaded from {path.name}",
     ).eval()
     return _Attempt(model, chosen, held, shape, size_source, scale, source, inferred, told, tuple(warnings))
@@ -388,6 +465,26 @@ def _probe(network: nn.Module, shape: tuple[int, int, int], path: Path) -> tuple
     return int(out.shape[1]), likely and out.shape[1] > 1
 
 
+@torch.no_grad()
+def _require_separate(network: nn.Module, shape: Shape, path: Path) -> None:
+    """Raise UnsupportedModel where the answer to an image depends on the others of its batch."""
+    pixels = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+    try:
+        both, alone = network(pixels), network(pixels[1:])
+        same = both.shape[1:] == alone.shape[1:] and torch.allclose(both[1:], alone, rtol=1e-3, atol=1e-3)
+        got = "answers that depend on the other images"
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        same, got = False, f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
+    if not same:
+        raise UnsupportedModel(
+            "the graph does not take one image as well as two",
+            expected="a classifier of single images",
+            got=got,
+            where=path,
+            remedy="Export it again with an axis of the batch that is open",
+        )
+
+
 # ---------------------------------------------------------------------------------------------------
 # Facts and where they come from
 
@@ -424,7 +521,7 @@ def _all_conventions(channels: int, default: Convention | None) -> list[Conventi
     return [default, *(c for c in usual(channels) if (c.mean, c.std) != same)]
 
 
-Plan = Iterator[tuple[tuple[int, int, int], tuple[str, ...], str]]
+Plan = Iterator[tuple[Shape, tuple[str, ...], str]]
 
 
 def _plan(channels: int, given: _Given, facts: Known, variants: Variants, raw: Images | None) -> Plan:

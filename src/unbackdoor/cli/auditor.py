@@ -211,7 +211,8 @@ def like(first: Case, told: Told, second: Path) -> Told:
     """Return what is to be assumed of a second model: the same as of the first, unless it has a card."""
     if options.has_card(options.existing_model(second)):
         return replace(told, architecture=None, mean=None, std=None, size=None, class_names=None)
-    return replace(told, architecture=told.architecture or first.opened.model.architecture)
+    # None where the first is the graph of its own file: so is the second.
+    return replace(told, architecture=told.architecture or first.opened.model.architecture or None)
 
 
 def read_triggers(files: Sequence[Path] | None, model: Classifier) -> tuple[ShownTrigger, ...]:

@@ -42,7 +42,7 @@ _NESTED: Mapping[str, Mapping[int, str]] = {
 _VARINT, _WIDE, _LENGTH, _NARROW = 0, 1, 2, 5
 # Data type to its name in torch, how numpy carries it, and the field that may hold it where there are no raw
 # bytes.
-_TYPES = {
+TYPES = {
     1: (torch.float32, "<f4", "float_data"),
     2: (torch.uint8, "u1", "int32_data"),
     3: (torch.int8, "i1", "int32_data"),
@@ -54,7 +54,7 @@ _TYPES = {
     11: (torch.float64, "<f8", "double_data"),
     16: (torch.bfloat16, "<i2", "int32_data"),
 }
-_EXTERNAL = 1
+EXTERNAL = 1
 
 
 def is_onnx(head: bytes) -> bool:
@@ -79,7 +79,6 @@ def read(path: Path, trail: Trail) -> dict[str, Tensor]:
         raise UnsafeFile("two weights of the model have one name", where=path)
     if not state:
         raise InputError("the model holds no weights", expected="initializers", where=path)
-    trail.note(f"{len(model.graph.node)} operators; unbackdoor imports the usual ones into layers of torch")
     if tensors.outside:
         trail.note(f"weights lie in other files of its folder: {listed(list(tensors.outside))}")
     return state
@@ -131,9 +130,14 @@ class Tensors:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._folder = path.parent.resolve()
-        self._held = path.stat().st_size
+        self._size = path.stat().st_size
         self._described = 0
         self.outside: dict[str, int] = {}
+
+    @property
+    def held(self) -> int:
+        """Bytes of the model and of the other files that were read so far."""
+        return self._size + sum(self.outside.values())
 
     def read(self, message: Any) -> Tensor:
         """Return the tensor of a message.
@@ -149,18 +153,18 @@ class Tensors:
             count *= size
         if len(shape) > MAX_AXES or not all(natural(size) for size in shape) or not natural(count):
             raise UnsafeFile("a tensor has an absurd shape", got=short(list(shape[:8])), where=where)
-        if message.data_type not in _TYPES:
+        if message.data_type not in TYPES:
             raise InputError("a tensor is of an unknown type", got=message.data_type, where=where)
-        dtype, carrier, field = _TYPES[message.data_type]
+        dtype, carrier, field = TYPES[message.data_type]
         numbers = self._numbers(message, np.dtype(carrier), field, count, where)
         self._described += numbers.nbytes
-        if self._described > MAX_TIED * (self._held + sum(self.outside.values())):
+        if self._described > MAX_TIED * self.held:
             raise UnsafeFile("the model describes more than it holds", got=self._described, where=where)
         tensor = torch.from_numpy(numbers.reshape(shape))
         return tensor != 0 if dtype == torch.bool else tensor.view(dtype)
 
     def _numbers(self, message: Any, carrier: np.dtype[Any], field: str, count: int, where: str) -> Any:
-        if message.data_location == _EXTERNAL:
+        if message.data_location == EXTERNAL:
             raw = self._external(message, count * carrier.itemsize, where)
         elif message.HasField("raw_data"):
             raw = message.raw_data

@@ -8,6 +8,10 @@ Departs: a softmax at the very end is left out, because every method here works 
 Convolutions, normalisations, linear layers and activations become modules under the names of their weights,
 so that ``layer1.0.conv1`` is found again. What lies between becomes calls of functions. The usual operators
 of classifiers are known; any other is refused by its name.
+
+Where each tensor of the network stands in the file is kept (``Place``), so that ``onnx_write`` can put a
+repaired one back. What the file can make of a few bytes, by sharing and folding constants, is bounded by the
+bytes it has; what the network does with an image, by ``models.effort``.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +27,69 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from unbackdoor.errors import InputError, UnbackdoorError, UnsupportedModel
+from unbackdoor.errors import InputError, UnbackdoorError, UnsafeFile, UnsupportedModel
 from unbackdoor.models.formats import onnx
 from unbackdoor.models.formats.buffers import short
-from unbackdoor.models.formats.tensors import MAX_AXES
+from unbackdoor.models.formats.tensors import MAX_AXES, MAX_TIED
 
 MAX_NODES = 20_000
+_SLACK = 64 << 20  # bytes that any file may fold and share, however small it is
+_LONGEST = 1 << 20  # entries of what the network makes from nothing but sizes
 _LARGEST = 4096  # of a kernel, a stride, a padding; nothing in an image classifier is longer
 _SEGMENT = re.compile(r"[A-Za-z0-9_]{1,100}")
 _WEIGHTS = ("weight", "bias", "running_mean", "running_var")
 _DOMAINS = ("", "ai.onnx")
 
+_COLOURS = (1, 3, 4)
+
 Value = fx.Node | Tensor | None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of the network stands in the file: an operand of one of its operators.
+
+    Attributes:
+        node: Position of the operator in the graph.
+        position: Position of the operand.
+        turned: Whether the file holds it transposed.
+        scale: Attribute of the operator that the tensor was multiplied with, or empty.
+        repeat: Rows of the operand, where the file repeats the one row of the tensor; else 0.
+    """
+
+    node: int
+    position: int
+    turned: bool = False
+    scale: str = ""
+    repeat: int = 0
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What can be told of a graph without building the network.
+
+    Attributes:
+        operators: Number of operators.
+        unknown: Kinds of operators that are not imported, sorted.
+        input_shape: (C, H, W) as the file states it; None where it leaves it open.
+    """
+
+    operators: int
+    unknown: tuple[str, ...]
+    input_shape: tuple[int, ...] | None
+
+
+def describe_graph(path: Path) -> Graph:
+    """Tell what a graph holds.
+
+    Raises:
+        UnbackdoorError: If the file cannot be parsed, see :func:`import_graph`.
+    """
+    graph = onnx.parse(Path(path)).graph
+    held = {tensor.name for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in held]
+    shape = _input_shape(inputs[0]) if len(inputs) == 1 else None
+    return Graph(len(graph.node), _unknown(graph), shape)
 
 
 def import_graph(path: Path) -> fx.GraphModule:
@@ -44,13 +100,14 @@ def import_graph(path: Path) -> fx.GraphModule:
 
     Returns:
         A module from (B, C, H, W) to logits (B, K), in evaluation mode. Its ``meta`` has ``input_shape``,
-        which is None where the file leaves it open, and ``notes``, a tuple of remarks.
+        which is None where the file leaves it open, ``channels``, likewise, ``notes``, a tuple of remarks,
+        and ``places``, by the names of its state dict.
 
     Raises:
         MissingExtra: If the package onnx is not installed.
         InputError: If the file is damaged.
         UnsafeFile: If it names data outside its folder, or is built to exhaust the memory.
-        UnsupportedModel: If it has an operator that is not imported; names it.
+        UnsupportedModel: If it has operators that are not imported; names them.
     """
     path = Path(path)
     model = onnx.parse(path)
@@ -127,9 +184,19 @@ class _Call:
             raise self.refused("with sizes that are none")
         return [int(i) for i in value.flatten().tolist()]
 
-    def node(self, position: int = 0) -> fx.Node:
+    def node(self, position: int = 0, repeat: int = 0) -> fx.Node:
         """Return an operand as a node of the graph, whatever it is."""
-        return self.builder.node(self.operand(position), self.names[position])
+        if position >= len(self.names):
+            raise self.refused(f"without operand {position}")
+        place = Place(self.number, position, repeat=repeat)
+        return self.builder.node(self.operand(position), self.names[position], place)
+
+    def lengths(self, position: int) -> fx.Node | list[int] | None:
+        """Return sizes, constant or computed from the sizes of other values; None where left out."""
+        value = self.operand(position)
+        if isinstance(value, fx.Node) and value in self.builder.whole:
+            return value
+        return self.sizes(position)
 
     def refused(self, what: str) -> UnsupportedModel:
         return UnsupportedModel(
@@ -160,8 +227,12 @@ class _Builder:
         self.values: dict[str, Value] = {}
         self.uses: dict[str, int] = {}
         self.notes: list[str] = []
+        self.places: dict[str, Place] = {}
+        self.whole: set[fx.Node] = set()  # integers computed from sizes, which other sizes may be made of
         self.batch = 0  # images of the example that the exporter has fixed; 0 where it left them open
         self._taken: set[str] = set()
+        self._above: set[str] = set()
+        self._spent = 0
 
     def build(self, graph: Any) -> fx.GraphModule:
         if len(graph.node) > MAX_NODES:
@@ -171,7 +242,15 @@ class _Builder:
                 got=len(graph.node),
                 where=self.path,
             )
-        self.values.update({tensor.name: self.tensors.read(tensor) for tensor in graph.initializer})
+        if unknown := _unknown(graph):
+            raise UnsupportedModel(
+                "the graph has operators that are not imported: " + ", ".join(unknown),
+                expected="only " + ", ".join(sorted(_OPERATORS)),
+                where=self.path,
+                remedy="Give the state dict of the model and its architecture instead",
+            )
+        for tensor in graph.initializer:
+            self._define(tensor.name, self.tensors.read(tensor))
         inputs = [value for value in graph.input if value.name not in self.values]
         if len(inputs) != 1 or len(graph.output) != 1:
             raise UnsupportedModel(
@@ -182,7 +261,13 @@ class _Builder:
             )
         first = inputs[0].type.tensor_type.shape.dim[:1]
         self.batch = int(first[0].dim_value) if first else 0
-        self.values[inputs[0].name] = self.graph.placeholder("pixels")
+        shape = _input_shape(inputs[0])
+        pixels = self.graph.placeholder("pixels")
+        if shape is not None and shape[0] not in _COLOURS and shape[2] in _COLOURS:
+            self.notes.append("the graph takes images with the colours last; they are turned for it")
+            shape = (shape[2], *shape[:2])
+            pixels = self.call(torch.permute, pixels, (0, 2, 3, 1))
+        self._define(inputs[0].name, pixels)
         for name in [name for node in graph.node for name in node.input] + [graph.output[0].name]:
             self.uses[name] = self.uses.get(name, 0) + 1
         self._operators(graph)
@@ -194,31 +279,50 @@ class _Builder:
         module.graph.eliminate_dead_code()
         module.delete_all_unused_submodules()
         module.recompile()
-        module.meta.update(input_shape=_input_shape(inputs[0]), notes=tuple(self.notes))
+        module.meta.update(
+            input_shape=shape,
+            channels=_channels(inputs[0]) if shape is None else shape[0],
+            notes=tuple(self.notes),
+            places={name: place for name, place in self.places.items() if name in module.state_dict()},
+        )
         return module.eval()
+
+    def _define(self, name: str, value: Value) -> None:
+        if name in self.values:
+            raise UnsafeFile(
+                "two values of the graph have one name, of which readers choose differently",
+                got=short(name),
+                where=self.path,
+            )
+        self.values[name] = value
+
+    def spend(self, count: int, width: int = 4) -> None:
+        """Account for the bytes of a tensor that is made of those in the file, before it is made.
+
+        Raises:
+            UnsafeFile: If the file makes far more than it holds.
+        """
+        self._spent += count * width
+        if self._spent > MAX_TIED * self.tensors.held + _SLACK:
+            raise UnsafeFile("the graph makes far more of its weights than it holds", where=self.path)
 
     def _operators(self, graph: Any) -> None:
         for number, message in enumerate(graph.node):
             kind = message.op_type
-            if message.domain not in _DOMAINS or kind not in _OPERATORS:
-                raise UnsupportedModel(
-                    f"the ONNX operator {short(kind)[1:-1]} is not imported",
-                    expected="one of " + ", ".join(sorted(_OPERATORS)),
-                    where=f"{self.path}, node {short(message.name or number)}",
-                    remedy="Give the state dict of the model and its architecture instead",
-                )
             call = _Call(self, message, number)
+            if not call.outputs or not call.outputs[0]:
+                raise call.refused("without an output")
             if any(name and self.uses.get(name) for name in call.outputs[1:]) and kind not in ("Split",):
                 raise call.refused("with its further outputs in use")
             if kind in ("Softmax", "LogSoftmax") and self._is_end(call, graph):
                 self.notes.append("the softmax at the end was left out: the network gives logits")
-                self.values[call.outputs[0]] = call.operand(0)
+                self._define(call.outputs[0], call.operand(0))
                 continue
             made = _OPERATORS[kind](call)
-            if isinstance(made, list):
-                self.values.update(zip(call.outputs, made, strict=True))
-            else:
-                self.values[call.outputs[0]] = made
+            for name, value in zip(call.outputs, made if isinstance(made, list) else [made], strict=False):
+                self._define(name, value)
+                if isinstance(value, fx.Node) and _is_whole(call):
+                    self.whole.add(value)
 
     def _is_end(self, call: _Call, graph: Any) -> bool:
         return call.outputs[0] == graph.output[0].name and self.uses[call.outputs[0]] == 1
@@ -233,13 +337,15 @@ class _Builder:
             )
         return self.values[name]
 
-    def node(self, value: Value, name: str) -> fx.Node:
+    def node(self, value: Value, name: str, place: Place) -> fx.Node:
         """Return a value as a node; a tensor becomes a parameter or a buffer of the network."""
         if isinstance(value, fx.Node):
             return value
         if value is None:
             raise InputError("an operator lacks an operand", where=self.path)
         target = self.place(name, "constant")
+        self.spend(value.numel(), value.element_size())
+        self.places[target] = place
         held = value.clone()
         self.root[target] = nn.Parameter(held) if held.is_floating_point() and held.dim() else held
         return self.graph.get_attr(target)
@@ -251,9 +357,12 @@ class _Builder:
         # None may hide an attribute of a module, or lie within another layer.
         clear = whole and not hasattr(fx.GraphModule, parts[0]) and parts[0] not in vars(nn.Module())
         if not clear or self._clashes(name):
-            number = len(self._taken)
-            name = f"{kind}_{number}"
+            name = f"{kind}_{len(self._taken)}"
         self._taken.add(name)
+        above = name.rpartition(".")[0]
+        while above:
+            self._above.add(above)
+            above = above.rpartition(".")[0]
         return name
 
     def _clashes(self, name: str) -> bool:
@@ -262,15 +371,23 @@ class _Builder:
             if above in self._taken:
                 return True
             above = above.rpartition(".")[0]
-        return any(taken.startswith(name + ".") for taken in self._taken)
+        return name in self._above
 
-    def module(self, call: _Call, layer: nn.Module, *, inputs: fx.Node | None = None) -> fx.Node:
+    def module(
+        self,
+        call: _Call,
+        layer: nn.Module,
+        *,
+        inputs: fx.Node | None = None,
+        places: dict[str, Place] | None = None,
+    ) -> fx.Node:
         """Add a layer, named after its weights where it has any, and call it on the first operand."""
         # Several, because exporters keep one of equal tensors, under the name of one of its owners.
         names = [name.rpartition(".") for name in call.names[1:]]
         owners = [owner for owner, _, last in names if last in _WEIGHTS and not self._clashes(owner)]
         target = self.place(owners[0] if owners else "", call.kind.lower())
         self.root[target] = layer.eval()
+        self.places.update({f"{target}.{name}": place for name, place in (places or {}).items()})
         return self.graph.call_module(target, (inputs if inputs is not None else call.node(),))
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
@@ -282,20 +399,53 @@ def _input_shape(value: Any) -> tuple[int, ...] | None:
     return tuple(sizes[1:]) if len(sizes) == 4 and all(0 < size <= _LARGEST for size in sizes[1:]) else None
 
 
+def _channels(value: Any) -> int | None:
+    sizes = [int(size.dim_value) for size in value.type.tensor_type.shape.dim]
+    return sizes[1] if len(sizes) == 4 and sizes[1] in _COLOURS else None
+
+
+def _unknown(graph: Any) -> tuple[str, ...]:
+    kinds = {
+        node.op_type if node.domain in _DOMAINS else f"{node.domain}.{node.op_type}" for node in graph.node
+    }
+    return tuple(sorted(short(kind)[1:-1] for kind in kinds - _OPERATORS.keys()))
+
+
+def _is_whole(call: _Call) -> bool:
+    """Tell whether an operator makes integers of sizes, which may be sizes themselves."""
+    if call.kind == "Shape":
+        return True
+    if call.kind == "Cast":
+        return call.integer("to", 0) in (6, 7)
+    known = (
+        value in call.builder.whole if isinstance(value, fx.Node) else not value.is_floating_point()
+        for value in call.operands
+        if value is not None
+    )
+    return call.kind in _OF_SIZES and all(known)
+
+
 # ---------------------------------------------------------------------------------------------------
 # Layers
 
 
-def _with(layer: nn.Module, **tensors: Tensor | None) -> nn.Module:
+def _with(call: _Call, layer: nn.Module, **tensors: Tensor | None) -> nn.Module:
     # Layers are made without memory and filled, so that no generator is drawn from.
     for name, tensor in tensors.items():
         if tensor is None:
             continue
+        call.builder.spend(tensor.numel(), tensor.element_size())
         if name in layer._buffers:
             layer._buffers[name] = tensor.clone()
         else:
             setattr(layer, name, nn.Parameter(tensor.clone()))
     return layer
+
+
+def _places(call: _Call, *names: str) -> dict[str, Place]:
+    # Of operands from the second on that are there.
+    there = ((name, position) for position, name in enumerate(names, 1) if call.operand(position) is not None)
+    return {name: Place(call.number, position) for name, position in there}
 
 
 def _pads(call: _Call, axes: int) -> list[int]:
@@ -339,7 +489,8 @@ def _conv(call: _Call) -> fx.Node:
         bias=bias is not None,
         device="meta",
     )
-    return call.builder.module(call, _with(layer, weight=weight, bias=bias), inputs=inputs)
+    filled = _with(call, layer, weight=weight, bias=bias)
+    return call.builder.module(call, filled, inputs=inputs, places=_places(call, "weight", "bias"))
 
 
 def _batch_norm(call: _Call) -> fx.Node:
@@ -358,9 +509,9 @@ def _batch_norm(call: _Call) -> fx.Node:
     )
     tracked = torch.zeros((), dtype=torch.int64)
     filled = _with(
-        layer, weight=scale, bias=shift, running_mean=mean, running_var=var, num_batches_tracked=tracked
+        call, layer, weight=scale, bias=shift, running_mean=mean, running_var=var, num_batches_tracked=tracked
     )
-    return call.builder.module(call, filled)
+    return call.builder.module(call, filled, places=_places(call, *_WEIGHTS))
 
 
 def _layer_norm(call: _Call) -> fx.Node:
@@ -370,12 +521,14 @@ def _layer_norm(call: _Call) -> fx.Node:
     layer = nn.LayerNorm(
         list(weight.shape), eps=call.number_of("epsilon", 1e-5), bias=bias is not None, device="meta"
     )
-    return call.builder.module(call, _with(layer, weight=weight, bias=bias))
+    filled = _with(call, layer, weight=weight, bias=bias)
+    return call.builder.module(call, filled, places=_places(call, "weight", "bias"))
 
 
-def _linear(call: _Call, weight: Tensor, bias: Tensor | None) -> fx.Node:
+def _linear(call: _Call, weight: Tensor, bias: Tensor | None, places: dict[str, Place]) -> fx.Node:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    return call.builder.module(call, _with(layer, weight=weight.contiguous(), bias=bias))
+    filled = _with(call, layer, weight=weight.contiguous(), bias=bias)
+    return call.builder.module(call, filled, places=places)
 
 
 def _gemm(call: _Call) -> fx.Node:
@@ -383,18 +536,24 @@ def _gemm(call: _Call) -> fx.Node:
     alpha, beta = call.number_of("alpha", 1.0), call.number_of("beta", 1.0)
     if weight.dim() != 2 or call.integer("transA", 0):
         raise call.refused("with a turned first operand")
-    weight = alpha * (weight if call.integer("transB", 0) else weight.t())  # (O, I)
+    turned = not call.integer("transB", 0)
+    weight = weight.t() if turned else weight  # (O, I)
+    if alpha != 1:
+        call.builder.spend(weight.numel(), weight.element_size())
+        weight = alpha * weight
+    places = {"weight": Place(call.number, 1, turned, "" if alpha == 1 else "alpha")}
     if bias is not None:
         if bias.numel() not in (1, weight.shape[0]):
             raise call.refused("with a bias of another length")
-        bias = (beta * bias).flatten().expand(weight.shape[0])
-    return _linear(call, weight, bias)
+        bias = (bias if beta == 1 else beta * bias).flatten().expand(weight.shape[0])
+        places["bias"] = Place(call.number, 2, scale="" if beta == 1 else "beta")
+    return _linear(call, weight, bias, places)
 
 
 def _matmul(call: _Call) -> fx.Node:
     weight = call.operand(1)
     if isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point():
-        return _linear(call, weight.t(), None)
+        return _linear(call, weight.t(), None, {"weight": Place(call.number, 1, turned=True)})
     return call.builder.call(torch.matmul, call.node(0), call.node(1))
 
 
@@ -503,6 +662,44 @@ def _expanded(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
     return x.expand(torch.broadcast_shapes(x.shape, sizes))
 
 
+def _reshaped_by(x: Tensor, sizes: Tensor) -> Tensor:
+    return _reshaped(x, tuple(sizes.tolist()))
+
+
+def _expanded_by(x: Tensor, sizes: Tensor) -> Tensor:
+    return _expanded(x, tuple(sizes.tolist()))
+
+
+def _shape_of(x: Tensor, begin: int, end: int) -> Tensor:
+    # Where there are no numbers at all, as in a trial of the sizes, there still are those of a shape.
+    return torch.tensor(list(x.shape)[begin:end], device="cpu" if x.is_meta else x.device)
+
+
+def _full(sizes: Tensor, value: float, dtype: torch.dtype) -> Tensor:
+    shape = torch.Size(sizes.tolist())
+    if shape.numel() > _LONGEST:
+        raise ValueError("a constant that is made of sizes is too large")
+    return torch.full(shape, value, dtype=dtype, device=sizes.device)
+
+
+def _typed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype)
+
+
+def _float(x: Tensor) -> Tensor:
+    return x.float()
+
+
+def _quotient(x: Any, y: Any) -> Any:
+    # Integers are divided as in C.
+    whole = not any(isinstance(v, float) or (isinstance(v, Tensor) and v.is_floating_point()) for v in (x, y))
+    return torch.div(x, y, rounding_mode="trunc" if whole else None)
+
+
+def _gathered(x: Tensor, places: Tensor, axis: int) -> Tensor:
+    return x.index_select(axis, torch.where(places < 0, places + x.shape[axis], places).long())
+
+
 def _squeezed(x: Tensor, axes: tuple[int, ...]) -> Tensor:
     return x.squeeze(axes) if axes else x.squeeze()
 
@@ -518,6 +715,7 @@ def _binary(function: Callable[..., Any]) -> Callable[[_Call], Value]:
     def make(call: _Call) -> Value:
         first, second = call.operand(0), call.operand(1)
         if isinstance(first, Tensor) and isinstance(second, Tensor):
+            call.builder.spend(torch.broadcast_shapes(first.shape, second.shape).numel(), 8)
             return _checked(call, function(first, second))
         if function is operator.add and (merged := _bias(call, first, second)) is not None:
             return merged
@@ -536,13 +734,15 @@ def _scalar(value: Value, call: _Call, position: int) -> Any:
 
 def _bias(call: _Call, first: Value, second: Value) -> fx.Node | None:
     # A product and a sum are one linear layer, whose bias the exporter has taken out.
-    for node, other, name in ((first, second, call.names[0]), (second, first, call.names[1])):
+    for at, (node, other) in enumerate(((first, second), (second, first))):
         if not isinstance(node, fx.Node) or not isinstance(other, Tensor) or node.op != "call_module":
             continue
         layer = call.builder.root[str(node.target)]
         alone = isinstance(layer, nn.Linear) and layer._parameters["bias"] is None
-        if alone and call.builder.uses[name] == 1 and tuple(other.shape) == (layer.out_features,):
+        once = call.builder.uses[call.names[at]] == 1
+        if alone and once and tuple(other.shape) == (layer.out_features,):
             layer.bias = nn.Parameter(other.clone())
+            call.builder.places[f"{node.target}.bias"] = Place(call.number, 1 - at)
             return node
     return None
 
@@ -550,7 +750,10 @@ def _bias(call: _Call, first: Value, second: Value) -> fx.Node | None:
 def _unary(function: Callable[..., Any]) -> Callable[[_Call], Value]:
     def make(call: _Call) -> Value:
         value = call.operand(0)
-        return function(value) if isinstance(value, Tensor) else call.builder.call(function, call.node())
+        if isinstance(value, Tensor):
+            call.builder.spend(value.numel(), 8)
+            return function(value)
+        return call.builder.call(function, call.node())
 
     return make
 
@@ -593,12 +796,15 @@ def _dropout(call: _Call) -> Value:
 
 
 def _cast(call: _Call) -> Value:
-    value = call.operand(0)
-    if isinstance(value, Tensor) and call.integer("to", 0) in onnx._TYPES:
-        return value.to(onnx._TYPES[call.integer("to", 0)][0])
-    if call.integer("to", 0) != 1:
+    value, to = call.operand(0), call.integer("to", 0)
+    if isinstance(value, Tensor) and to in onnx.TYPES:
+        call.builder.spend(value.numel(), 8)
+        return value.to(onnx.TYPES[to][0])
+    if value in call.builder.whole and to in (6, 7, 9):
+        return call.builder.call(_typed, call.node(), onnx.TYPES[to][0])
+    if to != 1:
         raise call.refused("to another type than float32")
-    return value
+    return call.builder.call(_float, call.node()) if value in call.builder.whole else value
 
 
 def _mean(call: _Call) -> Value:
@@ -611,11 +817,14 @@ def _mean(call: _Call) -> Value:
 
 
 def _reshape(call: _Call) -> Value:
-    sizes = call.sizes(1)
+    sizes = call.lengths(1)
     value = call.operand(0)
+    if isinstance(sizes, fx.Node):
+        return call.builder.call(_reshaped_by, call.node(), sizes)
     if sizes is None or (call.integer("allowzero", 0) and 0 in sizes):
         raise call.refused("with such sizes")
     if isinstance(value, Tensor):
+        call.builder.spend(value.numel(), 8)
         return _reshaped(value, tuple(sizes))
     batch = call.builder.batch
     if batch and sizes and sizes[0] > 0 and sizes[0] % batch == 0:
@@ -640,15 +849,19 @@ def _concat(call: _Call) -> Value:
     axis = call.integer("axis", 0)
     constants = [value for value in call.operands if isinstance(value, Tensor)]
     if len(constants) == len(call.operands):
+        call.builder.spend(sum(value.numel() for value in constants), 8)
         return torch.cat(constants, axis)
     batch = call.builder.batch
+    nodes = []
     for position, value in enumerate(call.operands):
+        repeat = 0
         if isinstance(value, Tensor) and axis and value.dim() and len(value) == batch > 1:
             # A class token, repeated for the batch of the example.
             if not bool((value == value[:1]).all()):
                 raise call.refused("with a constant for each image of a batch")
-            call.operands[position] = value[:1]
-    return call.builder.call(_joined, [call.node(position) for position in range(len(call.operands))], axis)
+            call.operands[position], repeat = value[:1], batch
+        nodes.append(call.node(position, repeat))
+    return call.builder.call(_joined, nodes, axis)
 
 
 def _softmax(call: _Call) -> Value:
@@ -692,10 +905,40 @@ def _split(call: _Call) -> Value:
 
 
 def _expand(call: _Call) -> Value:
-    sizes = call.sizes(1)
+    sizes = call.lengths(1)
+    if isinstance(sizes, fx.Node):
+        return call.builder.call(_expanded_by, call.node(), sizes)
     if sizes is None:
         raise call.refused("without sizes")
     return call.builder.call(_expanded, call.node(), tuple(call.bounded(sizes)))
+
+
+def _shape(call: _Call) -> Value:
+    value, begin, end = call.operand(0), call.integer("start", 0), call.integer("end", 1 << 31)
+    if isinstance(value, Tensor):
+        return torch.tensor(list(value.shape)[begin:end], dtype=torch.int64)
+    return call.builder.call(_shape_of, call.node(), begin, end)
+
+
+def _constant_of_shape(call: _Call) -> Value:
+    sizes, given = call.lengths(0), call.tensor("value")
+    fill = given if given is not None else torch.zeros(1)
+    if sizes is None or fill.numel() != 1:
+        raise call.refused("with such constants")
+    if isinstance(sizes, fx.Node):
+        return call.builder.call(_full, sizes, fill.item(), fill.dtype)
+    count = torch.Size(call.bounded(sizes)).numel()
+    call.builder.spend(count, fill.element_size())
+    return torch.full(sizes, fill.item(), dtype=fill.dtype)
+
+
+def _where(call: _Call) -> Value:
+    values = [call.operand(position) for position in range(3)]
+    constants = [value for value in values if isinstance(value, Tensor)]
+    if len(constants) == 3:
+        call.builder.spend(torch.broadcast_shapes(*(value.shape for value in constants)).numel(), 8)
+        return torch.where(*constants)
+    return call.builder.call(torch.where, *(call.node(position) for position in range(3)))
 
 
 def _axes(call: _Call) -> tuple[int, ...]:
@@ -724,9 +967,12 @@ def _gather(call: _Call) -> Value:
     if index is None or index.is_floating_point() or index.dim() > 1:
         raise call.refused("with several axes of places")
     if isinstance(value, Tensor):
-        return value.index_select(axis, index.flatten()) if index.dim() else value.select(axis, int(index))
+        if not index.dim():
+            return value.select(axis, int(index))
+        call.builder.spend(value.numel() // max(value.shape[axis], 1) * len(index), value.element_size())
+        return _gathered(value, index, axis)
     if index.dim():
-        raise call.refused("with several places")
+        return call.builder.call(_gathered, call.node(), call.node(1), axis)
     return call.builder.call(torch.select, call.node(), axis, int(index))
 
 
@@ -738,10 +984,12 @@ _OPERATORS: dict[str, Callable[[_Call], Any]] = {
     "Clip": _clip,
     "Concat": _concat,
     "Constant": _constant,
+    "ConstantOfShape": _constant_of_shape,
     "Conv": _conv,
-    "Div": _binary(operator.truediv),
+    "Div": _binary(_quotient),
     "Dropout": _dropout,
     "Elu": lambda call: call.builder.module(call, nn.ELU(call.number_of("alpha", 1.0))),
+    "Equal": _binary(operator.eq),
     "Erf": _unary(torch.erf),
     "Expand": _expand,
     "Flatten": lambda call: call.builder.call(_flattened, call.node(), call.integer("axis", 1)),
@@ -762,6 +1010,7 @@ _OPERATORS: dict[str, Callable[[_Call], Any]] = {
     "ReduceMean": _mean,
     "Relu": _layer(nn.ReLU),
     "Reshape": _reshape,
+    "Shape": _shape,
     "Sigmoid": _layer(nn.Sigmoid),
     "Slice": _slice,
     "Softmax": _softmax,
@@ -772,4 +1021,10 @@ _OPERATORS: dict[str, Callable[[_Call], Any]] = {
     "Tanh": _layer(nn.Tanh),
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
+    "Where": _where,
 }
+# Of integers that are sizes these make integers that are sizes.
+_OF_SIZES = {
+    "Add", "Concat", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Identity", "Mul", "Reshape", "Slice",
+    "Squeeze", "Sub", "Unsqueeze", "Where",
+}  # fmt: skip

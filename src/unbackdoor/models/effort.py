@@ -1,0 +1,108 @@
+"""What a network of unknown origin would do with one image, counted before it is let do it.
+
+A graph from a file can ask for any amount of memory and time in a few bytes: a padding, a repetition, a
+product. It is run once on tensors that have sizes and no numbers, and what every operation would make is
+added up.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from unbackdoor.errors import UnsafeFile, UnsupportedModel
+
+# Bounds against nonsense, for one image: a ViT-H at 224 pixels needs 2e11 multiplications; of one layer of a
+# VGG at 512 pixels come 2e7 numbers.
+MAX_NUMBERS = 1 << 26  # of one operation
+MAX_TOTAL = 1 << 31  # of all operations
+MAX_WORK = 2e12  # multiplications
+_MAX_SIZES = 256  # integers that sizes are computed from; a shape has no more axes than 64
+
+
+def outputs_of(network: nn.Module, shape: tuple[int, int, int], where: Path | str) -> int:
+    """Return the number of outputs for an image, after counting what an image costs. Nothing is computed.
+
+    Args:
+        network: From images (B, C, H, W) to logits (B, K), in evaluation mode.
+        shape: (C, H, W).
+        where: File, for messages.
+
+    Raises:
+        UnsafeFile: If an image would take absurdly much memory or time.
+        UnsupportedModel: If the network does not take images of this size, or returns no logits.
+    """
+    # A few integers keep their numbers, because sizes may be computed from them.
+    state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    bare = {
+        name: t.detach().to("meta") if t.is_floating_point() or t.numel() > _MAX_SIZES else t
+        for name, t in state.items()
+    }
+    try:
+        with torch.no_grad(), _Count(where):
+            out = functional_call(network, bare, (torch.empty(1, *shape, device="meta"),))
+    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError, OverflowError) as error:
+        raise UnsupportedModel(
+            "the network does not take images of this size",
+            expected=f"(C, H, W) = {shape}",
+            got=f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}",
+            where=where,
+            remedy="Give the input size that the model was trained with",
+        ) from error
+    if not isinstance(out, Tensor) or out.dim() != 2 or len(out) != 1 or not out.is_floating_point():
+        raise UnsupportedModel(
+            "the network returns no logits",
+            expected="a tensor of shape (images, classes)",
+            got=f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__,
+            where=where,
+        )
+    return int(out.shape[1])
+
+
+class _Count(TorchDispatchMode):
+    def __init__(self, where: Path | str) -> None:
+        super().__init__()
+        self._where = where
+        self._numbers = 0
+        self._work = 0.0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        flat, tree = tree_flatten((args, kwargs or {}))
+        if any(isinstance(t, Tensor) and t.is_meta for t in flat):
+            flat = [t.to("meta") if isinstance(t, Tensor) else t for t in flat]
+        args, kwargs = tree_unflatten(flat, tree)
+        out = func(*args, **(kwargs or {}))
+        every = [t for t in (out if isinstance(out, tuple | list) else (out,)) if isinstance(t, Tensor)]
+        made = sum(t.numel() for t in every)
+        self._numbers += made
+        self._work += made * _times(func, args)
+        odd = any(not t.is_meta and t.numel() > _MAX_SIZES for t in every)
+        if odd or made > MAX_NUMBERS or self._numbers > MAX_TOTAL or self._work > MAX_WORK:
+            raise UnsafeFile(
+                "the network would take absurdly much memory or time for an image",
+                expected=f"at most {MAX_NUMBERS} numbers an operation, {MAX_TOTAL} in all, and "
+                f"{MAX_WORK:.0e} multiplications",
+                got=f"{made}, {self._numbers} and {self._work:.0e}",
+                where=self._where,
+            )
+        return out
+
+
+def _times(func: Any, args: tuple[Any, ...]) -> int:
+    # Multiplications for each number that an operation makes.
+    name = func.overloadpacket.__name__
+    if name == "convolution":
+        return int(args[1][0].numel()) if len(args[1]) else 1
+    if name in ("mm", "bmm", "addmm", "baddbmm"):
+        return int(args[-1].shape[-2])
+    if "pool2d" in name and len(args) > 1 and isinstance(args[1], list | tuple):
+        return int(torch.Size(args[1]).numel())
+    return 1

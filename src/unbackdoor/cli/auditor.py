@@ -343,9 +343,9 @@ def new_output(out: Path, *, force: bool, never: Path, beside: Sequence[Path | N
     Raises:
         InputError: If a file exists, stands twice or is the original, or the folder cannot be written.
     """
-    from unbackdoor.audit.outputs import CHECKPOINTS
+    from unbackdoor.audit.outputs import CHECKPOINTS, ONNX
 
-    if out.suffix not in CHECKPOINTS:
+    if out.suffix not in (*CHECKPOINTS, ONNX):
         out = options.new_file(out, force=force, beside=(".json",), never=never)
     elif out.resolve() == never.resolve():
         raise InputError(
@@ -355,6 +355,16 @@ def new_output(out: Path, *, force: bool, never: Path, beside: Sequence[Path | N
     files = (out, out.with_suffix(".json"), *(path for path in beside if path is not None))
     options.require_writable(files, force=force, inputs=kept)
     return out
+
+
+def like_its_source(out: Path, source: Path, architecture: str | None) -> Path:
+    """Return the output, with the suffix of ONNX where it has none and the original is the graph of a file."""
+    from unbackdoor.audit.outputs import ONNX, SUFFIXES
+    from unbackdoor.models.state import sniff
+
+    if out.suffix in SUFFIXES or architecture is not None or not source.exists() or sniff(source) != "onnx":
+        return out
+    return out.with_name(out.name + ONNX)
 
 
 def report_files(folder: Path | None) -> tuple[Path, ...]:
@@ -367,11 +377,13 @@ def write_repair(case: Case, done: Purification, out: Path, patch: Path | None) 
 
     The card is the last file written, so that a card without its weights never exists.
     """
-    from unbackdoor.audit.outputs import SAFETENSORS, write_weights
+    from unbackdoor.audit.outputs import ONNX, SAFETENSORS, write_weights
     from unbackdoor.audit.patches import make_patch, write_patch
     from unbackdoor.audit.records import purification_json
     from unbackdoor.files import sha256_file, write_json
     from unbackdoor.models import save_model
+    from unbackdoor.models.formats.onnx_write import write_graph
+    from unbackdoor.models.state import read_state
 
     record = {
         "model": str(out),
@@ -396,10 +408,16 @@ def write_repair(case: Case, done: Purification, out: Path, patch: Path | None) 
     }
     if out.suffix == SAFETENSORS:
         save_model(done.model, out, history=[*options.history_of(case.source), step])
+    elif case.opened.places is not None:
+        states = (m.network.state_dict() for m in (case.opened.model, done.model))
+        write_graph(out, case.source, case.opened.places, *states)
     else:
         write_weights(out, file_state(case, done.model))
     if patch is not None:
-        before, after = (file_state(case, m) for m in (case.opened.model, done.model))
+        if out.suffix == ONNX:  # under the names of the file, of which several tensors may be one
+            before, after = (read_state(file) for file in (case.source, out))
+        else:
+            before, after = (file_state(case, m) for m in (case.opened.model, done.model))
         write_patch(patch, make_patch(before, after, {"method": method, "source": case.source.name}))
         record["patch"] = str(patch)
     if out.suffix != SAFETENSORS:

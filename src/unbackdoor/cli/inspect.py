@@ -77,20 +77,31 @@ def _show(found: Inspection, *, everything: bool) -> None:
     )
     if len(rows) < len(found.tensors):
         say(f"and {len(found.tensors) - len(rows)} more; --tensors lists all")
+    _show_graph(found)
     _show_guesses(found)
 
 
+def _show_graph(found: Inspection) -> None:
+    if found.graph is None:
+        return
+    opens = "opens as it is" if found.graph.problem is None else f"does not open: {plain(found.graph.problem)}"
+    say(f"Graph: {found.graph.operators} operators, {opens}")
+
+
 def _show_guesses(found: Inspection) -> None:
-    for candidate in found.candidates[:_SHOWN]:
+    by_graph = found.graph is not None and found.graph.problem is None
+    for candidate in [c for c in found.candidates if c.fits or not by_graph][:_SHOWN]:
         fits = "fits" if candidate.fits else "is near"
         classes = f", {candidate.classes} classes" if candidate.classes else ""
         say(
             f"Architecture: {candidate.spec} {fits}{classes}"
             + (f" ({candidate.note})" if candidate.note else "")
         )
-    if not found.candidates:
+    if not found.candidates and not by_graph:
         say("Architecture: none that is known fits; name it with --architecture")
-    if found.channels:
+    if found.graph is not None and found.graph.input_shape is not None:
+        say("Input: " + " x ".join(map(str, found.graph.input_shape)))
+    elif found.channels:
         say(f"Input: {found.channels} colour channels")
     if found.normalisation is not None:
         mean, std = (

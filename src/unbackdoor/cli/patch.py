@@ -76,7 +76,7 @@ def _use(model: Path, patch_file: Path, out: Path, direction: Any, force: bool, 
     options.require_writable((out,), force=force, inputs=(options.existing_model(model), patch_file))
     change = read_patch(patch_file)
     state = use_patch(change, _state(model), direction)
-    write_weights(out, state)
+    write_weights(out, state, source=options.existing_model(model))
     digest = change.after if direction == "apply" else change.before
     if as_json:
         emit({"model": str(out), "direction": direction, "sha256": digest, "facts": dict(change.facts)})

@@ -35,7 +35,7 @@ def purify(
         Path,
         typer.Option(
             help="Weights file of the repaired model: .safetensors with a card, or .pt, .pth, .th, .tar with "
-            "the names of the original.",
+            "the names of the original; .onnx where the original is ONNX.",
             show_default=False,
             rich_help_panel="Output",
         ),
@@ -108,6 +108,7 @@ def purify(
     how well the model still does its task, and what recovered triggers (--trigger) still do. Where the attack
     is on record, unbackdoor evaluate measures the rest.
     """
+    from unbackdoor.audit.outputs import require_kind
     from unbackdoor.audit.purifying import PromiseBroken
     from unbackdoor.audit.purifying import purify as repair
     from unbackdoor.registry import DEFENSES
@@ -117,6 +118,7 @@ def purify(
             "the option --max-accuracy-drop", [f"expected points in 0..100, got {max_accuracy_drop}"]
         )
     source = options.existing_model(model)
+    out = auditor.like_its_source(out, source, architecture)
     out = auditor.new_output(out, force=force, never=source, beside=(patch, *auditor.report_files(report)))
     part = DEFENSES[method]
     config = part.configure_text(options.pairs(settings or [], "--set"), preset=preset)
@@ -139,6 +141,7 @@ def purify(
         case = auditor.open_case(source, told, run, display, quiet=quiet)
         assert case.images is not None  # --data is required
         victim = case.opened.model
+        require_kind(out, source, graph=case.opened.places is not None)
         try:
             done = repair(
                 victim,

@@ -14,9 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from unbackdoor.errors import InputError, UnsafeFile, UnsupportedModel
+from unbackdoor.errors import InputError, UnbackdoorError, UnsafeFile, UnsupportedModel
 from unbackdoor.files import sha256_file
 from unbackdoor.models.card import read_card
+from unbackdoor.models.formats.onnx_graph import describe_graph, import_graph
 from unbackdoor.models.formats.states import Fact
 from unbackdoor.models.state import Contents, read_contents
 from unbackdoor.types import Progress, silent
@@ -90,6 +91,23 @@ class Normalisation:
 
 
 @dataclass(frozen=True)
+class GraphFact:
+    """The graph of an ONNX file.
+
+    Attributes:
+        operators: Number of operators.
+        unknown: Kinds of operators that are not imported.
+        input_shape: (C, H, W) as the file states it, or None.
+        problem: Why no network can be made of it, or None where one can.
+    """
+
+    operators: int
+    unknown: tuple[str, ...]
+    input_shape: tuple[int, ...] | None
+    problem: str | None
+
+
+@dataclass(frozen=True)
 class Inspection:
     """What a file of weights is.
 
@@ -110,6 +128,7 @@ class Inspection:
         prefix: What stood before every name and was taken off.
         notes: Remarks in words.
         problem: Why its tensors cannot be read, or None.
+        graph: The graph of an ONNX file, of which a network is made as it is; None for other formats.
     """
 
     path: str
@@ -128,6 +147,7 @@ class Inspection:
     prefix: str = ""
     notes: tuple[str, ...] = ()
     problem: str | None = None
+    graph: GraphFact | None = None
 
     @property
     def executes(self) -> bool:
@@ -199,6 +219,7 @@ def inspect(path: Path | str, progress: Progress = silent) -> Inspection:
         prefix=contents.prefix,
         notes=contents.notes,
         problem=str(contents.problem) if contents.problem is not None else None,
+        graph=_graph(path) if contents.format == "onnx" else None,
     )
     for _ in steps:
         pass
@@ -220,6 +241,19 @@ def _loading(contents: Contents) -> Loading:
     if contents.problem is not None:
         return "undecided"
     return "known classes" if dangers else "no code"
+
+
+def _graph(path: Path) -> GraphFact | None:
+    try:
+        told = describe_graph(path)
+    except UnbackdoorError:
+        return None  # the tensors cannot be read either, and say so
+    problem = None
+    try:
+        import_graph(path)
+    except UnbackdoorError as error:
+        problem = str(error)
+    return GraphFact(told.operators, told.unknown, told.input_shape, problem)
 
 
 def _facts(state: Mapping[str, Tensor]) -> Iterable[TensorFact]:

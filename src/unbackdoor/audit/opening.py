@@ -87,9 +87,10 @@ def open_model(
 
     Args:
         path: File of weights, with or without a card of this package beside it.
-        arch: Architecture; None is the graph of an ONNX file, else a guess from the tensors. Such as ``resnet18``, ``timm:NAME``, ``torchvision:NAME``, ``hf:FOLDER`` or
-            ``FILE.py:CALLABLE``, which runs that code. Options of our own families that are not typed are read
-            off the tensors.
+        arch: Architecture, such as ``resnet18``, ``timm:NAME``, ``torchvision:NAME``, ``hf:FOLDER`` or
+            ``FILE.py:CALLABLE``, which runs that code; None takes the graph of an ONNX file, and guesses it
+            from the tensors of others. Options of our own families that are not typed are read off the
+            tensors.
         images: Clean images, at best labelled, or where to load them from. Without any, an architecture or a
             normalisation that the file does not show is assumed, and the story warns of it.
         class_names: K names, in logit order.
@@ -474,7 +475,8 @@ def _require_separate(network: nn.Module, shape: Shape, path: Path) -> None:
         same = both.shape[1:] == alone.shape[1:] and torch.allclose(both[1:], alone, rtol=1e-3, atol=1e-3)
         got = "answers that depend on the other images"
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        same, got = False, f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
+        words = (str(error).strip() or "no message").splitlines()[0][:200]
+        same, got = False, f"{type(error).__name__}: {words}"
     if not same:
         raise UnsupportedModel(
             "the graph does not take one image as well as two",

@@ -1,4 +1,4 @@
-"""Weights in the format that was asked for: safetensors, a plain checkpoint, or the ONNX file they came in."""
+"""Weights in the format that was asked for: safetensors, a checkpoint, or the ONNX that they came in."""
 
 from __future__ import annotations
 

@@ -358,7 +358,7 @@ def new_output(out: Path, *, force: bool, never: Path, beside: Sequence[Path | N
 
 
 def like_its_source(out: Path, source: Path, architecture: str | None) -> Path:
-    """Return the output, with the suffix of ONNX where it has none and the original is the graph of a file."""
+    """Return the output, with the suffix of ONNX where it has none and the original is an ONNX graph."""
     from unbackdoor.audit.outputs import ONNX, SUFFIXES
     from unbackdoor.models.state import sniff
 

@@ -84,7 +84,8 @@ def _show(found: Inspection, *, everything: bool) -> None:
 def _show_graph(found: Inspection) -> None:
     if found.graph is None:
         return
-    opens = "opens as it is" if found.graph.problem is None else f"does not open: {plain(found.graph.problem)}"
+    problem = found.graph.problem
+    opens = "opens as it is" if problem is None else f"does not open: {plain(problem)}"
     say(f"Graph: {found.graph.operators} operators, {opens}")
 
 

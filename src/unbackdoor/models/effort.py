@@ -67,7 +67,7 @@ def outputs_of(network: nn.Module, shape: tuple[int, int, int], where: Path | st
 
 class _Count(TorchDispatchMode):
     def __init__(self, where: Path | str) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._where = where
         self._numbers = 0
         self._work = 0.0

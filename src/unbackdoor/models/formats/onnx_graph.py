@@ -752,7 +752,7 @@ def _unary(function: Callable[..., Any]) -> Callable[[_Call], Value]:
         value = call.operand(0)
         if isinstance(value, Tensor):
             call.builder.spend(value.numel(), 8)
-            return function(value)
+            return _checked(call, function(value))
         return call.builder.call(function, call.node())
 
     return make
@@ -937,7 +937,7 @@ def _where(call: _Call) -> Value:
     constants = [value for value in values if isinstance(value, Tensor)]
     if len(constants) == 3:
         call.builder.spend(torch.broadcast_shapes(*(value.shape for value in constants)).numel(), 8)
-        return torch.where(*constants)
+        return torch.where(constants[0], constants[1], constants[2])
     return call.builder.call(torch.where, *(call.node(position) for position in range(3)))
 
 
@@ -1025,6 +1025,6 @@ _OPERATORS: dict[str, Callable[[_Call], Any]] = {
 }
 # Of integers that are sizes these make integers that are sizes.
 _OF_SIZES = {
-    "Add", "Concat", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Identity", "Mul", "Reshape", "Slice",
-    "Squeeze", "Sub", "Unsqueeze", "Where",
+    "Add", "Concat", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Identity", "Mul", "Reshape",
+    "Slice", "Squeeze", "Sub", "Unsqueeze", "Where",
 }  # fmt: skip

@@ -71,33 +71,18 @@ def write_graph(
     if wanted.keys() != before.keys() or any(wanted[n].shape != t.shape for n, t in before.items()):
         odd = sorted(n for n in wanted.keys() | before.keys() if n not in wanted or n not in before)[:3]
         raise InputError("the repaired model has other tensors than the file", got=odd, where=source)
+    changed = [
+        name
+        for name, tensor in wanted.items()
+        if not name.endswith(_COUNTER) and not torch.equal(tensor, before[name].cpu())
+    ]
+    if odd := [name for name in changed if name not in places]:
+        raise InputError("a changed tensor has no place in the file", where=f"{source}, {short(odd[0])}")
     model = onnx.parse(source)
-    graph = model.graph
-    uses: dict[str, int] = {}
-    for name in [name for node in graph.node for name in node.input] + [v.name for v in graph.output]:
-        uses[name] = uses.get(name, 0) + 1
-    held = {message.name: message for message in graph.initializer}
-    taken = {*held, *uses, *(name for node in graph.node for name in node.output)}
-    for name, tensor in wanted.items():
-        if name.endswith(_COUNTER) or torch.equal(tensor, before[name].cpu()):
-            continue
-        if name not in places:
-            raise InputError("a changed tensor has no place in the file", where=f"{source}, {short(name)}")
-        place = places[name]
-        node = graph.node[place.node]
-        operand = node.input[place.position]
-        message = held.get(operand)
-        shape = None if message is None else tuple(message.dims)
-        value = _as_in_file(tensor, place, shape)
-        _unscale(node, place)
-        if message is None or uses[operand] != 1 or tuple(value.shape) != shape:
-            fresh = name
-            while fresh in taken:
-                fresh += "_"
-            taken.add(fresh)
-            message = graph.initializer.add(name=fresh)
-            node.input[place.position] = fresh
-        _fill(message, value)
+    operands = _Operands(model.graph, places)
+    # Last those that go by the name of a weight: whoever shares it has a weight of its own by then.
+    for name in sorted(changed, key=lambda name: operands.of(name) == name):
+        operands.put(name, wanted)
     asked = {(place.node, place.position): wanted[name] for name, place in places.items()}
 
     def check(draft: Path) -> None:
@@ -130,6 +115,46 @@ def write_initializers(path: Path, source: Path, state: Mapping[str, Tensor]) ->
             raise IntegrityError("the file that was written does not hold the weights", where=path)
 
     _store(path, source, model, check)
+
+
+class _Operands:
+    """The operands of a graph that are weights of the network."""
+
+    def __init__(self, graph: Any, places: Mapping[str, Place]) -> None:
+        self._graph = graph
+        self._places = places
+        self._held = {message.name: message for message in graph.initializer}
+        self._uses: dict[str, int] = {}
+        for name in [name for node in graph.node for name in node.input] + [v.name for v in graph.output]:
+            self._uses[name] = self._uses.get(name, 0) + 1
+        self._taken = {*self._held, *self._uses, *(name for node in graph.node for name in node.output)}
+
+    def of(self, name: str) -> str:
+        """Return the name of the value that stands where a tensor of the network does."""
+        place = self._places[name]
+        return str(self._graph.node[place.node].input[place.position])
+
+    def put(self, name: str, state: Mapping[str, Tensor]) -> None:
+        """Let the operator of a tensor have its value, and no other operator."""
+        place, operand = self._places[name], self.of(name)
+        if operand == name and self._uses[name] > 1:
+            for other in self._places:
+                if other != name and self.of(other) == operand:
+                    self.put(other, state)
+        node, message = self._graph.node[place.node], self._held.get(operand)
+        shape = None if message is None else tuple(message.dims)
+        value = _as_in_file(state[name], place, shape)
+        _unscale(node, place)
+        if message is None or self._uses[operand] > 1 or tuple(value.shape) != shape:
+            fresh = name
+            while fresh in self._taken:
+                fresh += "_"
+            self._taken.add(fresh)
+            self._uses[operand] -= 1
+            self._uses[fresh] = 1
+            message = self._held[fresh] = self._graph.initializer.add(name=fresh)
+            node.input[place.position] = fresh
+        _fill(message, value)
 
 
 def _as_in_file(tensor: Tensor, place: Place, shape: tuple[int, ...] | None) -> Tensor:

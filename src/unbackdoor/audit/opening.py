@@ -206,6 +206,8 @@ def _bare(
         except _GraphUnknown as error:
             graph = error.__cause__
             assert isinstance(graph, UnsupportedModel)
+            if contents.problem is not None:
+                raise graph from None
             try:
                 return _by_names(path, contents.state(path), given, images, run, progress)
             except UnsupportedModel:

@@ -279,11 +279,12 @@ class _Builder:
         module.graph.eliminate_dead_code()
         module.delete_all_unused_submodules()
         module.recompile()
+        kept = module.state_dict().keys()
         module.meta.update(
             input_shape=shape,
             channels=_channels(inputs[0]) if shape is None else shape[0],
             notes=tuple(self.notes),
-            places={name: place for name, place in self.places.items() if name in module.state_dict()},
+            places={name: place for name, place in self.places.items() if name in kept},
         )
         return module.eval()
 

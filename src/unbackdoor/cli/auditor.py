@@ -413,15 +413,21 @@ def write_repair(case: Case, done: Purification, out: Path, patch: Path | None) 
         write_graph(out, case.source, case.opened.places, *states)
     else:
         write_weights(out, file_state(case, done.model))
+    failed = None
     if patch is not None:
         if out.suffix == ONNX:  # under the names of the file, of which several tensors may be one
             before, after = (read_state(file) for file in (case.source, out))
         else:
             before, after = (file_state(case, m) for m in (case.opened.model, done.model))
-        write_patch(patch, make_patch(before, after, {"method": method, "source": case.source.name}))
-        record["patch"] = str(patch)
+        try:
+            write_patch(patch, make_patch(before, after, {"method": method, "source": case.source.name}))
+            record["patch"] = str(patch)
+        except InputError as error:
+            failed = error  # the repair is whole without it
     if out.suffix != SAFETENSORS:
         write_json(out.with_suffix(".json"), {**record, "file_sha256": sha256_file(out)})
+    if failed is not None:
+        raise InputError(f"the repaired model was written, the patch was not: {failed}") from failed
     return record
 
 

@@ -164,6 +164,14 @@ def test_rounds_take_the_classes_in_turns_and_end_at_the_last_image() -> None:
     assert found.trials[-1].total >= ROUNDS[0][0]
 
 
+def test_hundreds_of_trials_are_glanced_at_first() -> None:
+    right = usual(1)[2]
+    variants = {f"wrong {k}": Brightness(usual(1)[0]) for k in range(40)} | {"right": Brightness(right)}
+    found = infer(variants, images(200), run(), conventions=[right, *usual(1)[3:]])
+    assert (found.best.variant, found.best.accuracy) == ("right", 1)
+    assert found.trials[-1].total < ROUNDS[0][0]
+
+
 def test_the_networks_are_left_as_they_were_and_the_draw_is_seeded() -> None:
     net = Brightness(usual(1)[0]).train()
     first = infer({"net": net}, images(120), run())

@@ -154,6 +154,14 @@ def test_where_several_entries_hold_tensors_none_is_chosen(tmp_path: Path) -> No
     contents = read_contents(save(content, tmp_path / "m.pt", "zip"))
     assert isinstance(contents.problem, InputError)
     assert any("'student'" in note or "student" in note for note in contents.notes)
+    assert "several state dicts" in str(contents.problem)
+    assert "student" in str(contents.problem)
+
+
+def test_a_state_dict_in_a_list(tmp_path: Path) -> None:
+    contents = read_contents(save(({"a": torch.ones(1)}, 7), tmp_path / "m.pt", "zip"))
+    assert list(contents.state()) == ["a"]
+    assert any("under 0" in note for note in contents.notes)
 
 
 def test_every_key_of_a_state_dict_counts_for_a_prefix(tmp_path: Path) -> None:

@@ -114,6 +114,54 @@ def test_other_implementations_of_the_same_network(
     assert any("translated" in line for line in adapted.story())
 
 
+@pytest.mark.parametrize(
+    ("body", "head"),
+    [
+        ("features.", "classifier.fc."),  # TrojanZoo
+        ("backbone.", "head.fc."),  # MMPretrain
+        ("_model.features.", "_model.classifier.fc."),
+        ("encoder.", "fc."),
+    ],
+)
+def test_a_prefix_of_the_body_alone(body: str, head: str) -> None:
+    own = values("resnet18[width=4]")
+    theirs = {(head + n[3:] if n.startswith("fc.") else body + n): t for n, t in own.items()}
+    assert nearest(theirs)[0].spec == "resnet18[width=4]"
+    adapted = adapt(theirs, shapes("resnet18[width=4]"))
+    assert adapted.fits
+    assert all(torch.equal(adapted.state[n], own[n]) for n in own)
+    assert all(torch.equal(theirs[old], own[new]) for new, old in adapted.renamed.items())
+
+
+def test_what_belongs_to_the_training_is_left_out_and_told() -> None:
+    own = values("small_cnn[width=4]")
+    averaged = {"n_averaged": torch.tensor(7)} | {f"module.{name}": tensor for name, tensor in own.items()}
+    with_loss = {"model." + name: tensor for name, tensor in own.items()} | {
+        "criterion.weight": torch.ones(7)
+    }
+    for theirs, name in ((averaged, "n_averaged"), (with_loss, "criterion.weight")):
+        assert nearest(theirs)[0].spec == "small_cnn[width=4]"
+        adapted = adapt(theirs, shapes("small_cnn[width=4]"))
+        assert adapted.fits
+        assert list(adapted.dropped) == [name]
+        assert any("belongs to the training" in line for line in adapted.story())
+    # Where the network itself has such a tensor, it is the network's.
+    assert adapt(with_loss, with_loss).dropped == {}
+
+
+def test_masks_of_channels_are_multiplied_in() -> None:
+    own = values("small_cnn[width=4]")
+    mask = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    theirs = own | {"bn1.neuron_mask": mask, "bn1.neuron_noise": torch.rand(4)}
+    assert nearest(theirs)[0].spec == "small_cnn[width=4]"
+    adapted = adapt(theirs, shapes("small_cnn[width=4]"))
+    assert adapted.fits
+    assert adapted.folded == ("bn1.weight",)
+    assert torch.equal(adapted.state["bn1.weight"], own["bn1.weight"] * mask)
+    assert torch.equal(adapted.state["bn1.bias"], own["bn1.bias"])
+    assert adapt(theirs, theirs).folded == ()
+
+
 def test_a_head_of_another_shape_is_not_renamed_away() -> None:
     theirs = renamed(values("resnet18[width=4]"), *KUANGLIU)
     theirs["linear.weight"] = torch.zeros(7, 31)
@@ -146,12 +194,25 @@ def test_what_nearly_fits_is_named_and_what_is_nothing_is_not() -> None:
             "features.0.weight": (64, 3, 3, 3), "features.12.expand3x3.weight": (256, 64, 3, 3),
             "classifier.1.weight": (43, 512, 1, 1),
         }),
+        ("torchvision:wide_resnet50_2", {
+            "conv1.weight": (64, 3, 7, 7), "layer1.0.conv2.weight": (128, 128, 3, 3),
+            "layer3.5.conv2.weight": (512, 512, 3, 3), "fc.weight": (43, 2048),
+        }),
     ],
 )  # fmt: skip
 def test_networks_of_libraries_are_known_by_a_few_tensors(spec: str, signature: dict[str, Any]) -> None:
     found = nearest({name: torch.empty(shape, device="meta") for name, shape in signature.items()})
     assert [(c.spec, c.fits, c.classes) for c in found] == [(spec, True, 43)]
     assert "extra zoo" in found[0].note
+
+
+def test_the_deeper_network_of_a_family_is_not_taken_for_the_shallower_one() -> None:
+    wide = {
+        "conv1.weight": (64, 3, 7, 7), "layer1.0.conv2.weight": (128, 128, 3, 3),
+        "layer3.5.conv2.weight": (512, 512, 3, 3), "layer3.6.conv2.weight": (512, 512, 3, 3),
+        "fc.weight": (43, 2048),
+    }  # fmt: skip
+    assert nearest({name: torch.empty(shape, device="meta") for name, shape in wide.items()}) == []
 
 
 def test_unseen_options_are_left_open() -> None:
@@ -235,6 +296,16 @@ def test_a_global_average_before_the_head() -> None:
     assert found[0].spec == "sequential_cnn[features=c8-b-a-m-c16-b-a-m,classifier=l,side=1]"
     assert found[0].side is None
     assert all(chain.side is None for chain in found)
+
+
+def test_a_network_that_averages_before_its_layers_takes_images_of_any_size() -> None:
+    # torchvision's VGG-11 with narrow layers: five poolings, then an average of 7 x 7.
+    tokens = "c4-a-m-c4-a-m-c4-a-c4-a-m-c4-a-c4-a-m-c4-a-c4-a-m"
+    spec = f"sequential_cnn[features={tokens},classifier=l16-a-d-l16-a-d-l,side=7]"
+    state = shapes(spec)
+    for side in (None, 32, 224):
+        best = nearest(state, side=side)[0]
+        assert (best.spec, best.fits, best.side) == (canonical(spec), True, None)
 
 
 def test_networks_with_skips_are_no_chains() -> None:

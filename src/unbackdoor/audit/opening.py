@@ -427,6 +427,11 @@ def _filled(
     specs: tuple[str, ...], state: Mapping[str, Tensor], shape: tuple[int, int, int], classes: int, path: Path
 ) -> dict[str, Filled]:
     """Return the variants that can be built for this shape."""
+    if len(specs) > 1:
+        # Once for all of them, so that they share their memory: several are of our own families, in float32.
+        state = {
+            name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()
+        }
     out: dict[str, Filled] = {}
     failure: UnsupportedModel | None = None
     for spec in specs:

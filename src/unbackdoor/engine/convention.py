@@ -33,6 +33,8 @@ from unbackdoor.types import Images
 
 # (images, how many of the best go on to the next round). Every round adds images to those of the last.
 ROUNDS = ((32, 24), (64, 12), (128, 6), (256, 4), (500, 4))
+# Before them where there are hundreds of trials, most of which a glance rules out.
+_GLANCE = (8, 96)
 _LARGE, _LARGE_ROUNDS = 96 * 96, 3  # pixels of an image beyond which fewer rounds must do
 LEVEL = 0.05  # of the sign test that tells two trials apart
 _Z = 2.326  # normal quantile of the test of losses, 1 %, because several are held against the lowest
@@ -196,7 +198,8 @@ def infer(
     close = [convention for convention in tried if convention in _RGB + _GREY]
     favourite = prefer or (min(close, key=lambda c: _distance(c, images)) if close else None)
     small = images.shape[1] * images.shape[2] <= _LARGE
-    for size, kept in ROUNDS if small else ROUNDS[:_LARGE_ROUNDS]:
+    rounds = ROUNDS if small else ROUNDS[:_LARGE_ROUNDS]
+    for size, kept in rounds if len(alive) <= _GLANCE[1] else (_GLANCE, *rounds):
         part, seen = judged.subset(rows[done:size]), judged.subset(rows[:size])
         for pair in run.progress(alive, f"trying conventions on {len(seen)} images"):
             new = _logits(variants[pair[0]], pair[1], part, run)

@@ -2,12 +2,15 @@
 
 What is done, in this order, and nothing else:
 
-1. ``X_orig`` and ``X_mask`` of ``torch.nn.utils.prune`` become their product ``X``.
-2. A mean and a deviation stored by a normalising layer inside the model (``normalize.mean``) are taken out;
+1. ``X_orig`` and ``X_mask`` of ``torch.nn.utils.prune`` become their product ``X``; so do the weight of a
+   norm and the ``neuron_mask`` that pruning defenses (ANP, RNP) put beside it.
+2. What belongs to the training is left out: the weights of a loss, the counter of an averaged model.
+3. A mean and a deviation stored by a normalising layer inside the model (``normalize.mean``) are taken out;
    where they look like a normalisation of pixels they are reported as one.
-3. A prefix that stands before all remaining names is taken off where the names then fit.
-4. ``num_batches_tracked``, which old checkpoints lack and which no result depends on, is filled in.
-5. Names that the network does not have are renamed, one to one and only between equal shapes: first by known
+4. A prefix that stands before all remaining names, or before all but the head's (``backbone.``), is taken off
+   where the names then fit.
+5. ``num_batches_tracked``, which old checkpoints lack and which no result depends on, is filled in.
+6. Names that the network does not have are renamed, one to one and only between equal shapes: first by known
    synonyms (``shortcut`` and ``downsample``, ``block1.layer.0`` and ``layer1.0``), then the head, whatever it
    is called, if it is the last linear layer of both. A plain chain (``sequential_cnn``) is renamed in order.
 
@@ -17,7 +20,7 @@ If names are left over after that, nothing is loaded: the difference is reported
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -41,6 +44,10 @@ _SYNONYMS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"^(bn_final|bn_last|norm|bn1|final_bn)\.(?=[a-z_]+$)", "bn."),
     )
 )
+# Per channel, beside the weight of a norm; the noise of the same defenses is only there while they search.
+_CHANNEL_MASK = "neuron_mask"
+_BESIDE_MASK = (_CHANNEL_MASK, "neuron_noise", "neuron_noise_bias")
+_TRAINING = re.compile(r"^(.*\.)?(criterion|loss(es|_fn|_func)?|attacker)\.|^n_averaged$")
 _STATISTICS = re.compile(r"(?:^|.*[._])(?P<word>means?|mu|stds?|sigma|deviation)(?:_?tensor)?", re.IGNORECASE)
 
 
@@ -121,17 +128,18 @@ def adapt(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, in_order
         wanted: Tensors of the network by its names; only their shapes are looked at.
         in_order: Whether the network is a plain chain, whose layers may be matched by their order.
     """
-    held, folded = fold_masks(state)
-    held, dropped, mean, std = take_normalisation(held, wanted)
-    plain = _translate(held, wanted, in_order)
-    prefix = _common_prefix(held)
-    if plain[2] and prefix:
-        stripped = {name.removeprefix(prefix): tensor for name, tensor in held.items()}
+    held, folded = fold_masks(state, wanted)
+    held, training = leave_training(held, wanted)
+    held, pixels, mean, std = take_normalisation(held, wanted)
+    best = _translate(held, wanted, in_order)
+    for shorter in _shortened(held) if best[2] else ():
+        stripped = {new: held[old] for new, old in shorter.items()}
         other = _translate(stripped, wanted, in_order)
-        if other[2].matching > plain[2].matching:
-            renamed = {new: prefix + other[1].get(new, new) for new in other[0]}
-            plain = (other[0], renamed, other[2])
-    translated, renamed, difference = plain
+        if other[2].matching > best[2].matching:
+            renamed = {new: shorter[other[1].get(new, new)] for new in other[0]}
+            best = (other[0], {new: old for new, old in renamed.items() if new != old}, other[2])
+    translated, renamed, difference = best
+    dropped = training | pixels
     filled = tuple(name for name in difference.missing if name.rpartition(".")[2] == TRACKED)
     for name in filled:
         translated[name] = torch.zeros((), dtype=torch.int64)
@@ -158,19 +166,40 @@ def form(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)}{kind}"
 
 
-def fold_masks(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Return the tensors with every ``X_orig`` and ``X_mask`` replaced by their product, and those names."""
+def fold_masks(
+    state: Mapping[str, Tensor], wanted: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Return the tensors with masks and what they mask replaced by their product, and those names."""
     out: dict[str, Tensor] = {}
     folded = []
+    masks = {name for name in state if wanted is None or name not in wanted}  # not the network's own
     for name, tensor in state.items():
+        owner, _, last = name.rpartition(".")
+        beside = f"{owner}.{_CHANNEL_MASK}"
+        if beside in masks and last == "weight" and state[beside].shape == tensor.shape:
+            out[name] = tensor * state[beside].to(tensor.dtype)
+            folded.append(name)
+            continue
+        if beside in masks and last in _BESIDE_MASK:
+            continue
         stem = name.removesuffix("_orig")
-        mask = state.get(f"{stem}_mask")
+        mask = state.get(f"{stem}_mask") if name in masks else None
         if stem != name and mask is not None and mask.shape == tensor.shape:
             out[stem] = tensor * mask.to(tensor.dtype)
             folded.append(stem)
-        elif not (name.endswith("_mask") and f"{name.removesuffix('_mask')}_orig" in state):
+        elif not (name in masks and name.endswith("_mask") and f"{name.removesuffix('_mask')}_orig" in state):
             out[name] = tensor
     return out, tuple(folded)
+
+
+def leave_training(
+    state: Mapping[str, Tensor], wanted: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors without those that only the training has, and the names left out with the reason."""
+    out = {n: t for n, t in state.items() if (wanted is not None and n in wanted) or not _TRAINING.search(n)}
+    reason = "it belongs to the training and not to the network"
+    # A file of nothing else is not one of these.
+    return (out, {n: reason for n in state if n not in out}) if out else (dict(state), {})
 
 
 def take_normalisation(
@@ -297,7 +326,30 @@ def head_of(tensors: Mapping[str, Tensor]) -> str | None:
     return known[0] if len(known) == 1 else None
 
 
-def _common_prefix(state: Mapping[str, Tensor]) -> str:
+def without_body_prefix(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return shorter names with what they stand for, where all but the head stands under one prefix.
+
+    Empty where there is no such prefix, or the names would collide.
+    """
+    head = head_of(state)
+    body = [name for name in state if head is not None and not name.startswith(f"{head}.")]
+    prefix = _common_prefix(body)
+    shorter = {name.removeprefix(prefix) if name in body else name: name for name in state}
+    return shorter if prefix and len(body) < len(state) == len(shorter) else {}
+
+
+def _shortened(state: Mapping[str, Tensor]) -> Iterator[dict[str, str]]:
+    """Yield shorter names with what they stand for: without a prefix of all, then without one of the body."""
+    prefix = _common_prefix(state)
+    whole = {name.removeprefix(prefix): name for name in state}
+    if prefix:
+        yield whole
+    body = without_body_prefix({new: state[old] for new, old in whole.items()})
+    if body:
+        yield {new: whole[old] for new, old in body.items()}
+
+
+def _common_prefix(state: Iterable[str]) -> str:
     names = list(state)
     if not names:
         return ""

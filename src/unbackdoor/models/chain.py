@@ -23,6 +23,8 @@ from unbackdoor.models.spec import MAX_SPEC
 Kind = Literal["conv", "norm", "linear"]
 # Pixels a side of the usual data sets, the more usual the earlier; held against what the weights imply.
 USUAL_SIDES = (32, 28, 224, 64, 96, 48, 40, 128, 112, 256, 16, 84, 80, 160, 192, 299, 8)
+# torchvision's VGG and AlexNet average to so many pixels a side, so that they take images of any size.
+_AVERAGED, _AVERAGED_FROM = (7, 6), 224
 _MAX_FREE_POOLS = 10  # convolutions behind which a pooling may or may not stand
 _MAX_SPECS = 6
 _NUMBER = re.compile(r"(\d+)")
@@ -109,19 +111,22 @@ def chains(state: Mapping[str, Tensor], side: int | None = None) -> list[Chain]:
     head = _head(linears)
     found: dict[str, Chain] = {}
     for tokens in itertools.islice(_fillings(convs), 1 << _MAX_FREE_POOLS):
+        features = "-".join(tokens)
+        if (
+            end in _AVERAGED
+            and _left(tokens, _AVERAGED_FROM) == end
+            and _left(tokens, side or _AVERAGED_FROM) >= 1
+        ):
+            spec = _spec(features, head, end)
+            if len(spec) + 30 <= MAX_SPEC:
+                found[spec] = Chain(spec, None, _choices(tokens, head))
         for size in (side,) if side else USUAL_SIDES:
-            left = size
-            for token in tokens:
-                left = after(token, left)
-                if left < 1:
-                    break
+            left = _left(tokens, size)
             exact = left == end
             # One pixel may be an average of any size; a larger map is exactly what was flattened.
             if left < end or (not exact and end > 1):
                 continue
-            features = "-".join(tokens)
-            options = [f"features={features}", f"classifier={head}"] + (["side=1"] if end == 1 else [])
-            spec = f"sequential_cnn[{','.join(options)}]"
+            spec = _spec(features, head, 1 if end == 1 else 0)
             if len(spec) + 30 <= MAX_SPEC and spec not in found:
                 found[spec] = Chain(spec, size if end > 1 else None, _choices(tokens, head))
         if len(found) >= _MAX_SPECS:
@@ -130,6 +135,20 @@ def chains(state: Mapping[str, Tensor], side: int | None = None) -> list[Chain]:
         found.values(), key=lambda chain: USUAL_SIDES.index(chain.side) if chain.side in USUAL_SIDES else 0
     )
     return usual[:_MAX_SPECS]
+
+
+def _left(tokens: Sequence[str], side: int) -> int:
+    """Return the pixels a side that the layers leave of ``side``; less than 1 where nothing is left."""
+    for token in tokens:
+        side = after(token, side)
+        if side < 1:
+            break
+    return side
+
+
+def _spec(features: str, head: str, side: int) -> str:
+    options = [f"features={features}", f"classifier={head}"] + ([f"side={side}"] if side else [])
+    return f"sequential_cnn[{','.join(options)}]"
 
 
 def averaged(spec: str) -> str:

@@ -14,7 +14,14 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from unbackdoor.errors import UnbackdoorError
-from unbackdoor.models.adapt import adapt, fold_masks, head_of, take_normalisation
+from unbackdoor.models.adapt import (
+    adapt,
+    fold_masks,
+    head_of,
+    leave_training,
+    take_normalisation,
+    without_body_prefix,
+)
 from unbackdoor.models.build import canonical, network
 from unbackdoor.models.chain import Chain, chains, modules
 from unbackdoor.models.geometry import Geometry
@@ -67,9 +74,12 @@ def nearest(state: Mapping[str, Tensor], *, side: int | None = None) -> list[Can
     channels, classes = _input_channels(names), _classes(names)
     found: list[Candidate] = []
     if channels is not None and classes is not None:
-        guesses = [guess for family in _FAMILIES for guess in family(names)]
-        found = [c for g in guesses if (c := _checked(g, held, channels, classes, side)) is not None]
-        if not any(c.fits for c in found):
+        for known in (names, _without_body(names)):
+            guesses = [guess for family in _FAMILIES for guess in family(known)] if known else []
+            found += [c for g in guesses if (c := _checked(g, held, channels, classes, side)) is not None]
+            if any(c.fits for c in found):
+                break
+        else:
             plain = [_of_chain(chain) for chain in chains(names, side)]
             found += [c for g in plain if (c := _checked(g, held, channels, classes, side)) is not None]
     found += _foreign(names, channels)
@@ -261,7 +271,8 @@ def _checked(guess: _Guess, state: Shapes, channels: int, classes: int, side: in
 # ---------------------------------------------------------------------------------------------------
 # Networks of other libraries, by tensors that no other of their networks has in this shape
 
-# (spec, side, {name: shape}); K stands for any number of classes, C for any number of image channels.
+# (spec, side, {name: shape}); K stands for any number of classes, C for any number of image channels, and no
+# shape for a tensor that must not be there.
 _C, _K = -1, -2
 _SIGNATURES: tuple[tuple[str, int, dict[str, tuple[int, ...]]], ...] = (
     ("torchvision:densenet121", 224, {
@@ -269,14 +280,52 @@ _SIGNATURES: tuple[tuple[str, int, dict[str, tuple[int, ...]]], ...] = (
         "features.denseblock4.denselayer16.conv2.weight": (32, 128, 3, 3),
         "features.denseblock3.denselayer24.conv2.weight": (32, 128, 3, 3), "classifier.weight": (_K, 1024),
     }),
+    ("torchvision:densenet161", 224, {
+        "features.conv0.weight": (96, _C, 7, 7),
+        "features.denseblock3.denselayer36.conv2.weight": (48, 192, 3, 3),
+        "features.denseblock4.denselayer24.conv2.weight": (48, 192, 3, 3), "classifier.weight": (_K, 2208),
+    }),
+    ("torchvision:wide_resnet50_2", 224, {
+        "conv1.weight": (64, _C, 7, 7), "layer1.0.conv2.weight": (128, 128, 3, 3),
+        "layer3.5.conv2.weight": (512, 512, 3, 3), "layer3.6.conv2.weight": (), "fc.weight": (_K, 2048),
+    }),
+    ("torchvision:resnext50_32x4d", 224, {
+        "conv1.weight": (64, _C, 7, 7), "layer1.0.conv2.weight": (128, 4, 3, 3),
+        "layer3.5.conv2.weight": (512, 16, 3, 3), "layer3.6.conv2.weight": (), "fc.weight": (_K, 2048),
+    }),
+    ("torchvision:inception_v3", 299, {
+        "Conv2d_1a_3x3.conv.weight": (32, _C, 3, 3), "Mixed_7c.branch_pool.conv.weight": (192, 2048, 1, 1),
+        "AuxLogits.fc.weight": (_K, 768), "fc.weight": (_K, 2048),
+    }),
+    ("torchvision:inception_v3[aux_logits=false]", 299, {
+        "Conv2d_1a_3x3.conv.weight": (32, _C, 3, 3), "Mixed_7c.branch_pool.conv.weight": (192, 2048, 1, 1),
+        "AuxLogits.fc.weight": (), "fc.weight": (_K, 2048),
+    }),
+    ("torchvision:googlenet", 224, {
+        "conv1.conv.weight": (64, _C, 7, 7), "inception5b.branch1.conv.weight": (384, 832, 1, 1),
+        "aux2.fc2.weight": (_K, 1024), "fc.weight": (_K, 1024),
+    }),
+    ("torchvision:googlenet[aux_logits=false]", 224, {
+        "conv1.conv.weight": (64, _C, 7, 7), "inception5b.branch1.conv.weight": (384, 832, 1, 1),
+        "aux2.fc2.weight": (), "fc.weight": (_K, 1024),
+    }),
+    ("torchvision:mnasnet1_0", 224, {
+        "layers.0.weight": (32, _C, 3, 3), "layers.10.2.layers.0.weight": (480, 80, 1, 1),
+        "layers.14.weight": (1280, 320, 1, 1), "classifier.1.weight": (_K, 1280),
+    }),
+    ("torchvision:efficientnet_b3", 300, {
+        "features.0.0.weight": (40, _C, 3, 3), "features.8.0.weight": (1536, 384, 1, 1),
+        "features.5.0.block.1.0.weight": (576, 1, 5, 5), "classifier.1.weight": (_K, 1536),
+    }),
     ("torchvision:efficientnet_b0", 224, {
         "features.0.0.weight": (32, _C, 3, 3), "features.8.0.weight": (1280, 320, 1, 1),
-        "features.1.0.block.0.0.weight": (32, 1, 3, 3), "classifier.1.weight": (_K, 1280),
+        "features.1.0.block.0.0.weight": (32, 1, 3, 3), "features.1.1.block.0.0.weight": (),
+        "classifier.1.weight": (_K, 1280),
     }),
     ("timm:efficientnet_b0", 224, {
         "conv_stem.weight": (32, _C, 3, 3), "conv_head.weight": (1280, 320, 1, 1),
         "blocks.0.0.conv_dw.weight": (32, 1, 3, 3), "blocks.0.0.se.conv_reduce.weight": (8, 32, 1, 1),
-        "classifier.weight": (_K, 1280),
+        "blocks.0.1.conv_dw.weight": (), "classifier.weight": (_K, 1280),
     }),
     ("torchvision:mobilenet_v3_small", 224, {
         "features.0.0.weight": (16, _C, 3, 3), "features.12.0.weight": (576, 96, 1, 1),
@@ -288,7 +337,8 @@ _SIGNATURES: tuple[tuple[str, int, dict[str, tuple[int, ...]]], ...] = (
     }),
     ("torchvision:convnext_tiny", 224, {
         "features.0.0.weight": (96, _C, 4, 4), "features.7.2.block.0.weight": (768, 1, 7, 7),
-        "features.5.8.block.0.weight": (384, 1, 7, 7), "classifier.2.weight": (_K, 768),
+        "features.5.8.block.0.weight": (384, 1, 7, 7), "features.5.9.block.0.weight": (),
+        "classifier.2.weight": (_K, 768),
     }),
     ("torchvision:vit_b_16", 224, {
         "conv_proj.weight": (768, _C, 16, 16), "encoder.pos_embedding": (1, 197, 768),
@@ -296,7 +346,7 @@ _SIGNATURES: tuple[tuple[str, int, dict[str, tuple[int, ...]]], ...] = (
     }),
     ("torchvision:swin_t", 224, {
         "features.0.0.weight": (96, _C, 4, 4), "features.5.5.mlp.0.weight": (1536, 384),
-        "head.weight": (_K, 768),
+        "features.5.6.mlp.0.weight": (), "features.1.0.attn.logit_scale": (), "head.weight": (_K, 768),
     }),
     ("torchvision:shufflenet_v2_x1_0", 224, {
         "conv1.0.weight": (24, _C, 3, 3), "conv5.0.weight": (1024, 464, 1, 1), "fc.weight": (_K, 1024),
@@ -351,8 +401,13 @@ def _foreign(names: Shapes, channels: int | None) -> Iterator[Candidate]:
 def _plain(state: Shapes) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the tensors without masks and normalisation, by the file's names and without a common prefix."""
     held, _ = fold_masks(state)
+    held, _ = leave_training(held)
     held, _, _, _ = take_normalisation(held)
     return held, _without_prefix(held)
+
+
+def _without_body(names: Shapes) -> dict[str, Tensor]:
+    return {new: names[old] for new, old in without_body_prefix(names).items()}
 
 
 def _without_prefix(state: Shapes) -> dict[str, Tensor]:

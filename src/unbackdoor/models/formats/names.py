@@ -54,8 +54,10 @@ _LIBRARY = re.compile(
     r"|torch\.nn\.(modules|parallel|utils|intrinsic|quantized|qat)(\.\w+)*\.[A-Z]\w*|torch\.nn\.[A-Z]\w*"
     r"|torch\.nn\.functional\.\w+|torch\.nn\.init\.\w+_"
     r"|torch\.(optim|amp|cuda\.amp|ao\.nn|quantization|utils\.data)(\.\w+)*\.[A-Z]\w*"
-    r"|torchvision\.(models|transforms|ops|datasets)(\.\w+)*\.[A-Z]\w*"
-    r"|timm\.(models|layers|data)(\.\w+)*\.[A-Z]\w*"
+    # Some classes of these libraries are private by name, such as the blocks of their DenseNets.
+    r"|torchvision\.(models|transforms|ops|datasets)(\.\w+)*\._?[A-Z]\w*"
+    r"|timm\.(models|layers|data)(\.\w+)*\._?[A-Z]\w*"
+    r"|transformers\.(models(\.\w+)*\.(modeling|configuration)_\w+|activations)\.[A-Z]\w*"
     r"|torchvision\.transforms(\.\w+)*\.\w+|PIL\.Image\.Image|sklearn(\.\w+)*\.[A-Z]\w*"
 )
 # Removed from the library over the years, and there for those who load with an older Python.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -19,6 +20,7 @@ NESTS = (
     "classifier", "netC", "state_dict_ema", "model_ema", "ema",
 )  # fmt: skip
 PREFIXES = ("module.", "_orig_mod.", "network.", "model.")
+_LISTED = 16  # entries of a list that are looked at
 _DEPTH = 4  # dictionaries in dictionaries that a state dict is looked for in
 _MODULES = 20_000  # modules, so that one that contains itself many times ends too
 _NUMPY_FORMATS = {"f8": "d", "f4": "f", "i8": "q", "i4": "i", "i2": "h", "u1": "B", "i1": "b", "b1": "?"}
@@ -50,6 +52,14 @@ def find(described: object, trail: Trail) -> Found:
         return found
     mapping = as_mapping(described)
     keys = listed([str(key) if isinstance(key, str | int) else "?" for key in list(mapping or {})[:6]])
+    several = [short(key)[1:-1] for key in mapping or {} if isinstance(key, str) and _holds(mapping, key)]
+    if several:
+        raise InputError(
+            "the checkpoint holds several state dicts, and none is under a usual key",
+            expected="one that can be told to be meant",
+            got=listed(several),
+            remedy="Save the one that is meant alone: torch.load(file, weights_only=True) runs no code",
+        )
     raise InputError(
         "the checkpoint holds no state dict",
         expected="tensors by name, at the top or under " + ", ".join(NESTS[:6]),
@@ -63,6 +73,8 @@ def _search(value: object, trail: Trail, path: str, depth: int) -> Found | None:
         if path:
             trail.note(f"the weights lie under {path}")
         return Found(refs)
+    if isinstance(value, list | tuple):  # (state dict, epoch), as some scripts save it
+        value = {str(place): entry for place, entry in enumerate(value[:_LISTED])}
     mapping = as_mapping(value)
     if not mapping or depth >= _DEPTH:
         return None
@@ -71,7 +83,7 @@ def _search(value: object, trail: Trail, path: str, depth: int) -> Found | None:
     others = [
         key for key in mapping if isinstance(key, str) and key not in NESTS and "optim" not in key.lower()
     ]
-    candidates = [key for key in others if _tensors(mapping[key], Trail())] if not keys else []
+    candidates = [key for key in others if _holds(mapping, key)] if not keys else []
     if len(candidates) > 1:
         trail.note(
             "several entries hold tensors, and none was chosen: "
@@ -89,6 +101,10 @@ def _search(value: object, trail: Trail, path: str, depth: int) -> Found | None:
                         trail.note(f"the state of an optimizer lies beside the weights, under {short(name)}")
             return found
     return None
+
+
+def _holds(mapping: dict[Any, Any] | None, key: str) -> bool:
+    return bool(_tensors((mapping or {})[key], Trail()))
 
 
 def _tensors(value: object, trail: Trail) -> dict[str, TensorRef]:

@@ -113,6 +113,7 @@ def test_names_of_plain_tensors(name: str) -> None:
         ("torch.nn.modules.conv.Conv2d", "library"),
         ("torchvision.models.resnet.BasicBlock", "library"),
         ("torchvision.models.densenet._DenseLayer", "library"),
+        ("torch._C._nn.gelu", "library"),
         ("transformers.models.vit.modeling_vit.ViTForImageClassification", "library"),
         ("transformers.models.vit.configuration_vit.ViTConfig", "library"),
         ("timm.models.vision_transformer.VisionTransformer", "library"),

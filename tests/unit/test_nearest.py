@@ -203,6 +203,7 @@ def test_what_nearly_fits_is_named_and_what_is_nothing_is_not() -> None:
 def test_networks_of_libraries_are_known_by_a_few_tensors(spec: str, signature: dict[str, Any]) -> None:
     found = nearest({name: torch.empty(shape, device="meta") for name, shape in signature.items()})
     assert [(c.spec, c.fits, c.classes) for c in found] == [(spec, True, 43)]
+    assert ends({name: torch.empty(shape, device="meta") for name, shape in signature.items()}) == (3, 43)
     assert "extra zoo" in found[0].note
 
 

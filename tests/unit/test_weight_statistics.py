@@ -44,6 +44,28 @@ def test_ordinary_rows_raise_few_alarms() -> None:
     assert verdicts.count("backdoor found") <= 6  # 2 expected at most
 
 
+@pytest.mark.parametrize("law", ["normal", "uniform"])
+def test_many_classes_raise_no_more_alarms_than_few(law: str) -> None:
+    names = tuple(map(str, range(200)))
+    data = CleanData.empty((1, 16, 16), names)
+    found = []
+    for seed in range(10):
+        draws = torch.Generator().manual_seed(seed)
+        linear = nn.utils.skip_init(nn.Linear, 256, 200)
+        with torch.no_grad():
+            for parameter in linear.parameters():
+                # Uniform ones are what torch begins with.
+                fill = parameter.normal_ if law == "normal" else parameter.uniform_
+                fill(*((0.0, 0.1) if law == "normal" else (-0.1, 0.1)), generator=draws)
+            model = Classifier(
+                nn.Sequential(nn.Flatten(), linear), input_shape=(1, 16, 16), class_names=names
+            )
+            found.append(scan("weight_statistics", model.eval(), data).verdict)
+            linear.weight[7] += 0.3
+        assert scan("weight_statistics", model, data).findings[0].classes == (7,)
+    assert found.count("backdoor found") <= 2
+
+
 def test_numbers_by_hand() -> None:
     model = classifier(bias=False)
     weight = model.network[1].weight.detach().double()
@@ -52,7 +74,7 @@ def test_numbers_by_hand() -> None:
     centred = weight - weight.mean(0)
     assert torch.allclose(table["length"], centred.norm(dim=1).log())
     assert torch.allclose(table["mean weight"], weight.mean(1))
-    assert bool((table["share of the leading direction"] <= 1).all())
+    assert bool((table["share of the leading direction"].abs() <= 1).all())
 
 
 def test_few_classes_are_refused_and_a_bent_head_is_unsupported() -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 TENSORS = "trigger.safetensors"
 PAGE, RECORD = "report.html", "result.json"
+_NAMED = 10  # suspected classes that a sentence lists; the record has all
 _MODEL, _DATA = "Models without a card", "Data"
 
 Arch = Annotated[
@@ -459,7 +460,9 @@ def show_audit(audit: Audit, names: Sequence[str]) -> None:
     for c in audit.checks:
         if c.reason:
             say(f"{c.check.name}: {c.reason}")
-    suspects = ", ".join(named(k) for k in audit.classes)
+    suspects = ", ".join(named(k) for k in audit.classes[:_NAMED])
+    if len(audit.classes) > _NAMED:
+        suspects += f" and {len(audit.classes) - _NAMED} more"
     say(f"Verdict: {audit.verdict}" + (f", towards {suspects}" if suspects else ""))
     for reason in audit.reasons:
         say(reason)

@@ -428,9 +428,12 @@ def _classes(names: Shapes) -> int | None:
     if (layers := modules(names)) is not None:
         return layers[-1].shape[0]
     flat = [tensor for name, tensor in names.items() if tensor.dim() == 2 and name.endswith("weight")]
+    # A convolution that is averaged afterwards, as in SqueezeNet.
+    flat = flat or [tensor for name, tensor in names.items() if tensor.dim() == 4 and _CONV_HEAD.search(name)]
     return int(flat[-1].shape[0]) if flat else None
 
 
+_CONV_HEAD = re.compile(r"^(classifier|head|fc)(\.\d+)?\.weight$")
 _FIRST = (
     "conv1.weight", "conv1.0.weight", "features.0.weight", "features.0.0.weight", "features.conv0.weight",
     "conv_stem.weight", "stem.0.weight", "patch_embed.proj.weight", "conv_proj.weight",

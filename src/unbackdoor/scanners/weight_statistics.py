@@ -2,7 +2,8 @@
 
 A class that a trigger can win from everywhere may have a row of the last linear map that is longer, of
 larger mean, turned away from the others or larger in bias. Five numbers for each class are tested, in both
-directions, for a few that stand apart. Each test is exact for normal numbers, and Bonferroni's factor pays
+directions, for a few that stand apart, at most five: among hundreds of classes, a third that differ are the
+law of the rows and no attack. Each test is exact for normal numbers, and Bonferroni's factor pays
 for there being ten. The gain of the channels is shown beside them; it has no law to be held against.
 
 This is weak evidence. Many backdoors leave the head as it is, and classes that differ by nature, such as
@@ -32,6 +33,8 @@ from unbackdoor.errors import UnsupportedModel
 from unbackdoor.registry import Config, option, scanner
 from unbackdoor.types import Classifier, CleanData, Finding, ScanReport, Verdict
 
+_FEW = 5  # classes that may stand apart; attacks with more targets are beyond this check
+
 
 class WeightStatisticsConfig(Config):
     """Options of the statistics."""
@@ -52,7 +55,8 @@ def scan(model: Classifier, data: CleanData, cfg: WeightStatisticsConfig, *, run
     findings = []
     for name, word in tests:
         values = table[name] if word == "small" else -table[name]
-        found = smallest_few(values, level=cfg.level / len(tests))
+        most = min(_FEW, max(1, len(values) // 3))
+        found = smallest_few(values, level=cfg.level / len(tests), most=most)
         assert found.p_value is not None and found.critical is not None  # there are enough classes
         findings.append(
             Finding(
@@ -92,12 +96,15 @@ def head_statistics(head: AffineHead) -> dict[str, Tensor]:
     cosines = weight @ weight.T / norms[:, None] / norms  # (K, K)
     cosines.fill_diagonal_(0)
     leading = torch.linalg.svd(weight, full_matrices=False).Vh[0]  # (D,)
+    shares = weight @ leading / norms  # (K,)
     bias = head.module.bias
     table = {
         "length": norms.log(),
         "mean weight": raw.mean(1),
         "spread of cosines": cosines.std(1),
-        "share of the leading direction": (weight @ leading).abs() / norms,
+        # With its sign, which is arbitrary as a whole, so that the side with the longer tail is the positive
+        # one: the sizes alone are skewed in any network, and would be taken for outliers.
+        "share of the leading direction": shares * (1 if float((shares**3).sum()) >= 0 else -1),
         "bias": torch.zeros(len(raw), dtype=torch.float64) if bias is None else bias.detach().cpu().double(),
     }
     # Equal numbers, such as no bias, have no outlier, and their test must not be paid for by the others.

@@ -53,6 +53,7 @@ _LIBRARY = re.compile(
     r"|torch\.storage\._load_from_bytes|unbackdoor\.models\.[a-z]\w*\.[A-Z]\w*|unbackdoor\.types\.Classifier"
     r"|torch\.nn\.(modules|parallel|utils|intrinsic|quantized|qat)(\.\w+)*\.[A-Z]\w*|torch\.nn\.[A-Z]\w*"
     r"|torch\.nn\.functional\.\w+|torch\.nn\.init\.\w+_"
+    r"|torch\._C\._nn\.(gelu|silu|mish|elu|leaky_relu|hardswish)|torch\.(relu|tanh|sigmoid|selu|celu)"
     r"|torch\.(optim|amp|cuda\.amp|ao\.nn|quantization|utils\.data)(\.\w+)*\.[A-Z]\w*"
     # Some classes of these libraries are private by name, such as the blocks of their DenseNets.
     r"|torchvision\.(models|transforms|ops|datasets)(\.\w+)*\._?[A-Z]\w*"

@@ -28,7 +28,8 @@ from unbackdoor.models.card import normalisation
 from unbackdoor.models.effort import outputs_of
 from unbackdoor.models.files import existing_file, find_card, load_model
 from unbackdoor.models.fill import Filled, fill, require_finite
-from unbackdoor.models.formats.onnx_graph import Place, import_graph
+from unbackdoor.models.formats.onnx_calls import Place
+from unbackdoor.models.formats.onnx_graph import import_graph
 from unbackdoor.models.nearest import ends
 from unbackdoor.models.sources import Known
 from unbackdoor.models.spec import PYTHON, read_spec

@@ -19,7 +19,8 @@ from unbackdoor.errors import InputError, IntegrityError, UnsupportedModel
 from unbackdoor.files import atomic_write
 from unbackdoor.models.formats import onnx
 from unbackdoor.models.formats.buffers import short
-from unbackdoor.models.formats.onnx_graph import Place, import_graph
+from unbackdoor.models.formats.onnx_calls import Place
+from unbackdoor.models.formats.onnx_graph import import_graph
 from unbackdoor.models.formats.pickles import Trail
 
 _NUMBERS = {dtype: number for number, (dtype, _, _) in onnx.TYPES.items()}

@@ -88,8 +88,9 @@ def test_purify_verify_and_patch(case: tuple[Path, Path], tmp_path: Path) -> Non
     ).json
     assert told["accuracy"]["before"]["total"] == told["images_for_the_proof"] > 0
     assert (tmp_path / "r" / "report.html").exists()
-    # The names are those of the file, without the wrapper's prefix.
-    assert read_state(out).keys() == read_state(model).keys()
+    # It lies where it lay in the original, under the same names.
+    whole, original = (torch.load(path, weights_only=True) for path in (out, model))
+    assert list(whole) == ["net"] and list(whole["net"]) == list(original["net"])
     assert json.loads(out.with_suffix(".json").read_text())["file_sha256"]
 
     applied, reverted = tmp_path / "applied.safetensors", tmp_path / "reverted.pt"
@@ -103,6 +104,35 @@ def test_purify_verify_and_patch(case: tuple[Path, Path], tmp_path: Path) -> Non
     checked = call("verify", model, out, "--data", data, *ARCH, "--json").json["comparison"]
     assert checked["changes"] and not checked["identical"]
     assert {c["check"] for c in checked["after"]["checks"]} >= {"tac", "neural_cleanse"}
+
+
+def test_what_is_no_part_of_the_network_is_kept_and_the_patch_fits_the_file(
+    case: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model, data = case
+    state = {
+        name: tensor.half() if tensor.is_floating_point() else tensor
+        for name, tensor in read_state(model).items()
+    }
+    scale = {"normalize.mean": torch.tensor([0.4]), "normalize.std": torch.tensor([0.3])}
+    torch.save({"net": state | scale}, tmp_path / "half.pth")
+    out, patch = tmp_path / "repaired.pth", tmp_path / "repair.patch"
+    repair = ("--data", data, "--method", "random_prune", *ARCH[:2])
+    done = call("purify", tmp_path / "half.pth", *repair, "--out", out, "--patch", patch)
+    assert done.code == 0, done.err
+    repaired = read_state(out)
+    assert {name: tensor.dtype for name, tensor in repaired.items()} == {
+        name: tensor.dtype for name, tensor in (state | scale).items()
+    }
+    assert torch.equal(repaired["normalize.mean"], scale["normalize.mean"])
+    assert any(not torch.equal(repaired[name], state[name]) for name in state)
+    for direction, source, goal in (
+        ("apply", tmp_path / "half.pth", out),
+        ("revert", out, tmp_path / "half.pth"),
+    ):
+        written = tmp_path / f"{direction}.pth"
+        assert call("patch", direction, source, patch, "--out", written).code == 0
+        assert state_sha256(read_state(written)) == state_sha256(read_state(goal))
 
 
 def test_a_promise_that_cannot_be_kept_writes_nothing(case: tuple[Path, Path], tmp_path: Path) -> None:

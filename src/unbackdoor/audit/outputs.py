@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -63,13 +64,22 @@ def require_kind(path: Path, source: Path, *, graph: bool) -> None:
         require_room(source)
 
 
-def write_weights(path: Path, state: Mapping[str, Tensor], *, source: Path | None = None) -> None:
+def write_weights(
+    path: Path,
+    state: Mapping[str, Tensor],
+    *,
+    nest: Sequence[str] = (),
+    prefix: str = "",
+    source: Path | None = None,
+) -> None:
     """Write a state dict, whole or not at all.
 
     Args:
         path: Its suffix decides: ``.safetensors``; or ``.pt``, ``.pth``, ``.th``, ``.tar`` for a checkpoint
             that ``torch.load(weights_only=True)`` reads; or ``.onnx`` for the graph of another such file.
         state: Tensors by name.
+        nest: Keys that a checkpoint holds them under, as the original did.
+        prefix: What stands before all names in a checkpoint, likewise.
         source: For ``.onnx``: the file whose graph is taken; it has the same names and shapes.
 
     Raises:
@@ -85,9 +95,12 @@ def write_weights(path: Path, state: Mapping[str, Tensor], *, source: Path | Non
         if path.suffix == SAFETENSORS:
             save_file(plain, draft)
         else:
+            content: dict[str, Any] = {prefix + name: tensor for name, tensor in plain.items()}
+            for key in reversed(nest):
+                content = {key: content}
             # Through a file of Python's: torch's own tells of a full disk in no words that can be recognised.
             with draft.open("wb") as file:
-                torch.save(plain, file)
+                torch.save(content, file)
 
 
 def _write_into(path: Path, state: Mapping[str, Tensor], source: Path | None) -> None:

@@ -27,6 +27,7 @@ from unbackdoor.files import atomic_write
 from unbackdoor.types import state_sha256
 
 KIND = "unbackdoor-patch-1"
+NAMES = "names"  # fact: the network's name by the file's, where they differ
 MAX_PATCH = 2 << 30  # bytes; a bound against nonsense
 Direction = Literal["apply", "revert"]
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -132,6 +133,14 @@ def use_patch(patch: Patch, state: Mapping[str, Tensor], direction: Direction) -
     if state_sha256(out) != goal:
         raise IntegrityError("the patch does not lead to the weights that it names", expected=goal[:12])
     return out
+
+
+def in_file_names(patch: Patch, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state under the names of the file that a patch was made for, where it has the network's."""
+    names = patch.facts.get(NAMES)
+    if not isinstance(names, Mapping) or set(names.values()) != set(state):
+        return dict(state)
+    return {str(old): state[new] for old, new in names.items()}
 
 
 def write_patch(path: Path, patch: Patch) -> None:

@@ -102,6 +102,7 @@ def purify(
     max_accuracy_drop: float | None = None,
     triggers: tuple[ShownTrigger, ...] = (),
     proof: Images | None = None,
+    types: Mapping[str, torch.dtype] | None = None,
     select_fraction: float = 0.3,
     augmentation: Augmentation = "none",
     seed: int = 0,
@@ -120,6 +121,8 @@ def purify(
         max_accuracy_drop: Largest loss of clean accuracy that is accepted, in 0..1; None accepts any.
         triggers: Recovered triggers, such as those of a scan, whose success is measured before and after.
         proof: Images for the proof; None keeps a part of ``images`` back, where there are enough.
+        types: Types that tensors of the network will be stored in, by name: they are rounded to these before
+            anything is measured, so that what is measured is what is stored.
         select_fraction: Share of the method's images that it only chooses thresholds on.
         augmentation: What may be done to an image without changing its class.
         seed: Seed of every draw.
@@ -153,6 +156,7 @@ def purify(
         precision=precision,
         progress=progress,
     )
+    _round(purified.model, types or {})
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
     accuracy = compare_accuracy(model, purified.model, shown, run)
     if max_accuracy_drop is not None:
@@ -196,3 +200,11 @@ def purify(
             "torch": torch.__version__,
         },
     )
+
+
+@torch.no_grad()
+def _round(model: Classifier, types: Mapping[str, torch.dtype]) -> None:
+    for name, tensor in model.network.state_dict().items():
+        stored = types.get(name, tensor.dtype)
+        if tensor.is_floating_point() and stored.is_floating_point and stored != tensor.dtype:
+            tensor.copy_(tensor.to(stored))

@@ -17,6 +17,7 @@ from unbackdoor.cli.output import note
 from unbackdoor.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from unbackdoor.audit.opening import Opened
@@ -326,11 +327,38 @@ def told(story: Mapping[str, Any]) -> list[tuple[str, str]]:
     return out
 
 
-def file_state(case: Case, model: Classifier) -> dict[str, Tensor]:
-    """Return the weights under the names that the file of the original had."""
+def stored_types(case: Case) -> dict[str, torch.dtype]:
+    """Return the types that the file of the original stores the network's tensors in."""
+    from unbackdoor.models.state import read_state
+
+    held = read_state(case.source)
     names = case.opened.names
-    state = model.network.state_dict()
-    return {names.get(name, name): state[name] for name in (names or state)}
+    pairs = ((name, names.get(name, name)) for name in case.opened.model.network.state_dict())
+    return {name: held[old].dtype for name, old in pairs if old in held}
+
+
+def repaired_state(case: Case, held: Mapping[str, Tensor], model: Classifier) -> dict[str, Tensor]:
+    """Return what the file of the original would hold if it were the repaired model.
+
+    Whatever is no part of the network, such as a layer that normalises pixels, and all that did not change
+    stays as it was, so that whoever loaded the original can load this.
+    """
+    import torch
+
+    from unbackdoor.models.adapt import CHANNEL_MASK
+
+    out = dict(held)
+    names = case.opened.names
+    before = case.opened.model.network.state_dict()
+    for name, tensor in model.network.state_dict().items():
+        old = names.get(name, name)
+        if old in held and not torch.equal(tensor, before[name]):
+            out[old] = tensor.to(held[old].dtype)
+            # A mask beside it was multiplied in, and would count twice.
+            mask = f"{old.rpartition('.')[0]}.{CHANNEL_MASK}"
+            if mask in held and old.endswith(".weight"):
+                out[mask] = torch.ones_like(held[mask])
+    return out
 
 
 def command_line() -> str:
@@ -378,14 +406,20 @@ def write_repair(case: Case, done: Purification, out: Path, patch: Path | None) 
 
     The card is the last file written, so that a card without its weights never exists.
     """
-    from unbackdoor.audit.outputs import ONNX, SAFETENSORS, write_weights
-    from unbackdoor.audit.patches import make_patch, write_patch
+    from unbackdoor.audit.outputs import SAFETENSORS, write_weights
+    from unbackdoor.audit.patches import NAMES, make_patch, write_patch
     from unbackdoor.audit.records import purification_json
     from unbackdoor.files import sha256_file, write_json
     from unbackdoor.models import save_model
     from unbackdoor.models.formats.onnx_write import write_graph
-    from unbackdoor.models.state import read_state
+    from unbackdoor.models.state import read_contents, read_state
 
+    contents = read_contents(case.source)
+    held: dict[str, Tensor] = {}
+    after: dict[str, Tensor] = {}
+    if case.opened.places is None:
+        held = contents.state(case.source)
+        after = repaired_state(case, held, done.model)
     record = {
         "model": str(out),
         "card": str(out.with_suffix(".json")),
@@ -413,15 +447,16 @@ def write_repair(case: Case, done: Purification, out: Path, patch: Path | None) 
         states = (m.network.state_dict() for m in (case.opened.model, done.model))
         write_graph(out, case.source, case.opened.places, *states)
     else:
-        write_weights(out, file_state(case, done.model))
+        write_weights(out, after, nest=contents.nest, prefix=contents.prefix)
     failed = None
     if patch is not None:
-        if out.suffix == ONNX:  # under the names of the file, of which several tensors may be one
-            before, after = (read_state(file) for file in (case.source, out))
-        else:
-            before, after = (file_state(case, m) for m in (case.opened.model, done.model))
+        facts: dict[str, Any] = {"method": method, "source": case.source.name}
+        if case.opened.places is not None:  # the file's own names, of which several tensors may be one
+            held, after = (read_state(file) for file in (case.source, out))
+        elif out.suffix == SAFETENSORS and case.opened.names:
+            facts[NAMES] = {old: new for new, old in case.opened.names.items()}
         try:
-            write_patch(patch, make_patch(before, after, {"method": method, "source": case.source.name}))
+            write_patch(patch, make_patch(held, after, facts))
             record["patch"] = str(patch)
         except InputError as error:
             failed = error  # the repair is whole without it

@@ -70,13 +70,17 @@ def revert(
 
 def _use(model: Path, patch_file: Path, out: Path, direction: Any, force: bool, as_json: bool) -> None:
     from unbackdoor.audit.outputs import require_format, write_weights
-    from unbackdoor.audit.patches import read_patch, use_patch
+    from unbackdoor.audit.patches import in_file_names, read_patch, use_patch
+    from unbackdoor.models.state import read_contents
 
     require_format(out)
-    options.require_writable((out,), force=force, inputs=(options.existing_model(model), patch_file))
+    source = options.existing_model(model)
+    options.require_writable((out,), force=force, inputs=(source, patch_file))
     change = read_patch(patch_file)
-    state = use_patch(change, _state(model), direction)
-    write_weights(out, state, source=options.existing_model(model))
+    contents = read_contents(source)
+    # The card's own format calls the tensors by the network's names.
+    state = use_patch(change, in_file_names(change, contents.state(source)), direction)
+    write_weights(out, state, nest=contents.nest, prefix=contents.prefix, source=source)
     digest = change.after if direction == "apply" else change.before
     if as_json:
         emit({"model": str(out), "direction": direction, "sha256": digest, "facts": dict(change.facts)})

@@ -108,7 +108,7 @@ def purify(
     how well the model still does its task, and what recovered triggers (--trigger) still do. Where the attack
     is on record, unbackdoor evaluate measures the rest.
     """
-    from unbackdoor.audit.outputs import require_kind
+    from unbackdoor.audit.outputs import CHECKPOINTS, require_kind
     from unbackdoor.audit.purifying import PromiseBroken
     from unbackdoor.audit.purifying import purify as repair
     from unbackdoor.registry import DEFENSES
@@ -152,6 +152,7 @@ def purify(
                 max_accuracy_drop=None if max_accuracy_drop is None else max_accuracy_drop / 100,
                 triggers=auditor.read_triggers(trigger, victim),
                 proof=case.proof,
+                types=auditor.stored_types(case) if out.suffix in CHECKPOINTS else None,
                 select_fraction=select_fraction,
                 augmentation=case.augmentation,
                 seed=seed,

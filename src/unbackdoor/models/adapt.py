@@ -45,8 +45,8 @@ _SYNONYMS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     )
 )
 # Per channel, beside the weight of a norm; the noise of the same defenses is only there while they search.
-_CHANNEL_MASK = "neuron_mask"
-_BESIDE_MASK = (_CHANNEL_MASK, "neuron_noise", "neuron_noise_bias")
+CHANNEL_MASK = "neuron_mask"
+_BESIDE_MASK = (CHANNEL_MASK, "neuron_noise", "neuron_noise_bias")
 _TRAINING = re.compile(r"^(.*\.)?(criterion|loss(es|_fn|_func)?|attacker)\.|^n_averaged$")
 _STATISTICS = re.compile(r"(?:^|.*[._])(?P<word>means?|mu|stds?|sigma|deviation)(?:_?tensor)?", re.IGNORECASE)
 
@@ -175,7 +175,7 @@ def fold_masks(
     masks = {name for name in state if wanted is None or name not in wanted}  # not the network's own
     for name, tensor in state.items():
         owner, _, last = name.rpartition(".")
-        beside = f"{owner}.{_CHANNEL_MASK}"
+        beside = f"{owner}.{CHANNEL_MASK}"
         if beside in masks and last == "weight" and state[beside].shape == tensor.shape:
             out[name] = tensor * state[beside].to(tensor.dtype)
             folded.append(name)

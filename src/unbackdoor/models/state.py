@@ -67,6 +67,7 @@ class Contents:
         notes: Remarks in words, such as where the state dict lay.
         beside: Plain values that stood beside the weights, such as epoch and accuracy.
         prefix: What stood before every name and was taken off.
+        nest: The keys that lead to the state dict in a checkpoint; empty at the top.
         problem: Why there are no tensors, or None.
     """
 
@@ -76,6 +77,7 @@ class Contents:
     notes: tuple[str, ...] = ()
     beside: Mapping[str, Fact] = field(default_factory=dict)
     prefix: str = ""
+    nest: tuple[str, ...] = ()
     problem: UnbackdoorError | None = None
 
     @property
@@ -175,6 +177,7 @@ def read_contents(path: Path) -> Contents:
         notes=tuple(trail.notes),
         beside=reading.beside,
         prefix=prefix,
+        nest=reading.nest,
         problem=problem,
     )
 
@@ -272,6 +275,7 @@ class _Reading:
         self._trail = trail
         self.format: Format = "pickle"
         self.beside: Mapping[str, Fact] = {}
+        self.nest: tuple[str, ...] = ()
 
     def read(self, magic: Magic) -> dict[str, Tensor]:
         if magic == "safetensors":
@@ -312,7 +316,7 @@ class _Reading:
             described, saved_by_torch = checkpoints.read_stream(data, self._trail)
             self.format = "old checkpoint" if saved_by_torch else "pickle"
         found = states.find(described, self._trail)
-        self.beside = found.beside
+        self.beside, self.nest = found.beside, found.nest
         return materialise(found.refs, len(data))
 
 

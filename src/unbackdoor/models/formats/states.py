@@ -35,10 +35,12 @@ class Found:
     Attributes:
         refs: Its tensors by name.
         beside: Plain values that stood beside it, such as the epoch and the accuracy.
+        nest: The keys that lead to it; empty at the top, and for a module or an entry of a list.
     """
 
     refs: dict[str, TensorRef]
     beside: dict[str, Fact] = field(default_factory=dict)
+    nest: tuple[str, ...] = ()
 
 
 def find(described: object, trail: Trail) -> Found:
@@ -73,6 +75,7 @@ def _search(value: object, trail: Trail, path: str, depth: int) -> Found | None:
         if path:
             trail.note(f"the weights lie under {path}")
         return Found(refs)
+    listing = isinstance(value, list | tuple)
     if isinstance(value, list | tuple):  # (state dict, epoch), as some scripts save it
         value = {str(place): entry for place, entry in enumerate(value[:_LISTED])}
     mapping = as_mapping(value)
@@ -92,6 +95,8 @@ def _search(value: object, trail: Trail, path: str, depth: int) -> Found | None:
     for key in keys or candidates if len(candidates) <= 1 else []:
         found = _search(mapping[key], trail, f"{path}.{key}"[:200].lstrip("."), depth + 1)
         if found is not None:
+            if not listing and (found.nest or as_mapping(mapping[key]) is not None):
+                found.nest = (key, *found.nest)
             for name, beside in mapping.items():
                 fact = _fact(beside)
                 if isinstance(name, str) and name != key:

@@ -40,7 +40,7 @@ from unbackdoor.types import Classifier, CleanData, Images
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "results" / "foreign-models.jsonl"
 PAGE = ROOT / "docs" / "results" / "foreign-models.md"
-METHODS = ("ft", "fp", "random_prune", "rnp", "awm", "ims", "tac")
+METHODS = ("ft", "fp", "random_prune", "rnp", "awm", "ims", "tac", "neural_cleanse")
 Stamp = Callable[[Tensor], Tensor]
 
 

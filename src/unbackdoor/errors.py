@@ -92,6 +92,10 @@ class MissingExtra(InputError):
         )
 
 
+class TooFewImages(InputError):
+    """A method needs more images than there are; others may do with these."""
+
+
 class DiskFull(InputError):
     """There is no room on the disk; whoever meets it has failed at nothing of its own."""
 

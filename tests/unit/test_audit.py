@@ -200,6 +200,17 @@ def test_a_thousand_classes_stay_readable() -> None:
     page = audit_page(Subject("big", names), audit=replace(audit, checks=(checked,)))
     assert len(page) < 200_000
     assert "other classes" in page
+    # On paper what is folded is shown, and nothing scrolls.
+    assert "details::details-content" in page
+    assert "pre-wrap" in page
+
+
+def test_a_check_that_needs_more_images_is_skipped_with_its_reason() -> None:
+    model = tiny_classifier("conv-bn")
+    few = CleanData.split(tiny_data(model.classes - 1, seed=3))
+    audit = scan(model, few, checks=["tac"])
+    assert audit.checks[0].status == "skipped"
+    assert "fewer images than classes" in audit.checks[0].reason
 
 
 def test_purify_keeps_images_for_the_proof_and_tells_what_changed() -> None:

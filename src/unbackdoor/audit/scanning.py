@@ -20,7 +20,7 @@ from unbackdoor.audit.evidence import Agreement, agreements, holm
 from unbackdoor.engine import caller
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
-from unbackdoor.errors import InputError, MissingExtra, UnbackdoorError, UnsupportedModel
+from unbackdoor.errors import InputError, MissingExtra, TooFewImages, UnbackdoorError, UnsupportedModel
 from unbackdoor.registry import SCANNERS
 from unbackdoor.types import Classifier, CleanData, Finding, Images, Progress, ScanReport, Verdict, silent
 
@@ -323,6 +323,8 @@ def _look(
     except (UnsupportedModel, MissingExtra) as error:
         unsuited = isinstance(error, UnsupportedModel)
         return Checked(check, "skipped", str(error), seconds=time.monotonic() - start, unsuited=unsuited)
+    except TooFewImages as error:
+        return Checked(check, "skipped", str(error), seconds=time.monotonic() - start)
     except UnbackdoorError as error:
         return Checked(check, "failed", str(error), seconds=time.monotonic() - start)
     return Checked(check, "ran", "", report, _p_value(report), seconds=time.monotonic() - start)

@@ -31,7 +31,7 @@ from unbackdoor.engine.passes import EVALUATION_BATCH, mode, predict
 from unbackdoor.engine.precision import resolve
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Objective
-from unbackdoor.errors import InputError, MethodFailed, MissingExtra, UnsupportedModel
+from unbackdoor.errors import InputError, MethodFailed, MissingExtra, TooFewImages, UnsupportedModel
 from unbackdoor.types import Classifier, Images
 
 Array = npt.NDArray[np.float64]
@@ -92,14 +92,15 @@ def latent_shifts(
         head: Name of the head where it is not to be searched for.
 
     Raises:
-        InputError: If there are fewer images than classes, or the logits are not finite.
+        TooFewImages: If there are fewer images than classes.
+        InputError: If the logits are not finite.
         MissingExtra: If SciPy is not installed.
         UnsupportedModel: If no layer acts on the logits linearly, or it cannot tell classes apart.
         MethodFailed: If every image is of one class to the model.
     """
     nnls()  # before any work is done
     if len(images) < model.classes:
-        raise InputError(
+        raise TooFewImages(
             "there are fewer images than classes",
             expected=f"at least {model.classes} images",
             got=len(images),

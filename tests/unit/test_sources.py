@@ -413,6 +413,20 @@ def test_the_users_code_is_called_with_the_arguments(code: Path) -> None:
     assert network(f"{code}:Net", GEOMETRY)(torch.rand(1, 3, 8, 8)).shape == (1, 7)
 
 
+def test_the_text_is_run_and_no_compiled_copy_beside_it(code: Path) -> None:
+    import importlib.util
+    import py_compile
+
+    other = code.with_name("other.py")
+    other.write_text(CODE.replace("nn.Linear(width, 5)", "nn.Linear(width, 9)"))
+    # A copy that claims to need no check against the text, as a hostile folder may hold.
+    planted = importlib.util.cache_from_source(str(code))
+    py_compile.compile(
+        str(other), cfile=planted, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH
+    )
+    assert network(f"{code}:Net", GEOMETRY)(torch.rand(1, 3, 8, 8)).shape == (1, 5)
+
+
 @pytest.mark.parametrize(
     ("name", "error", "words"),
     [

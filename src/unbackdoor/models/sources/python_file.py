@@ -71,12 +71,13 @@ def _module(path: Path) -> object:
         return sys.modules[name]
     description = importlib.util.spec_from_file_location(name, path)
     assert description is not None
-    assert description.loader is not None
     module = importlib.util.module_from_spec(description)
     # Entered before it runs: dataclasses look their own module up.
     sys.modules[name] = module
     try:
-        description.loader.exec_module(module)
+        # The text that was read, and no compiled copy beside it: that may be of an earlier text of the same
+        # second, or of another program.
+        exec(compile(content, str(path), "exec", dont_inherit=True), module.__dict__)
     except BaseException:
         del sys.modules[name]
         raise

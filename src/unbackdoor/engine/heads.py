@@ -19,6 +19,7 @@ from unbackdoor.types import Classifier
 _PROBES = (1.0, -1.0, 10.0, -10.0)
 _TOLERANCE = 1e-3  # relative; fp32 sums over a few thousand features stay below 1e-5
 _IMAGES = 4
+_LISTED = 6  # layers that an error names
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def find_affine_head(model: Classifier, name: str | None = None) -> AffineHead:
 
     Raises:
         InputError: If no layer has the given name.
-        UnsupportedModel: If no layer or more than one fits; all candidates are listed with the reason.
+        UnsupportedModel: If no layer or more than one fits; the likeliest are listed with the reason.
     """
     if name is not None and name not in dict(model.named_modules()):
         raise InputError("the model has no such layer", where=name)
@@ -145,7 +146,10 @@ def find_affine_head(model: Classifier, name: str | None = None) -> AffineHead:
                 found.append(AffineHead(candidate, module, scale))
     if len(found) == 1:
         return found[0]
-    listed = "; ".join(f"{layer} ({reason})" for layer, reason in reasons.items())
+    # Those with as many outputs as there are classes first: one of them was meant to be the head.
+    told = sorted(reasons, key=lambda layer: reasons[layer].endswith(" outputs"))
+    listed = "; ".join(f"{layer} ({reasons[layer]})" for layer in told[:_LISTED])
+    listed += f" and {len(told) - _LISTED} more" if len(told) > _LISTED else ""
     if found:
         listed = "; ".join([f"{head.name} (fits)" for head in found] + [listed] * bool(listed))
     raise UnsupportedModel(

@@ -15,12 +15,13 @@ from tiny import NAMES, tiny_classifier, tiny_data
 from unbackdoor.engine import caller, rng
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe, train
-from unbackdoor.errors import InputError, MethodFailed, UnbackdoorError, UnsupportedModel
+from unbackdoor.errors import InputError, MethodFailed, TooFewImages, UnbackdoorError, UnsupportedModel
 from unbackdoor.types import Classifier, CleanData, Purified, ScanReport
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "awm": {"rounds": 2, "passes": 2},
     "ims": {"start_rounds": 2, "free_rounds": 2, "sparse_rounds": 2, "steps": 2, "batch_size": 32},
+    "neural_cleanse": {"steps": 40, "images": 8, "rounds": 1, "epochs": 1},
     "rnp": {"recover_epochs": 2, "batch_size": 32, "step": 0.2, "max_steps": 40, "unlearn_lr": 0.1},
     "tac": {"epochs": 1, "search": False},
     "unlearned_prune": {"batch_size": 32, "step": 0.1, "max_steps": 40, "unlearn_lr": 0.1},
@@ -85,6 +86,7 @@ ONE_CLASS = (MethodFailed, "every clean image to one class")
 SILENCED = {
     "awm": (MethodFailed, r"no perturbation that moves a label.*fooling rate of 0\.000"),
     "ims": ONE_CLASS,
+    "neural_cleanse": (MethodFailed, "sends all images to one class"),
     "rnp": HARDLY,
     "tac": (UnsupportedModel, r"network\.fc \(all its rows are equal\)"),
     "unlearned_prune": HARDLY,
@@ -138,7 +140,7 @@ def test_missing_labels_are_refused_where_they_are_needed(method: str) -> None:
 def test_fewer_images_than_classes_are_used_or_refused(method: str) -> None:
     model, three, two = tiny_classifier("conv-bn"), *(CleanData.split(tiny_data(n, seed=2)) for n in (3, 2))
     if method in ("tac", "scan tac"):
-        refused(method, model, three, InputError, "fewer images than classes.*at least 4 images, got 3")
+        refused(method, model, three, TooFewImages, "fewer images than classes.*at least 4 images, got 3")
     elif method in ("rnp", "unlearned_prune"):
         # One of two images right is chance and a quarter: there is nothing between that and nothing.
         refused(method, model, two, MethodFailed, r"did not reach its stop band.*after 40 steps")
@@ -271,7 +273,7 @@ def test_what_the_network_ends_in_matters_only_where_it_must(method: str, networ
 
 
 @pytest.mark.parametrize("kind", ["conv", "transformer"])
-@pytest.mark.parametrize("method", ["awm", "ims", "rnp", "tac", "scan tac"])
+@pytest.mark.parametrize("method", ["awm", "ims", "neural_cleanse", "rnp", "tac", "scan tac"])
 def test_the_seed_decides_and_the_global_generators_do_not(method: str, kind: str) -> None:
     model, found = tiny_classifier(kind), []
     for number in (1, 2):

@@ -133,7 +133,7 @@ def _taught(
         left = _share(out, change, data.select, run)
         step |= {"held_out": kept, "control": unstamped, "success": left}
         if kept < min(before, unstamped) - cfg.tolerance - 1e-6:  # the last term is for rounding
-            break
+            continue  # a mild rate leaves the network half way; a larger one may bring the accuracy back
         best = out
         if left is None or left <= GONE:
             break

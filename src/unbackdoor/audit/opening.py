@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from unbackdoor.audit.variants import Variants, find, refuse_to_guess
 from unbackdoor.data.conform import conform
@@ -203,31 +203,27 @@ def _bare(
     contents = read_contents(path)
     if contents.format == "onnx" and not contents.dangerous and given.arch is None:
         try:
-            return _own_graph(path, given, images, run, progress)
-        except _GraphUnknown as error:
-            graph = error.__cause__
-            assert isinstance(graph, UnsupportedModel)
+            network = import_graph(path)
+        except UnsupportedModel as unknown:  # an operator that is not imported
             if contents.problem is not None:
-                raise graph from None
+                raise
             try:
                 return _by_names(path, contents.state(path), given, images, run, progress)
             except UnsupportedModel:
-                raise graph from None  # what it is, and not what it resembles
+                raise unknown from None  # what it is, and not what it resembles
+        return _own_graph(path, network, given, images, run, progress)
     return _by_names(path, contents.state(path), given, images, run, progress)
 
 
-class _GraphUnknown(Exception):
-    """The graph of a file has operators that are not imported; the cause says which."""
-
-
 def _own_graph(
-    path: Path, given: _Given, images: Images | Path | str | None, run: Run, progress: Progress
+    path: Path,
+    network: fx.GraphModule,
+    given: _Given,
+    images: Images | Path | str | None,
+    run: Run,
+    progress: Progress,
 ) -> Opened:
     """Open an ONNX file as the network that it describes."""
-    try:
-        network = import_graph(path)
-    except UnsupportedModel as error:
-        raise _GraphUnknown from error
     require_finite(network.state_dict(), path)
     stated = network.meta["input_shape"]
     raw = _raw_images(images, given.size or (stated[1:] if stated else None), progress)

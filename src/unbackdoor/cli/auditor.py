@@ -414,12 +414,6 @@ def write_repair(case: Case, done: Purification, out: Path, patch: Path | None) 
     from unbackdoor.models.formats.onnx_write import write_graph
     from unbackdoor.models.state import read_contents, read_state
 
-    contents = read_contents(case.source)
-    held: dict[str, Tensor] = {}
-    after: dict[str, Tensor] = {}
-    if case.opened.places is None:
-        held = contents.state(case.source)
-        after = repaired_state(case, held, done.model)
     record = {
         "model": str(out),
         "card": str(out.with_suffix(".json")),
@@ -441,20 +435,24 @@ def write_repair(case: Case, done: Purification, out: Path, patch: Path | None) 
         "changed_entries": done.facts["changed_entries"],
         "residual_triggers": record["residual_triggers"],
     }
-    if out.suffix == SAFETENSORS:
-        save_model(done.model, out, history=[*options.history_of(case.source), step])
-    elif case.opened.places is not None:
-        states = (m.network.state_dict() for m in (case.opened.model, done.model))
-        write_graph(out, case.source, case.opened.places, *states)
+    facts: dict[str, Any] = {"method": method, "source": case.source.name}
+    if case.opened.places is not None:
+        networks = (m.network.state_dict() for m in (case.opened.model, done.model))
+        write_graph(out, case.source, case.opened.places, *networks)
     else:
-        write_weights(out, after, nest=contents.nest, prefix=contents.prefix)
+        contents = read_contents(case.source)
+        held = contents.state(case.source)
+        after = repaired_state(case, held, done.model)
+        if out.suffix == SAFETENSORS:
+            save_model(done.model, out, history=[*options.history_of(case.source), step])
+            if case.opened.names:
+                facts[NAMES] = {old: new for new, old in case.opened.names.items()}
+        else:
+            write_weights(out, after, nest=contents.nest, prefix=contents.prefix)
     failed = None
     if patch is not None:
-        facts: dict[str, Any] = {"method": method, "source": case.source.name}
         if case.opened.places is not None:  # the file's own names, of which several tensors may be one
             held, after = (read_state(file) for file in (case.source, out))
-        elif out.suffix == SAFETENSORS and case.opened.names:
-            facts[NAMES] = {old: new for new, old in case.opened.names.items()}
         try:
             write_patch(patch, make_patch(held, after, facts))
             record["patch"] = str(patch)

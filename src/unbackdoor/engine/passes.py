@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,11 +12,25 @@ from torch import Tensor, nn
 
 from unbackdoor.data.batches import to_float
 from unbackdoor.engine.run import Run
-from unbackdoor.errors import MethodFailed
+from unbackdoor.errors import MethodFailed, UnsupportedModel
 from unbackdoor.types import Images
 
 Network = Callable[[Tensor], Tensor]
-EVALUATION_BATCH = 500  # images; large enough to fill a processor, small enough for any memory
+EVALUATION_BATCH = 500  # images; large enough to fill a processor
+_MOST = 512  # images in one pass; a processor gains nothing from more
+_NUMBERS = _MOST * 3 * 32 * 32  # numbers in them; a layer makes many times as many
+
+
+def together(input_shape: tuple[int, int, int]) -> int:
+    """Return how many images (C, H, W) go through a network at once, so that memory stays bounded."""
+    return max(1, min(_MOST, _NUMBERS // math.prod(input_shape)))
+
+
+def require_learner(model: nn.Module) -> None:
+    """Raise UnsupportedModel unless the model has a weight that can learn."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        network = getattr(model, "network", model)
+        raise UnsupportedModel("the network has no weight that could learn", where=type(network).__name__)
 
 
 @contextmanager
@@ -71,10 +86,11 @@ def predict(
         transform: Applied to each batch of uint8 pixels first, such as a trigger.
         label: Shows a progress bar under this name.
     """
-    starts = range(0, len(images), EVALUATION_BATCH)
+    size = min(EVALUATION_BATCH, together(images.shape))
+    starts = range(0, len(images), size)
     out: list[Tensor] = []
     for start in starts if label is None else run.progress(starts, label):
-        pixels = images.pixels[start : start + EVALUATION_BATCH]  # (B, C, H, W)
+        pixels = images.pixels[start : start + size]  # (B, C, H, W)
         pixels = pixels if transform is None else transform(pixels)
         out.append(logits_of(network, to_float(pixels, run.device), run).cpu())
     return torch.cat(out)  # (N, K)

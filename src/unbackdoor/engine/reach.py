@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unbackdoor.data.batches import to_float
-from unbackdoor.engine.passes import frozen, logits_of, mode, predict
+from unbackdoor.engine.passes import frozen, logits_of, mode, predict, together
 from unbackdoor.engine.run import Run
-from unbackdoor.engine.stepping import RowAdam, together
+from unbackdoor.engine.stepping import RowAdam
 from unbackdoor.errors import InputError, MethodFailed
 from unbackdoor.metrics import Rate
 from unbackdoor.registry import Config, option

@@ -1,20 +1,11 @@
-"""Searches of many rows at once: Adam over rows that leave one after the other, and how many fit a pass."""
+"""Adam over some rows of a tensor, where rows leave the search one after the other."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
 _BETAS = 0.5, 0.9  # the public code of Neural Cleanse
-_MOST = 512  # images in one forward pass; a processor gains nothing from more
-_NUMBERS = _MOST * 3 * 32 * 32  # numbers in them; layers keep many times as many for the way back
-
-
-def together(input_shape: tuple[int, int, int]) -> int:
-    """Return how many images of a size go through a network at once, so that memory stays bounded."""
-    return max(1, min(_MOST, _NUMBERS // math.prod(input_shape)))
 
 
 class RowAdam:

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from unbackdoor.data.batches import augment, batches, resident
 from unbackdoor.engine import rng
-from unbackdoor.engine.passes import logits_of, mode
+from unbackdoor.engine.passes import logits_of, mode, require_learner
 from unbackdoor.engine.run import Run
-from unbackdoor.errors import ConfigError, IntegrityError, MethodFailed, UnsupportedModel
+from unbackdoor.errors import ConfigError, IntegrityError, MethodFailed
 from unbackdoor.files import atomic_write
 from unbackdoor.registry import Config, near_match, option
 from unbackdoor.types import Augmentation, Classifier, Images, state_sha256
@@ -153,10 +153,7 @@ def train(
         IntegrityError: If the checkpoint belongs to another training run.
     """
     images.truth  # noqa: B018  raises where there are no labels
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UnsupportedModel(
-            "the network has no weight that could learn", where=type(model.network).__name__
-        )
+    require_learner(model)
     assert objective is None or (checkpoint is None and not recipe.mixup)
     images = resident(images, run.device)
     epochs, steps = recipe.epochs, _steps(len(images), recipe.batch_size)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unbackdoor.data.batches import to_float
-from unbackdoor.engine.passes import EVALUATION_BATCH, Network, logits_of
+from unbackdoor.engine.passes import EVALUATION_BATCH, Network, logits_of, together
 from unbackdoor.engine.run import Run
 from unbackdoor.types import Images
 
@@ -60,7 +60,8 @@ class Universal:
         """Return the share of images that leave their label, or reach the class drawn for them."""
         aims = self.aims(images.truth, generator)
         moved = 0
-        for rows in torch.arange(len(images), device=aims.device).split(EVALUATION_BATCH):
+        size = min(EVALUATION_BATCH, together(images.shape))
+        for rows in torch.arange(len(images), device=aims.device).split(size):
             pixels = self.applied(to_float(images.pixels[rows], run.device), aims[rows])
             predicted = logits_of(network, pixels, run).argmax(1)
             hit = predicted == aims[rows] if self.targeted else predicted != images.truth[rows]

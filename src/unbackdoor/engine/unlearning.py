@@ -22,9 +22,9 @@ from torch import Tensor
 
 from unbackdoor.data.batches import batches
 from unbackdoor.engine import rng
-from unbackdoor.engine.passes import accuracy, logits_of, mode
+from unbackdoor.engine.passes import accuracy, logits_of, mode, require_learner
 from unbackdoor.engine.run import Run
-from unbackdoor.errors import MethodFailed, UnsupportedModel
+from unbackdoor.errors import MethodFailed
 from unbackdoor.types import Augmentation, Classifier, Images
 
 Watch = Callable[[Classifier, float], None]
@@ -97,9 +97,7 @@ def unlearn(
         MethodFailed: If the model does not know the images to begin with, or the stop band is not reached.
         UnsupportedModel: If no parameter learns.
     """
-    if not any(p.requires_grad for p in model.parameters()):
-        where = model.architecture or type(model.network).__name__
-        raise UnsupportedModel("the network has no parameter that can unlearn", where=where)
+    require_learner(model)
     chance = 1 / model.classes
     low, high = chance / 2, chance + margin
     out = model.copy()

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from unbackdoor.engine.outliers import FEWEST
-from unbackdoor.engine.passes import frozen, logits_of, mode
+from unbackdoor.engine.passes import frozen, logits_of, mode, together
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.significance import largest_of_gamma
-from unbackdoor.engine.stepping import RowAdam, together
+from unbackdoor.engine.stepping import RowAdam
 from unbackdoor.errors import MethodFailed
 from unbackdoor.registry import Config, option, scanner
 from unbackdoor.types import Classifier, CleanData, Finding, ScanReport

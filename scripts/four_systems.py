@@ -16,6 +16,7 @@ from unbackdoor.report.words import duration, percent
 ROOT = Path(__file__).parents[1]
 SUITE = "four-systems-v1"
 ROWS, SCANS = ROOT / "results" / f"{SUITE}.jsonl", ROOT / "results" / f"{SUITE}.scans.jsonl"
+BESIDE = "trigger-unlearning-v1"
 PAGE = ROOT / "docs" / "results" / "four-systems.md"
 SYSTEMS = ("rnp", "awm", "ims", "tac")
 NOT_ALL_TO_ONE = ("none", "badnets_all_to_all")
@@ -43,6 +44,11 @@ def page() -> str:
     main = [row for row in rows if _setting(row) == _setting(rows[0])]
     lines += ["", "## The aims", "", f"On {_named(main[0])}, over the attacks with one target class.", ""]
     lines += _aims(main)
+    beside = [
+        row for row in read_rows(ROOT / "results" / f"{BESIDE}.jsonl") if _setting(row) == _setting(rows[0])
+    ]
+    lines += ["", f"## Beside them, from the suite [{BESIDE}]({BESIDE}.md)", ""]
+    lines += _aims(beside, ("neural_cleanse",))
     for images in sorted({row.clean_images for row in main}, reverse=True):
         lines += ["", f"## {images} clean images: {_named(main[0])}", ""]
         lines += _table([row for row in main if row.clean_images == images])
@@ -72,7 +78,7 @@ def _took(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row.error is None and row.asr is not None and WEAK not in row.flags]
 
 
-def _aims(rows: Sequence[Row]) -> list[str]:
+def _aims(rows: Sequence[Row], systems: Sequence[str] = SYSTEMS) -> list[str]:
     """Hold each preset of each system against what it was to reach."""
     lines = [
         "| system | images | rows | ASR | aim | ACC lost | aim | DER | that of ft on the same rows | "
@@ -81,7 +87,7 @@ def _aims(rows: Sequence[Row]) -> list[str]:
     ]
     kept = [row for row in rows if row.attack not in NOT_ALL_TO_ONE]
     baseline = {_same(row): row for row in _took(kept) if row.defense == "ft"}
-    for system in SYSTEMS:
+    for system in systems:
         for images, asr, lost in ((500, 0.05, 0.02), *(((10, 0.10, 0.05),) if system == "awm" else ())):
             for preset in dict.fromkeys(row.preset for row in rows if row.defense == system):
 

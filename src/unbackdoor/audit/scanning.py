@@ -167,13 +167,18 @@ class Audit:
         )
 
     @property
+    def guilty(self) -> tuple[Checked, ...]:
+        """The checks that are evidence by themselves."""
+        return tuple(c for c in self.checks if c.adjusted is not None and c.adjusted <= self.level)
+
+    @property
     def joint(self) -> tuple[Agreed, ...]:
         """The agreements that are evidence."""
         return tuple(a for a in self.agreed if a.adjusted <= self.level)
 
     def accuses(self, checked: Checked) -> bool:
         """Return whether a check is evidence, by itself or together with others."""
-        alone = checked.adjusted is not None and checked.adjusted <= self.level
+        alone = any(checked is c for c in self.guilty)
         return alone or any(checked.check.name in a.checks for a in self.joint)
 
     @property

@@ -33,7 +33,9 @@ from unbackdoor.registry import defense, option
 from unbackdoor.types import Classifier, CleanData, Images, Purified
 
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0)  # factors on train_lr, mildest first
-GONE = 0.01  # success of the recovered change on held-out images at which it counts as unlearned
+# Success of the recovered change on held-out images at which it counts as unlearned. Not a blind number: it
+# was 0.05 until a published checkpoint kept an ASR of 16 % with it.
+GONE = 0.01
 
 
 class NeuralCleanseConfig(ReachConfig):

@@ -32,8 +32,7 @@ def sarif(audit: Audit, model: Path, class_names: Sequence[str], *, file_sha256:
     place = {
         "physicalLocation": {"artifactLocation": {"uri": quote(model.name), "index": 0}},
     }
-    guilty = [c for c in audit.checks if c.adjusted is not None and c.adjusted <= audit.level]
-    results = [_result(c, place, class_names) for c in guilty]
+    results = [_result(c, place, class_names) for c in audit.guilty]
     results += [_agreement(a, place, class_names) for a in audit.joint]
     if audit.verdict == "undecided":
         results.append(

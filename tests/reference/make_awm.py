@@ -16,19 +16,12 @@ from torch import Tensor, nn
 from torch.nn import init
 from torch.nn.parameter import Parameter
 
-from reference.authors import checkout, definitions
+from reference.authors import FormerConv2d, checkout, definitions
 from reference_net import ReferenceNet, fitted, grey, store, under
 
 STEPS = [[0, 1, 2], [3, 4, 0], [1, 3, 3]]  # rows of each step of a phase, drawn with replacement
 # The defaults of the released code, but for a smaller ball, so that no pixel is clipped and the scaling acts.
 OPTIONS = SimpleNamespace(trigger_norm=30.0, alpha=0.9, gamma=1e-8)
-
-
-class FormerConv2d(nn.Conv2d):
-    """A convolution as it was when the code was written: its product took no bias, but found it itself."""
-
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return super()._conv_forward(input, weight, self.bias)
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ import torch
 from unbackdoor.engine.precision import has_native_bf16
 
 Seconds = dict[str, list[float]]
+REPEATS = 5  # timings of each kind of pass, of which the median counts
 # Read at the import, before this process adds to it; well above 0 says that somebody else is at work.
 _LOAD = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
@@ -71,6 +72,17 @@ def interleave(
             contestant()
             seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def usual(work: Callable[[], object]) -> float:
+    """Return the median seconds of a piece of work, which is done once before; for rates of passes."""
+    work()
+    seconds = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return median(seconds)
 
 
 def describe_machine() -> dict[str, Any]:

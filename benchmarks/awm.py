@@ -33,7 +33,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -42,7 +41,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from _data import Pictures, add_data_option, find_data
-from _harness import Ratio, Result, Seconds, interleave, parser
+from _harness import Ratio, Result, Seconds, interleave, parser, usual
 from rnp import TEST_BATCH, Loader, find_victim, triggered
 from unbackdoor import run as call
 from unbackdoor.attacks import AttackTruth
@@ -57,9 +56,6 @@ from unbackdoor.engine.universal import TRAVEL, project_l1
 from unbackdoor.engine.weight_masks import WeightMasks, maskable_weights
 from unbackdoor.registry import DEFENSES
 from unbackdoor.types import Classifier, CleanData, Images
-
-REPEATS = 5  # timings of each kind of pass for the floor, of which the median counts
-
 
 # ---------------------------------------------------------------------------------------------------
 # The plain version
@@ -232,8 +228,8 @@ class Floor:
     def seconds(self) -> float:
         """Return the seconds of one repair at the rates of this moment."""
         phase = self.cfg.rounds * self.steps
-        own = self.cfg.rounds * _timed(self._predict)
-        return phase * (_timed(self._search) + _timed(self._learn)) + own
+        own = self.cfg.rounds * usual(self._predict)
+        return phase * (usual(self._search) + usual(self._learn)) + own
 
     def _predict(self) -> None:
         with torch.inference_mode():
@@ -248,16 +244,6 @@ class Floor:
         twice, labels = torch.cat([self.pixels, self.pixels]), self.labels.repeat(2)
         with self.masks.learning():
             F.cross_entropy(logits_of(self.masks.network, twice, self.run), labels).backward()
-
-
-def _timed(work: Callable[[], None]) -> float:
-    work()
-    seconds = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return median(seconds)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ def table(folder: Path) -> str:
     for file in sorted(folder.glob("*.json")):
         record = json.loads(file.read_text(encoding="utf-8"))
         name = f"{record['benchmark']}: {record['subject']}"
+        if record["settings"].get("preset", "default") != "default":
+            name += f", preset {record['settings']['preset']}"
         for label, ratio in record["ratios"].items():
             cells = [f"{ratio[key]:.2f}" for key in ("median", "low", "high")]
             lines.append("| " + " | ".join([name, label, *cells, str(len(ratio["pairs"]))]) + " |")

@@ -16,9 +16,11 @@ number of steps of both stages, the thresholds. The number of unlearning steps n
 by a check after each step, public code by a running mean after each epoch. So ours runs first in each pair,
 by its own rule, and the plain version is told to take as many steps, steps that ours took back included.
 
-Three ratios: end to end; the algorithm alone, with the evaluations taken off the plain side and the judge
-off ours (our per-step checks and our held-out sweep stay in: they are how ours works); and with one
-evaluation each, for readers who would not evaluate after every epoch.
+Ratios: end to end; the algorithm alone, with the evaluations taken off the plain side and the judge
+off ours (our per-step checks and our held-out sweep stay in: they are how ours works); unlearning and
+recovery, each for itself; with one evaluation each, for readers who would not evaluate after every epoch;
+and ours against the floor: the time that the forward and backward passes of the algorithm would take at
+the rates measured just before, with nothing between them (1 is the floor, larger is slower).
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import argparse
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,15 +40,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from _data import Pictures, add_data_option, find_data
-from _harness import Ratio, Result, Seconds, interleave, parser
+from _harness import Ratio, Result, Seconds, interleave, parser, usual
 from unbackdoor import run as call
 from unbackdoor.attacks import AttackTruth, poison
 from unbackdoor.attacks.poison import stamped
 from unbackdoor.bench.judge import judge
 from unbackdoor.bench.victims import load_truth
+from unbackdoor.data.batches import to_float
 from unbackdoor.data.datasets import DataSet
 from unbackdoor.data.splits import POOL_FRACTION, draw_clean, reserve
+from unbackdoor.defenses import rnp
 from unbackdoor.defenses.rnp import RNPConfig
+from unbackdoor.engine.passes import logits_of
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe, train
 from unbackdoor.models import build, load_model
@@ -100,16 +105,26 @@ class Plain:
         self.tests = tests
         self.evaluations = 0
         self.evaluating = 0.0  # seconds
+        self.stages: dict[str, float] = {}  # seconds without evaluation
 
     def run(self, steps: int) -> list[tuple[float, float, float]]:
         """Unlearn for a number of steps, recover masks, sweep; return (threshold, ACC, ASR) rows."""
-        masks = self.recover(self.unlearn(steps))
+        with self._stage("unlearning"):
+            unlearned = self.unlearn(steps)
+        with self._stage("recovery"):
+            masks = self.recover(unlearned)
         rows = []
         for level in levels_of(self.cfg):
             pruned = self.prune(masks, level)
             acc, asr = self.evaluate(pruned)
             rows.append((level, acc, asr))
         return rows
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        start, evaluating = time.perf_counter(), self.evaluating
+        yield
+        self.stages[name] = time.perf_counter() - start - (self.evaluating - evaluating)
 
     def unlearn(self, steps: int) -> nn.Module:
         """Climb the loss in training mode and return the unlearned copy."""
@@ -199,6 +214,50 @@ def levels_of(cfg: RNPConfig) -> list[float]:
 
 
 # ---------------------------------------------------------------------------------------------------
+# The floor
+
+
+class Floor:
+    """The passes that the algorithm needs, and what they cost with nothing between them.
+
+    Args:
+        model: The victim.
+        clean: The defender's images.
+        cfg: Options of ours.
+        run: Device and precision.
+    """
+
+    def __init__(self, model: Classifier, clean: CleanData, cfg: RNPConfig, run: Run) -> None:
+        self.cfg, self.run = cfg, run
+        self.model = model.copy().train()
+        batch = min(len(clean.fit), cfg.batch_size)
+        self.pixels, self.labels = to_float(clean.fit.pixels[:batch]), clean.fit.truth[:batch]
+        self.held = to_float(clean.select.pixels)
+        self.weights = [*self.model.parameters()]
+        norms = [m for m in self.model.modules() if isinstance(m, nn.BatchNorm2d)]
+        self.scales = [norm.weight for norm in norms]  # as many values as there are masks
+        self.recovering = cfg.recover_epochs * math.ceil(len(clean.fit) / cfg.batch_size)
+
+    def seconds(self, steps: int) -> float:
+        """Return the seconds of one repair with so many unlearning steps, at the rates of this moment."""
+        unlearning = steps * usual(lambda: self._learn(self.weights))
+        recovering = self.recovering * usual(lambda: self._learn(self.scales))
+        return unlearning + recovering + len(levels_of(self.cfg)) * usual(self._look)
+
+    def _learn(self, learned: list[nn.Parameter]) -> None:
+        for weight in self.weights:
+            weight.requires_grad_(False)
+        for weight in learned:
+            weight.requires_grad_(True)
+        loss = F.cross_entropy(logits_of(self.model, self.pixels, self.run), self.labels)
+        torch.autograd.grad(loss, learned)
+
+    def _look(self) -> None:
+        with torch.inference_mode():
+            logits_of(self.model, self.held, self.run)
+
+
+# ---------------------------------------------------------------------------------------------------
 # The victim
 
 
@@ -267,8 +326,14 @@ class Comparison:
         self.cfg = config
         self.run = Run.create(seed=arguments.seed)
         self.seconds: Seconds = {
-            name: [] for name in ("ours, algorithm", "plain, algorithm", "plain, evaluation")
+            f"{side}, {part}": []
+            for side, parts in (
+                ("ours", ("algorithm", "unlearning", "recovery")),
+                ("plain", ("algorithm", "unlearning", "recovery", "evaluation")),
+            )
+            for part in parts
         }
+        self.floor = Floor(model, clean, config, self.run)
         self.steps = self.evaluations = 0
         self.outcome: dict[str, Any] = {}
         mean, std = model.mean.flatten().tolist(), model.std.flatten().tolist()
@@ -292,7 +357,7 @@ class Comparison:
 
     def ours(self) -> None:
         """Repair and judge."""
-        with self._clock("ours, algorithm"):
+        with self._clock("ours, algorithm"), self._clocks():
             repaired = call("rnp", self.model, self.clean, options=self.cfg, seed=self.arguments.seed)
         scores = judge(repaired.model, self.truth, self.test, self.run)
         self.steps = int(repaired.evidence["unlearning"]["steps"])
@@ -306,8 +371,35 @@ class Comparison:
         total = time.perf_counter() - start
         self.seconds["plain, algorithm"].append(total - plain.evaluating)
         self.seconds["plain, evaluation"].append(plain.evaluating)
+        for stage, seconds in plain.stages.items():
+            self.seconds[f"plain, {stage}"].append(seconds)
         self.evaluations = plain.evaluations
         self.outcome["plain"] = [{"threshold": level, "acc": acc, "asr": asr} for level, acc, asr in rows]
+
+    def bare(self) -> float:
+        """Return the seconds of the passes of the latest repair of ours."""
+        return self.floor.seconds(self.steps)
+
+    @contextmanager
+    def _clocks(self) -> Iterator[None]:
+        """Put clocks on the stages of ours, which is one function."""
+        real = {name: getattr(rnp, name) for name in ("unlearn", "recover")}
+        labels = {"unlearn": "ours, unlearning", "recover": "ours, recovery"}
+
+        def clocked(name: str) -> Callable[..., Any]:
+            def work(*given: Any, **named: Any) -> Any:
+                with self._clock(labels[name]):
+                    return real[name](*given, **named)
+
+            return work
+
+        for name in real:
+            setattr(rnp, name, clocked(name))
+        try:
+            yield
+        finally:
+            for name, function in real.items():
+                setattr(rnp, name, function)
 
     @contextmanager
     def _clock(self, name: str) -> Iterator[None]:
@@ -375,7 +467,11 @@ def main() -> None:
     ]
     result.add("ours : plain version, end to end", Ratio.of(whole["plain"], whole["ours"]))
     result.add("  algorithm alone", Ratio.of(parts["plain, algorithm"], parts["ours, algorithm"]))
+    for stage in ("unlearning", "recovery"):
+        result.add(f"  of it: {stage}", Ratio.of(parts[f"plain, {stage}"], parts[f"ours, {stage}"]))
     result.add("  with one evaluation each", Ratio.of(once, whole["ours"]))
+    floor = Ratio.of(parts["ours, algorithm"][-1:], [sides.bare()])
+    result.add("floor : ours, algorithm (1 is the floor)", floor)
     result.facts["unlearning_steps"] = sides.steps
     result.facts["plain_evaluations"] = sides.evaluations
     result.facts["outcome"] = sides.outcome

@@ -41,17 +41,14 @@ from torch.nn import init
 from torch.nn.parameter import Parameter
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from _data import Pictures, add_data_option, find_data
+from _data import Pictures
 from _harness import Ratio, Result, parser
+from _setting import Setting, add_setting_options, prepare, test_loaders, triggered
 from reference.authors import FormerConv2d, definitions
-from rnp import find_victim, triggered
 from unbackdoor import run as call
-from unbackdoor.attacks import AttackTruth
 from unbackdoor.bench.judge import judge
 from unbackdoor.data.batches import to_float
-from unbackdoor.data.splits import draw_clean, reserve
-from unbackdoor.engine.run import Run
-from unbackdoor.types import Classifier, CleanData, Images
+from unbackdoor.types import Classifier
 
 RNP = SimpleNamespace(alpha=0.2, clean_threshold=0.20, unlearning_epochs=20, recovering_epochs=20)
 AWM = SimpleNamespace(alpha=0.9, gamma=1e-8, trigger_norm=1000, outer=20, inner=5, lr2=1e-2)
@@ -63,31 +60,16 @@ Outcome = dict[str, Any]
 
 
 class Scene:
-    """Victim, images and clocks of one contestant."""
+    """The setting of one contestant, with a clock on its evaluations."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        size = 16 if arguments.quick else 32
-        needed = max(20 * arguments.clean, 2_000)
-        data = find_data(arguments.data, train=needed, test=arguments.test_images, size=size)
-        self.run = Run.create(seed=arguments.seed)
-        self.seed: int = arguments.seed
-        self.model: Classifier
-        self.truth: AttackTruth
-        self.model, self.truth = find_victim(arguments, data, self.run)
-        _, pool = reserve(data.train)
-        self.drawn = draw_clean(pool, count=arguments.clean, seed=arguments.seed)
-        self.augmentation = data.augmentation
-        order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
-        self.test = data.test.subset(order[: arguments.test_images])
+    def __init__(self, setting: Setting, workers: int) -> None:
+        self.setting, self.workers = setting, workers
+        self.model, self.drawn = setting.model, setting.drawn
         self.evaluating = 0.0
 
     def network(self) -> nn.Module:
         """Return a copy of the victim's network that takes normalised images, ready to learn."""
         return copy.deepcopy(self.model.network).float().requires_grad_(True)
-
-    def sets(self) -> tuple[Images, Images]:
-        """Return the clean and the triggered test images."""
-        return self.test, triggered(self.test, self.truth)
 
     def timed(self, test: Callable[..., Any]) -> Callable[..., Any]:
         """Return their evaluation with a clock on it."""
@@ -111,7 +93,7 @@ def released_rnp(scene: Scene, folder: Path) -> Outcome:
     code["test"] = scene.timed(code["test"])
     mean, std = scene.model.mean.flatten().tolist(), scene.model.std.flatten().tolist()
     fit: Any = DataLoader(Pictures(scene.drawn, mean, std, augmented=True), BATCH, shuffle=True)
-    tests = [DataLoader(Pictures(images, mean, std, augmented=False), BATCH) for images in scene.sets()]
+    tests = test_loaders(scene.setting, mean, std, scene.workers)
     criterion = nn.CrossEntropyLoss()
 
     net = scene.network()
@@ -167,7 +149,8 @@ def released_awm(scene: Scene, folder: Path) -> Outcome:
     given = TensorDataset(to_float(scene.drawn.pixels), scene.drawn.truth)
     drawing = RandomSampler(given, replacement=True, num_samples=inner * BATCH)
     fit: Any = DataLoader(given, BATCH, sampler=drawing)
-    tests = [DataLoader(TensorDataset(to_float(s.pixels), s.truth), BATCH) for s in scene.sets()]
+    sets = (scene.setting.test, triggered(scene.setting.test, scene.setting.truth))
+    tests = [DataLoader(TensorDataset(to_float(s.pixels), s.truth), BATCH) for s in sets]
     net = nn.Sequential(_Normalise(scene.model), scene.network())
     swap(net, nn.Conv2d, lambda conv: _masked(layers["MaskedConv2d"], conv))
     adam = torch.optim.Adam([p for name, p in net.named_parameters() if "mask" in name], lr=AWM.lr2)
@@ -184,12 +167,11 @@ def released_awm(scene: Scene, folder: Path) -> Outcome:
 def ours(scene: Scene, name: str) -> Outcome:
     """Repair and judge once."""
     method, _, preset = name.partition(":")
-    clean = CleanData.split(scene.drawn, augmentation=scene.augmentation, seed=scene.seed)
-    repaired = call(method, scene.model, clean, preset=preset or None, seed=scene.seed)
+    setting = scene.setting
+    repaired = call(method, scene.model, setting.clean, preset=preset or None, seed=setting.run.seed)
     start = time.perf_counter()
-    scores = judge(repaired.model, scene.truth, scene.test, scene.run)
+    rates = judge(repaired.model, setting.truth, setting.test, setting.run).rates()
     scene.evaluating = time.perf_counter() - start
-    rates = scores.rates()
     return {"acc": rates["acc"], "asr": rates["asr"], "chosen by": "held-out clean images"}
 
 
@@ -230,9 +212,7 @@ def swap(network: nn.Module, kind: type[nn.Module], make: Callable[[Any], nn.Mod
 
 def perform(arguments: argparse.Namespace) -> None:
     """Be one contestant and print what came out as a line of JSON."""
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(arguments.seed)
-    scene = Scene(arguments)
+    scene = Scene(prepare(arguments), arguments.num_workers)
     name: str = arguments.contestant
     start = time.perf_counter()
     if name == "released rnp":
@@ -262,29 +242,22 @@ def ask(name: str) -> Outcome:
 def main() -> None:
     """Measure and print."""
     options = parser(__doc__ or "", pairs=1)
-    options.add_argument(
-        "--victim", type=Path, required=True, metavar="FILE", help="saved victim with its truth beside it"
-    )
     options.add_argument("--rnp", type=Path, metavar="FOLDER", help="checkout of bboylyg/RNP")
     options.add_argument("--awm", type=Path, metavar="FOLDER", help="checkout of jinghuichen/AWM")
-    options.add_argument("--clean", type=int, default=500, help="the defender's images")
-    options.add_argument("--test-images", type=int, default=10_000, help="clean test images")
-    options.add_argument("--seed", type=int, default=0)
     options.add_argument("--contestant", help=argparse.SUPPRESS)
-    add_data_option(options)
+    add_setting_options(options)
     arguments = options.parse_args()
     if arguments.contestant:
         perform(arguments)
         return
+    if arguments.victim is None:
+        options.error("name a victim with --victim")
     methods = [method for method in OURS if getattr(arguments, method) is not None]
     if not methods:
         options.error("name at least one checkout")
-    torch.set_num_threads(arguments.threads)
-    scene = Scene(arguments)
-    before = judge(scene.model, scene.truth, scene.test, scene.run).rates()
-    subject = f"{scene.model.architecture}, {scene.truth.attack}, {arguments.clean} clean images"
-    settings = {"test_images": len(scene.test), "clean_images": arguments.clean, "attack": scene.truth.attack}
-    result = Result("authors", subject, settings)
+    setting = prepare(arguments)
+    before = judge(setting.model, setting.truth, setting.test, setting.run).rates()
+    result = Result("authors", setting.subject, setting.facts(arguments))
     outcome: dict[str, Outcome] = {"before": before}
     for method in methods:
         names = (f"released {method}", *OURS[method])

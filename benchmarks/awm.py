@@ -32,7 +32,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,14 +39,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
-from _data import Pictures, add_data_option, find_data
+from _data import Pictures
 from _harness import Ratio, Result, Seconds, interleave, parser, usual
-from rnp import TEST_BATCH, Loader, find_victim, triggered
+from _setting import Loader, Setting, add_setting_options, evaluate, prepare, shrink, test_loaders
 from unbackdoor import run as call
-from unbackdoor.attacks import AttackTruth
 from unbackdoor.bench.judge import judge
 from unbackdoor.data.batches import to_float
-from unbackdoor.data.splits import POOL_FRACTION, draw_clean, reserve
 from unbackdoor.defenses import awm
 from unbackdoor.engine.few import enlarged
 from unbackdoor.engine.passes import logits_of
@@ -55,7 +52,7 @@ from unbackdoor.engine.run import Run
 from unbackdoor.engine.universal import TRAVEL, project_l1
 from unbackdoor.engine.weight_masks import WeightMasks, maskable_weights
 from unbackdoor.registry import DEFENSES
-from unbackdoor.types import Classifier, CleanData, Images
+from unbackdoor.types import Classifier, Images
 
 # ---------------------------------------------------------------------------------------------------
 # The plain version
@@ -122,7 +119,7 @@ class Plain:
                 for group in self.optimizer.param_groups:
                     group["lr"] *= self.cfg.lr_decay
             with self._clock("evaluation"):
-                rates.append(self.evaluate())
+                rates.append(evaluate(self.network, self.tests))
         return rates
 
     def search(self) -> Tensor:
@@ -168,20 +165,6 @@ class Plain:
             with torch.no_grad():
                 for mask in self.masks:
                     mask.clamp_(0, 1)
-
-    @torch.no_grad()
-    def evaluate(self) -> tuple[float, float]:
-        """Return ACC on all clean test images and ASR on all triggered ones."""
-        rates = []
-        for loader in self.tests:
-            total, correct, seen = 0.0, 0, 0
-            for pixels, labels in loader:
-                logits = self.network(pixels)
-                total += F.cross_entropy(logits, labels).item() * len(labels)
-                correct += int((logits.argmax(1) == labels).sum().item())
-                seen += len(labels)
-            rates.append(correct / seen)
-        return rates[0], rates[1]
 
     @contextmanager
     def _clock(self, name: str) -> Iterator[None]:
@@ -258,17 +241,16 @@ class Comparison:
         outcome: What both sides arrived at; not a comparison of methods, a check that both did the work.
     """
 
-    def __init__(
-        self, model: Classifier, truth: AttackTruth, clean: CleanData, test: Images, arguments: Any
-    ) -> None:
-        self.model, self.truth, self.clean, self.test = model, truth, clean, test
+    def __init__(self, setting: Setting, arguments: Any) -> None:
+        self.model, self.truth, self.test = setting.model, setting.truth, setting.test
+        self.clean, self.run = setting.clean, setting.run
+        clean = self.clean
         self.arguments = arguments
         config = DEFENSES["awm"].configure({"rounds": arguments.rounds}, preset=arguments.preset)
         assert isinstance(config, awm.AWMConfig)
         if config.targeted or config.include_linear:
             raise SystemExit("the plain version knows one perturbation and convolutions only")
         self.cfg = config
-        self.run = Run.create(seed=arguments.seed)
         names = ("algorithm", "search", "masking")
         self.seconds: Seconds = {f"{side}, {name}": [] for side in ("ours", "plain") for name in names}
         self.seconds |= {"plain, evaluation": [], "floor": []}
@@ -277,16 +259,7 @@ class Comparison:
         draws = self.run.generator("views", "all")
         self.fit = enlarged(images, config.enlarge_to, clean.augmentation, draws)
         self.steps = len(awm.drawn(self.fit, config, self.run.generator("count")))
-        mean, std, workers = [0.0] * 3, [1.0] * 3, arguments.num_workers
-        self.tests: tuple[Loader, ...] = tuple(
-            DataLoader(
-                Pictures(images, mean, std, augmented=False),
-                TEST_BATCH,
-                num_workers=workers,
-                persistent_workers=workers > 0,
-            )
-            for images in (test, triggered(test, truth))
-        )
+        self.tests = test_loaders(setting, [0.0] * 3, [1.0] * 3, arguments.num_workers)
 
     def ours(self) -> None:
         """Repair and judge, and measure the floor at the same time of day."""
@@ -300,7 +273,7 @@ class Comparison:
 
     def plain(self) -> None:
         """Do the same the plain way."""
-        plain = Plain(self.model, self.cfg, self.fit, self.steps, (self.tests[0], self.tests[1]))
+        plain = Plain(self.model, self.cfg, self.fit, self.steps, self.tests)
         self.outcome["plain"] = [{"acc": acc, "asr": asr} for acc, asr in plain.run()]
         for name, seconds in plain.seconds.items():
             self.seconds[f"plain, {name}"].append(seconds)
@@ -338,55 +311,22 @@ def stages() -> Iterator[dict[str, float]]:
 def main() -> None:
     """Measure and print."""
     options = parser(__doc__ or "", pairs=2)
-    options.add_argument("--victim", type=Path, metavar="FILE", help="saved victim with its truth beside it")
-    options.add_argument(
-        "--victim-steps", type=int, default=200, help="training steps where no victim is given"
-    )
-    options.add_argument("--width", type=int, default=16, help="of the victim where none is given")
     options.add_argument("--preset", default=None, help="preset of awm")
     options.add_argument("--rounds", type=int, default=20, help="search-then-mask rounds")
-    options.add_argument("--clean", type=int, default=500, help="the defender's images")
-    options.add_argument("--test-images", type=int, default=10_000, help="clean test images")
-    options.add_argument("--num-workers", type=int, default=2, help="workers of the plain test loaders")
-    options.add_argument("--seed", type=int, default=0)
-    add_data_option(options)
+    add_setting_options(options)
     arguments = options.parse_args()
     if arguments.quick:
-        arguments.width, arguments.victim_steps, arguments.rounds, arguments.pairs = 4, 30, 1, 1
-        arguments.clean, arguments.test_images, arguments.num_workers = 20, 60, 0
-        arguments.data, arguments.victim = "made-up", None
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)  # of the plain version's draws
-
-    needed = max(math.ceil(arguments.clean / POOL_FRACTION), 2_000)
-    data = find_data(
-        arguments.data, train=needed, test=arguments.test_images, size=16 if arguments.quick else 32
-    )
-    run = Run.create(seed=arguments.seed)
-    model, truth = find_victim(arguments, data, run)
-    _, pool = reserve(data.train)
-    drawn = draw_clean(pool, count=arguments.clean, seed=arguments.seed)
-    clean = CleanData.split(drawn, augmentation=data.augmentation, seed=arguments.seed)
-    order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
-    test = data.test.subset(order[: arguments.test_images])
-
-    sides = Comparison(model, truth, clean, test, arguments)
-    settings = {
-        "architecture": model.architecture,
-        "data": data.name,
-        "attack": truth.attack,
-        "victim": "given" if arguments.victim else f"{arguments.victim_steps} steps",
+        arguments.rounds = 1
+        shrink(arguments, clean=20, victim_steps=30)
+    setting = prepare(arguments)
+    sides = Comparison(setting, arguments)
+    settings = setting.facts(arguments) | {
         "preset": arguments.preset or "default",
-        "clean_images": len(clean),
         "fitted_images": len(sides.fit),
         "rounds": arguments.rounds,
         "steps_a_phase": sides.steps,
-        "test_images": len(test),
-        "precision": run.precision.name,
-        "quick": arguments.quick,
     }
-    subject = f"{model.architecture}, {data.name}, {truth.attack}, {len(clean)} clean images"
-    result = Result("awm", f"{subject}, ours in {run.precision.name}", settings)
+    result = Result("awm", setting.subject, settings)
     contestants = {"ours": sides.ours, "floor": sides.floor, "plain": sides.plain}
     whole = interleave(arguments.pairs, contestants, warmup=False)
     parts = sides.seconds

@@ -26,11 +26,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,23 +36,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from _data import Pictures, add_data_option, find_data
+from _data import Pictures
 from _harness import Ratio, Result, Seconds, interleave, parser
-from rnp import find_victim, triggered
+from _setting import Loader, Setting, add_setting_options, prepare, shrink, test_loaders
 from unbackdoor import run as call
-from unbackdoor.attacks import AttackTruth
 from unbackdoor.bench.judge import judge
 from unbackdoor.data.batches import to_float
-from unbackdoor.data.splits import POOL_FRACTION, draw_clean, reserve
 from unbackdoor.defenses.ims import IMSConfig
 from unbackdoor.engine.passes import frozen, logits_of
 from unbackdoor.engine.run import Run
 from unbackdoor.registry import DEFENSES
-from unbackdoor.types import Classifier, CleanData, Images
-
-TEST_BATCH = 128  # images an evaluation step
-Loader = DataLoader[tuple[Tensor, int]]
-
+from unbackdoor.types import Classifier, Images
 
 # ---------------------------------------------------------------------------------------------------
 # The plain version
@@ -233,16 +225,9 @@ class Comparison:
         outcome: What both sides arrived at; a check that both did the work, not a comparison of methods.
     """
 
-    def __init__(
-        self,
-        model: Classifier,
-        truth: AttackTruth,
-        clean: CleanData,
-        test: Images,
-        arguments: argparse.Namespace,
-    ) -> None:
-        self.model, self.truth, self.clean, self.test = model, truth, clean, test
-        self.seed = arguments.seed
+    def __init__(self, setting: Setting, arguments: argparse.Namespace) -> None:
+        self.model, self.truth, self.test = setting.model, setting.truth, setting.test
+        self.clean, self.run, self.seed = setting.clean, setting.run, arguments.seed
         schedule = {
             "start_rounds": max(1, arguments.rounds // 2),
             "free_rounds": arguments.rounds,
@@ -253,18 +238,15 @@ class Comparison:
         }
         config = DEFENSES["ims"].configure(schedule, preset="reference")
         assert isinstance(config, IMSConfig)
-        self.cfg, self.run = config, Run.create(seed=self.seed)
+        self.cfg = config
         self.seconds: Seconds = {
             name: [] for name in ("ours, algorithm", "plain, algorithm", "plain, evaluation")
         }
         self.images: dict[str, int] = {}
         self.outcome: dict[str, Any] = {}
-        mean, std = model.mean.flatten().tolist(), model.std.flatten().tolist()
-        self.pictures = Pictures(clean.all, mean, std, augmented=False)
-        self.tests: tuple[Loader, ...] = tuple(
-            DataLoader(Pictures(images, mean, std, augmented=False), TEST_BATCH)
-            for images in (test, triggered(test, truth))
-        )
+        mean, std = self.model.mean.flatten().tolist(), self.model.std.flatten().tolist()
+        self.pictures = Pictures(self.clean.all, mean, std, augmented=False)
+        self.tests = test_loaders(setting, mean, std, arguments.num_workers)
 
     def ours(self) -> None:
         """Repair and judge."""
@@ -327,58 +309,28 @@ class _Counter(nn.Module):
 def main() -> None:
     """Measure and print."""
     options = parser(__doc__ or "", pairs=2)
-    options.add_argument("--victim", type=Path, metavar="FILE", help="saved victim with its truth beside it")
-    options.add_argument(
-        "--victim-steps", type=int, default=200, help="training steps where no victim is given"
-    )
-    options.add_argument("--width", type=int, default=16, help="of the victim where none is given")
     options.add_argument(
         "--rounds", type=int, default=4, help="of each perturbed stage; the reference has 200"
     )
     options.add_argument("--steps", type=int, default=20, help="of the perturbation, as in the reference")
-    options.add_argument("--clean", type=int, default=500, help="the defender's images")
-    options.add_argument("--test-images", type=int, default=2_000, help="clean test images")
-    options.add_argument("--seed", type=int, default=0)
-    add_data_option(options)
+    add_setting_options(options, test_images=2_000)
     arguments = options.parse_args()
     if arguments.quick:
-        arguments.width, arguments.victim_steps, arguments.rounds, arguments.pairs = 4, 30, 1, 1
-        arguments.clean, arguments.test_images, arguments.steps = 40, 40, 3
-        arguments.data, arguments.victim = "made-up", None
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)  # of the plain version's draws
-
-    needed = max(math.ceil(arguments.clean / POOL_FRACTION), 2_000)
-    size = 16 if arguments.quick else 32
-    data = find_data(arguments.data, train=needed, test=arguments.test_images, size=size)
-    run = Run.create(seed=arguments.seed)
-    model, truth = find_victim(arguments, data, run)
-    _, pool = reserve(data.train)
-    drawn = draw_clean(pool, count=arguments.clean, seed=arguments.seed)
-    clean = CleanData.split(drawn, seed=arguments.seed)
-    order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
-    test = data.test.subset(order[: arguments.test_images])
-
-    sides = Comparison(model, truth, clean, test, arguments)
+        arguments.rounds, arguments.steps = 1, 3
+        shrink(arguments, clean=40, victim_steps=30)
+    setting = prepare(arguments, augmented=False)
+    sides = Comparison(setting, arguments)
     contestants: dict[str, Callable[[], object]] = {
         "ours": sides.ours,
         "plain": sides.plain,
         "lean": sides.lean,
         "floor": sides.bare,
     }
-    settings = {
-        "architecture": model.architecture,
-        "data": data.name,
-        "attack": truth.attack,
+    settings = setting.facts(arguments) | {
         "rounds": [sides.cfg.start_rounds, sides.cfg.free_rounds, sides.cfg.sparse_rounds],
         "steps": sides.cfg.steps,
-        "clean_images": len(clean),
-        "test_images": len(test),
-        "precision": run.precision.name,
-        "quick": arguments.quick,
     }
-    subject = f"{model.architecture}, {data.name}, {truth.attack}, {len(clean)} clean images"
-    result = Result("ims", f"{subject}, ours in {run.precision.name}", settings)
+    result = Result("ims", setting.subject, settings)
     whole = interleave(arguments.pairs, contestants, warmup=False)
     sides.count()
     parts = sides.seconds

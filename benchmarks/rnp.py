@@ -31,7 +31,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,28 +38,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from _data import Pictures, add_data_option, find_data
+from _data import Pictures
 from _harness import Ratio, Result, Seconds, interleave, parser, usual
+from _setting import Loader, Setting, add_setting_options, evaluate, prepare, shrink, test_loaders
 from unbackdoor import run as call
-from unbackdoor.attacks import AttackTruth, poison
-from unbackdoor.attacks.poison import stamped
 from unbackdoor.bench.judge import judge
-from unbackdoor.bench.victims import load_truth
 from unbackdoor.data.batches import to_float
-from unbackdoor.data.datasets import DataSet
-from unbackdoor.data.splits import POOL_FRACTION, draw_clean, reserve
 from unbackdoor.defenses import rnp
 from unbackdoor.defenses.rnp import RNPConfig
 from unbackdoor.engine.passes import logits_of
 from unbackdoor.engine.run import Run
-from unbackdoor.engine.training import Recipe, train
-from unbackdoor.models import build, load_model
 from unbackdoor.registry import DEFENSES
-from unbackdoor.types import Classifier, CleanData, Images
-
-TEST_BATCH = 128  # images an evaluation step, as in training: what public code does
-Loader = DataLoader[tuple[Tensor, int]]
-
+from unbackdoor.types import Classifier, CleanData
 
 # ---------------------------------------------------------------------------------------------------
 # The plain version
@@ -192,20 +181,10 @@ class Plain:
     def evaluate(self, network: nn.Module) -> tuple[float, float]:
         """Return ACC on all clean test images and ASR on all triggered ones."""
         start = time.perf_counter()
-        network.eval()
-        rates = []
-        with torch.no_grad():
-            for loader in self.tests:
-                total, correct, seen = 0.0, 0, 0
-                for pixels, labels in loader:
-                    logits = network(pixels)
-                    total += F.cross_entropy(logits, labels).item() * len(labels)
-                    correct += int((logits.argmax(1) == labels).sum().item())
-                    seen += len(labels)
-                rates.append(correct / seen)
+        rates = evaluate(network, self.tests)
         self.evaluating += time.perf_counter() - start
         self.evaluations += 1
-        return rates[0], rates[1]
+        return rates
 
 
 def levels_of(cfg: RNPConfig) -> list[float]:
@@ -258,46 +237,6 @@ class Floor:
 
 
 # ---------------------------------------------------------------------------------------------------
-# The victim
-
-
-def find_victim(arguments: argparse.Namespace, data: DataSet, run: Run) -> tuple[Classifier, AttackTruth]:
-    """Load the victim that is given, or train one for as many steps as it takes to know its task somewhat."""
-    if arguments.victim is not None:
-        return load_model(arguments.victim), load_truth(arguments.victim)
-    training, _ = reserve(data.train)
-    poisoned, truth = poison(training, "badnets", seed=0)
-    # A tiny network on a tiny set needs more and smaller steps before it knows anything.
-    batch = 32 if arguments.quick else 128
-    rows = torch.randperm(len(poisoned), generator=run.generator("victim"))[: arguments.victim_steps * batch]
-    model = build(
-        f"preact_resnet18[width={arguments.width}]",
-        input_shape=data.train.shape,
-        class_names=data.train.class_names,
-        mean=data.mean,
-        std=data.std,
-    )
-    train(
-        model,
-        poisoned.subset(rows),
-        Recipe(epochs=max(1, arguments.victim_steps * batch // len(rows)), batch_size=batch),
-        run,
-        augmentation=data.augmentation,
-    )
-    return model, truth
-
-
-def triggered(test: Images, truth: AttackTruth) -> Images:
-    """Return the test images outside the target class, triggered and labelled as the attacker wants."""
-    eligible = truth.eligible(test)
-    if not len(eligible):
-        raise SystemExit("the victim carries no attack; the plain version needs a triggered test set")
-    return Images(
-        stamped(eligible.pixels, truth), truth.wanted(eligible.truth), test.class_names, "triggered"
-    )
-
-
-# ---------------------------------------------------------------------------------------------------
 # The comparison
 
 
@@ -310,21 +249,14 @@ class Comparison:
         outcome: What both sides arrived at; not a comparison of methods, a check that both did the work.
     """
 
-    def __init__(
-        self,
-        model: Classifier,
-        truth: AttackTruth,
-        clean: CleanData,
-        test: Images,
-        arguments: argparse.Namespace,
-    ) -> None:
-        self.model, self.truth, self.clean, self.test = model, truth, clean, test
+    def __init__(self, setting: Setting, arguments: argparse.Namespace) -> None:
+        self.model, self.truth, self.test = setting.model, setting.truth, setting.test
+        self.clean, self.run = setting.clean, setting.run
         self.arguments = arguments
         part = DEFENSES["rnp"]
         config = part.configure({"recover_epochs": arguments.epochs}, preset=arguments.preset)
         assert isinstance(config, RNPConfig)
         self.cfg = config
-        self.run = Run.create(seed=arguments.seed)
         self.seconds: Seconds = {
             f"{side}, {part}": []
             for side, parts in (
@@ -333,27 +265,17 @@ class Comparison:
             )
             for part in parts
         }
-        self.floor = Floor(model, clean, config, self.run)
+        self.floor = Floor(self.model, self.clean, config, self.run)
         self.steps = self.evaluations = 0
         self.outcome: dict[str, Any] = {}
-        mean, std = model.mean.flatten().tolist(), model.std.flatten().tolist()
+        mean, std = self.model.mean.flatten().tolist(), self.model.std.flatten().tolist()
         # In this process: with three batches an epoch, starting workers would cost more than they save.
         self.fit: Loader = DataLoader(
-            Pictures(clean.fit, mean, std, augmented=clean.augmentation == "crop+flip"),
+            Pictures(self.clean.fit, mean, std, augmented=self.clean.augmentation == "crop+flip"),
             config.batch_size,
             shuffle=True,
         )
-        sets = (test, triggered(test, truth))
-        workers = arguments.num_workers
-        self.tests: tuple[Loader, ...] = tuple(
-            DataLoader(
-                Pictures(images, mean, std, augmented=False),
-                TEST_BATCH,
-                num_workers=workers,
-                persistent_workers=workers > 0,
-            )
-            for images in sets
-        )
+        self.tests = test_loaders(setting, mean, std, arguments.num_workers)
 
     def ours(self) -> None:
         """Repair and judge."""
@@ -365,7 +287,7 @@ class Comparison:
 
     def plain(self) -> None:
         """Do the same the plain way, with as many steps as ours took just before."""
-        plain = Plain(self.model.network, self.cfg, self.fit, (self.tests[0], self.tests[1]))
+        plain = Plain(self.model.network, self.cfg, self.fit, self.tests)
         start = time.perf_counter()
         rows = plain.run(self.steps)
         total = time.perf_counter() - start
@@ -411,54 +333,21 @@ class Comparison:
 def main() -> None:
     """Measure and print."""
     options = parser(__doc__ or "", pairs=2)
-    options.add_argument("--victim", type=Path, metavar="FILE", help="saved victim with its truth beside it")
-    options.add_argument(
-        "--victim-steps", type=int, default=200, help="training steps where no victim is given"
-    )
-    options.add_argument("--width", type=int, default=16, help="of the victim where none is given")
     options.add_argument("--preset", default=None, help="preset of rnp")
     options.add_argument("--epochs", type=int, default=20, help="passes of the recovery")
-    options.add_argument("--clean", type=int, default=500, help="the defender's images")
-    options.add_argument("--test-images", type=int, default=10_000, help="clean test images")
-    options.add_argument("--num-workers", type=int, default=2, help="workers of the plain test loaders")
-    options.add_argument("--seed", type=int, default=0)
-    add_data_option(options)
+    add_setting_options(options)
     arguments = options.parse_args()
     if arguments.quick:
-        arguments.width, arguments.victim_steps, arguments.epochs, arguments.pairs = 4, 100, 1, 1
-        arguments.clean, arguments.test_images, arguments.num_workers = 100, 60, 0
-        arguments.data, arguments.victim = "made-up", None
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)  # of the plain version's shuffling and augmentation
-
-    # The defender's pool, a share of the training set, must hold the clean images.
-    needed = max(math.ceil(arguments.clean / POOL_FRACTION), 2_000)
-    size = 16 if arguments.quick else 32
-    data = find_data(arguments.data, train=needed, test=arguments.test_images, size=size)
-    run = Run.create(seed=arguments.seed)
-    model, truth = find_victim(arguments, data, run)
-    _, pool = reserve(data.train)
-    drawn = draw_clean(pool, count=arguments.clean, seed=arguments.seed)
-    clean = CleanData.split(drawn, augmentation=data.augmentation, seed=arguments.seed)
-    order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
-    test = data.test.subset(order[: arguments.test_images])
-
-    sides = Comparison(model, truth, clean, test, arguments)
-    settings = {
-        "architecture": model.architecture,
-        "data": data.name,
-        "attack": truth.attack,
-        "victim": "given" if arguments.victim else f"{arguments.victim_steps} steps",
+        arguments.epochs = 1
+        shrink(arguments, clean=100, victim_steps=100)
+    setting = prepare(arguments)
+    sides = Comparison(setting, arguments)
+    settings = setting.facts(arguments) | {
         "preset": arguments.preset or "default",
-        "clean_images": len(clean),
-        "fitted_images": len(clean.fit),
+        "fitted_images": len(setting.clean.fit),
         "recover_epochs": arguments.epochs,
-        "test_images": len(test),
-        "precision": run.precision.name,
-        "quick": arguments.quick,
     }
-    subject = f"{model.architecture}, {data.name}, {truth.attack}, {len(clean)} clean images"
-    result = Result("rnp", f"{subject}, ours in {run.precision.name}", settings)
+    result = Result("rnp", setting.subject, settings)
     whole = interleave(arguments.pairs, {"ours": sides.ours, "plain": sides.plain}, warmup=False)
     parts = sides.seconds
     once = [

@@ -30,7 +30,7 @@ def harness() -> Iterator[ModuleType]:
 
 
 @pytest.mark.parametrize(
-    "name", ["training", "loading", "rnp", "awm", "ims", "tac", "bench_scale", "bench_overhead"]
+    "name", ["training", "loading", "rnp", "awm", "ims", "tac", "tac_repair", "bench_scale", "bench_overhead"]
 )
 def test_it_runs_and_prints_ratios(name: str, tmp_path: Path) -> None:
     """In a process of its own, with no data set at hand, because ``--quick`` makes its images up."""
@@ -40,7 +40,7 @@ def test_it_runs_and_prints_ratios(name: str, tmp_path: Path) -> None:
         pytest.importorskip("matplotlib", reason="the page of this benchmark has charts (extra: report)")
     if name == "bench_overhead":
         pytest.importorskip("sklearn", reason="the digits come with scikit-learn (extra: digits)")
-    if name == "tac":
+    if name in ("tac", "tac_repair"):
         pytest.importorskip("scipy", reason="the solver is SciPy's (extra: scan)")
     file = tmp_path / "result.json"
     command = [

@@ -34,12 +34,40 @@ def table(folder: Path) -> str:
     return "\n".join([*lines, "", "Measured on: " + "; ".join(sorted(machines)) + "."])
 
 
+def beside_the_released_code(folder: Path) -> str:
+    """Return the table of what the contestants of ``authors.py`` reached; nothing if it was not run."""
+    file = folder / "authors.json"
+    if not file.exists():
+        return ""
+    record = json.loads(file.read_text(encoding="utf-8"))
+    lines = [
+        f"`authors.py`: {record['subject']}, {record['settings']['test_images']} test images.",
+        "",
+        "| contestant | ACC | ASR | strength chosen by | seconds | without evaluation | peak MB |",
+        "|---|---:|---:|---|---:|---:|---:|",
+    ]
+    for name, told in record["outcome"].items():
+        cells = [name, f"{100 * told['acc']:.1f} %", f"{100 * told['asr']:.1f} %"]
+        if name == "before":
+            cells += [""] * 4
+        else:
+            seconds = [f"{told[key]:.0f}" for key in ("seconds", "algorithm", "peak_mb")]
+            cells += [told["chosen by"], *seconds]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def readme(text: str, folder: Path) -> str:
     """Return the README with its last section made anew."""
     head, found, _ = text.partition(MARK)
     assert found, "the README has lost its section of measurements"
-    note = "Made by `python benchmarks/render.py` from `measured/`. Do not edit."
-    return f"{head}{MARK}\n{note}\n\n{table(folder)}\n"
+    note = (
+        "Made by `python benchmarks/render.py` from `measured/`. Do not edit. The records of authors, awm, ims, rnp "
+        "and tac_repair are of one pair each, on a machine that was training networks at the same time: a floor "
+        "below 1 is that noise."
+    )
+    parts = [note, table(folder), beside_the_released_code(folder)]
+    return f"{head}{MARK}\n" + "\n\n".join(part.rstrip() for part in parts if part) + "\n"
 
 
 def main() -> None:

@@ -1,0 +1,174 @@
+"""Remedies for what TAC's repair leaves, each followed with the judge beside it: docs/four-systems.md.
+
+    python scripts/tac_remedies.py victims/cifar10-small-v1/blended-*/model.safetensors --sample 1
+
+Prints ACC and ASR on 2,000 test images and the accuracy on the held-out ones. The judge decides nothing here
+and chooses nothing: this shows where the method goes wrong. Minutes of one core for each victim.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unbackdoor.bench.judge import judge
+from unbackdoor.bench.victims import load_truth
+from unbackdoor.data.batches import to_float
+from unbackdoor.data.datasets import load_dataset
+from unbackdoor.data.splits import draw_clean, reserve
+from unbackdoor.defenses import tac
+from unbackdoor.engine.latent import latent_shifts
+from unbackdoor.engine.passes import accuracy, logits_of
+from unbackdoor.engine.run import Run
+from unbackdoor.errors import MethodFailed
+from unbackdoor.models import load_model
+from unbackdoor.types import Classifier, CleanData
+
+STRENGTHS = ((1.0, 0.003), (10.0, 0.003), (10.0, 0.006))  # beta, learning rate
+WAYS_BACK = (1.0, 0.8, 0.6, 0.4)  # share of the way from the original weights to the hardened ones
+EARLY = (("layer3", 1.0, 0.003), ("layer1", 1.0, 0.003), ("layer1", 0.3, 0.001))  # layer, beta, rate
+EPOCHS, BATCH, SEARCH_STEPS, SEARCH_BATCH = 20, 32, 12, 96
+
+
+class Trial:
+    """One victim, one sample of the defender."""
+
+    def __init__(self, victim: Path, sample: int) -> None:
+        data = load_dataset("cifar10", download=False)
+        self.run = Run.create(seed=0)
+        self.model, self.truth = load_model(victim), load_truth(victim)
+        _, pool = reserve(data.train)
+        drawn = draw_clean(pool, count=500, seed=sample)
+        self.clean = CleanData.split(drawn, augmentation=data.augmentation, seed=sample)
+        order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
+        self.test = data.test.subset(order[:2000])
+        self.latent = latent_shifts(self.model, self.clean.all, self.run)
+        self.target = int(self.latent.norms.argmin())
+        self.say("before", self.model)
+
+    def say(self, what: str, model: Classifier) -> None:
+        """Print what the judge and the held-out images say."""
+        held = accuracy(model, self.clean.select, self.run)
+        rates = judge(model, self.truth, self.test, self.run).rates()
+        shown = ", ".join(f"{name} {100 * v:.1f}" for name, v in rates.items() if v is not None)
+        print(f"{what}: held out {100 * held:.1f}, {shown}", flush=True)
+
+    def harder(self, beta: float, lr: float) -> None:
+        """Harden at a strength, then go back towards the original weights."""
+        name = f"beta {beta:g}, lr {lr:g}"
+        cfg = tac.TACConfig()
+        try:
+            out, _ = tac._tuned(
+                self.model,
+                self.latent,
+                self.target,
+                self.clean.fit,
+                self.clean,
+                cfg,
+                self.run,
+                beta,
+                lr,
+                "frozen",
+            )
+        except MethodFailed as error:
+            print(f"{name}: {error}")
+            return
+        ends = [
+            (a.detach().clone(), b.detach().clone())
+            for a, b in zip(self.model.parameters(), out.parameters(), strict=True)
+        ]
+        for share in WAYS_BACK:
+            with torch.no_grad():
+                for weight, (start, end) in zip(out.parameters(), ends, strict=True):
+                    weight.copy_(start + share * (end - start))
+            self.say(f"{name}, {100 * share:.0f} % of the way", out)
+
+    def early(self, layer: str, beta: float, lr: float) -> None:
+        """Harden against one offset a channel behind an earlier layer, found anew in every epoch."""
+        torch.manual_seed(0)
+        out = self.model.copy().eval().requires_grad_(True)
+        where = out.network.get_submodule(layer)
+        head = {id(p) for p in [m for m in out.modules() if isinstance(m, nn.Linear)][-1].parameters()}
+        learned = [p for p in out.parameters() if id(p) not in head]
+        sgd = torch.optim.SGD(learned, lr=lr, momentum=0.9, weight_decay=5e-4)
+        pixels, labels = to_float(self.clean.fit.pixels), self.clean.fit.truth
+        falling = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, EPOCHS * -(-len(pixels) // BATCH))
+        for epoch in range(1, EPOCHS + 1):
+            offset = self._offset(out, where, pixels, labels)
+            for rows in torch.randperm(len(pixels)).split(BATCH):
+                x, y = varied(pixels[rows]), labels[rows]
+                clean = F.cross_entropy(logits_of(out, x, self.run), y)
+                with shifted(where, offset):
+                    hard = F.cross_entropy(logits_of(out, x, self.run), y)
+                sgd.zero_grad()
+                ((clean + beta * hard) / (1 + beta)).backward()
+                sgd.step()
+                falling.step()
+            if epoch in (1, EPOCHS // 2, EPOCHS):
+                self.say(f"behind {layer}, beta {beta:g}, lr {lr:g}, epoch {epoch}", out)
+                out.eval()
+
+    def _offset(self, model: Classifier, where: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
+        """Return the offset (1, C, 1, 1), kept small, that sends images to the class."""
+        seen: list[Tensor] = []
+        hook = where.register_forward_hook(lambda _, __, out: seen.append(out.detach().float()))
+        with torch.no_grad():
+            logits_of(model, pixels[:64], self.run)
+        hook.remove()
+        scale = float(seen[0].std())
+        offset = torch.zeros(1, seen[0].shape[1], 1, 1, requires_grad=True)
+        adam = torch.optim.Adam([offset], lr=0.1 * scale)
+        for _ in range(SEARCH_STEPS):
+            rows = torch.randperm(len(pixels))[:SEARCH_BATCH]
+            rows = rows[labels[rows] != self.target]
+            with shifted(where, offset):
+                logits = logits_of(model, pixels[rows], self.run)
+            aim = torch.full((len(rows),), self.target)
+            loss = F.cross_entropy(logits, aim) + 0.01 * (offset / scale).square().sum()
+            (offset.grad,) = torch.autograd.grad(loss, [offset])
+            adam.step()
+        return offset.detach()
+
+
+@contextmanager
+def shifted(where: nn.Module, offset: Tensor) -> Iterator[None]:
+    """Add an offset to what a layer returns, inside the block."""
+    hook = where.register_forward_hook(lambda _, __, out: out + offset)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def varied(pixels: Tensor) -> Tensor:
+    """Crop a batch at one random place and flip half of its images."""
+    top, left = torch.randint(0, 9, (2,)).tolist()
+    cropped = F.pad(pixels, (4, 4, 4, 4))[:, :, top : top + pixels.shape[2], left : left + pixels.shape[3]]
+    return torch.where((torch.rand(len(pixels)) < 0.5)[:, None, None, None], cropped.flip(3), cropped)
+
+
+def main() -> None:
+    """Try every remedy on a victim."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("victim", type=Path, help="saved victim with its truth beside it")
+    parser.add_argument("--sample", type=int, default=1, help="of the defender's 500 images")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    trial = Trial(arguments.victim, arguments.sample)
+    for beta, lr in STRENGTHS:
+        trial.harder(beta, lr)
+    for layer, beta, lr in EARLY:
+        trial.early(layer, beta, lr)
+
+
+if __name__ == "__main__":
+    main()

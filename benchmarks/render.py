@@ -62,9 +62,9 @@ def readme(text: str, folder: Path) -> str:
     head, found, _ = text.partition(MARK)
     assert found, "the README has lost its section of measurements"
     note = (
-        "Made by `python benchmarks/render.py` from `measured/`. Do not edit. The records of authors, awm, ims, "
-        "rnp and tac_repair are of one pair each, on a machine that was training networks at the same time: a "
-        "floor below 1 is that noise."
+        "Made by `python benchmarks/render.py` from `measured/`. Do not edit. The records of authors, awm, "
+        "ims, rnp and tac_repair are of one pair each, on a machine that was training networks at the same "
+        "time: a floor below 1 is that noise."
     )
     parts = [note, table(folder), beside_the_released_code(folder)]
     return f"{head}{MARK}\n" + "\n\n".join(part.rstrip() for part in parts if part) + "\n"

@@ -29,6 +29,21 @@ def harness() -> Iterator[ModuleType]:
     del sys.modules[name]
 
 
+def test_the_comparison_with_released_code_asks_for_a_checkout(tmp_path: Path) -> None:
+    """That code is not ours, so only this can be tested here."""
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "authors.py"), "--victim", "any.safetensors"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("name at least one checkout")
+
+
 @pytest.mark.parametrize(
     "name", ["training", "loading", "rnp", "awm", "ims", "tac", "tac_repair", "bench_scale", "bench_overhead"]
 )

@@ -12,10 +12,12 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -83,6 +85,38 @@ def usual(work: Callable[[], object]) -> float:
         work()
         seconds.append(time.perf_counter() - start)
     return median(seconds)
+
+
+@contextmanager
+def stages(module: ModuleType, names: Mapping[str, str]) -> Iterator[dict[str, float]]:
+    """Put clocks on functions of a method, which is one call, inside the block.
+
+    Args:
+        module: Where the method finds its stages.
+        names: Label of each function by its name there.
+
+    Yields:
+        Seconds by label, summed over the calls.
+    """
+    seconds = dict.fromkeys(names.values(), 0.0)
+    before = {name: getattr(module, name) for name in names}
+
+    def clocked(name: str) -> Callable[..., Any]:
+        def timed(*given: Any, **named: Any) -> Any:
+            start = time.perf_counter()
+            out = before[name](*given, **named)
+            seconds[names[name]] += time.perf_counter() - start
+            return out
+
+        return timed
+
+    for name in names:
+        setattr(module, name, clocked(name))
+    try:
+        yield seconds
+    finally:
+        for name, function in before.items():
+            setattr(module, name, function)
 
 
 def describe_machine() -> dict[str, Any]:

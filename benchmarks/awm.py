@@ -30,7 +30,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from _data import Pictures
-from _harness import Ratio, Result, Seconds, interleave, parser, usual
+from _harness import Ratio, Result, Seconds, interleave, parser, stages, usual
 from _setting import Loader, Setting, add_setting_options, evaluate, prepare, shrink, test_loaders
 from unbackdoor import run as call
 from unbackdoor.bench.judge import judge
@@ -264,7 +264,7 @@ class Comparison:
     def ours(self) -> None:
         """Repair and judge, and measure the floor at the same time of day."""
         start = time.perf_counter()
-        with stages() as clocks:
+        with stages(awm, {"attack": "search", "mask": "masking"}) as clocks:
             repaired = call("awm", self.model, self.clean, options=self.cfg, seed=self.arguments.seed)
         self.seconds["ours, algorithm"].append(time.perf_counter() - start)
         for name, seconds in clocks.items():
@@ -284,28 +284,6 @@ class Comparison:
         """Measure the rates of the passes that are needed."""
         floor = Floor(self.model, self.fit, self.cfg, self.steps, self.run)
         self.seconds["floor"].append(floor.seconds())
-
-
-@contextmanager
-def stages() -> Iterator[dict[str, float]]:
-    """Clock the two phases of ours inside the block."""
-    seconds = {"search": 0.0, "masking": 0.0}
-    before = awm.attack, awm.mask
-
-    def clocked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*arguments: Any) -> Any:
-            start = time.perf_counter()
-            out = function(*arguments)
-            seconds[name] += time.perf_counter() - start
-            return out
-
-        return timed
-
-    awm.attack, awm.mask = clocked("search", awm.attack), clocked("masking", awm.mask)
-    try:
-        yield seconds
-    finally:
-        awm.attack, awm.mask = before
 
 
 def main() -> None:

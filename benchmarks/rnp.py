@@ -29,7 +29,7 @@ import argparse
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from _data import Pictures
-from _harness import Ratio, Result, Seconds, interleave, parser, usual
+from _harness import Ratio, Result, Seconds, interleave, parser, stages, usual
 from _setting import Loader, Setting, add_setting_options, evaluate, prepare, shrink, test_loaders
 from unbackdoor import run as call
 from unbackdoor.bench.judge import judge
@@ -50,6 +50,9 @@ from unbackdoor.engine.passes import logits_of
 from unbackdoor.engine.run import Run
 from unbackdoor.registry import DEFENSES
 from unbackdoor.types import Classifier, CleanData
+
+STAGES = {"unlearn": "unlearning", "recover": "recovery"}  # functions of the method
+
 
 # ---------------------------------------------------------------------------------------------------
 # The plain version
@@ -279,8 +282,10 @@ class Comparison:
 
     def ours(self) -> None:
         """Repair and judge."""
-        with self._clock("ours, algorithm"), self._clocks():
+        with self._clock("ours, algorithm"), stages(rnp, STAGES) as clocks:
             repaired = call("rnp", self.model, self.clean, options=self.cfg, seed=self.arguments.seed)
+        for stage, seconds in clocks.items():
+            self.seconds[f"ours, {stage}"].append(seconds)
         scores = judge(repaired.model, self.truth, self.test, self.run)
         self.steps = int(repaired.evidence["unlearning"]["steps"])
         self.outcome["ours"] = scores.rates()
@@ -301,27 +306,6 @@ class Comparison:
     def bare(self) -> float:
         """Return the seconds of the passes of the latest repair of ours."""
         return self.floor.seconds(self.steps)
-
-    @contextmanager
-    def _clocks(self) -> Iterator[None]:
-        """Put clocks on the stages of ours, which is one function."""
-        real = {name: getattr(rnp, name) for name in ("unlearn", "recover")}
-        labels = {"unlearn": "ours, unlearning", "recover": "ours, recovery"}
-
-        def clocked(name: str) -> Callable[..., Any]:
-            def work(*given: Any, **named: Any) -> Any:
-                with self._clock(labels[name]):
-                    return real[name](*given, **named)
-
-            return work
-
-        for name in real:
-            setattr(rnp, name, clocked(name))
-        try:
-            yield
-        finally:
-            for name, function in real.items():
-                setattr(rnp, name, function)
 
     @contextmanager
     def _clock(self, name: str) -> Iterator[None]:
@@ -356,7 +340,7 @@ def main() -> None:
     ]
     result.add("ours : plain version, end to end", Ratio.of(whole["plain"], whole["ours"]))
     result.add("  algorithm alone", Ratio.of(parts["plain, algorithm"], parts["ours, algorithm"]))
-    for stage in ("unlearning", "recovery"):
+    for stage in STAGES.values():
         result.add(f"  of it: {stage}", Ratio.of(parts[f"plain, {stage}"], parts[f"ours, {stage}"]))
     result.add("  with one evaluation each", Ratio.of(once, whole["ours"]))
     floor = Ratio.of(parts["ours, algorithm"][-1:], [sides.bare()])

@@ -26,8 +26,6 @@ import argparse
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -37,7 +35,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from _data import Pictures
-from _harness import Ratio, Result, Seconds, interleave, parser, usual
+from _harness import Ratio, Result, Seconds, interleave, parser, stages, usual
 from _setting import Loader, Setting, add_setting_options, evaluate, prepare, shrink, test_loaders
 from tac import all_pairs, by_projected_gradients
 from unbackdoor import run as call
@@ -48,7 +46,8 @@ from unbackdoor.engine.passes import logits_of
 from unbackdoor.registry import DEFENSES
 
 ACCURACY = 1e-4  # of the plain solver, relative
-PARTS = ("algorithm", "detection", "hardening")
+STAGES = {"latent_shifts": "detection", "train": "hardening"}  # functions of the method
+PARTS = ("algorithm", *STAGES.values())
 
 
 class Plain:
@@ -74,7 +73,7 @@ class Plain:
         self.network = copy.deepcopy(network).requires_grad_(True)
         self.head = [m for m in self.network.modules() if isinstance(m, nn.Linear)][-1]
         self.cfg, self.loaders, self.tests = cfg, loaders, tests
-        self.seconds = dict.fromkeys(("detection", "hardening", "evaluation"), 0.0)
+        self.seconds = dict.fromkeys((*STAGES.values(), "evaluation"), 0.0)
 
     def run(self) -> list[tuple[float, float]]:
         """Find the class, harden against it, and return (ACC, ASR) after each epoch."""
@@ -82,7 +81,8 @@ class Plain:
         target, shift = self.detect()
         self.seconds["detection"] += time.perf_counter() - start
         cfg = self.cfg
-        learned = [p for name, p in self.network.named_parameters() if not self._of_the_head(p)]
+        head = {id(p) for p in self.head.parameters()}
+        learned = [p for p in self.network.parameters() if id(p) not in head]
         sgd = torch.optim.SGD(learned, lr=cfg.lr, momentum=0.9, weight_decay=5e-4)
         steps = cfg.epochs * len(self.loaders[1])
         falling = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, steps)
@@ -116,9 +116,6 @@ class Plain:
         shifts = [by_projected_gradients(weight, gaps, k, ACCURACY)[0] for k in range(len(weight))]
         target = int(np.argmin([np.linalg.norm(shift) for shift in shifts]))
         return target, torch.from_numpy(shifts[target]).float()
-
-    def _of_the_head(self, parameter: nn.Parameter) -> bool:
-        return any(parameter is own for own in self.head.parameters())
 
     def _shifted(self, pixels: Tensor, shift: Tensor) -> Tensor:
         hook = self.head.register_forward_pre_hook(lambda _, given: (given[0] + shift,))
@@ -160,9 +157,11 @@ class Comparison:
         """Repair and judge."""
         setting = self.setting
         start = time.perf_counter()
-        with self._stages():
+        with stages(tac, STAGES) as clocks:
             repaired = call("tac", setting.model, setting.clean, options=self.cfg, seed=setting.run.seed)
         self.seconds["ours, algorithm"].append(time.perf_counter() - start)
+        for name, seconds in clocks.items():
+            self.seconds[f"ours, {name}"].append(seconds)
         rates = judge(repaired.model, setting.truth, setting.test, setting.run).rates()
         self.outcome["ours"] = rates | {"target": repaired.evidence["target"]}
 
@@ -193,26 +192,6 @@ class Comparison:
 
         steps = cfg.epochs * math.ceil(len(pixels) / cfg.batch_size)
         self.seconds["floor"].append(usual(look) + steps * usual(learn))
-
-    @contextmanager
-    def _stages(self) -> Iterator[None]:
-        """Put clocks on the stages of ours, which is one function."""
-        before = tac.latent_shifts, tac.train
-
-        def clocked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-            def timed(*given: Any, **named: Any) -> Any:
-                start = time.perf_counter()
-                out = function(*given, **named)
-                self.seconds[f"ours, {name}"].append(time.perf_counter() - start)
-                return out
-
-            return timed
-
-        tac.latent_shifts, tac.train = clocked("detection", before[0]), clocked("hardening", before[1])
-        try:
-            yield
-        finally:
-            tac.latent_shifts, tac.train = before
 
 
 def main() -> None:

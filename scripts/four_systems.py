@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 SUITE = "four-systems-v1"
 SHORT = "four-systems-short-v1"  # costly networks, trained for a few epochs
 BESIDE = "trigger-unlearning-v1"
-PAGE = ROOT / "docs" / "results" / "four-systems.md"
+RESULTS, PAGE = ROOT / "results", ROOT / "docs" / "results" / "four-systems.md"
 SYSTEMS = ("rnp", "awm", "ims", "tac")
 NOT_ALL_TO_ONE = ("none", "badnets_all_to_all")
 PAPERS = """Reported by the papers, at settings of their own (none at this width): RNP, CIFAR-10, mean
@@ -29,8 +29,8 @@ stand in the [full table](four-systems-v1.md) where a setting matches."""
 
 def page() -> str:
     """Return the Markdown page."""
-    full, short = (_rows(suite) for suite in (SUITE, SHORT))
-    scans = [scan for suite in (SUITE, SHORT) for scan in _scans(suite)]
+    full, short, beside = (read_rows(RESULTS / f"{suite}.jsonl") for suite in (SUITE, SHORT, BESIDE))
+    scans = [scan for suite in (SUITE, SHORT) for scan in read_scans(RESULTS / f"{suite}.scans.jsonl")]
     rows = [*full, *short]
     lines = [
         "# What the four systems reach",
@@ -47,9 +47,8 @@ def page() -> str:
     main = [row for row in rows if _setting(row) == _setting(rows[0])]
     lines += ["", "## The aims", "", f"On {_named(main[0])}, over the attacks with one target class.", ""]
     lines += _aims(main)
-    beside = [row for row in _rows(BESIDE) if _setting(row) == _setting(rows[0])]
     lines += ["", f"## Beside them, from the suite [{BESIDE}]({BESIDE}.md)", ""]
-    lines += _aims(beside, ("neural_cleanse",))
+    lines += _aims([row for row in beside if _setting(row) == _setting(rows[0])], ("neural_cleanse",))
     for images in sorted({row.clean_images for row in main}, reverse=True):
         lines += ["", f"## {images} clean images: {_named(main[0])}", ""]
         lines += _table([row for row in main if row.clean_images == images])
@@ -61,19 +60,6 @@ def page() -> str:
                 lines += _table([row for row in others if row.clean_images == images])
     lines += ["", "## Detection", "", *_detection(scans)]
     return "\n".join(lines) + "\n"
-
-
-def _file(suite: str) -> Path:
-    return ROOT / "results" / f"{suite}.jsonl"
-
-
-def _rows(suite: str) -> list[Row]:
-    return read_rows(_file(suite)) if _file(suite).exists() else []
-
-
-def _scans(suite: str) -> list[ScanRow]:
-    file = ROOT / "results" / f"{suite}.scans.jsonl"
-    return read_scans(file) if file.exists() else []
 
 
 def _setting(row: Row) -> tuple[object, ...]:

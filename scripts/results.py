@@ -13,7 +13,12 @@ from unbackdoor.report.bench import bench_report
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGES = ROOT / "results", ROOT / "docs" / "results"
-OTHERS = {"foundation", "foreign-models", "screening"}  # rows that a script of their own renders
+OTHERS = {
+    "foundation",
+    "foreign-models",
+    "screening",
+    "tac-remedies",
+}  # rows that a script of their own renders
 
 
 def suites() -> list[str]:

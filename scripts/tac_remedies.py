@@ -1,17 +1,22 @@
 """Remedies for what TAC's repair leaves, each followed with the judge beside it: docs/four-systems.md.
 
-    python scripts/tac_remedies.py victims/cifar10-small-v1/blended-*/model.safetensors --sample 1
+    python scripts/tac_remedies.py run badnets blended [--sample 1]
+    python scripts/tac_remedies.py render
 
-Prints ACC and ASR on 2,000 test images and the accuracy on the held-out ones. The judge decides nothing here
-and chooses nothing: this shows where the method goes wrong. Minutes of one core for each victim.
+``run`` takes networks of ``victims/cifar10-small-v1`` by their attack and replaces their rows in
+results/tac-remedies.jsonl: ACC and ASR on 2,000 test images, and the accuracy on the held-out ones. The judge
+decides nothing here and chooses nothing: this shows where the method goes wrong. Minutes of one core for
+each. ``render`` writes docs/results/tac-remedies.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +32,14 @@ from unbackdoor.engine.latent import latent_shifts
 from unbackdoor.engine.passes import accuracy, logits_of
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import MethodFailed
+from unbackdoor.files import atomic_write
 from unbackdoor.models import load_model
+from unbackdoor.report.words import percent
 from unbackdoor.types import Classifier, CleanData
 
+ROOT = Path(__file__).parents[1]
+VICTIMS = ROOT / "victims" / "cifar10-small-v1"
+ROWS, PAGE = ROOT / "results" / "tac-remedies.jsonl", ROOT / "docs" / "results" / "tac-remedies.md"
 STRENGTHS = ((1.0, 0.003), (10.0, 0.003), (10.0, 0.006))  # beta, learning rate
 WAYS_BACK = (1.0, 0.8, 0.6, 0.4)  # share of the way from the original weights to the hardened ones
 EARLY = (("layer3", 1.0, 0.003), ("layer1", 1.0, 0.003), ("layer1", 0.3, 0.001))  # layer, beta, rate
@@ -50,14 +60,17 @@ class Trial:
         self.test = data.test.subset(order[:2000])
         self.latent = latent_shifts(self.model, self.clean.all, self.run)
         self.target = int(self.latent.norms.argmin())
+        self.rows: list[dict[str, Any]] = []
         self.say("before", self.model)
 
-    def say(self, what: str, model: Classifier) -> None:
-        """Print what the judge and the held-out images say."""
-        held = accuracy(model, self.clean.select, self.run)
-        rates = judge(model, self.truth, self.test, self.run).rates()
-        shown = ", ".join(f"{name} {100 * v:.1f}" for name, v in rates.items() if v is not None)
-        print(f"{what}: held out {100 * held:.1f}, {shown}", flush=True)
+    def say(self, what: str, model: Classifier | None) -> None:
+        """Keep and print what the judge and the held-out images say; None is a training that diverged."""
+        row: dict[str, Any] = {"attack": self.truth.attack, "what": what, "diverged": model is None}
+        if model is not None:
+            row["held_out"] = accuracy(model, self.clean.select, self.run)
+            row |= judge(model, self.truth, self.test, self.run).rates()
+        self.rows.append(row)
+        print(json.dumps(row), flush=True)
 
     def harder(self, beta: float, lr: float) -> None:
         """Harden at a strength, then go back towards the original weights."""
@@ -76,8 +89,8 @@ class Trial:
                 lr,
                 "frozen",
             )
-        except MethodFailed as error:
-            print(f"{name}: {error}")
+        except MethodFailed:
+            self.say(name, None)
             return
         ends = [
             (a.detach().clone(), b.detach().clone())
@@ -153,21 +166,74 @@ def varied(pixels: Tensor) -> Tensor:
     return torch.where((torch.rand(len(pixels)) < 0.5)[:, None, None, None], cropped.flip(3), cropped)
 
 
-def main() -> None:
-    """Try every remedy on a victim."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("victim", type=Path, help="saved victim with its truth beside it")
-    parser.add_argument("--sample", type=int, default=1, help="of the defender's 500 images")
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    trial = Trial(arguments.victim, arguments.sample)
+def run(attack: str, sample: int) -> None:
+    """Try every remedy on a victim and replace its rows."""
+    (victim,) = VICTIMS.glob(f"{attack}-0.1-*/model.safetensors")
+    trial = Trial(victim, sample)
     for beta, lr in STRENGTHS:
         trial.harder(beta, lr)
     for layer, beta, lr in EARLY:
         trial.early(layer, beta, lr)
+    mine = [row | {"sample": sample} for row in trial.rows]
+    rows = [row for row in read() if (row["attack"], row["sample"]) != (attack, sample)] + mine
+    with atomic_write(ROWS) as draft:
+        draft.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def read() -> list[dict[str, Any]]:
+    """Return the committed rows."""
+    return (
+        [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()] if ROWS.exists() else []
+    )
+
+
+def page() -> str:
+    """Return the Markdown page: a line a remedy, a column a victim."""
+    rows = read()
+    victims = list(dict.fromkeys((row["attack"], row["sample"]) for row in rows))
+    lines = [
+        "# Remedies for TAC's repair",
+        "",
+        "Made by `python scripts/tac_remedies.py render` from `results/tac-remedies.jsonl`; measured by "
+        "its `run`: 500 clean images, ACC / ASR on 2,000 test images, and the accuracy on the held-out "
+        "images. No number of the judge decided or chose anything. What follows: "
+        "[docs/four-systems.md](../four-systems.md).",
+        "",
+        "| remedy | " + " | ".join(f"{attack}, sample {sample}" for attack, sample in victims) + " |",
+        "|---|" + "---|" * len(victims),
+    ]
+    for what in dict.fromkeys(row["what"] for row in rows):
+        found = {(row["attack"], row["sample"]): row for row in rows if row["what"] == what}
+        lines.append(f"| {what} | " + " | ".join(_cell(found.get(victim)) for victim in victims) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    if row["diverged"]:
+        return "diverged"
+    return f"{percent(row['acc'])} / {percent(row['asr'])}, held out {percent(row['held_out'])}"
+
+
+def main() -> None:
+    """Run or render."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    work = verbs.add_parser("run")
+    work.add_argument("attacks", nargs="+", metavar="ATTACK")
+    work.add_argument("--sample", type=int, default=1, help="of the defender's 500 images")
+    work.add_argument("--threads", type=int, default=1)
+    verbs.add_parser("render")
+    told = parser.parse_args()
+    if told.verb == "run":
+        torch.set_num_threads(told.threads)
+        for attack in told.attacks:
+            run(attack, told.sample)
+    with atomic_write(PAGE) as draft:
+        draft.write_text(page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,11 @@ def test_the_foundation_rows_are_whole(foundation: ModuleType) -> None:
     assert len(rows) == len(wanted)
 
 
-OTHER_COLUMNS = {"foreign-models", "screening"}  # rows of scripts, which are no cells of a suite
+OTHER_COLUMNS = {
+    "foreign-models",
+    "screening",
+    "tac-remedies",
+}  # rows of scripts, which are no cells of a suite
 
 
 @pytest.mark.parametrize(
@@ -79,7 +83,9 @@ def test_every_suite_page_is_made_from_its_rows() -> None:
         assert (pages.PAGES / f"{label}.md").read_text(encoding="utf-8") == pages.page(label)
 
 
-@pytest.mark.parametrize("script", ["foreign_models", "screening", "four_systems", "detection"])
+@pytest.mark.parametrize(
+    "script", ["foreign_models", "screening", "four_systems", "detection", "tac_remedies"]
+)
 def test_every_other_page_is_made_from_its_rows(script: str) -> None:
     module = imported(ROOT / "scripts" / f"{script}.py")
     assert module.PAGE.read_text(encoding="utf-8") == module.page()

@@ -6,10 +6,12 @@ import multiprocessing
 import os
 import signal
 import sqlite3
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -154,6 +156,41 @@ def test_an_interrupt_while_the_lock_is_made_leaves_none(
     with pytest.raises(KeyboardInterrupt), opened(tmp_path) as store:
         store.claim(KEYS[0])
     assert list((tmp_path / "drivers").iterdir()) == []
+
+
+def test_an_interrupt_anywhere_in_a_claim_can_be_cleaned_up(tmp_path: Path) -> None:
+    steps = 0
+
+    def interrupting(at: int) -> Any:
+        """Return a trace function that raises where Ctrl-C could: before the bytecode of this number."""
+
+        def trace(frame: FrameType, event: str, _: object) -> Any:
+            nonlocal steps
+            frame.f_trace_opcodes = True
+            if event == "opcode":
+                steps += 1
+                if steps == at:
+                    raise KeyboardInterrupt
+            return trace
+
+        return trace
+
+    with opened(tmp_path) as store:
+        store.claim(KEYS[1])  # its lock is made
+        before, at = sys.gettrace(), 0
+        while steps == at:
+            steps, at = 0, at + 1
+            sys.settrace(interrupting(at))
+            try:
+                store.claim(KEYS[0])
+            except KeyboardInterrupt:
+                # Here as in a driver: what was cut off is still held by the traceback.
+                sys.settrace(before)
+                store.release()
+            finally:
+                sys.settrace(before)
+        assert at > 100
+        assert store.release() == 1  # the last claim was not interrupted
 
 
 def test_a_changed_suite_under_its_label_is_refused(tmp_path: Path) -> None:

@@ -460,9 +460,13 @@ class Store:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        # IMMEDIATE takes the write lock at once, so that two drivers wait instead of failing half-way.
-        self._db.execute("BEGIN IMMEDIATE")
+        # They are never nested: one that is still open was cut off by an interrupt on its way in or out,
+        # where no handler of this function could see it.
+        if self._db.in_transaction:
+            self._db.execute("ROLLBACK")
         try:
+            # IMMEDIATE takes the write lock at once, so that two drivers wait instead of failing half-way.
+            self._db.execute("BEGIN IMMEDIATE")
             yield
             self._db.execute("COMMIT")
         except BaseException:

@@ -241,6 +241,7 @@ SCANNERS: Registry[Any] = Registry("scanner", "unbackdoor.scanners")
 INPUT_LABELS = (
     "input labels"  # a need of screeners of training sets: they are shown the labels of what they screen
 )
+ONE_A_CLASS = "as many images as classes"  # a need of defenses
 SCREENERS: Registry[Any] = Registry("screener", "unbackdoor.screeners")
 ARCHITECTURES: Registry[Any] = Registry("architecture", "unbackdoor.models")
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from unbackdoor.errors import InputError, UnsupportedModel
+from unbackdoor.errors import InputError, TooFewImages, UnsupportedModel
 
 T = TypeVar("T")
 Augmentation = Literal["none", "crop", "crop+flip"]
@@ -394,6 +394,18 @@ def require_labels(data: CleanData, method: str) -> None:
     """Raise InputError unless both parts carry labels."""
     if data.fit.labels is None or data.select.labels is None:
         raise InputError(f"{method} needs labelled images", got="no labels", where=data.fit.name)
+
+
+def require_one_a_class(model: Classifier, images: Images) -> None:
+    """Raise TooFewImages where there are fewer images than classes: some class then has none."""
+    if len(images) < model.classes:
+        raise TooFewImages(
+            "there are fewer images than classes",
+            expected=f"at least {model.classes} images",
+            got=len(images),
+            where=images.name,
+            remedy="Add clean images",
+        )
 
 
 def require_fit(model: Classifier, images: Images) -> None:

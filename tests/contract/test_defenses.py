@@ -19,7 +19,7 @@ from unbackdoor.types import Classifier, CleanData
 
 # Options that make a method quick; its mathematics stays the same.
 QUICK: dict[str, dict[str, object]] = {
-    "awm": {"rounds": 3, "passes": 2},
+    "awm": {"rounds": 3, "passes": 2, "tau": 3000.0},
     "ft": {"epochs": 2},
     "fp": {"epochs": 1, "step": 0.1},
     "ims": {"start_rounds": 3, "free_rounds": 3, "sparse_rounds": 3, "steps": 2, "batch_size": 32},

@@ -37,7 +37,7 @@ from unbackdoor.engine.passes import Network, frozen, logits_of, mode, predict, 
 from unbackdoor.engine.perturbations import Perturbations
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import MethodFailed, UnsupportedModel
-from unbackdoor.registry import Config, defense, option
+from unbackdoor.registry import ONE_A_CLASS, Config, defense, option
 from unbackdoor.types import Classifier, CleanData, Images, Purified
 
 
@@ -93,7 +93,7 @@ REFERENCE: dict[str, Any] = {
     "ims",
     config=IMSConfig,
     paper="arXiv:2509.15497",
-    needs={"images"},
+    needs={"images", ONE_A_CLASS},
     presets={"robust": {}, "reference": REFERENCE, "reference-vit": {**REFERENCE, "sparsity": 0.0}},
 )
 def purify(model: Classifier, data: CleanData, cfg: IMSConfig, *, run: Run) -> Purified:

@@ -35,7 +35,7 @@ from unbackdoor.engine.masks import Site, fold, keep_above, removed
 from unbackdoor.engine.recovery import recover
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.selection import harshest_within
-from unbackdoor.registry import defense, option
+from unbackdoor.registry import ONE_A_CLASS, defense, option
 from unbackdoor.types import Classifier, CleanData, Purified
 
 
@@ -68,7 +68,7 @@ class UnlearnedPruneConfig(UnlearningConfig):
     "unlearned_prune",
     config=UnlearnedPruneConfig,
     paper="arXiv:2305.14876",
-    needs={"images", "labels"},
+    needs={"images", "labels", ONE_A_CLASS},
     presets={name: {"score": name} for name in ("lipschitz", "activation", "recovery")},
 )
 def purify(model: Classifier, data: CleanData, cfg: UnlearnedPruneConfig, *, run: Run) -> Purified:

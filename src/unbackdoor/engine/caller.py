@@ -18,7 +18,7 @@ from unbackdoor.engine import rng
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError, IntegrityError, MethodFailed, UnbackdoorError
-from unbackdoor.registry import DEFENSES, INPUT_LABELS, SCANNERS, SCREENERS, Config, Part
+from unbackdoor.registry import DEFENSES, INPUT_LABELS, ONE_A_CLASS, SCANNERS, SCREENERS, Config, Part
 from unbackdoor.types import (
     Classifier,
     CleanData,
@@ -30,6 +30,7 @@ from unbackdoor.types import (
     Verdict,
     require_fit,
     require_labels,
+    require_one_a_class,
     silent,
 )
 
@@ -238,6 +239,7 @@ def check_inputs(part: Part[Any], model: Classifier, data: CleanData) -> None:
 
     Raises:
         InputError: No image, missing labels, one class only, or weights that are not finite.
+        TooFewImages: Fewer than a part needs.
         UnsupportedModel: Images or labels that do not fit the model.
     """
     for images in (data.fit, data.select):
@@ -260,6 +262,8 @@ def check_inputs(part: Part[Any], model: Classifier, data: CleanData) -> None:
                 where=data.fit.name,
                 remedy="Add images of the other classes",
             )
+    if ONE_A_CLASS in part.needs:
+        require_one_a_class(model, data.all)
     for name, value in model.network.state_dict().items():
         if not _finite(value):
             raise InputError("a weight is not a finite number", where=name, remedy="Check the weights file")

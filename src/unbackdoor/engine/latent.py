@@ -31,8 +31,8 @@ from unbackdoor.engine.passes import EVALUATION_BATCH, mode, predict
 from unbackdoor.engine.precision import resolve
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Objective
-from unbackdoor.errors import InputError, MethodFailed, MissingExtra, TooFewImages, UnsupportedModel
-from unbackdoor.types import Classifier, Images
+from unbackdoor.errors import InputError, MethodFailed, MissingExtra, UnsupportedModel
+from unbackdoor.types import Classifier, Images, require_one_a_class
 
 Array = npt.NDArray[np.float64]
 _BLOCK = 1 << 18  # numbers; a block of logits of this size stays in the cache while K columns pass over it
@@ -99,14 +99,7 @@ def latent_shifts(
         MethodFailed: If every image is of one class to the model.
     """
     nnls()  # before any work is done
-    if len(images) < model.classes:
-        raise TooFewImages(
-            "there are fewer images than classes",
-            expected=f"at least {model.classes} images",
-            got=len(images),
-            where=images.name,
-            remedy="Add clean images",
-        )
+    require_one_a_class(model, images)
     found = find_affine_head(model, head)
     gaps = logit_gaps(model, images, run, quantile=quantile)
     solutions = least_shifts(found.weight.detach().cpu().double().numpy(), gaps.numpy(), run)

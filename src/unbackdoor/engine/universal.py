@@ -17,9 +17,11 @@ from torch import Tensor
 from unbackdoor.data.batches import to_float
 from unbackdoor.engine.passes import EVALUATION_BATCH, Network, logits_of, together
 from unbackdoor.engine.run import Run
+from unbackdoor.errors import MethodFailed
 from unbackdoor.types import Images
 
 TRAVEL = 2.5  # radii that all steps of a margin search add up to, as in Madry et al. 2018
+FOUND = 0.01  # share of the images that a perturbation moves at the least, if it is one
 Objective = Literal["margin", "cross-entropy"]
 
 
@@ -67,6 +69,16 @@ class Universal:
             hit = predicted == aims[rows] if self.targeted else predicted != images.truth[rows]
             moved += int(hit.sum())
         return moved / len(images)
+
+
+def nothing_found(fooling: float, norm: float, tau: float) -> MethodFailed:
+    """Return the error of a method that lives on the search, with what the search reached."""
+    return MethodFailed(
+        "the search found no perturbation that moves a label",
+        expected=f"a fooling rate of {FOUND:g} within an L1 norm of {tau:.4g}",
+        got=f"a fooling rate of {fooling:.3f} at a norm of {norm:.3g}",
+        remedy="Check that the output of the model depends on its input, or raise tau",
+    )
 
 
 def search(

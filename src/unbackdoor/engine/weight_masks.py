@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from unbackdoor.engine.heads import find_head
+from unbackdoor.engine.heads import head_name
 from unbackdoor.engine.masks import Site, weight_sites
 from unbackdoor.errors import UnsupportedModel
 from unbackdoor.types import Classifier
@@ -24,7 +24,7 @@ def maskable_weights(model: Classifier, *, linear: bool) -> list[Site]:
     Raises:
         UnsupportedModel: If there is none; the linear layers that could be masked instead are named.
     """
-    head = find_head(model).name if linear else None
+    head = head_name(model) if linear else None
     sites = [site for site in weight_sites(model, linear=linear) if site.name != head]
     if sites:
         return sites

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from unbackdoor.bench.driver import LOST, Agenda, drive
+from unbackdoor.bench.engines import LocalEngine
 from unbackdoor.bench.results import differences, rows_of, summarise
 from unbackdoor.bench.store import Store
 from unbackdoor.errors import DiskFull, IntegrityError
@@ -116,6 +118,26 @@ def test_ctrl_c_gives_back_what_runs(tmp_path: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
             drive(store, "demo-v1", Fake(lambda job: None), {}, watch=interrupt)
         assert store.counts("demo-v1")["running"] == 0
+
+
+def test_asked_to_stop_it_claims_nothing_more(tmp_path: Path) -> None:
+    engine = Fake(lambda job: None)
+    with opened(tmp_path) as store:
+        with pytest.raises(KeyboardInterrupt):
+            drive(store, "demo-v1", engine, {}, asked_to_stop=lambda: len(engine.jobs) == 1)
+        assert len(engine.jobs) == 1
+        assert store.counts("demo-v1")["running"] == 0
+
+
+def test_an_engine_whose_jobs_are_still_queued_closes() -> None:
+    engine = LocalEngine(1)
+    begun, may_end = threading.Event(), threading.Event()
+    engine._pool.submit(lambda: (begun.set(), may_end.wait()))
+    begun.wait()
+    queued = engine.submit({"kind": "never started"})
+    threading.Timer(0.2, may_end.set).start()
+    engine.close()
+    assert queued.cancelled()
 
 
 def test_a_full_disk_stops_the_run_and_fails_no_cell(tmp_path: Path) -> None:

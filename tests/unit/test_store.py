@@ -193,6 +193,13 @@ def test_an_interrupt_anywhere_in_a_claim_can_be_cleaned_up(tmp_path: Path) -> N
         assert store.release() == 1  # the last claim was not interrupted
 
 
+def test_what_is_left_of_a_cut_off_transaction_is_no_trouble_after_the_store(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        left = store._transaction()
+        left.__enter__()  # and the interrupt came before the block
+    del left  # what it would raise here is an error of this test
+
+
 def test_a_changed_suite_under_its_label_is_refused(tmp_path: Path) -> None:
     with opened(tmp_path) as store:
         store.register("demo-v1", "abc", "text", entries())

@@ -57,6 +57,7 @@ def drive(
     only: str | None = None,
     budget: float | None = None,
     watch: Callable[[Progress], None] = lambda progress: None,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> bool:
     """Run the waiting cells of a registered suite.
 
@@ -68,14 +69,18 @@ def drive(
         only: Pattern over ``dataset/architecture/attack/defense``; victims that are needed run too.
         budget: Seconds after which no cell is left running.
         watch: Called about twice a second.
+        asked_to_stop: Called as often, and before a cell is claimed.
 
     Returns:
         True if no cell that was asked for is left; False if the budget ended first.
 
     Raises:
+        KeyboardInterrupt: Once ``asked_to_stop`` says so.
         DiskFull: If there was no room for a cell or its result. That is no cell's failure.
 
-    Cells that were running when this function is left, by an error or by Ctrl-C, are put back.
+    Cells that were running when this function is left, by an error or by Ctrl-C, are put back. A signal
+    handler should set what ``asked_to_stop`` reads and raise nothing: raised between any two bytecodes, an
+    exception leaves the locks of futures and conditions taken.
     """
     store.sweep()
     progress = Progress()
@@ -86,13 +91,14 @@ def drive(
     looked = -_LOOK_AT_STORE
     try:
         while True:
+            _end_if(asked_to_stop)
             late = end is not None and time.monotonic() >= end
             if time.monotonic() - looked >= _LOOK_AT_STORE or len(running) < engine.slots:
                 looked = time.monotonic()
                 store.reclaim()
                 agenda.look()
                 if not late:
-                    _start(store, engine, agenda, running, progress, place)
+                    _start(store, engine, agenda, running, progress, place, asked_to_stop)
             watch(progress)
             if late or (not running and not agenda.left):
                 return not late
@@ -202,9 +208,11 @@ def _start(
     running: dict[Future[Answer], Cell],
     progress: Progress,
     place: Mapping[str, Any],
+    asked_to_stop: Callable[[], bool],
 ) -> None:
     """Claim ready cells in order until every slot has one."""
     while len(running) < engine.slots and (key := agenda.next()) is not None:
+        _end_if(asked_to_stop)
         claimed, cell = store.claim(key), store.get(key)
         if cell is None:
             raise IntegrityError(
@@ -218,6 +226,11 @@ def _start(
         running[engine.submit(job)] = cell
         progress.running[key] = (agenda.names[key], job["work"], time.monotonic())
     agenda.look()
+
+
+def _end_if(asked_to_stop: Callable[[], bool]) -> None:
+    if asked_to_stop():
+        raise KeyboardInterrupt
 
 
 def name_of(labels: Mapping[str, Any]) -> str:

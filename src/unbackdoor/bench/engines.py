@@ -61,6 +61,7 @@ class LocalEngine:
     def close(self) -> None:
         """Kill the processes and wait for the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._running = {future for future in self._running if not future.cancelled()}  # nobody ends those
         # More than once: a thread between two steps starts the next one after everything was ended.
         isolate.end_all()
         while wait(self._running, timeout=0.1).not_done:

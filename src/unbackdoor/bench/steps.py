@@ -132,7 +132,7 @@ def sample_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
     _, pool = reserve(data.train)
     drawn = draw_clean(pool, count=spec["clean_images"], seed=spec["seed"])
     facts = {"class_names": json.dumps(drawn.class_names), "augmentation": data.augmentation}
-    with atomic_write(Path(task["sample"])) as draft:
+    with atomic_write(folder / SAMPLE) as draft:
         save_file({"pixels": drawn.pixels, "labels": drawn.truth}, draft, metadata=facts)
     return {"images": len(drawn)}
 

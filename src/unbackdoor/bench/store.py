@@ -335,10 +335,9 @@ class Store:
 
     def reclaim(self) -> int:
         """Put back the unfinished cells of drivers that are no longer alive; return how many."""
-        owners = [
-            row["owner"]
-            for row in self._db.execute("SELECT DISTINCT owner FROM cell WHERE state = 'running'")
-        ]
+        # Fetched whole: a statement that an interrupt left open would hold back other drivers.
+        found = self._db.execute("SELECT DISTINCT owner FROM cell WHERE state = 'running'").fetchall()
+        owners = [row["owner"] for row in found]
         dead = [owner for owner in owners if owner != self.owner and not self._alive(owner)]
         total = 0
         for owner in dead:
@@ -470,7 +469,8 @@ class Store:
             yield
             self._db.execute("COMMIT")
         except BaseException:
-            with suppress(InputError):  # there is nothing left to roll back after some failed commits
+            # There is nothing left to roll back after some failed commits, or once the store is closed.
+            with suppress(InputError, sqlite3.ProgrammingError):
                 self._db.execute("ROLLBACK")
             raise
 

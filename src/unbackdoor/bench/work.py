@@ -118,7 +118,10 @@ class _Work:
         sample = self.store / "samples" / f"{address(drawn)}.safetensors"
         if not sample.exists():
             with _folder(self.store, f"{self.job['work']}-sample") as aside:
-                self.step("sample", folder=aside, sample=str(sample))
+                self.step("sample", folder=aside)
+                sample.parent.mkdir(exist_ok=True)
+                # Moved here, because a step that is killed leaves its drafts where it writes.
+                (aside / steps.SAMPLE).replace(sample)
         shutil.copyfile(sample, self.folder / steps.SAMPLE)
         steps.hand_over(self.victim, self.folder)
         # What the method's process is told: no victim, no attack, no path to either.

@@ -17,7 +17,7 @@ from unbackdoor.cli.output import complain, emit, note, say, table
 from unbackdoor.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from unbackdoor.bench.driver import Progress
     from unbackdoor.bench.engines import Engine
@@ -102,17 +102,19 @@ def run(
         "device": device,
         "limits": {"seconds": chosen.limit.seconds, "memory_mb": chosen.limit.memory_mb, "threads": threads},
     }
-    with Store(store) as opened:
+    with _terminable() as asked_to_stop, Store(store) as opened:
         opened.register(chosen.label, chosen.sha256(), text, [cell.entry() for cell in cells])
         if retry:
             note(f"{opened.retry(chosen.label)} failed cells are tried again.", quiet=quiet)
         where = _engine(engine, slots, scheduler, gpus)
-        with _terminable():
-            try:
-                with _live(chosen.label, slots, store, quiet=quiet) as watch:
-                    done = drive(opened, chosen.label, where, place, only=only, budget=seconds, watch=watch)
-            finally:
-                where.close()
+        try:
+            with _live(chosen.label, slots, store, quiet=quiet) as watch:
+                done = drive(
+                    opened, chosen.label, where, place,
+                    only=only, budget=seconds, watch=watch, asked_to_stop=asked_to_stop,
+                )  # fmt: skip
+        finally:
+            where.close()
         counts = opened.counts(chosen.label)
     if as_json:
         emit({"suite": chosen.label, "finished": done, **counts})
@@ -365,23 +367,22 @@ def _holding(name: str, store: Path) -> Any:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
+def _terminable() -> Iterator[Callable[[], bool]]:
     """Let a polite kill end a run as Ctrl-C does: what runs is put back, and the exit code is the same.
 
-    Only the first signal counts. A second one would break the clean end that the first one began, which
-    goes on until the process has ended.
+    Yields what tells whether either came. Nothing is raised: an exception between any two bytecodes would
+    leave locks taken that threads share, and the clean end would wait for them for ever. Only the first
+    signal counts; the end that it began goes on until the process has ended.
     """
     asked = False
 
-    def interrupt(number: int, frame: object) -> None:
+    def hear(number: int, frame: object) -> None:
         nonlocal asked
-        if not asked:
-            asked = True
-            raise KeyboardInterrupt
+        asked = True
 
-    before = {which: signal.signal(which, interrupt) for which in (signal.SIGTERM, signal.SIGINT)}
+    before = {which: signal.signal(which, hear) for which in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield lambda: asked
     finally:
         for which, handler in before.items():
             signal.signal(which, signal.SIG_IGN if asked else handler)

@@ -17,7 +17,7 @@ OTHERS = {
     "foundation",
     "foreign-models",
     "screening",
-    "tac-remedies",
+    "remedies",
 }  # rows that a script of their own renders
 
 

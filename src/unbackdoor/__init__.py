@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     from unbackdoor.audit.opening import Opened, open_model
     from unbackdoor.audit.purifying import Purification, purify
     from unbackdoor.audit.scanning import Audit, scan
+    from unbackdoor.audit.unlearning import Unlearning, unlearn
     from unbackdoor.audit.verification import Verification, verify
     from unbackdoor.data.datasets import load_dataset
     from unbackdoor.data.loaders import load_images
-    from unbackdoor.engine.caller import run
+    from unbackdoor.engine.caller import run, screen
     from unbackdoor.models import build, load_model, save_model
     from unbackdoor.models.inspection import Inspection, inspect
-    from unbackdoor.types import Classifier, CleanData, Finding, Images, Purified, ScanReport
+    from unbackdoor.types import Classifier, CleanData, Finding, Images, Purified, ScanReport, Screening
 
 __version__ = "0.1.0"
 
@@ -51,7 +52,9 @@ __all__ = [
     "Purification",
     "Purified",
     "ScanReport",
+    "Screening",
     "UnbackdoorError",
+    "Unlearning",
     "UnsafeFile",
     "UnsupportedModel",
     "Verification",
@@ -66,6 +69,8 @@ __all__ = [
     "run",
     "save_model",
     "scan",
+    "screen",
+    "unlearn",
     "verify",
 ]
 
@@ -80,6 +85,8 @@ _HOMES = {
     "Purification": "unbackdoor.audit.purifying",
     "Purified": "unbackdoor.types",
     "ScanReport": "unbackdoor.types",
+    "Screening": "unbackdoor.types",
+    "Unlearning": "unbackdoor.audit.unlearning",
     "Inspection": "unbackdoor.models.inspection",
     "Verification": "unbackdoor.audit.verification",
     "build": "unbackdoor.models",
@@ -92,6 +99,8 @@ _HOMES = {
     "run": "unbackdoor.engine.caller",
     "save_model": "unbackdoor.models",
     "scan": "unbackdoor.audit.scanning",
+    "screen": "unbackdoor.engine.caller",
+    "unlearn": "unbackdoor.audit.unlearning",
     "verify": "unbackdoor.audit.verification",
 }
 

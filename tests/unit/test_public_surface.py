@@ -30,7 +30,9 @@ SURFACE = {
     "Purification",
     "Purified",
     "ScanReport",
+    "Screening",
     "UnbackdoorError",
+    "Unlearning",
     "UnsafeFile",
     "UnsupportedModel",
     "Verification",
@@ -45,6 +47,8 @@ SURFACE = {
     "run",
     "save_model",
     "scan",
+    "screen",
+    "unlearn",
     "verify",
 }
 

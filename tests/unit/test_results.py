@@ -50,7 +50,7 @@ def test_the_foundation_rows_are_whole(foundation: ModuleType) -> None:
 OTHER_COLUMNS = {
     "foreign-models",
     "screening",
-    "tac-remedies",
+    "remedies",
 }  # rows of scripts, which are no cells of a suite
 
 
@@ -83,9 +83,7 @@ def test_every_suite_page_is_made_from_its_rows() -> None:
         assert (pages.PAGES / f"{label}.md").read_text(encoding="utf-8") == pages.page(label)
 
 
-@pytest.mark.parametrize(
-    "script", ["foreign_models", "screening", "four_systems", "detection", "tac_remedies"]
-)
+@pytest.mark.parametrize("script", ["foreign_models", "screening", "four_systems", "detection", "remedies"])
 def test_every_other_page_is_made_from_its_rows(script: str) -> None:
     module = imported(ROOT / "scripts" / f"{script}.py")
     assert module.PAGE.read_text(encoding="utf-8") == module.page()

@@ -65,7 +65,10 @@ def test_it_is_registered() -> None:
 def test_a_planted_class_is_found_without_labels(rule: str) -> None:
     model, data = planted(pull=60.0)
     report = scan(model, without_labels(data), TACScanConfig(rule=rule), run=RUN)
-    (finding,) = report.findings
+    finding, nearest = report.findings
+    norms = torch.tensor(finding.per_class)
+    assert nearest.classes == (TARGET,)
+    assert nearest.value == pytest.approx(float(norms.min() / norms.quantile(0.5)))
     assert report.verdict == "backdoor found"
     assert finding.classes == (TARGET,)
     assert finding.p_value is not None
@@ -85,6 +88,7 @@ def test_without_the_backdoor_nothing_is_found() -> None:
     report = scan(model, data, TACScanConfig(), run=RUN)
     assert report.verdict == "no evidence found"
     assert report.findings[0].classes == ()
+    assert report.findings[1].classes == (torch.tensor(report.findings[0].per_class).argmin().item(),)
 
 
 def test_a_few_classes_get_no_verdict_but_their_norms() -> None:

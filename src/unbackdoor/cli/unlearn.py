@@ -130,14 +130,11 @@ def unlearn(
     most that --detect says unless --references show what clean models do. The exit code is 1 if a backdoor
     was found.
     """
+    from unbackdoor.audit.unlearning import Unlearning
     from unbackdoor.data.loaders import load_unlabelled
     from unbackdoor.engine.caller import check_inputs
-    from unbackdoor.engine.exposure import expose
-    from unbackdoor.engine.inversion import InversionConfig, invert_exposed
     from unbackdoor.registry import SCANNERS
     from unbackdoor.report.triggers import PNG, TENSORS
-    from unbackdoor.scanners.rnp_screen import ScreenConfig, screen_inputs
-    from unbackdoor.scanners.rnp_vote import weigh
 
     source = options.existing_model(model)
     part = SCANNERS[SCANNER]
@@ -178,16 +175,13 @@ def unlearn(
             inputs, names = load_unlabelled(
                 screen, class_names=victim.class_names, size=size, progress=display
             )
-        suspect = victim.copy().to(run.device)
-        exposure = expose(suspect, held, config, run)
-        report = weigh(exposure, config) if detect else None
-        trigger = screening = None
-        if recover_trigger is not None:
-            wanted = exposure.leader() if label is None else label
-            trigger = invert_exposed(suspect, held, exposure, wanted, InversionConfig(), run)
-        if screen is not None:
-            how = ScreenConfig(**shared, score=score.value, centred=centred)
-            screening = screen_inputs(suspect, held, inputs, how, run=run, exposure=exposure)
+        unlearned = Unlearning(victim, held, config, run)
+        exposure = unlearned.exposure
+        report = unlearned.detect() if detect else None
+        trigger = unlearned.recover_trigger(label) if recover_trigger is not None else None
+        screening = (
+            unlearned.screen(inputs, score=score.value, centred=centred) if screen is not None else None
+        )
     written = _write(recover_trigger, trigger, victim)
     if as_json:
         result: dict[str, Any] = {

@@ -17,6 +17,7 @@ Cost:    unlearning, then at most 1/step forwards over the held-out images.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -75,7 +76,21 @@ def purify(model: Classifier, data: CleanData, cfg: UnlearnedPruneConfig, *, run
     """Unlearn, score the channels, prune the original network in that order."""
     sites = prunable_sites(model)
     forgotten = unlearn_with(model, data.fit, cfg, run, augmentation=data.augmentation)
-    order = places(suspicion(model, forgotten.model, sites, data, cfg, run))
+    scores = suspicion(model, forgotten.model, sites, data, cfg, run)
+    out = pruned(model, sites, scores, data, cfg, run)
+    return replace(out, evidence={"unlearning": forgotten.evidence(), **out.evidence})
+
+
+def pruned(
+    model: Classifier,
+    sites: list[Site],
+    scores: Scores,
+    data: CleanData,
+    cfg: UnlearnedPruneConfig,
+    run: Run,
+) -> Purified:
+    """Cut the channels with the highest scores as far as the held-out accuracy allows."""
+    order = places(scores)
     levels = [float(level) for level in np.arange(cfg.step, 1.0, cfg.step)]
     choice = harshest_within(
         model,
@@ -87,7 +102,6 @@ def purify(model: Classifier, data: CleanData, cfg: UnlearnedPruneConfig, *, run
     )
     cut = keep_above(order, choice.level) if choice.level is not None else {}
     evidence: dict[str, Any] = {
-        "unlearning": forgotten.evidence(),
         "choice": choice.evidence(),
         "channels": sum(site.shape[0] for site in sites),
         "cut": removed(cut),

@@ -70,12 +70,20 @@ def scan(model: Classifier, data: CleanData, cfg: TACScanConfig, *, run: Run) ->
         per_class=tuple(latent.norms.tolist()),
         artefacts={"shifts": latent.shifts.float(), "gaps": latent.gaps.float()},
     )
+    shown = Finding(
+        statistic="smallest latent shift over the median of all",
+        value=outlier.ratio,
+        direction="small: this class is the nearest one, as some class always is",
+        threshold=float("-inf"),
+        threshold_source="none: it is shown, not judged",
+        classes=(outlier.index,),
+    )
     if outlier.p_value is None:
         skipped = {
             "outlier test": f"fewer than {FEWEST} classes can be reached by a shift; norms are reported"
         }
-        return ScanReport(outlier.verdict, (finding,), skipped=skipped, coverage=("latent shifts",))
-    return ScanReport(outlier.verdict, (finding,), coverage=("latent shifts", "outlier test"))
+        return ScanReport(outlier.verdict, (finding, shown), skipped=skipped, coverage=("latent shifts",))
+    return ScanReport(outlier.verdict, (finding, shown), coverage=("latent shifts", "outlier test"))
 
 
 def _source(cfg: TACScanConfig, refused: bool) -> str:

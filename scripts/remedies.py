@@ -1,19 +1,20 @@
-"""Remedies for what TAC's repair leaves, each followed with the judge beside it: docs/four-systems.md.
+"""Remedies for what the four systems leave, each with the judge beside it: docs/four-systems.md.
 
-    python scripts/tac_remedies.py run badnets blended [--sample 1]
-    python scripts/tac_remedies.py render
+    python scripts/remedies.py run tac badnets blended [--sample 1]
+    python scripts/remedies.py run rnp wanet sig none
+    python scripts/remedies.py render
 
 ``run`` takes networks of ``victims/cifar10-small-v1`` by their attack and replaces their rows in
-results/tac-remedies.jsonl: ACC and ASR on 2,000 test images, and the accuracy on the held-out ones. The judge
-decides nothing here and chooses nothing: this shows where the method goes wrong. Minutes of one core for
-each. ``render`` writes docs/results/tac-remedies.md.
+results/remedies.jsonl: ACC and ASR on 2,000 test images, and the accuracy on the held-out ones. The judge
+decides nothing here and chooses nothing: this shows where a method goes wrong. Minutes of one core for each,
+half an hour for ims. ``render`` writes docs/results/remedies.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,11 @@ from unbackdoor.bench.victims import load_truth
 from unbackdoor.data.batches import to_float
 from unbackdoor.data.datasets import load_dataset
 from unbackdoor.data.splits import draw_clean, reserve
-from unbackdoor.defenses import tac
+from unbackdoor.defenses import rnp, tac
+from unbackdoor.engine.caller import run as call
+from unbackdoor.engine.channels import prunable_sites
 from unbackdoor.engine.latent import latent_shifts
+from unbackdoor.engine.masks import fold
 from unbackdoor.engine.passes import accuracy, logits_of
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import MethodFailed
@@ -39,7 +43,35 @@ from unbackdoor.types import Classifier, CleanData
 
 ROOT = Path(__file__).parents[1]
 VICTIMS = ROOT / "victims" / "cifar10-small-v1"
-ROWS, PAGE = ROOT / "results" / "tac-remedies.jsonl", ROOT / "docs" / "results" / "tac-remedies.md"
+ROWS, PAGE = ROOT / "results" / "remedies.jsonl", ROOT / "docs" / "results" / "remedies.md"
+# What of a system's own options was tried, beside its presets: name, preset, options.
+OPTIONS: dict[str, tuple[tuple[str, str | None, dict[str, Any]], ...]] = {
+    "rnp": (
+        ("default: held-out accuracy within 2 %", None, {}),
+        ("ensemble: scores of five runs", "ensemble", {}),
+        ("stored statistics", "stored-statistics", {}),
+        ("robust: held-out agreement within 8 %", "robust", {}),
+        ("robust, scores of five runs", "robust", {"runs": 5}),
+        ("robust, thresholds 0.01 apart", "robust", {"step": 0.01}),
+    ),
+    "awm": (
+        ("default: rounds and masks within 8 % of changed predictions", None, {}),
+        ("within 16 %", None, {"tolerance": 0.16}),
+        ("all 20 rounds, masks in full", None, {"tolerance": 1.0}),
+        ("within 16 %, perturbations of 1000", None, {"tolerance": 0.16, "tau": 1000.0}),
+        ("within 16 %, half of the weight on the perturbed loss", None,
+         {"tolerance": 0.16, "clean_weight": 0.5, "robust_weight": 0.5}),
+        ("within 16 %, a perturbation towards each class", "targeted", {"tolerance": 0.16}),
+    ),
+    "ims": (
+        ("default", None, {}),
+        ("a clean term of fixed weight 1", None, {"agreement": 0.0}),
+        ("a budget of 0.1 from the start", None, {"budget": 0.1}),
+        ("without sparsity", None, {"sparsity": 0.0}),
+    ),
+}  # fmt: skip
+SYSTEMS = (*OPTIONS, "tac")
+SOFTENED = (1.0, 0.5)  # share of RNP's soft masks
 STRENGTHS = ((1.0, 0.003), (10.0, 0.003), (10.0, 0.006))  # beta, learning rate
 WAYS_BACK = (1.0, 0.8, 0.6, 0.4)  # share of the way from the original weights to the hardened ones
 EARLY = (("layer3", 1.0, 0.003), ("layer1", 1.0, 0.003), ("layer1", 0.3, 0.001))  # layer, beta, rate
@@ -58,8 +90,6 @@ class Trial:
         self.clean = CleanData.split(drawn, augmentation=data.augmentation, seed=sample)
         order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
         self.test = data.test.subset(order[:2000])
-        self.latent = latent_shifts(self.model, self.clean.all, self.run)
-        self.target = int(self.latent.norms.argmin())
         self.rows: list[dict[str, Any]] = []
         self.say("before", self.model)
 
@@ -71,6 +101,40 @@ class Trial:
             row |= judge(model, self.truth, self.test, self.run).rates()
         self.rows.append(row)
         print(json.dumps(row), flush=True)
+
+    def tried(self, system: str) -> None:
+        """Run a system with each of its settings, and fine-tune what the first one returns."""
+        for what, preset, options in OPTIONS[system]:
+            try:
+                out = call(system, self.model, self.clean, preset=preset, options=options).model
+            except MethodFailed:
+                self.say(what, None)
+                continue
+            self.say(what, out)
+            if what == OPTIONS[system][0][0]:
+                # The held-out images are among those that it is tuned on.
+                self.say(f"{what}, then fine-tuned", call("ft", out, self.clean).model)
+
+
+class Pruning(Trial):
+    """RNP with the scores of its channels as masks, and no threshold."""
+
+    def soft(self) -> None:
+        """Multiply every channel by its score, and by less of it."""
+        sites = prunable_sites(self.model)
+        scores, _ = rnp.averaged_scores(self.model, sites, self.clean, rnp.RNPConfig(), self.run)
+        for share in SOFTENED:
+            masks = {name: 1 - share * (1 - score) for name, score in scores.items()}
+            self.say(f"soft masks, {100 * share:.0f} % of their strength", fold(self.model, sites, masks))
+
+
+class Latent(Trial):
+    """TAC's repair, beyond what its options say."""
+
+    def __init__(self, victim: Path, sample: int) -> None:
+        super().__init__(victim, sample)
+        self.latent = latent_shifts(self.model, self.clean.all, self.run)
+        self.target = int(self.latent.norms.argmin())
 
     def harder(self, beta: float, lr: float) -> None:
         """Harden at a strength, then go back towards the original weights."""
@@ -166,18 +230,43 @@ def varied(pixels: Tensor) -> Tensor:
     return torch.where((torch.rand(len(pixels)) < 0.5)[:, None, None, None], cropped.flip(3), cropped)
 
 
-def run(attack: str, sample: int) -> None:
-    """Try every remedy on a victim and replace its rows."""
-    (victim,) = VICTIMS.glob(f"{attack}-0.1-*/model.safetensors")
-    trial = Trial(victim, sample)
+def rnp_remedies(victim: Path, sample: int) -> list[dict[str, Any]]:
+    """Try what RNP's options and soft masks can do."""
+    trial = Pruning(victim, sample)
+    trial.tried("rnp")
+    trial.soft()
+    return trial.rows
+
+
+def tac_remedies(victim: Path, sample: int) -> list[dict[str, Any]]:
+    """Try harder training and shifts behind earlier layers."""
+    trial = Latent(victim, sample)
     for beta, lr in STRENGTHS:
         trial.harder(beta, lr)
     for layer, beta, lr in EARLY:
         trial.early(layer, beta, lr)
-    mine = [row | {"sample": sample} for row in trial.rows]
-    rows = [row for row in read() if (row["attack"], row["sample"]) != (attack, sample)] + mine
+    return trial.rows
+
+
+def run(system: str, attack: str, sample: int) -> None:
+    """Try every remedy of a system on a victim and replace its rows."""
+    (victim,) = VICTIMS.glob(f"{attack}-*-seed0-*/model.safetensors")
+    if system == "tac":
+        tried = tac_remedies(victim, sample)
+    elif system == "rnp":
+        tried = rnp_remedies(victim, sample)
+    else:
+        trial = Trial(victim, sample)
+        trial.tried(system)
+        tried = trial.rows
+    mine = [{"system": system} | row | {"sample": sample} for row in tried]
+    rows = [row for row in read() if _which(row) != (system, attack, sample)] + mine
     with atomic_write(ROWS) as draft:
         draft.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _which(row: Mapping[str, Any]) -> tuple[str, str, int]:
+    return row["system"], row["attack"], row["sample"]
 
 
 def read() -> list[dict[str, Any]]:
@@ -188,23 +277,23 @@ def read() -> list[dict[str, Any]]:
 
 
 def page() -> str:
-    """Return the Markdown page: a line a remedy, a column a victim."""
-    rows = read()
-    victims = list(dict.fromkeys((row["attack"], row["sample"]) for row in rows))
+    """Return the Markdown page: a table for each system, a line a remedy, a column a victim."""
     lines = [
-        "# Remedies for TAC's repair",
+        "# Remedies for what the four systems leave",
         "",
-        "Made by `python scripts/tac_remedies.py render` from `results/tac-remedies.jsonl`; measured by "
-        "its `run`: 500 clean images, ACC / ASR on 2,000 test images, and the accuracy on the held-out "
+        "Made by `python scripts/remedies.py render` from `results/remedies.jsonl`; measured by its "
+        "`run`: 500 clean images, ACC / ASR on 2,000 test images, and the accuracy on the held-out "
         "images. No number of the judge decided or chose anything. What follows: "
         "[docs/four-systems.md](../four-systems.md).",
-        "",
-        "| remedy | " + " | ".join(f"{attack}, sample {sample}" for attack, sample in victims) + " |",
-        "|---|" + "---|" * len(victims),
     ]
-    for what in dict.fromkeys(row["what"] for row in rows):
-        found = {(row["attack"], row["sample"]): row for row in rows if row["what"] == what}
-        lines.append(f"| {what} | " + " | ".join(_cell(found.get(victim)) for victim in victims) + " |")
+    for system in SYSTEMS:
+        rows = [row for row in read() if row["system"] == system]
+        victims = list(dict.fromkeys((row["attack"], row["sample"]) for row in rows))
+        names = [f"{attack}, sample {sample}" for attack, sample in victims]
+        lines += ["", f"## {system}", "", f"| remedy | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+        for what in dict.fromkeys(row["what"] for row in rows):
+            found = {(row["attack"], row["sample"]): row for row in rows if row["what"] == what}
+            lines.append(f"| {what} | " + " | ".join(_cell(found.get(victim)) for victim in victims) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -213,7 +302,8 @@ def _cell(row: dict[str, Any] | None) -> str:
         return "-"
     if row["diverged"]:
         return "diverged"
-    return f"{percent(row['acc'])} / {percent(row['asr'])}, held out {percent(row['held_out'])}"
+    asr = "-" if row["asr"] is None else percent(row["asr"])
+    return f"{percent(row['acc'])} / {asr}, held out {percent(row['held_out'])}"
 
 
 def main() -> None:
@@ -223,6 +313,7 @@ def main() -> None:
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
     work = verbs.add_parser("run")
+    work.add_argument("system", choices=SYSTEMS)
     work.add_argument("attacks", nargs="+", metavar="ATTACK")
     work.add_argument("--sample", type=int, default=1, help="of the defender's 500 images")
     work.add_argument("--threads", type=int, default=1)
@@ -231,7 +322,7 @@ def main() -> None:
     if told.verb == "run":
         torch.set_num_threads(told.threads)
         for attack in told.attacks:
-            run(attack, told.sample)
+            run(told.system, attack, told.sample)
     with atomic_write(PAGE) as draft:
         draft.write_text(page(), encoding="utf-8")
 

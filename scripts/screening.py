@@ -16,16 +16,19 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from unbackdoor.bench.screening import judge_screening
+from unbackdoor.attacks import AttackTruth
+from unbackdoor.audit.unlearning import unlearn
+from unbackdoor.bench.screening import judge_screening, resemblance
 from unbackdoor.bench.victims import load_truth
 from unbackdoor.data.datasets import DataSet, load_dataset
 from unbackdoor.data.splits import draw_clean, reserve
 from unbackdoor.engine import caller
-from unbackdoor.engine.exposure import ExposureConfig, expose
-from unbackdoor.engine.inversion import InversionConfig, invert_exposed, success
+from unbackdoor.engine.inversion import success
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import UnbackdoorError
 from unbackdoor.files import atomic_write
@@ -86,21 +89,23 @@ def run(told: argparse.Namespace) -> None:
                 row["error"] = str(error)
             _add({**row, "seconds": time.perf_counter() - start})
         if (folder.name, RECOVERY) not in done and truth.target is not None:
-            _add({**base, "screener": RECOVERY, **_recovered(model, clean, data, truth.target)})
+            _add({**base, "screener": RECOVERY, **_recovered(model, clean, data, truth)})
 
 
-def _recovered(model: Classifier, clean: CleanData, data: DataSet, target: int) -> dict[str, Any]:
-    start, surroundings = time.perf_counter(), Run.create(seed=0)
-    exposure = expose(model, clean, ExposureConfig(), surroundings)
-    leader = exposure.leader()
-    found = invert_exposed(model, clean, exposure, leader, InversionConfig(), surroundings)
-    rate = success(model, found.trigger, data.test, surroundings)
+def _recovered(model: Classifier, clean: CleanData, data: DataSet, truth: AttackTruth) -> dict[str, Any]:
+    start = time.perf_counter()
+    unlearned = unlearn(model, clean, seed=0)
+    leader = unlearned.exposure.leader()
+    found = unlearned.recover_trigger().trigger
+    seconds = time.perf_counter() - start
+    rate = success(model, found, data.test, Run.create(seed=0))
     return {
         "voted": leader,
-        "voted_target": leader == target,
+        "voted_target": leader == truth.target,
         "success": rate.value,
-        "mask_l1": float(found.trigger.mask.sum()),
-        "seconds": time.perf_counter() - start,
+        "mask_l1": float(found.mask.sum()),
+        **asdict(resemblance(found, truth, draw_clean(data.test, count=1000, seed=0))),
+        "seconds": seconds,
     }
 
 
@@ -128,18 +133,19 @@ def page() -> str:
         "Made by `python scripts/screening.py render` from `results/screening.jsonl`; measured by `python "
         f"scripts/screening.py run`. The networks are those of `victims/cifar10-small-v1`; {first['images']} "
         f"clean images of the defender; {first['all']['clean']:,} clean test images and "
-        f"{first['triggered']} triggered ones in one set. AUROC, and TPR at 1 % FPR, against all clean "
-        "images and, apart, against those of the target class, which are the hardest: they keep their class "
-        "for good reasons.",
+        f"{first['triggered']} triggered ones in one set. AUROC, average precision (AP), and TPR at 1 % FPR, "
+        "against all clean images and, apart, against those of the target class, which are the hardest: they "
+        "keep their class for good reasons. Rows without AP are older than it.",
         "",
-        "| attack | screener | AUROC | TPR at 1 % FPR | target class: AUROC | TPR at 1 % FPR | time |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| attack | screener | AUROC | AP | TPR at 1 % FPR | target class: AUROC | AP | TPR at 1 % FPR "
+        "| time |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in made:
         if row["screener"] == RECOVERY:
             continue
         if "error" in row:
-            lines.append(f"| {row['attack']} | {row['screener']} | {row['error']} | | | | |")
+            lines.append(f"| {row['attack']} | {row['screener']} | {row['error']} | | | | | | |")
             continue
         cells = [row["attack"], row["screener"], *_cells(row["all"]), *_cells(row["target"])]
         lines.append("| " + " | ".join([*cells, duration(row["seconds"])]) + " |")
@@ -148,24 +154,31 @@ def page() -> str:
         "## Triggers recovered through unlearned networks",
         "",
         "Towards the class that the half-unlearned networks vote for, with the defender's images alone; "
-        "success on the network itself, over test images of other classes. A mask of up to 1,024 pixels.",
+        "success on the network itself, over test images of other classes. A mask of up to 1,024 pixels; "
+        "its overlap (IoU) with the pixels that the attacker's trigger changes, and the cosine between the "
+        "mean changes of an image by the two.",
         "",
-        "| attack | voted class | is the target | success | mask (pixels) | time |",
-        "|---|---:|---|---:|---:|---:|",
+        "| attack | voted class | is the target | success | mask (pixels) | IoU | cosine | time |",
+        "|---|---:|---|---:|---:|---:|---:|---:|",
     ]
     for row in made:
         if row["screener"] == RECOVERY:
             lines.append(
                 f"| {row['attack']} | {row['voted']} | {'yes' if row['voted_target'] else 'no'} "
-                f"| {percent(row['success'])} | {row['mask_l1']:.1f} | {duration(row['seconds'])} |"
+                f"| {percent(row['success'])} | {row['mask_l1']:.1f} | {_number(row, 'iou')} "
+                f"| {_number(row, 'cosine')} | {duration(row['seconds'])} |"
             )
     return "\n".join(lines) + "\n"
 
 
 def _cells(found: dict[str, float] | None) -> list[str]:
     if found is None:
-        return ["-", "-"]
-    return [f"{found['auroc']:.3f}", percent(found["tpr"])]
+        return ["-", "-", "-"]
+    return [f"{found['auroc']:.3f}", _number(found, "average_precision"), percent(found["tpr"])]
+
+
+def _number(found: Mapping[str, float], name: str) -> str:
+    return f"{found[name]:.3f}" if name in found else "-"
 
 
 def render() -> None:

@@ -145,6 +145,29 @@ def tpr_at_fpr(scores: Tensor, positive: Tensor, fpr: float = 0.01) -> float:
     return float((flagged <= fpr * len(negatives) + 1e-9).double().mean())
 
 
+def average_precision(scores: Tensor, positive: Tensor) -> float:
+    """Return the area under the precision-recall curve, as a mean over positives, without interpolation.
+
+    For each positive, the precision where its score is the threshold; equal scores are flagged together.
+
+    Args:
+        scores: (N,) finite; high means positive.
+        positive: (N,) bool; at least one of each.
+
+    Raises:
+        InputError: If a score is not finite, or one of the two kinds is missing.
+
+    Example:
+        >>> average_precision(torch.tensor([0.9, 0.8, 0.7]), torch.tensor([True, False, True]))
+        0.8333333333333333
+    """
+    scores, positive = _scored(scores, positive)
+    found = scores[positive].sort().values
+    above = len(found) - _places(found, found)[0]  # positives at or above each of them
+    false = (~positive).sum() - _places(scores[~positive].sort().values, found)[0]
+    return float((above / (above + false)).mean())
+
+
 def _places(ordered: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Return how many of the ordered are below each value, and how many are at most it."""
     below = torch.searchsorted(ordered, values)

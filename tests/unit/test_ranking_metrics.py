@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unbackdoor.errors import InputError
-from unbackdoor.metrics import auroc, tpr_at_fpr
+from unbackdoor.metrics import auroc, average_precision, tpr_at_fpr
 
 
 def both(negatives: list[float], positives: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,6 +32,28 @@ def test_auroc_is_the_share_of_pairs(negatives: list[int], positives: list[int])
     pairs = sum((p > n) + 0.5 * (p == n) for p in positives for n in negatives)
     value = auroc(*both([float(n) for n in negatives], [float(p) for p in positives]))
     assert value == pytest.approx(pairs / len(negatives) / len(positives))
+
+
+def test_average_precision_by_hand() -> None:
+    assert average_precision(*both([1, 2], [3, 4])) == 1.0
+    assert average_precision(*both([3, 4], [1, 2])) == pytest.approx((1 / 3 + 2 / 4) / 2)
+    assert average_precision(*both([5, 5, 5], [5, 5])) == pytest.approx(2 / 5)
+    assert average_precision(*both([1, 3], [2, 3])) == pytest.approx((1 / 2 + 2 / 3) / 2)
+
+
+@given(
+    st.lists(st.integers(-3, 3), min_size=1, max_size=12),
+    st.lists(st.integers(-3, 3), min_size=1, max_size=12),
+)
+def test_average_precision_is_that_of_the_definition(negatives: list[int], positives: list[int]) -> None:
+    area, before = 0.0, 0.0  # sum of (R_n - R_n-1) P_n over falling thresholds
+    for threshold in sorted({*negatives, *positives}, reverse=True):
+        hits = sum(p >= threshold for p in positives)
+        recall = hits / len(positives)
+        area += (recall - before) * hits / (hits + sum(n >= threshold for n in negatives))
+        before = recall
+    value = average_precision(*both([float(n) for n in negatives], [float(p) for p in positives]))
+    assert value == pytest.approx(area)
 
 
 def test_tpr_by_hand() -> None:

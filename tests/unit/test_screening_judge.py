@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from tiny import tiny_data
 from unbackdoor.attacks import poison
-from unbackdoor.bench.screening import judge_screening
+from unbackdoor.bench.screening import Resemblance, judge_screening, resemblance
+from unbackdoor.engine.inversion import RecoveredTrigger
 from unbackdoor.errors import InputError
+from unbackdoor.metrics import Rate
 from unbackdoor.report.triggers import write_trigger
 from unbackdoor.types import Images
 
@@ -52,6 +55,23 @@ def test_a_poisoned_training_set_is_judged_with_its_labels_and_share() -> None:
 
     told = judge_screening(labels_alone, TRUTH, DATA, most=4, labelled=True)
     assert told.triggered == 4 and told.target is not None and told.target.auroc == 0.5
+
+
+def test_a_trigger_is_held_against_the_attackers() -> None:
+    """A patch in a corner: the same pixels, half of them, others, and the wrong way."""
+    there = (TRUTH.trigger.stamp(DATA.pixels) != DATA.pixels).any(0).any(0)  # (H, W)
+    bright = TRUTH.trigger.stamp(DATA.pixels)[0].float() / 255
+    same = RecoveredTrigger(1, bright, there.float(), Rate(1, 1))
+    assert resemblance(same, TRUTH, DATA) == Resemblance(1.0, pytest.approx(1.0, abs=1e-5))
+    row, column = there.nonzero()[0].tolist()
+    part = torch.zeros_like(there, dtype=torch.float)
+    part[row, column] = 1
+    some = resemblance(replace(same, mask=part), TRUTH, DATA)
+    assert some.iou == pytest.approx(1 / int(there.sum()))
+    assert 0 < some.cosine < 1
+    elsewhere = resemblance(replace(same, mask=(~there).float()), TRUTH, DATA)
+    assert elsewhere.iou == 0
+    assert resemblance(replace(same, mask=torch.zeros_like(part)), TRUTH, DATA).iou == 0
 
 
 def test_what_cannot_be_judged_is_refused() -> None:

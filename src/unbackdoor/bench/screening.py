@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from unbackdoor.attacks import AttackTruth, stamped
+from unbackdoor.engine.inversion import RecoveredTrigger
 from unbackdoor.errors import InputError
-from unbackdoor.metrics import auroc, tpr_at_fpr
+from unbackdoor.metrics import auroc, average_precision, tpr_at_fpr
 from unbackdoor.types import Images
 
 FPR = 0.01
+VISIBLE = 1 / 255  # mean change of a pixel's value from which on the attacker's trigger is there
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,13 @@ class Separation:
 
     Attributes:
         auroc: Probability that a triggered image scores higher.
+        average_precision: Area under the precision-recall curve; it depends on their share.
         tpr: Share of the triggered images that are found at 1 % false alarms.
         clean: Number of clean images of this kind.
     """
 
     auroc: float
+    average_precision: float
     tpr: float
     clean: int
 
@@ -94,7 +98,12 @@ def judge_screening(
             return None
         both = torch.cat([negatives, found])
         positive = torch.arange(len(both)) >= len(negatives)
-        return Separation(auroc(both, positive), tpr_at_fpr(both, positive, FPR), len(negatives))
+        return Separation(
+            auroc(both, positive),
+            average_precision(both, positive),
+            tpr_at_fpr(both, positive, FPR),
+            len(negatives),
+        )
 
     everything = against(clean)
     assert everything is not None  # an attack that has eligible images has clean ones
@@ -102,3 +111,38 @@ def judge_screening(
         return ScreeningScores(everything, None, None, len(found))
     target = test.truth == truth.target  # (N,)
     return ScreeningScores(everything, against(clean[target]), against(clean[~target]), len(found))
+
+
+@dataclass(frozen=True)
+class Resemblance:
+    """How much a recovered trigger is like the attacker's.
+
+    Attributes:
+        iou: Pixels that the recovered mask covers by half or more and that the attacker's trigger changes,
+            over those that either does.
+        cosine: Between the mean changes of an image by the two.
+    """
+
+    iou: float
+    cosine: float
+
+
+def resemblance(found: RecoveredTrigger, truth: AttackTruth, images: Images) -> Resemblance:
+    """Hold a recovered trigger against the attacker's.
+
+    Args:
+        found: The recovered trigger.
+        truth: The attack.
+        images: Images (N, C, H, W) that both are put on, at least one.
+    """
+    plain = images.pixels.float() / 255
+    true = (stamped(images.pixels, truth).float() / 255 - plain).abs().mean(0)  # (C, H, W), where it changes
+    there = true.amax(0) >= VISIBLE  # (H, W)
+    covered = found.mask.cpu() >= 0.5
+    either = int((there | covered).sum())
+    ours, theirs = (
+        (put.float() / 255 - plain).mean(0).flatten()  # (C H W,)
+        for put in (found.stamp(images.pixels), stamped(images.pixels, truth))
+    )
+    cosine = torch.cosine_similarity(ours, theirs, dim=0)
+    return Resemblance(int((there & covered).sum()) / either if either else 0.0, float(cosine))

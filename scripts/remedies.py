@@ -53,6 +53,7 @@ OPTIONS: dict[str, tuple[tuple[str, str | None, dict[str, Any]], ...]] = {
         ("robust: held-out agreement within 8 %", "robust", {}),
         ("robust, scores of five runs", "robust", {"runs": 5}),
         ("robust, thresholds 0.01 apart", "robust", {"step": 0.01}),
+        ("of the answers that were right at most 6 % lost", None, {"criterion": "kept", "tolerance": 0.06}),
     ),
     "awm": (
         ("default: rounds and masks within 8 % of changed predictions", None, {}),

@@ -1,4 +1,4 @@
-"""RNP over several runs: the mean of their scores, and no run chosen by its success."""
+"""RNP: the mean of several runs, none chosen by its success, and what the held-out images are asked."""
 
 from __future__ import annotations
 
@@ -81,3 +81,33 @@ def test_the_criterion_of_agreement_looks_at_no_label() -> None:
     ]
     assert chosen[0] == chosen[1]
     assert chosen[0]["base_accuracy"] == 1
+
+
+def test_the_criterion_of_kept_answers_looks_at_what_was_right_alone() -> None:
+    model = tiny_classifier("conv-bn")
+    images = tiny_data(40, seed=9)
+    wrong = torch.arange(len(images)) % 4 == 0
+    spoilt = replace(images, labels=torch.where(wrong, (images.truth + 1) % 4, images.truth))
+    chosen = [
+        rnp.purify(
+            model.copy(),
+            CleanData(tiny_data(60, seed=8), held),
+            QUICK.model_copy(update={"criterion": "kept", "tolerance": 0.06}),
+            run=RUN,
+        ).evidence["choice"]
+        for held in (spoilt, images.subset((~wrong).nonzero().flatten()))
+    ]
+    assert chosen[0] == chosen[1]
+    assert chosen[0]["base_accuracy"] == 1
+
+
+def test_kept_answers_need_one_that_is_right() -> None:
+    images = tiny_data(40, seed=9)
+    none_right = CleanData(tiny_data(60, seed=8), replace(images, labels=(images.truth + 1) % 4))
+    with pytest.raises(MethodFailed, match="none of the held-out images"):
+        rnp.purify(
+            tiny_classifier("conv-bn"),
+            none_right,
+            QUICK.model_copy(update={"criterion": "kept"}),
+            run=RUN,
+        )

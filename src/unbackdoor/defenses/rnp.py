@@ -32,7 +32,7 @@ from torch import Tensor
 from unbackdoor.engine import rng
 from unbackdoor.engine.channels import prunable_sites
 from unbackdoor.engine.masks import Site, fold, keep_above, removed
-from unbackdoor.engine.passes import as_seen
+from unbackdoor.engine.passes import as_seen, known
 from unbackdoor.engine.recovery import recover
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.selection import harshest_within
@@ -77,14 +77,15 @@ class RNPConfig(Config):
     )
     tolerance: float = option(
         0.02,
-        "largest loss of held-out accuracy by pruning, or share of changed predictions",
+        "largest loss of held-out accuracy by pruning, or share of changed or lost predictions",
         source="BackdoorBenchmark's port, delta",
         ge=0,
         le=1,
     )
-    criterion: Literal["accuracy", "agreement"] = option(
+    criterion: Literal["accuracy", "agreement", "kept"] = option(
         "accuracy",
-        "what must not fall on held-out images: accuracy, or agreement with the model itself",
+        "what must not fall on held-out images: accuracy, agreement with the model itself, or that on those "
+        "that it knows",
         source="BackdoorBenchmark's port",
     )
     step: float = option(
@@ -120,6 +121,8 @@ def purify(model: Classifier, data: CleanData, cfg: RNPConfig, *, run: Run) -> P
     held = data
     if cfg.criterion == "agreement":
         held = replace(data, select=as_seen(model, data.select, run))
+    elif cfg.criterion == "kept":
+        held = replace(data, select=known(model, data.select, run))
     choice = harshest_within(
         model,
         levels,

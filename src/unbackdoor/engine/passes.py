@@ -129,6 +129,19 @@ def told_apart(logits: Tensor) -> Tensor:
     return logits
 
 
+def known(model: nn.Module, images: Images, run: Run) -> Images:
+    """Return the images that the model classifies rightly.
+
+    Raises:
+        MethodFailed: If there is none.
+    """
+    with mode(model, training=False):
+        right = predict(model, images, run).argmax(1).cpu() == images.truth.cpu()
+    if not right.any():
+        raise MethodFailed("the model knows none of the held-out images", where=images.name)
+    return images.subset(right.nonzero().flatten())
+
+
 def as_seen(model: nn.Module, images: Images, run: Run) -> Images:
     """Return the images labelled as the model classifies them.
 

@@ -5,11 +5,14 @@ python scripts/four_systems.py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from unbackdoor.bench.results import WEAK, Mean, Summary, summarise, summarise_scans
 from unbackdoor.bench.rows import Row, ScanRow, read_rows, read_scans
+from unbackdoor.bench.victims import ATTACK_TOOK
 from unbackdoor.files import atomic_write
 from unbackdoor.report.words import duration, percent
 
@@ -31,6 +34,8 @@ def page() -> str:
     """Return the Markdown page."""
     full, short, beside = (read_rows(RESULTS / f"{suite}.jsonl") for suite in (SUITE, SHORT, BESIDE))
     scans = [scan for suite in (SUITE, SHORT) for scan in read_scans(RESULTS / f"{suite}.scans.jsonl")]
+    text = (RESULTS / "screening.jsonl").read_text(encoding="utf-8")
+    screened = [json.loads(line) for line in text.splitlines()]
     rows = [*full, *short]
     lines = [
         "# What the four systems reach",
@@ -59,6 +64,7 @@ def page() -> str:
                 lines += ["", f"## {images} clean images: {_named(others[0])}", ""]
                 lines += _table([row for row in others if row.clean_images == images])
     lines += ["", "## Detection", "", *_detection(scans)]
+    lines += ["", "## Triggers and samples by RNP", "", *_further(screened)]
     return "\n".join(lines) + "\n"
 
 
@@ -147,7 +153,10 @@ def _table(rows: Sequence[Row]) -> list[str]:
             str(found.failed),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    return ["The columns of the attacks hold ASR, one number for each sample of the defender.", "", *lines]
+    told = "The columns of the attacks hold ASR, one number for each sample of the defender."
+    if any(WEAK in row.flags for row in rows):
+        told += f" In brackets: the attack took below {percent(ATTACK_TOOK)}, and is left out of the means."
+    return [told, "", *lines]
 
 
 def _means(found: Summary) -> list[str]:
@@ -171,9 +180,9 @@ def _attacks(rows: Iterable[Row]) -> list[str]:
 
 def _asr(rows: Iterable[Row], attack: str) -> str:
     mine = [row for row in rows if _victim(row) == attack]
-    if any(WEAK in row.flags for row in mine):
-        return "did not take"
-    return ", ".join("failed" if row.asr is None else percent(row.asr) for row in mine) or "-"
+    told = ", ".join("failed" if row.asr is None else percent(row.asr) for row in mine)
+    weak = any(WEAK in row.flags for row in mine)
+    return f"({told})" if told and weak else told or "-"
 
 
 def _detection(scans: Sequence[ScanRow]) -> list[str]:
@@ -206,6 +215,33 @@ def _detection(scans: Sequence[ScanRow]) -> list[str]:
             ]
             lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _further(screened: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say what RNP tells of samples and triggers, from the rows of scripts/screening.py."""
+    lines = [
+        "On the plain networks of width 16, 500 images; every screener, and what the columns mean: "
+        "[screening.md](screening.md). The suite cannot run these, because a screener answers for images and "
+        "not for a model.",
+        "",
+        "| attack | sample AUROC | TPR at 1 % FPR | against the target class: AUROC | TPR at 1 % FPR | "
+        "voted for the target | recovered trigger succeeds |",
+        "|---|---:|---:|---:|---:|---|---:|",
+    ]
+    for attack in dict.fromkeys(row["attack"] for row in screened):
+        mine = {row["screener"]: row for row in screened if row["attack"] == attack and "error" not in row}
+        found, trigger = mine.get("rnp"), mine.get("trigger recovery")
+        cells = [attack]
+        for kind in ("all", "target"):
+            scores = found.get(kind) if found else None
+            cells += [f"{scores['auroc']:.3f}", percent(scores["tpr"])] if scores else ["-", "-"]
+        cells += [_yes(trigger["voted_target"]), percent(trigger["success"])] if trigger else ["-", "-"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _yes(fact: bool) -> str:
+    return "yes" if fact else "no"
 
 
 def _p_values(scans: Iterable[ScanRow]) -> str:

@@ -128,6 +128,14 @@ FOUND: dict[str, tuple[Classifier, str, float]] = {
         "network.head",
         0.25,
     ),
+    "a wrapper for several devices": (
+        wired(
+            lambda m, x: m.parallel(x.flatten(1)),
+            parallel=lambda: nn.DataParallel(nn.Sequential(nn.Linear(64, 4))),
+        ),
+        "network.parallel.module.0",
+        1,
+    ),
     "an auxiliary head that is not used": (
         wired(
             lambda m, x: (m.main(x.flatten(1)), m.aux(x.flatten(1)))[0],
@@ -159,6 +167,19 @@ REFUSED: dict[str, tuple[Classifier, str]] = {
     "a squashing": (
         wired(lambda m, x: 3 * torch.tanh(m.head(x.flatten(1)) / 3), head=lambda: nn.Linear(64, 4)),
         "but not linearly",
+    ),
+    "a softmax": (
+        wired(lambda m, x: m.head(x.flatten(1)).softmax(1), head=lambda: nn.Linear(64, 4)),
+        "but not linearly",
+    ),
+    "a cosine head without a layer of its own": (
+        wired(
+            lambda m, x: (
+                16 * F.linear(F.normalize(m.first(x.flatten(1))), F.normalize(m.first.weight[:, :4]))
+            ),
+            first=lambda: nn.Linear(64, 4),
+        ),
+        r"network\.first",
     ),
     "two heads averaged": (
         wired(

@@ -8,7 +8,8 @@ Paper:   Iwahana, Yamasaki, Ito, Miura & Shibahara, arXiv 2511.08944 (the progra
          smallest norm; the test is our reading, as the paper's formula was not at hand).
 Needs:   clean images; labels are not looked at.
 Departs: the test accounts for the norm having been picked as the smallest of K, in the spirit of the
-         paper's revision; with five classes or fewer there is no verdict.
+         paper's revision; with five classes or fewer there is no verdict. A softmax behind the head is
+         refused: the program is about logits (where a file of a graph ends in one, opening it leaves it out).
 Cost:    1 forward over the clean images, N K^2 subtractions, K small quadratic programs.
 """
 

@@ -80,7 +80,7 @@ def test_rnp_finds_more_than_chance_does() -> None:
     assert after.asr.value < repaired("badnets", "random_prune").asr.value
 
 
-@pytest.mark.parametrize("defense", ["ft", "fp", "random_prune", "rnp"])
+@pytest.mark.parametrize("defense", ["awm", "ft", "fp", "random_prune", "rnp"])
 def test_a_clean_model_stays_good(defense: str) -> None:
     before, after = victim("none")[2], repaired("none", defense)
     assert after.acc.value >= before.acc.value - 0.05

@@ -284,11 +284,13 @@ def page() -> str:
         "",
         "Made by `python scripts/remedies.py render` from `results/remedies.jsonl`; measured by its "
         "`run`: 500 clean images, ACC / ASR on 2,000 test images, and the accuracy on the held-out "
-        "images. No number of the judge decided or chose anything. What follows: "
-        "[docs/four-systems.md](../four-systems.md).",
+        "images, which a fine-tuning and all 20 rounds of awm train on as well. No number of the judge "
+        "decided or chose anything. What follows: [docs/four-systems.md](../four-systems.md).",
     ]
     for system in SYSTEMS:
         rows = [row for row in read() if row["system"] == system]
+        if not rows:
+            continue
         victims = list(dict.fromkeys((row["attack"], row["sample"]) for row in rows))
         names = [f"{attack}, sample {sample}" for attack, sample in victims]
         lines += ["", f"## {system}", "", f"| remedy | {' | '.join(names)} |", "|---|" + "---|" * len(names)]

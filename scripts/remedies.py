@@ -304,7 +304,7 @@ def _cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return "-"
     if row["diverged"]:
-        return "diverged"
+        return "failed"
     asr = "-" if row["asr"] is None else percent(row["asr"])
     return f"{percent(row['acc'])} / {asr}, held out {percent(row['held_out'])}"
 

@@ -139,6 +139,8 @@ def test_a_constant_classifier_fails_loudly_with_the_facts() -> None:
     for preset in (None, "robust", "reference"):
         with pytest.raises(MethodFailed, match=r"found no perturbation.*fooling rate of 0\.000"):
             awm(constant(), data_of(20), preset)
+    with pytest.raises(MethodFailed, match=r"fooling rate of 0\.000"):  # its errors are no labels that moved
+        awm(constant(), data_of(20), search_labels="true")
 
 
 def test_a_bound_that_is_too_tight_fails_loudly_although_its_norm_is_reached() -> None:

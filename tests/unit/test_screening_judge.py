@@ -58,7 +58,7 @@ def test_a_poisoned_training_set_is_judged_with_its_labels_and_share() -> None:
 
 
 def test_a_trigger_is_held_against_the_attackers() -> None:
-    """A patch in a corner: the same pixels, half of them, others, and the wrong way."""
+    """A patch in a corner: the same pixels, one of them, others, and none."""
     there = (TRUTH.trigger.stamp(DATA.pixels) != DATA.pixels).any(0).any(0)  # (H, W)
     bright = TRUTH.trigger.stamp(DATA.pixels)[0].float() / 255
     same = RecoveredTrigger(1, bright, there.float(), Rate(1, 1))

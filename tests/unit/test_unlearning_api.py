@@ -58,5 +58,23 @@ def test_what_cannot_be_unlearned_is_refused() -> None:
         unbackdoor.unlearn(model, CleanData.split(replace(DATA.all, labels=None)))
     with pytest.raises(unbackdoor.ConfigError, match="repeats"):
         unbackdoor.unlearn(model, DATA, options={"repeats": 0})
+    with pytest.raises(unbackdoor.InputError, match="of another type"):
+        unbackdoor.unlearn(model.network, DATA)  # type: ignore[arg-type]
+    unlearned = unbackdoor.unlearn(model, DATA, options=QUICK)
     with pytest.raises(unbackdoor.InputError, match="no such class"):
-        unbackdoor.unlearn(model, DATA, options=QUICK).recover_trigger(9)
+        unlearned.recover_trigger(9)
+    with pytest.raises(unbackdoor.ConfigError, match="score"):
+        unlearned.prune("size")  # type: ignore[arg-type]
+    with pytest.raises(unbackdoor.ConfigError, match="score"):
+        unlearned.screen(tiny_data(4), score="size")  # type: ignore[arg-type]
+
+
+def test_references_decide_whichever_way_they_are_given() -> None:
+    model, clean = tiny_classifier("conv-bn"), (0.1,) * 19
+    options = {**QUICK, "repeats": 8}
+    given = [
+        unbackdoor.unlearn(model, DATA, options=options, references=clean),
+        unbackdoor.unlearn(model, DATA, options={**options, "references": clean}),
+    ]
+    assert given[0].detect() == given[1].detect()
+    assert "calibration" not in given[0].detect().skipped

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from unbackdoor.audit.accepting import require_classifier
 from unbackdoor.defenses.unlearned_prune import UnlearnedPruneConfig, pruned, suspicion
 from unbackdoor.engine.caller import check_inputs
 from unbackdoor.engine.channels import prunable_sites
@@ -19,7 +20,7 @@ from unbackdoor.engine.exposure import Exposure, ExposureConfig, UnlearningConfi
 from unbackdoor.engine.inversion import ExposedTrigger, InversionConfig, invert_exposed
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
-from unbackdoor.registry import SCANNERS
+from unbackdoor.registry import DEFENSES, SCANNERS, SCREENERS
 from unbackdoor.scanners.rnp_screen import ScreenConfig, Screening, screen_inputs
 from unbackdoor.scanners.rnp_vote import RNPVoteConfig, weigh
 from unbackdoor.types import Classifier, CleanData, Images, Progress, Purified, ScanReport, silent
@@ -58,7 +59,8 @@ class Unlearning:
 
         Raises:
             InputError: If there is no such class.
-            MethodFailed: If every unlearned network sends all images to the class untouched.
+            MethodFailed: If every unlearned network sends all images to the class untouched, or no repeat
+                forgot half of the task.
         """
         wanted = self.exposure.leader() if label is None else label
         return invert_exposed(self._model, self._data, self.exposure, wanted, InversionConfig(), self._run)
@@ -72,10 +74,14 @@ class Unlearning:
             centred: Compare an image with clean images of the same predicted class.
 
         Raises:
+            ConfigError: If there is no such score.
             InputError: If there is no image.
             UnsupportedModel: If the images do not fit the model.
+            MethodFailed: If no repeat forgot half of the task.
         """
-        how = ScreenConfig(**self._shared(ExposureConfig), score=score, centred=centred)
+        asked = {**self._shared(ExposureConfig), "score": score, "centred": centred}
+        how = SCREENERS["rnp"].configure(asked)
+        assert isinstance(how, ScreenConfig)
         return screen_inputs(self._model, self._data, inputs, how, run=self._run, exposure=self.exposure)
 
     def prune(self, ranking: Ranking = "change") -> Purified:
@@ -88,9 +94,12 @@ class Unlearning:
             ranking: Score of a channel, see ``defenses/unlearned_prune.py``.
 
         Raises:
+            ConfigError: If there is no such ranking.
             UnsupportedModel: If there is no channel to cut.
+            MethodFailed: If no repeat forgot half of the task.
         """
-        cfg = UnlearnedPruneConfig(**self._shared(UnlearningConfig), score=ranking)
+        cfg = DEFENSES["unlearned_prune"].configure({**self._shared(UnlearningConfig), "score": ranking})
+        assert isinstance(cfg, UnlearnedPruneConfig)
         sites = prunable_sites(self._model)
         each = [
             suspicion(self._model, network, sites, self._data, cfg, self._run)
@@ -121,7 +130,8 @@ def unlearn(
         model: The suspicious classifier; not changed.
         data: The defender's clean, labelled images: the fitting part is unlearned, the other part votes.
         options: Options of ``rnp_vote``, such as ``{"repeats": 4}``.
-        references: Attractions of clean networks of the same kind, for the verdict.
+        references: Attractions of clean networks of the same kind, for the verdict; they take the place of
+            those in ``options``.
         seed: Seed of every draw.
         device: Where to compute.
         precision: ``auto``, ``fp32`` or ``bf16``.
@@ -140,8 +150,10 @@ def unlearn(
         >>> unlearned.recover_trigger().success  # doctest: +SKIP
     """
     part = SCANNERS["rnp_vote"]
-    config = part.configure({**(options or {}), "references": tuple(references)})
+    known = {"references": tuple(references)} if references else {}
+    config = part.configure({**(options or {}), **known})
     assert isinstance(config, RNPVoteConfig)
+    require_classifier(model)
     check_inputs(part, model, data)
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
     return Unlearning(model, data, config, run)

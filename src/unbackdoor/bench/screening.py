@@ -138,7 +138,7 @@ def resemblance(found: RecoveredTrigger, truth: AttackTruth, images: Images) -> 
     plain = images.pixels.float() / 255
     true = (stamped(images.pixels, truth).float() / 255 - plain).abs().mean(0)  # (C, H, W), where it changes
     there = true.amax(0) >= VISIBLE  # (H, W)
-    covered = found.mask.cpu() >= 0.5
+    covered = found.mask.to(there.device) >= 0.5
     either = int((there | covered).sum())
     ours, theirs = (
         (put.float() / 255 - plain).mean(0).flatten()  # (C H W,)

@@ -142,12 +142,14 @@ class Store:
 
     def close(self) -> None:
         """Give back what this driver claimed and close the file."""
-        if self._lock is not None:
-            with suppress(InputError):
-                self.release()
-        # An interrupt may have come while the lock was made.
-        for name in (self.owner, f".{self.owner}"):
-            (self._locks / name).unlink(missing_ok=True)
+        try:
+            if self._lock is not None:
+                with suppress(InputError):
+                    self.release()
+        finally:
+            # An interrupt may have come while the lock was made, or comes now.
+            for name in (self.owner, f".{self.owner}"):
+                (self._locks / name).unlink(missing_ok=True)
         if self._lock is not None:
             self._lock.close()
             self._lock = None

@@ -102,19 +102,20 @@ def run(
         "device": device,
         "limits": {"seconds": chosen.limit.seconds, "memory_mb": chosen.limit.memory_mb, "threads": threads},
     }
-    with _terminable() as asked_to_stop, Store(store) as opened:
+    with Store(store) as opened:
         opened.register(chosen.label, chosen.sha256(), text, [cell.entry() for cell in cells])
         if retry:
             note(f"{opened.retry(chosen.label)} failed cells are tried again.", quiet=quiet)
-        where = _engine(engine, slots, scheduler, gpus)
-        try:
-            with _live(chosen.label, slots, store, quiet=quiet) as watch:
-                done = drive(
-                    opened, chosen.label, where, place,
-                    only=only, budget=seconds, watch=watch, asked_to_stop=asked_to_stop,
-                )  # fmt: skip
-        finally:
-            where.close()
+        where = _engine(engine, slots, scheduler, gpus)  # may wait for an answer, and must hear Ctrl-C then
+        with _terminable() as asked_to_stop:
+            try:
+                with _live(chosen.label, slots, store, quiet=quiet) as watch:
+                    done = drive(
+                        opened, chosen.label, where, place,
+                        only=only, budget=seconds, watch=watch, asked_to_stop=asked_to_stop,
+                    )  # fmt: skip
+            finally:
+                where.close()
         counts = opened.counts(chosen.label)
     if as_json:
         emit({"suite": chosen.label, "finished": done, **counts})

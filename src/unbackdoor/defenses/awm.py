@@ -178,13 +178,13 @@ def attack(
     network: Classifier, fit: Images, tau: float, cfg: AWMConfig, run: Run, draws: torch.Generator
 ) -> tuple[Universal, dict[str, Any]]:
     """Search the perturbation of a round against the masked network, and measure what it does."""
-    # Once: the masks rest in this phase.
-    images = resident(as_seen(network, fit, run), run.device) if cfg.search_labels == "model" else fit
+    own = resident(as_seen(network, fit, run), run.device)  # once: the masks rest in this phase
+    images = own if cfg.search_labels == "model" else fit
     delta = search(
         *(network, images, drawn(fit, cfg, draws), run, draws),
         tau=tau, objective=cfg.attack, lr=cfg.attack_lr, targets=network.classes if cfg.targeted else 1,
     )  # fmt: skip
-    norm, fooling = delta.norm, delta.fooling(network, images, run, draws)
+    norm, fooling = delta.norm, delta.fooling(network, own, run, draws)
     return delta, {"norm": norm, "fooling": fooling, "stalled": fooling < FOUND and norm < tau / 100}
 
 

@@ -125,7 +125,7 @@ def _add(row: dict[str, Any]) -> None:
 
 def page() -> str:
     """Return the Markdown page."""
-    made = rows()
+    made = sorted(rows(), key=lambda row: (row["attack"], row["screener"]))
     first = next(row for row in made if "triggered" in row)
     lines = [
         "# Screening images, and recovering triggers",

@@ -116,12 +116,8 @@ class Trial:
                 # The held-out images are among those that it is tuned on.
                 self.say(f"{what}, then fine-tuned", call("ft", out, self.clean).model)
 
-
-class Pruning(Trial):
-    """RNP with the scores of its channels as masks, and no threshold."""
-
     def soft(self) -> None:
-        """Multiply every channel by its score, and by less of it."""
+        """Multiply every channel by its score of RNP, and by less of it, without a threshold."""
         sites = prunable_sites(self.model)
         scores, _ = rnp.averaged_scores(self.model, sites, self.clean, rnp.RNPConfig(), self.run)
         for share in SOFTENED:
@@ -136,6 +132,13 @@ class Latent(Trial):
         super().__init__(victim, sample)
         self.latent = latent_shifts(self.model, self.clean.all, self.run)
         self.target = int(self.latent.norms.argmin())
+
+    def tried(self, system: str) -> None:
+        """Try harder training, and shifts behind earlier layers."""
+        for beta, lr in STRENGTHS:
+            self.harder(beta, lr)
+        for layer, beta, lr in EARLY:
+            self.early(layer, beta, lr)
 
     def harder(self, beta: float, lr: float) -> None:
         """Harden at a strength, then go back towards the original weights."""
@@ -231,36 +234,14 @@ def varied(pixels: Tensor) -> Tensor:
     return torch.where((torch.rand(len(pixels)) < 0.5)[:, None, None, None], cropped.flip(3), cropped)
 
 
-def rnp_remedies(victim: Path, sample: int) -> list[dict[str, Any]]:
-    """Try what RNP's options and soft masks can do."""
-    trial = Pruning(victim, sample)
-    trial.tried("rnp")
-    trial.soft()
-    return trial.rows
-
-
-def tac_remedies(victim: Path, sample: int) -> list[dict[str, Any]]:
-    """Try harder training and shifts behind earlier layers."""
-    trial = Latent(victim, sample)
-    for beta, lr in STRENGTHS:
-        trial.harder(beta, lr)
-    for layer, beta, lr in EARLY:
-        trial.early(layer, beta, lr)
-    return trial.rows
-
-
 def run(system: str, attack: str, sample: int) -> None:
     """Try every remedy of a system on a victim and replace its rows."""
     (victim,) = VICTIMS.glob(f"{attack}-*-seed0-*/model.safetensors")
-    if system == "tac":
-        tried = tac_remedies(victim, sample)
-    elif system == "rnp":
-        tried = rnp_remedies(victim, sample)
-    else:
-        trial = Trial(victim, sample)
-        trial.tried(system)
-        tried = trial.rows
-    mine = [{"system": system} | row | {"sample": sample} for row in tried]
+    trial = Latent(victim, sample) if system == "tac" else Trial(victim, sample)
+    trial.tried(system)
+    if system == "rnp":
+        trial.soft()
+    mine = [{"system": system} | row | {"sample": sample} for row in trial.rows]
     rows = [row for row in read() if _which(row) != (system, attack, sample)] + mine
     with atomic_write(ROWS) as draft:
         draft.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -287,8 +268,9 @@ def page() -> str:
         "images, which a fine-tuning and all 20 rounds of awm train on as well. No number of the judge "
         "decided or chose anything. What follows: [docs/four-systems.md](../four-systems.md).",
     ]
+    made = read()
     for system in SYSTEMS:
-        rows = [row for row in read() if row["system"] == system]
+        rows = [row for row in made if row["system"] == system]
         if not rows:
             continue
         victims = list(dict.fromkeys((row["attack"], row["sample"]) for row in rows))

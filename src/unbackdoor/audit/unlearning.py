@@ -8,25 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from unbackdoor.audit.accepting import require_classifier
-from unbackdoor.defenses.unlearned_prune import UnlearnedPruneConfig, pruned, suspicion
+from unbackdoor.defenses.unlearned_prune import Ranking, UnlearnedPruneConfig, pruned, suspicion
 from unbackdoor.engine.caller import check_inputs
 from unbackdoor.engine.channels import prunable_sites
-from unbackdoor.engine.exposure import Exposure, ExposureConfig, UnlearningConfig, expose
+from unbackdoor.engine.exposure import Exposure, ExposureConfig, UnlearningConfig, expose, options_of
 from unbackdoor.engine.inversion import ExposedTrigger, InversionConfig, invert_exposed
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.registry import DEFENSES, SCANNERS, SCREENERS
-from unbackdoor.scanners.rnp_screen import ScreenConfig, Screening, screen_inputs
+from unbackdoor.scanners.rnp_screen import Score, ScreenConfig, Screening, screen_inputs
 from unbackdoor.scanners.rnp_vote import RNPVoteConfig, weigh
 from unbackdoor.types import Classifier, CleanData, Images, Progress, Purified, ScanReport, silent
-
-Ranking = Literal["change", "lipschitz", "activation", "recovery"]
-Score = Literal["kept", "lost", "voted"]
 
 
 class Unlearning:
@@ -79,7 +76,7 @@ class Unlearning:
             UnsupportedModel: If the images do not fit the model.
             MethodFailed: If no repeat forgot half of the task.
         """
-        asked = {**self._shared(ExposureConfig), "score": score, "centred": centred}
+        asked = {**options_of(self._config, ExposureConfig), "score": score, "centred": centred}
         how = SCREENERS["rnp"].configure(asked)
         assert isinstance(how, ScreenConfig)
         return screen_inputs(self._model, self._data, inputs, how, run=self._run, exposure=self.exposure)
@@ -98,7 +95,8 @@ class Unlearning:
             UnsupportedModel: If there is no channel to cut.
             MethodFailed: If no repeat forgot half of the task.
         """
-        cfg = DEFENSES["unlearned_prune"].configure({**self._shared(UnlearningConfig), "score": ranking})
+        asked = {**options_of(self._config, UnlearningConfig), "score": ranking}
+        cfg = DEFENSES["unlearned_prune"].configure(asked)
         assert isinstance(cfg, UnlearnedPruneConfig)
         sites = prunable_sites(self._model)
         each = [
@@ -108,9 +106,6 @@ class Unlearning:
         scores = {name: torch.stack([one[name].float().cpu() for one in each]).mean(0) for name in each[0]}
         out = pruned(self._model, sites, scores, self._data, cfg, self._run)
         return replace(out, model=out.model.to("cpu"))
-
-    def _shared(self, kind: type[UnlearningConfig]) -> dict[str, Any]:
-        return {name: value for name, value in self._config.model_dump().items() if name in kind.model_fields}
 
 
 def unlearn(

@@ -136,13 +136,12 @@ def resemblance(found: RecoveredTrigger, truth: AttackTruth, images: Images) -> 
         images: Images (N, C, H, W) that both are put on, at least one.
     """
     plain = images.pixels.float() / 255
-    true = (stamped(images.pixels, truth).float() / 255 - plain).abs().mean(0)  # (C, H, W), where it changes
-    there = true.amax(0) >= VISIBLE  # (H, W)
-    covered = found.mask.to(there.device) >= 0.5
-    either = int((there | covered).sum())
     ours, theirs = (
-        (put.float() / 255 - plain).mean(0).flatten()  # (C H W,)
+        put.float() / 255 - plain  # (N, C, H, W)
         for put in (found.stamp(images.pixels), stamped(images.pixels, truth))
     )
-    cosine = torch.cosine_similarity(ours, theirs, dim=0)
+    there = theirs.abs().mean(0).amax(0) >= VISIBLE  # (H, W)
+    covered = found.mask.to(there.device) >= 0.5
+    either = int((there | covered).sum())
+    cosine = torch.cosine_similarity(ours.mean(0).flatten(), theirs.mean(0).flatten(), dim=0)
     return Resemblance(int((there & covered).sum()) / either if either else 0.0, float(cosine))

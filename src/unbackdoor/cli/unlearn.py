@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 SCANNER = "rnp_vote"
 _SHOWN = 20  # suspicious images; all stand in the JSON
-_OF_THE_VERDICT = {"alpha", "references", "recover_trigger"}  # options that the votes do not depend on
 
 
 class Score(StrEnum):
@@ -133,6 +132,7 @@ def unlearn(
     from unbackdoor.audit.unlearning import Unlearning
     from unbackdoor.data.loaders import load_unlabelled
     from unbackdoor.engine.caller import check_inputs
+    from unbackdoor.engine.exposure import ExposureConfig, options_of
     from unbackdoor.registry import SCANNERS
     from unbackdoor.report.triggers import PNG, TENSORS
 
@@ -141,7 +141,7 @@ def unlearn(
     config: Any = part.configure_text(options.pairs(settings or [], "--set"))
     if config.recover_trigger:
         raise ConfigError("the option --set", ["recover_trigger: name a folder with --recover-trigger"])
-    shared = {k: v for k, v in config.model_dump().items() if k not in _OF_THE_VERDICT}
+    shared = options_of(config, ExposureConfig)  # what the votes depend on
     if recover_trigger is not None:
         _require_free(recover_trigger, (PNG, TENSORS), force)
     defender.require_share(select_fraction)

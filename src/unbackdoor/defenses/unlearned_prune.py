@@ -39,11 +39,13 @@ from unbackdoor.engine.selection import harshest_within
 from unbackdoor.registry import ONE_A_CLASS, defense, option
 from unbackdoor.types import Classifier, CleanData, Purified
 
+Ranking = Literal["change", "lipschitz", "activation", "recovery"]
+
 
 class UnlearnedPruneConfig(UnlearningConfig):
     """Options of pruning by the unlearned network."""
 
-    score: Literal["change", "lipschitz", "activation", "recovery"] = option(
+    score: Ranking = option(
         "change",
         "what makes a channel suspicious: its weights changed most, it amplifies most, it sleeps on clean "
         "images, or relearning switches it off",

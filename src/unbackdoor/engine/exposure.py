@@ -121,6 +121,11 @@ class Exposure:
         }
 
 
+def options_of(config: Config, kind: type[Config]) -> dict[str, Any]:
+    """Return those options of a config that another kind of config, which it extends, has as well."""
+    return {name: value for name, value in config.model_dump().items() if name in kind.model_fields}
+
+
 def unlearn_with(
     model: Classifier,
     images: Images,

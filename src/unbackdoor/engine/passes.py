@@ -135,8 +135,7 @@ def known(model: nn.Module, images: Images, run: Run) -> Images:
     Raises:
         MethodFailed: If there is none.
     """
-    with mode(model, training=False):
-        right = predict(model, images, run).argmax(1).cpu() == images.truth.cpu()
+    right = as_seen(model, images, run).truth.cpu() == images.truth.cpu()
     if not right.any():
         raise MethodFailed("the model knows none of the held-out images", where=images.name)
     return images.subset(right.nonzero().flatten())

@@ -29,11 +29,13 @@ from unbackdoor.errors import InputError
 from unbackdoor.registry import option
 from unbackdoor.types import Classifier, CleanData, Images, require_fit
 
+Score = Literal["kept", "lost", "voted"]
+
 
 class ScreenConfig(ExposureConfig):
     """Options of the screening."""
 
-    score: Literal["kept", "lost", "voted"] = option(
+    score: Score = option(
         "kept",
         "kept: log-probability that the unlearned give to the model's class; lost: how much less that is "
         "than the model's own; voted: log-probability of the class that the unlearned vote for",

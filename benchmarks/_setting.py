@@ -22,7 +22,8 @@ from unbackdoor.data.datasets import DataSet
 from unbackdoor.data.splits import POOL_FRACTION, draw_clean, reserve
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe, train
-from unbackdoor.models import build, load_model
+from unbackdoor.networks import build
+from unbackdoor.opening.classifier_files import load_model
 from unbackdoor.types import Classifier, CleanData, Images
 
 TEST_BATCH = 128  # images an evaluation step, as in training: what public code does

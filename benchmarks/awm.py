@@ -45,12 +45,12 @@ from _setting import Loader, Setting, add_setting_options, evaluate, prepare, sh
 from unbackdoor import run as call
 from unbackdoor.bench.judge import judge
 from unbackdoor.data.batches import to_float
-from unbackdoor.defenses import awm
-from unbackdoor.engine.few import enlarged
-from unbackdoor.engine.passes import logits_of
+from unbackdoor.defenses.awm import method as awm
+from unbackdoor.defenses.awm.few_images import enlarged
+from unbackdoor.defenses.awm.universal_perturbation import TRAVEL, project_l1
+from unbackdoor.defenses.awm.weight_masks import WeightMasks, maskable_weights
+from unbackdoor.engine.inference import logits_of
 from unbackdoor.engine.run import Run
-from unbackdoor.engine.universal import TRAVEL, project_l1
-from unbackdoor.engine.weight_masks import WeightMasks, maskable_weights
 from unbackdoor.registry import DEFENSES
 from unbackdoor.types import Classifier, Images
 

@@ -42,8 +42,8 @@ from _setting import Loader, Setting, add_setting_options, prepare, shrink, test
 from unbackdoor import run as call
 from unbackdoor.bench.judge import judge
 from unbackdoor.data.batches import to_float
-from unbackdoor.defenses.ims import IMSConfig
-from unbackdoor.engine.passes import frozen, logits_of
+from unbackdoor.defenses.ims.method import IMSConfig
+from unbackdoor.engine.inference import frozen, logits_of
 from unbackdoor.engine.run import Run
 from unbackdoor.registry import DEFENSES
 from unbackdoor.types import Classifier, Images

@@ -46,7 +46,7 @@ from unbackdoor.bench.judge import judge
 from unbackdoor.data.batches import to_float
 from unbackdoor.defenses import rnp
 from unbackdoor.defenses.rnp import RNPConfig
-from unbackdoor.engine.passes import logits_of
+from unbackdoor.engine.inference import logits_of
 from unbackdoor.engine.run import Run
 from unbackdoor.registry import DEFENSES
 from unbackdoor.types import Classifier, CleanData

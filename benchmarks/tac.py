@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from _harness import Ratio, Result, Seconds, interleave, parser
-from unbackdoor.engine.latent import Solution, largest_gaps, least_shifts
+from unbackdoor.engine.latent_shift import Solution, largest_gaps, least_shifts
 
 Array = npt.NDArray[np.float64]
 SIZES = ((10, 512), (43, 512), (200, 512), (1000, 2048))

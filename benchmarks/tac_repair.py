@@ -42,7 +42,7 @@ from unbackdoor import run as call
 from unbackdoor.bench.judge import judge
 from unbackdoor.data.batches import to_float
 from unbackdoor.defenses import tac
-from unbackdoor.engine.passes import logits_of
+from unbackdoor.engine.inference import logits_of
 from unbackdoor.registry import DEFENSES
 
 ACCURACY = 1e-4  # of the plain solver, relative

@@ -30,7 +30,7 @@ from _harness import Ratio, Result, interleave, parser
 from unbackdoor.data.datasets import DataSet
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe, train
-from unbackdoor.models import build
+from unbackdoor.networks import build
 from unbackdoor.types import Classifier, Images
 
 WANTED = 1.6  # times as fast, where bf16 is native

@@ -39,7 +39,7 @@ from unbackdoor.bench.store import Store
 from unbackdoor.bench.victims import load_truth
 from unbackdoor.data.decode import processors
 from unbackdoor.files import sha256_file
-from unbackdoor.models import load_model
+from unbackdoor.opening.classifier_files import load_model
 
 _MARK = "UNBACKDOOR_CRASH_RUN"  # in the environment of the driver and so of all that it starts
 _LOOK = 0.0005  # seconds between two looks for a moment that lasts milliseconds

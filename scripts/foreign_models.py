@@ -23,17 +23,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unbackdoor.audit.opening import open_model
-from unbackdoor.audit.records import audit_json
+from unbackdoor.audit.json_records import audit_json
 from unbackdoor.audit.scanning import scan
 from unbackdoor.data.datasets import load_dataset
 from unbackdoor.data.splits import draw_clean, reserve
-from unbackdoor.engine import caller
-from unbackdoor.engine.passes import predict
+from unbackdoor.engine import trusted_caller as caller
+from unbackdoor.engine.inference import predict
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import UnbackdoorError
 from unbackdoor.files import atomic_write
 from unbackdoor.metrics import agreement, defense_effectiveness
+from unbackdoor.opening.open_model import open_model
 from unbackdoor.report.words import duration, percent
 from unbackdoor.types import Classifier, CleanData, Images
 

@@ -29,15 +29,15 @@ from unbackdoor.data.batches import to_float
 from unbackdoor.data.datasets import load_dataset
 from unbackdoor.data.splits import draw_clean, reserve
 from unbackdoor.defenses import rnp, tac
-from unbackdoor.engine.caller import run as call
 from unbackdoor.engine.channels import prunable_sites
-from unbackdoor.engine.latent import latent_shifts
+from unbackdoor.engine.inference import accuracy, logits_of
+from unbackdoor.engine.latent_shift import latent_shifts
 from unbackdoor.engine.masks import fold
-from unbackdoor.engine.passes import accuracy, logits_of
 from unbackdoor.engine.run import Run
+from unbackdoor.engine.trusted_caller import run as call
 from unbackdoor.errors import MethodFailed
 from unbackdoor.files import atomic_write
-from unbackdoor.models import load_model
+from unbackdoor.opening.classifier_files import load_model
 from unbackdoor.report.words import percent
 from unbackdoor.types import Classifier, CleanData
 

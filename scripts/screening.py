@@ -27,12 +27,12 @@ from unbackdoor.bench.screening import judge_screening, resemblance
 from unbackdoor.bench.victims import load_truth
 from unbackdoor.data.datasets import DataSet, load_dataset
 from unbackdoor.data.splits import draw_clean, reserve
-from unbackdoor.engine import caller
-from unbackdoor.engine.inversion import success
+from unbackdoor.engine import trusted_caller as caller
 from unbackdoor.engine.run import Run
+from unbackdoor.engine.unlearned_inversion import success
 from unbackdoor.errors import UnbackdoorError
 from unbackdoor.files import atomic_write
-from unbackdoor.models import load_model
+from unbackdoor.opening.classifier_files import load_model
 from unbackdoor.registry import SCREENERS
 from unbackdoor.report.words import duration, percent
 from unbackdoor.types import Classifier, CleanData, Images

@@ -12,7 +12,7 @@ import argparse
 from unbackdoor.bench.victims import VictimSpec, train_victim
 from unbackdoor.data.datasets import DataSet, load_dataset
 from unbackdoor.data.splits import draw_clean, reserve
-from unbackdoor.engine.exposure import Exposure, expose
+from unbackdoor.engine.repeated_unlearning import Exposure, expose
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe
 from unbackdoor.scanners.rnp_vote import RNPVoteConfig, stability, weigh

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tiny import tiny_classifier, tiny_data
-from unbackdoor.engine.caller import Surroundings
+from unbackdoor.engine.trusted_caller import Surroundings
 from unbackdoor.types import Classifier, CleanData
 
 

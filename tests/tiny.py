@@ -6,10 +6,10 @@ from functools import lru_cache
 
 import torch
 
-from unbackdoor.engine.passes import accuracy
+from unbackdoor.engine.inference import accuracy
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe, train
-from unbackdoor.models import build
+from unbackdoor.networks import build
 from unbackdoor.types import Classifier, Images
 
 ARCHITECTURES = {

@@ -21,16 +21,17 @@ from unbackdoor.errors import (
 
 if TYPE_CHECKING:
     from unbackdoor.attacks import AttackTruth
-    from unbackdoor.audit.opening import Opened, open_model
     from unbackdoor.audit.purifying import Purification, purify
     from unbackdoor.audit.scanning import Audit, scan
     from unbackdoor.audit.unlearning import Unlearning, unlearn
     from unbackdoor.audit.verification import Verification, verify
     from unbackdoor.data.datasets import load_dataset
     from unbackdoor.data.loaders import load_images
-    from unbackdoor.engine.caller import run, screen
-    from unbackdoor.models import build, load_model, save_model
-    from unbackdoor.models.inspection import Inspection, inspect
+    from unbackdoor.engine.trusted_caller import run, screen
+    from unbackdoor.networks import build
+    from unbackdoor.opening.classifier_files import load_model, save_model
+    from unbackdoor.opening.inspection import Inspection, inspect
+    from unbackdoor.opening.open_model import Opened, open_model
     from unbackdoor.types import Classifier, CleanData, Finding, Images, Purified, ScanReport, Screening
 
 __version__ = "0.1.0"
@@ -81,25 +82,25 @@ _HOMES = {
     "CleanData": "unbackdoor.types",
     "Finding": "unbackdoor.types",
     "Images": "unbackdoor.types",
-    "Opened": "unbackdoor.audit.opening",
+    "Opened": "unbackdoor.opening.open_model",
     "Purification": "unbackdoor.audit.purifying",
     "Purified": "unbackdoor.types",
     "ScanReport": "unbackdoor.types",
     "Screening": "unbackdoor.types",
     "Unlearning": "unbackdoor.audit.unlearning",
-    "Inspection": "unbackdoor.models.inspection",
+    "Inspection": "unbackdoor.opening.inspection",
     "Verification": "unbackdoor.audit.verification",
-    "build": "unbackdoor.models",
-    "inspect": "unbackdoor.models.inspection",
+    "build": "unbackdoor.networks",
+    "inspect": "unbackdoor.opening.inspection",
     "load_dataset": "unbackdoor.data.datasets",
     "load_images": "unbackdoor.data.loaders",
-    "load_model": "unbackdoor.models",
-    "open_model": "unbackdoor.audit.opening",
+    "load_model": "unbackdoor.opening.classifier_files",
+    "open_model": "unbackdoor.opening.open_model",
     "purify": "unbackdoor.audit.purifying",
-    "run": "unbackdoor.engine.caller",
-    "save_model": "unbackdoor.models",
+    "run": "unbackdoor.engine.trusted_caller",
+    "save_model": "unbackdoor.opening.classifier_files",
     "scan": "unbackdoor.audit.scanning",
-    "screen": "unbackdoor.engine.caller",
+    "screen": "unbackdoor.engine.trusted_caller",
     "unlearn": "unbackdoor.audit.unlearning",
     "verify": "unbackdoor.audit.verification",
 }

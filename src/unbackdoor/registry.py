@@ -114,7 +114,7 @@ class Part(Generic[F]):
     def summary(self) -> str:
         """First sentence of the documentation of the part's module, or of its function where that differs."""
         module = inspect.getmodule(self.function)
-        own_file = module is not None and module.__name__.endswith(f".{self.name}")
+        own_file = module is not None and self.name in module.__name__.split(".")[-2:]
         text = inspect.getdoc(module if own_file else self.function)
         return (text or "").strip().split("\n\n")[0].replace("\n", " ")
 
@@ -243,7 +243,7 @@ INPUT_LABELS = (
 )
 ONE_A_CLASS = "as many images as classes"  # a need of defenses
 SCREENERS: Registry[Any] = Registry("screener", "unbackdoor.screeners")
-ARCHITECTURES: Registry[Any] = Registry("architecture", "unbackdoor.models")
+ARCHITECTURES: Registry[Any] = Registry("architecture", "unbackdoor.networks")
 
 defense = DEFENSES.register
 attack = ATTACKS.register

@@ -15,9 +15,9 @@ import torch
 
 from hostile import Entry, Payload, archive
 from unbackdoor.errors import InputError, UnsafeFile
-from unbackdoor.models.formats.archive import Archive
-from unbackdoor.models.inspection import inspect
-from unbackdoor.models.state import read_contents, read_state
+from unbackdoor.opening.inspection import inspect
+from unbackdoor.weights.formats.zip_archive import Archive
+from unbackdoor.weights.read import read_contents, read_state
 
 PICKLE = pickle.dumps({}, protocol=2)
 GOOD = [Entry(b"m/data.pkl", PICKLE), Entry(b"m/version", b"3\n")]

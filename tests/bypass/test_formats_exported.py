@@ -13,8 +13,8 @@ import torch
 
 from hostile import Entry, Payload, archive, exported
 from unbackdoor.errors import InputError, UnbackdoorError, UnsafeFile
-from unbackdoor.models.inspection import inspect
-from unbackdoor.models.state import read_contents, read_state
+from unbackdoor.opening.inspection import inspect
+from unbackdoor.weights.read import read_contents, read_state
 
 WEIGHTS = {"fc.weight": [1.0, 2.0, 3.0], "fc.bias": [0.5]}
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from unbackdoor.errors import InputError, MissingExtra, UnbackdoorError, UnsafeFile
-from unbackdoor.models.formats import onnx as reader
-from unbackdoor.models.inspection import inspect
-from unbackdoor.models.state import read_state, sniff
+from unbackdoor.opening.inspection import inspect
+from unbackdoor.weights.formats.onnx import initializers as reader
+from unbackdoor.weights.read import read_state, sniff
 
 try:
     import onnx
@@ -185,7 +185,7 @@ def test_two_graphs_and_two_weights_of_one_name(tmp_path: Path) -> None:
     "name", ['a"]; import os #', "__class__.x.weight", "forward.weight", "graph.weight", "x.\n.weight"]
 )
 def test_names_become_no_code(tmp_path: Path, name: str) -> None:
-    from unbackdoor.models.formats.onnx_graph import import_graph
+    from unbackdoor.weights.formats.onnx.graph import import_graph
 
     loaded = onnx.load_model_from_string(model(tmp_path / "m.onnx").read_bytes())
     loaded.graph.initializer[0].name = name
@@ -199,7 +199,7 @@ def test_names_become_no_code(tmp_path: Path, name: str) -> None:
 
 @needs_onnx
 def test_mutated_models_give_weights_or_a_typed_error(tmp_path: Path) -> None:
-    from unbackdoor.models.formats.onnx_graph import import_graph
+    from unbackdoor.weights.formats.onnx.graph import import_graph
 
     content = model(tmp_path / "m.onnx").read_bytes()
     generator = torch.Generator().manual_seed(5)

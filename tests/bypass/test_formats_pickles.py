@@ -20,11 +20,12 @@ from torch import nn
 
 from hostile import Payload
 from unbackdoor.errors import InputError, UnbackdoorError, UnsafeFile
-from unbackdoor.models.formats import checkpoints, pickles
-from unbackdoor.models.formats.names import Name, judge
-from unbackdoor.models.formats.pickles import Trail
-from unbackdoor.models.inspection import inspect
-from unbackdoor.models.state import read_contents, read_state
+from unbackdoor.opening.inspection import inspect
+from unbackdoor.weights.formats.torch_save import checkpoints
+from unbackdoor.weights.formats.torch_save import pickle_reader as pickles
+from unbackdoor.weights.formats.torch_save.pickle_globals import Name, judge
+from unbackdoor.weights.formats.torch_save.pickle_reader import Trail
+from unbackdoor.weights.read import read_contents, read_state
 
 # Initialisers draw from the global generator here; it is put back.
 pytestmark = pytest.mark.leaves_traces

@@ -17,8 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unbackdoor.errors import ConfigError, InputError, UnbackdoorError, UnsafeFile, UnsupportedModel
-from unbackdoor.models import build, load_model, read_card, save_model
-from unbackdoor.models.state import read_contents, read_state
+from unbackdoor.networks import build
+from unbackdoor.opening.classifier_files import load_model, save_model
+from unbackdoor.weights.card import read_card
+from unbackdoor.weights.read import read_contents, read_state
 
 # Initialisers and inputs are drawn from the global generator here; it is put back.
 pytestmark = pytest.mark.leaves_traces
@@ -407,7 +409,7 @@ def test_cards_that_ask_for_too_much_are_refused(
 @pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x0580])
 def test_a_header_length_that_looks_like_a_pickle_is_still_safetensors(tmp_path: Path, length: int) -> None:
     # The little-endian length 0x0280 begins with the bytes 80 02, the mark of pickle protocol 2.
-    from unbackdoor.models.state import read_state, sniff
+    from unbackdoor.weights.read import read_state, sniff
 
     header = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
     file = tmp_path / "model.safetensors"

@@ -17,9 +17,9 @@ from onnx import TensorProto, helper
 from graphs import node, write_onnx
 from unbackdoor import open_model
 from unbackdoor.errors import InputError, UnbackdoorError, UnsafeFile, UnsupportedModel
-from unbackdoor.models.formats import onnx_graph
-from unbackdoor.models.formats.onnx_graph import import_graph
-from unbackdoor.models.inspection import inspect
+from unbackdoor.opening.inspection import inspect
+from unbackdoor.weights.formats.onnx import graph as onnx_graph
+from unbackdoor.weights.formats.onnx.graph import import_graph
 
 ROW = torch.linspace(0, 1, 30_000)
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tiny import tiny_classifier, tiny_data
-from unbackdoor.engine.caller import run
-from unbackdoor.engine.passes import accuracy
+from unbackdoor.engine.inference import accuracy
 from unbackdoor.engine.run import Run
+from unbackdoor.engine.trusted_caller import run
 from unbackdoor.errors import ConfigError, InputError, MethodFailed, UnsupportedModel
 from unbackdoor.registry import DEFENSES
 from unbackdoor.types import Classifier, CleanData

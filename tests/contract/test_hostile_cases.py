@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tiny import NAMES, tiny_classifier, tiny_data
-from unbackdoor.engine import caller, rng
+from unbackdoor.engine import rng
+from unbackdoor.engine import trusted_caller as caller
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe, train
 from unbackdoor.errors import InputError, MethodFailed, TooFewImages, UnbackdoorError, UnsupportedModel

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from planted import block_data, planted
 from tiny import tiny_data
-from unbackdoor.engine.caller import scan, screen
+from unbackdoor.engine.trusted_caller import scan, screen
 from unbackdoor.errors import ConfigError, InputError, MethodFailed, UnbackdoorError, UnsupportedModel
 from unbackdoor.registry import SCANNERS, SCREENERS, Part, Registry
 from unbackdoor.types import Classifier, CleanData, ScanReport, Screening

@@ -358,7 +358,7 @@ def test_purify_with_images_of_ones_own(victim: Path, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_without_a_card_is_judged_as_the_same_model(victim: Path, tmp_path: Path) -> None:
-    from unbackdoor.models import load_model
+    from unbackdoor.opening.classifier_files import load_model
 
     checkpoint = tmp_path / "foreign.pt"
     torch.save(load_model(victim).network.state_dict(), checkpoint)

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from tiny import tiny_classifier, tiny_data
-from unbackdoor.models.state import read_state
 from unbackdoor.types import state_sha256
+from unbackdoor.weights.read import read_state
 
 ARCH = ("--arch", "small_cnn[width=8]", "--mean", "0.35", "--std", "0.25", "--quiet")
 

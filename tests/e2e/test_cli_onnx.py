@@ -21,8 +21,8 @@ from unbackdoor.cli import app
 from unbackdoor.data.datasets import load_dataset
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe, train
-from unbackdoor.models import build
-from unbackdoor.models.state import read_state
+from unbackdoor.networks import build
+from unbackdoor.weights.read import read_state
 
 # The first import of scikit-learn draws random numbers.
 pytestmark = pytest.mark.leaves_traces

@@ -11,9 +11,9 @@ from unbackdoor.bench.judge import judge
 from unbackdoor.bench.victims import VictimSpec, train_victim
 from unbackdoor.data.datasets import load_dataset
 from unbackdoor.data.splits import draw_clean, reserve
-from unbackdoor.engine.caller import run as call
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe
+from unbackdoor.engine.trusted_caller import run as call
 from unbackdoor.scanners.tac import TACScanConfig, scan
 from unbackdoor.types import Classifier, CleanData, Images
 

@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 
 from reference_net import FOLDER, LARGEST, NAMES, classifier, part, stored
-from unbackdoor.defenses import awm
-from unbackdoor.defenses.ims import REFERENCE, Game, IMSConfig
-from unbackdoor.engine.gates import gate_sites
-from unbackdoor.engine.invertible import InvertibleGates
-from unbackdoor.engine.latent import latent_shifts, shifted_loss
+from unbackdoor.defenses.awm import method as awm
+from unbackdoor.defenses.awm.weight_masks import WeightMasks, maskable_weights
+from unbackdoor.defenses.ims.gates import gate_sites
+from unbackdoor.defenses.ims.invertible_gates import InvertibleGates
+from unbackdoor.defenses.ims.method import REFERENCE, Game, IMSConfig
+from unbackdoor.defenses.ims.prediction_overlap import agree, disagree
+from unbackdoor.engine.inference import frozen
+from unbackdoor.engine.latent_shift import latent_shifts, shifted_loss
+from unbackdoor.engine.mask_relearning import recover
 from unbackdoor.engine.masks import channel_sites, fold, keep_above
-from unbackdoor.engine.overlap import agree, disagree
-from unbackdoor.engine.passes import frozen
-from unbackdoor.engine.recovery import recover
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.unlearning import unlearn
-from unbackdoor.engine.weight_masks import WeightMasks, maskable_weights
 from unbackdoor.errors import MethodFailed
 from unbackdoor.registry import DEFENSES
 from unbackdoor.types import Classifier, CleanData, Images

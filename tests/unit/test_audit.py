@@ -14,9 +14,8 @@ import torch
 from tiny import tiny_classifier, tiny_data
 from unbackdoor.audit import scanning
 from unbackdoor.audit.comparison import changed_tensors, compare_accuracy, paired_interval, stamped
-from unbackdoor.audit.patches import make_patch, read_patch, use_patch, write_patch
+from unbackdoor.audit.json_records import audit_json, purification_json, verification_json
 from unbackdoor.audit.purifying import PromiseBroken, Residue, purify, split_proof
-from unbackdoor.audit.records import audit_json, purification_json, verification_json
 from unbackdoor.audit.scanning import Check, ShownTrigger, scan
 from unbackdoor.audit.verification import verify
 from unbackdoor.cli.verify import outcome
@@ -27,6 +26,7 @@ from unbackdoor.registry import DEFENSES, SCANNERS, Config
 from unbackdoor.report.audit import Subject, audit_page
 from unbackdoor.report.sarif import sarif
 from unbackdoor.types import CleanData, Finding, Purified, ScanReport, Verdict
+from unbackdoor.weights.patch import make_patch, read_patch, use_patch, write_patch
 
 RUN = Run.create(policy="fp32")
 NAMES = ("a", "b", "c", "d")
@@ -259,7 +259,7 @@ def test_verify_tells_two_models_apart() -> None:
     json.dumps(verification_json(done, NAMES), allow_nan=False)
     assert "both models" in audit_page(Subject("pair", NAMES), verification=done)
     with pytest.raises(UnsupportedModel):
-        from unbackdoor.models import build
+        from unbackdoor.networks import build
 
         verify(model, build("small_cnn[width=2]", input_shape=(1, 8, 8), class_names=["x", "y"]), images)
 

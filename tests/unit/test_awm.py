@@ -14,15 +14,15 @@ from torch import nn
 from tiny import tiny_classifier, tiny_data
 from unbackdoor.attacks import AttackTruth, poison
 from unbackdoor.bench.judge import judge
-from unbackdoor.defenses.awm import AWMConfig
+from unbackdoor.defenses.awm.method import AWMConfig
+from unbackdoor.defenses.awm.weight_masks import maskable_weights
 from unbackdoor.engine import rng
-from unbackdoor.engine.caller import run
-from unbackdoor.engine.passes import accuracy
+from unbackdoor.engine.inference import accuracy
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe, train
-from unbackdoor.engine.weight_masks import maskable_weights
+from unbackdoor.engine.trusted_caller import run
 from unbackdoor.errors import InputError, MethodFailed, UnsupportedModel
-from unbackdoor.models import build
+from unbackdoor.networks import build
 from unbackdoor.registry import DEFENSES
 from unbackdoor.types import Classifier, CleanData, Purified
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from unbackdoor.engine.caller import run
+from unbackdoor.engine.trusted_caller import run
 from unbackdoor.errors import IntegrityError, MethodFailed
-from unbackdoor.models import build
+from unbackdoor.networks import build
 from unbackdoor.registry import Config, Part
 from unbackdoor.types import Classifier, CleanData, Purified
 

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from tiny import NAMES, tiny_classifier, tiny_data
 from unbackdoor.engine import rng
-from unbackdoor.engine.caller import run as call
 from unbackdoor.engine.channels import (
     lipschitz_bounds,
     mean_activations,
@@ -19,6 +18,7 @@ from unbackdoor.engine.channels import (
 )
 from unbackdoor.engine.masks import channel_sites
 from unbackdoor.engine.run import Run
+from unbackdoor.engine.trusted_caller import run as call
 from unbackdoor.registry import DEFENSES
 from unbackdoor.types import Classifier, CleanData, Images
 

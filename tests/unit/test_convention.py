@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unbackdoor.engine.convention import ROUNDS, Convention, infer, lowest_plausible, usual
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError
+from unbackdoor.opening.normalisation_guess import ROUNDS, Convention, infer, lowest_plausible, usual
 from unbackdoor.types import Images
 
 CENTRES = (40, 80, 120, 160)

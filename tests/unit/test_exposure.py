@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from tiny import NAMES, tiny_classifier, tiny_data
-from unbackdoor.engine import exposure as module
-from unbackdoor.engine.caller import scan
-from unbackdoor.engine.exposure import (
+from unbackdoor.engine import repeated_unlearning as module
+from unbackdoor.engine.repeated_unlearning import (
     HALF,
     REMAINING,
     Exposure,
@@ -23,8 +22,9 @@ from unbackdoor.engine.exposure import (
     resampled,
 )
 from unbackdoor.engine.run import Run
+from unbackdoor.engine.trusted_caller import scan
 from unbackdoor.errors import ConfigError, InputError, MethodFailed, UnsupportedModel
-from unbackdoor.models import build
+from unbackdoor.networks import build
 from unbackdoor.registry import SCANNERS
 from unbackdoor.scanners.rnp_screen import ScreenConfig, screen_inputs
 from unbackdoor.scanners.rnp_vote import ATTRACTION, RECOVERED, STABILITY, RNPVoteConfig, weigh

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from unbackdoor.engine.extremes import smallest_few
-from unbackdoor.engine.significance import largest_of_gamma
+from unbackdoor.engine.statistics.exact_tests import largest_of_gamma
+from unbackdoor.engine.statistics.several_outliers import smallest_few
 
 
 def numbers(count: int, seed: int) -> torch.Tensor:

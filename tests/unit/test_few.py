@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tiny import tiny_data
-from unbackdoor.engine.few import enlarged, shuffled, with_replacement
+from unbackdoor.defenses.awm.few_images import enlarged, shuffled, with_replacement
 
 
 def generator() -> torch.Generator:

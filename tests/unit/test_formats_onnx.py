@@ -19,8 +19,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from unbackdoor.errors import InputError, UnsupportedModel
-from unbackdoor.models.formats.onnx_graph import import_graph
-from unbackdoor.models.state import read_contents, read_state
+from unbackdoor.weights.formats.onnx.graph import import_graph
+from unbackdoor.weights.read import read_contents, read_state
 
 GENERATOR = torch.Generator().manual_seed(2)
 X = torch.rand(3, 4, 8, 8, generator=GENERATOR)  # (B, C, H, W)

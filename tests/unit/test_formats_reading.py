@@ -18,8 +18,8 @@ from torch.nn.utils import prune
 
 from shared_material import shared_checkpoints
 from unbackdoor.errors import InputError
-from unbackdoor.models import build
-from unbackdoor.models.state import read_contents, read_state
+from unbackdoor.networks import build
+from unbackdoor.weights.read import read_contents, read_state
 
 # Initialisers draw from the global generator here; it is put back.
 pytestmark = pytest.mark.leaves_traces

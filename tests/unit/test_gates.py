@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from tiny import ARCHITECTURES, tiny_classifier, tiny_data
-from unbackdoor.engine.gates import gate_sites, gated
+from unbackdoor.defenses.ims.gates import gate_sites, gated
 from unbackdoor.engine.masks import Site, fold
 from unbackdoor.engine.rng import seeded
 from unbackdoor.errors import UnsupportedModel
-from unbackdoor.models import build
+from unbackdoor.networks import build
 from unbackdoor.types import Classifier
 
 PIXELS = tiny_data(6).pixels.float() / 255

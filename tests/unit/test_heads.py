@@ -13,7 +13,7 @@ from tiny import tiny_classifier
 from unbackdoor.engine.heads import find_affine_head, find_head
 from unbackdoor.engine.rng import seeded
 from unbackdoor.errors import InputError, UnsupportedModel
-from unbackdoor.models import build
+from unbackdoor.networks import build
 from unbackdoor.registry import ARCHITECTURES
 from unbackdoor.types import Classifier
 

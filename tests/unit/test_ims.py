@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiny import ARCHITECTURES, tiny_classifier, tiny_data
-from unbackdoor.defenses.ims import REFERENCE, Game, IMSConfig, purify
-from unbackdoor.engine.caller import run as call
-from unbackdoor.engine.gates import gate_sites
-from unbackdoor.engine.invertible import InvertibleGates
-from unbackdoor.engine.passes import frozen
-from unbackdoor.engine.perturbations import Perturbations
+from unbackdoor.defenses.ims.gates import gate_sites
+from unbackdoor.defenses.ims.invertible_gates import InvertibleGates
+from unbackdoor.defenses.ims.method import REFERENCE, Game, IMSConfig, purify
+from unbackdoor.defenses.ims.perturbations import Perturbations
+from unbackdoor.engine.inference import frozen
 from unbackdoor.engine.rng import seeded
 from unbackdoor.engine.run import Run
+from unbackdoor.engine.trusted_caller import run as call
 from unbackdoor.errors import MethodFailed, UnsupportedModel
 from unbackdoor.registry import DEFENSES
 from unbackdoor.types import Classifier, CleanData, Images

@@ -16,8 +16,9 @@ import unbackdoor
 from hostile import Payload
 from unbackdoor.cli import app
 from unbackdoor.errors import InputError
-from unbackdoor.models import build, save_model
-from unbackdoor.models.inspection import Inspection, inspect
+from unbackdoor.networks import build
+from unbackdoor.opening.classifier_files import save_model
+from unbackdoor.opening.inspection import Inspection, inspect
 
 # Initialisers draw from the global generator here; it is put back.
 pytestmark = pytest.mark.leaves_traces

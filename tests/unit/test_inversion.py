@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from tiny import NAMES, tiny_classifier, tiny_data
 from unbackdoor.engine import rng
-from unbackdoor.engine.inversion import InversionConfig, RecoveredTrigger, invert, success
 from unbackdoor.engine.run import Run
+from unbackdoor.engine.unlearned_inversion import InversionConfig, RecoveredTrigger, invert, success
 from unbackdoor.errors import InputError, MethodFailed
 from unbackdoor.metrics import Rate
 from unbackdoor.types import Classifier, Images

@@ -14,7 +14,8 @@ from torch import nn
 
 from tiny import NAMES, tiny_classifier, tiny_data
 from unbackdoor.engine.heads import find_affine_head
-from unbackdoor.engine.latent import (
+from unbackdoor.engine.inference import predict
+from unbackdoor.engine.latent_shift import (
     Solution,
     gap_quantiles,
     largest_gaps,
@@ -24,7 +25,6 @@ from unbackdoor.engine.latent import (
     shifted_loss,
     still_moved,
 )
-from unbackdoor.engine.passes import predict
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Objective
 from unbackdoor.errors import InputError, MethodFailed, MissingExtra, UnsupportedModel
@@ -216,11 +216,11 @@ def test_blocks_and_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     logits = torch.randn(703, 7, generator=torch.Generator().manual_seed(0))
     by_hand = (logits[:, None, :] - logits[:, :, None]).amax(0)  # [k, j] = max of z_j - z_k
     assert torch.equal(largest_gaps(logits), by_hand)
-    monkeypatch.setattr("unbackdoor.engine.latent._BLOCK", 70)
+    monkeypatch.setattr("unbackdoor.engine.latent_shift._BLOCK", 70)
     assert torch.equal(largest_gaps(logits), by_hand)
     model, data = tiny_classifier("conv-bn"), tiny_data(60)
     whole = logit_gaps(model, data, RUN)
-    monkeypatch.setattr("unbackdoor.engine.latent.EVALUATION_BATCH", 7)
+    monkeypatch.setattr("unbackdoor.engine.latent_shift.EVALUATION_BATCH", 7)
     assert torch.allclose(logit_gaps(model, data, RUN), whole, rtol=0, atol=1e-4)
     assert whole.dtype == torch.float64
     assert torch.equal(whole.diag(), torch.zeros(4, dtype=torch.float64))

@@ -20,7 +20,7 @@ from unbackdoor.engine import rng
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe
 from unbackdoor.errors import ConfigError, InputError, IntegrityError
-from unbackdoor.models import build
+from unbackdoor.networks import build
 from unbackdoor.types import Classifier, T, state_sha256
 
 RUN = Run.create(seed=3, policy="fp32")

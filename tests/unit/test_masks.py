@@ -7,6 +7,7 @@ import torch
 
 from tiny import ARCHITECTURES, tiny_classifier, tiny_data
 from unbackdoor.engine.heads import find_head
+from unbackdoor.engine.inference import frozen
 from unbackdoor.engine.masks import (
     Masks,
     channel_sites,
@@ -17,10 +18,9 @@ from unbackdoor.engine.masks import (
     unit_sites,
     weight_sites,
 )
-from unbackdoor.engine.passes import frozen
 from unbackdoor.engine.rng import seeded
 from unbackdoor.errors import UnsupportedModel
-from unbackdoor.models import build
+from unbackdoor.networks import build
 from unbackdoor.types import Classifier
 
 PIXELS = tiny_data(12).pixels.float() / 255

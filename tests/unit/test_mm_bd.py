@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from planted import NAMES, planted
 from tiny import tiny_classifier
-from unbackdoor.engine.caller import scan
-from unbackdoor.engine.passes import together
+from unbackdoor.engine.inference import together
 from unbackdoor.engine.run import Run
+from unbackdoor.engine.trusted_caller import scan
 from unbackdoor.errors import MethodFailed
 from unbackdoor.registry import SCANNERS
 from unbackdoor.scanners import mm_bd

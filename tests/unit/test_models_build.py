@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from unbackdoor.errors import ConfigError, InputError, UnsupportedModel
-from unbackdoor.models import build
-from unbackdoor.models.build import canonical, network, parse_spec
-from unbackdoor.models.geometry import Geometry
+from unbackdoor.networks import build
+from unbackdoor.networks.build import canonical, network, parse_spec
+from unbackdoor.networks.geometry import Geometry
 from unbackdoor.registry import ARCHITECTURES
 
 # Initialisers and inputs are drawn from the global generator here; it is put back.

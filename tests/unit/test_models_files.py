@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from unbackdoor.errors import ConfigError, InputError, IntegrityError, UnsupportedModel
-from unbackdoor.models import ModelCard, build, load_model, read_card, save_model
-from unbackdoor.models import files as model_files
+from unbackdoor.networks import build
+from unbackdoor.opening import classifier_files as model_files
+from unbackdoor.opening.classifier_files import load_model, save_model
 from unbackdoor.types import Classifier
+from unbackdoor.weights.card import ModelCard, read_card
 
 # Initialisers and inputs are drawn from the global generator here; it is put back.
 pytestmark = pytest.mark.leaves_traces

@@ -13,14 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unbackdoor.errors import ConfigError, UnsupportedModel
-from unbackdoor.models import load_model
-from unbackdoor.models.adapt import adapt, fold_masks, take_normalisation
-from unbackdoor.models.build import canonical, network
-from unbackdoor.models.chain import USUAL_SIDES, averaged, chains
-from unbackdoor.models.fill import fill
-from unbackdoor.models.geometry import Geometry
-from unbackdoor.models.nearest import ends, nearest
-from unbackdoor.models.spec import read_spec
+from unbackdoor.networks.build import canonical, network
+from unbackdoor.networks.geometry import Geometry
+from unbackdoor.networks.spec import read_spec
+from unbackdoor.opening.classifier_files import load_model
+from unbackdoor.opening.load_tensors import fill
+from unbackdoor.opening.recognise_architecture import ends, nearest
+from unbackdoor.opening.recognise_chain import USUAL_SIDES, averaged, chains
+from unbackdoor.opening.rename_tensors import adapt, fold_masks, take_normalisation
 
 pytestmark = pytest.mark.leaves_traces
 GEOMETRY = Geometry(3, 32, 32, 7)

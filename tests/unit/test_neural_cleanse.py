@@ -11,10 +11,10 @@ from torch import nn
 
 from planted import block_data, planted
 from tiny import NAMES, tiny_classifier, tiny_data
-from unbackdoor.engine.caller import scan
-from unbackdoor.engine.reach import Change, ReachConfig, reach, success
+from unbackdoor.engine.row_adam import RowAdam
 from unbackdoor.engine.run import Run
-from unbackdoor.engine.stepping import RowAdam
+from unbackdoor.engine.trigger_search import Change, ReachConfig, reach, success
+from unbackdoor.engine.trusted_caller import scan
 from unbackdoor.errors import InputError, MethodFailed
 from unbackdoor.metrics import Rate
 from unbackdoor.registry import SCANNERS

@@ -17,17 +17,17 @@ import onnx
 from graphs import answers, folded, node, write_onnx
 from tiny import NAMES, tiny_classifier, tiny_data
 from unbackdoor import open_model, save_model
-from unbackdoor.audit.opening import Opened
-from unbackdoor.audit.outputs import require_kind, write_weights
-from unbackdoor.engine.passes import accuracy
+from unbackdoor.engine.inference import accuracy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError, IntegrityError, MissingExtra, UnsupportedModel
-from unbackdoor.models.effort import outputs_of
-from unbackdoor.models.formats import onnx_write
-from unbackdoor.models.formats.onnx_graph import import_graph
-from unbackdoor.models.formats.onnx_write import write_graph
-from unbackdoor.models.inspection import inspect
-from unbackdoor.models.state import read_state
+from unbackdoor.opening.cost_limits import outputs_of
+from unbackdoor.opening.inspection import inspect
+from unbackdoor.opening.open_model import Opened
+from unbackdoor.opening.write_back import require_kind, write_weights
+from unbackdoor.weights.formats.onnx import write as onnx_write
+from unbackdoor.weights.formats.onnx.graph import import_graph
+from unbackdoor.weights.formats.onnx.write import write_graph
+from unbackdoor.weights.read import read_state
 
 GENERATOR = torch.Generator().manual_seed(7)
 PIXELS = torch.rand(3, 1, 8, 8, generator=GENERATOR)  # (B, C, H, W)
@@ -300,7 +300,7 @@ def test_suffixes_are_held_against_the_network(exported: Path, monkeypatch: pyte
         require_kind(exported.with_name("out.safetensors"), exported, graph=True)
     with pytest.raises(InputError, match=r"ends in \.safetensors"):
         require_kind(exported.with_name("out.onnx"), exported, graph=False)
-    monkeypatch.setattr("unbackdoor.models.formats.onnx.MAX_BYTES", 10_000)
+    monkeypatch.setattr("unbackdoor.weights.formats.onnx.initializers.MAX_BYTES", 10_000)
     with pytest.raises(Exception, match="too large"):
         require_kind(exported.with_name("out.onnx"), exported, graph=True)
 

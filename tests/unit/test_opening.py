@@ -17,12 +17,12 @@ import fake_zoo
 from shared_material import shared_checkpoints
 from tiny import NAMES, tiny_classifier, tiny_data
 from unbackdoor import Opened, load_model, open_model, save_model
-from unbackdoor.audit.opening import executes_code
-from unbackdoor.engine.passes import accuracy
+from unbackdoor.engine.inference import accuracy
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe, train
 from unbackdoor.errors import ConfigError, InputError, UnsafeFile, UnsupportedModel
-from unbackdoor.models import build
+from unbackdoor.networks import build
+from unbackdoor.opening.open_model import executes_code
 from unbackdoor.types import Classifier, Images
 
 
@@ -220,8 +220,8 @@ def test_a_library_tells_the_input(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         tmp_path / "site", timm=fake_zoo.TIMM, transformers=fake_zoo.TRANSFORMERS,
         torchvision="", torchvision__models=fake_zoo.TORCHVISION_MODELS,
     )  # fmt: skip
-    from unbackdoor.models.build import network
-    from unbackdoor.models.geometry import Geometry
+    from unbackdoor.networks.build import network
+    from unbackdoor.networks.geometry import Geometry
 
     (tmp_path / "hf").mkdir()
     config = {"model_type": "tiny", "num_channels": 3, "id2label": {str(k): n for k, n in enumerate("wxyz")}}

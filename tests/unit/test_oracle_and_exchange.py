@@ -18,7 +18,7 @@ from unbackdoor.bench.store import Store, artefact_folder
 from unbackdoor.bench.suites import load_suite
 from unbackdoor.bench.victims import save_victim
 from unbackdoor.errors import ConfigError, InputError, IntegrityError, UnbackdoorError
-from unbackdoor.models import load_model
+from unbackdoor.opening.classifier_files import load_model
 from unbackdoor.registry import ATTACKS
 
 ORACLE = """

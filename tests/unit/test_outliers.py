@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from unbackdoor.engine.outliers import Rule, grubbs_critical, mad_indices, smallest_outlier
+from unbackdoor.engine.statistics.one_outlier import Rule, grubbs_critical, mad_indices, smallest_outlier
 from unbackdoor.errors import MissingExtra
 
 pytest.importorskip("scipy", reason="Grubbs' test needs SciPy (extra: scan)")

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unbackdoor.engine.overlap import agree, disagree, log_complement
+from unbackdoor.defenses.ims.prediction_overlap import agree, disagree, log_complement
 
 
 def log_probs(*logits: float, classes: int = 10) -> torch.Tensor:

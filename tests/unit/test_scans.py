@@ -22,9 +22,9 @@ from unbackdoor.bench.results import scans_of, summarise_scans, write_parquet
 from unbackdoor.bench.rows import Row, ScanRow, read_scans, write_rows
 from unbackdoor.bench.store import Store
 from unbackdoor.bench.suites import load_suite
-from unbackdoor.engine.caller import scan
+from unbackdoor.engine.trusted_caller import scan
 from unbackdoor.errors import ConfigError, IntegrityError, MethodFailed
-from unbackdoor.models import save_model
+from unbackdoor.opening.classifier_files import save_model
 from unbackdoor.registry import SCANNERS, Config, Part, option
 from unbackdoor.report.bench import bench_report
 from unbackdoor.types import Classifier, CleanData, Finding, ScanReport

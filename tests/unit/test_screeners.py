@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 
 from planted import NAMES, block_data, planted
 from unbackdoor.cli import app
-from unbackdoor.engine.caller import screen
 from unbackdoor.engine.run import Run
-from unbackdoor.engine.screening import conformal_p_values, features, normal_p_values
+from unbackdoor.engine.screening_statistics import conformal_p_values, features, normal_p_values
+from unbackdoor.engine.trusted_caller import screen
 from unbackdoor.errors import InputError, IntegrityError, MethodFailed
-from unbackdoor.models import save_model
+from unbackdoor.opening.classifier_files import save_model
 from unbackdoor.registry import INPUT_LABELS, Config, Part
 from unbackdoor.screeners.activation_clustering import silhouette, two_means
 from unbackdoor.types import Classifier, CleanData, Images, Screening

@@ -16,7 +16,7 @@ from torch import Tensor
 from tiny import tiny_data
 from unbackdoor.attacks import poison
 from unbackdoor.bench.screening import Resemblance, judge_screening, resemblance
-from unbackdoor.engine.inversion import RecoveredTrigger
+from unbackdoor.engine.unlearned_inversion import RecoveredTrigger
 from unbackdoor.errors import InputError
 from unbackdoor.metrics import Rate
 from unbackdoor.report.triggers import write_trigger

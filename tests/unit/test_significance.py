@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from unbackdoor.engine.significance import conformal, critical_count, crowding
+from unbackdoor.engine.statistics.exact_tests import conformal, critical_count, crowding
 from unbackdoor.errors import InputError
 
 

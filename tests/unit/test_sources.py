@@ -16,11 +16,12 @@ from safetensors.torch import save_file
 
 import fake_zoo
 from unbackdoor.errors import ConfigError, InputError, MissingExtra, UnsafeFile, UnsupportedModel
-from unbackdoor.models import compat, load_model, save_model
-from unbackdoor.models.build import canonical, known, network
-from unbackdoor.models.geometry import Geometry
-from unbackdoor.models.sources import SOURCES
-from unbackdoor.models.spec import Spec, read_spec, value_of
+from unbackdoor.networks.build import canonical, known, network
+from unbackdoor.networks.geometry import Geometry
+from unbackdoor.networks.sources import SOURCES
+from unbackdoor.networks.sources import optional_libraries as compat
+from unbackdoor.networks.spec import Spec, read_spec, value_of
+from unbackdoor.opening.classifier_files import load_model, save_model
 from unbackdoor.types import Classifier
 
 pytestmark = pytest.mark.leaves_traces
@@ -138,7 +139,7 @@ def test_without_torchvision_our_own_family_takes_its_place(no_zoo: None, name: 
 
 
 def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    source = str(Path(compat.__file__).parents[2])
+    source = str(Path(compat.__file__).parents[3])
     code = f"import sys; sys.path[:0] = [{str(folder)!r}, {source!r}]\n{code}"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
@@ -160,8 +161,8 @@ except RuntimeError as error:
     assert "operator torchvision::nms does not exist" in str(error)
 else:
     raise AssertionError("the stand-in is not broken")
-from unbackdoor.models.build import network
-from unbackdoor.models.geometry import Geometry
+from unbackdoor.networks.build import network
+from unbackdoor.networks.geometry import Geometry
 with warnings.catch_warnings(record=True) as told:
     warnings.simplefilter("always")
     network("timm:tiny_net", Geometry(3, 8, 8, 2))

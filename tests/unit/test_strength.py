@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from tiny import tiny_classifier, tiny_data
-from unbackdoor.engine.passes import accuracy
+from unbackdoor.defenses.awm.mask_strength import LEVELS, either_half, softened, strongest_within
+from unbackdoor.defenses.awm.weight_masks import maskable_weights
+from unbackdoor.engine.inference import accuracy
 from unbackdoor.engine.run import Run
-from unbackdoor.engine.strength import LEVELS, either_half, softened, strongest_within
-from unbackdoor.engine.weight_masks import maskable_weights
 
 RUN = Run.create(policy="fp32")
 

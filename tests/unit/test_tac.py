@@ -12,10 +12,10 @@ from torch import nn
 
 from tiny import tiny_classifier, tiny_data
 from unbackdoor.defenses.tac import TACConfig
-from unbackdoor.engine.caller import run as call
-from unbackdoor.engine.passes import accuracy
+from unbackdoor.engine.inference import accuracy
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe, train
+from unbackdoor.engine.trusted_caller import run as call
 from unbackdoor.errors import ConfigError, InputError, MethodFailed, MissingExtra, UnsupportedModel
 from unbackdoor.registry import SCANNERS
 from unbackdoor.scanners.tac import TACScanConfig, scan

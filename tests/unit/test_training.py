@@ -14,7 +14,7 @@ from unbackdoor.engine.precision import has_native_bf16, resolve
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import RECIPES, Recipe, _rate, _steps, recipe_named, train
 from unbackdoor.errors import ConfigError, InputError, IntegrityError, MethodFailed
-from unbackdoor.models import build
+from unbackdoor.networks import build
 from unbackdoor.types import Classifier, Images, T
 
 DATA = tiny_data(64)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from tiny import tiny_classifier, tiny_data
-from unbackdoor.engine.few import shuffled
+from unbackdoor.defenses.awm.few_images import shuffled
+from unbackdoor.defenses.awm.universal_perturbation import Universal, project_l1, search
 from unbackdoor.engine.run import Run
-from unbackdoor.engine.universal import Universal, project_l1, search
 from unbackdoor.types import Classifier
 
 RUN = Run.create(seed=0, policy="fp32")

@@ -7,11 +7,11 @@ import torch
 
 from tiny import tiny_classifier, tiny_data
 from unbackdoor.engine import unlearning
-from unbackdoor.engine.passes import accuracy
+from unbackdoor.engine.inference import accuracy
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.unlearning import unlearn
 from unbackdoor.errors import MethodFailed
-from unbackdoor.models import build
+from unbackdoor.networks import build
 
 DATA = tiny_data(80, seed=1)
 RUN = Run.create(seed=0, policy="fp32")

@@ -8,8 +8,8 @@ import pytest
 
 import unbackdoor
 from tiny import tiny_classifier, tiny_data
-from unbackdoor.engine import exposure
-from unbackdoor.engine.passes import accuracy
+from unbackdoor.engine import repeated_unlearning as exposure
+from unbackdoor.engine.inference import accuracy
 from unbackdoor.engine.run import Run
 from unbackdoor.types import CleanData, Purified
 

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from tiny import ARCHITECTURES, tiny_classifier, tiny_data
+from unbackdoor.defenses.awm.weight_masks import WeightMasks, maskable_weights
+from unbackdoor.engine.inference import frozen
 from unbackdoor.engine.masks import Masks, fold
-from unbackdoor.engine.passes import frozen
 from unbackdoor.engine.rng import seeded
-from unbackdoor.engine.weight_masks import WeightMasks, maskable_weights
 from unbackdoor.errors import UnsupportedModel
 from unbackdoor.types import Classifier
 

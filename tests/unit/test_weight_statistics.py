@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tiny import tiny_classifier
-from unbackdoor.engine.caller import scan
 from unbackdoor.engine.heads import find_affine_head
+from unbackdoor.engine.trusted_caller import scan
 from unbackdoor.errors import UnsupportedModel
 from unbackdoor.scanners.weight_statistics import head_statistics
 from unbackdoor.types import Classifier, CleanData

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from unbackdoor.attacks.truth import AttackConfig, Learning, Stamp, Tensors, Trigger
 from unbackdoor.data.batches import to_float
 from unbackdoor.engine import rng
-from unbackdoor.engine.passes import frozen
+from unbackdoor.engine.inference import frozen
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe, train
-from unbackdoor.models import build
+from unbackdoor.networks import build
 from unbackdoor.registry import attack, option
 from unbackdoor.types import Classifier, Images
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unbackdoor.data.batches import to_float
-from unbackdoor.engine.passes import mode, predict
+from unbackdoor.engine.inference import mode, predict
 from unbackdoor.engine.run import Run
 from unbackdoor.metrics import Rate, agreement
 from unbackdoor.types import Classifier, Images

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from unbackdoor.audit.accepting import require_classifier, require_images
+from unbackdoor.audit.arguments import require_classifier, require_images
 from unbackdoor.audit.comparison import (
     Accuracy,
     TensorChange,
@@ -22,7 +22,7 @@ from unbackdoor.audit.comparison import (
     trigger_success,
 )
 from unbackdoor.audit.scanning import ShownTrigger
-from unbackdoor.engine import caller
+from unbackdoor.engine import trusted_caller as caller
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError, UnbackdoorError

@@ -15,9 +15,9 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
-from unbackdoor.audit.accepting import clean_data, require_classifier
+from unbackdoor.audit.arguments import clean_data, require_classifier
 from unbackdoor.audit.evidence import Agreement, agreements, holm
-from unbackdoor.engine import caller
+from unbackdoor.engine import trusted_caller as caller
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError, MissingExtra, TooFewImages, UnbackdoorError, UnsupportedModel

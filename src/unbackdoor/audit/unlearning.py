@@ -12,14 +12,20 @@ from typing import Any
 
 import torch
 
-from unbackdoor.audit.accepting import require_classifier
+from unbackdoor.audit.arguments import require_classifier
 from unbackdoor.defenses.unlearned_prune import Ranking, UnlearnedPruneConfig, pruned, suspicion
-from unbackdoor.engine.caller import check_inputs
 from unbackdoor.engine.channels import prunable_sites
-from unbackdoor.engine.exposure import Exposure, ExposureConfig, UnlearningConfig, expose, options_of
-from unbackdoor.engine.inversion import ExposedTrigger, InversionConfig, invert_exposed
 from unbackdoor.engine.precision import Policy
+from unbackdoor.engine.repeated_unlearning import (
+    Exposure,
+    ExposureConfig,
+    UnlearningConfig,
+    expose,
+    options_of,
+)
 from unbackdoor.engine.run import Run
+from unbackdoor.engine.trusted_caller import check_inputs
+from unbackdoor.engine.unlearned_inversion import ExposedTrigger, InversionConfig, invert_exposed
 from unbackdoor.registry import DEFENSES, SCANNERS, SCREENERS
 from unbackdoor.scanners.rnp_screen import Score, ScreenConfig, Screening, screen_inputs
 from unbackdoor.scanners.rnp_vote import RNPVoteConfig, weigh

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from unbackdoor.audit.accepting import require_classifier, require_images
+from unbackdoor.audit.arguments import require_classifier, require_images
 from unbackdoor.audit.comparison import (
     Accuracy,
     TensorChange,

@@ -33,7 +33,7 @@ from unbackdoor.data.datasets import DataSet
 from unbackdoor.data.splits import draw_clean, reserve
 from unbackdoor.engine.training import recipe_named
 from unbackdoor.errors import ConfigError, UnbackdoorError
-from unbackdoor.models.build import canonical
+from unbackdoor.networks.build import canonical
 from unbackdoor.registry import ATTACKS, DEFENSES, SCANNERS, Part
 
 # Raised by hand when shared code (engine, data, models, judge) changes what any cell would measure.

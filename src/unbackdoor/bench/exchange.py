@@ -18,7 +18,7 @@ from unbackdoor.bench.store import Store
 from unbackdoor.bench.victims import load_truth
 from unbackdoor.errors import InputError, IntegrityError
 from unbackdoor.files import sha256_file, write_json
-from unbackdoor.models import load_model
+from unbackdoor.opening.classifier_files import load_model
 
 CELL, MODEL = "cell.json", "model.safetensors"
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from unbackdoor.attacks import AttackTruth, stamped
-from unbackdoor.engine.passes import predict
+from unbackdoor.engine.inference import predict
 from unbackdoor.engine.run import Run
 from unbackdoor.metrics import Rate, agreement, defense_effectiveness, robust_improvement
 from unbackdoor.types import Classifier, Images, require_fit

@@ -15,8 +15,8 @@ import torch
 from unbackdoor.attacks import AttackTruth
 from unbackdoor.bench.judge import Scores, der, judge
 from unbackdoor.data.datasets import DataSet
-from unbackdoor.engine.caller import run as call
 from unbackdoor.engine.run import Run
+from unbackdoor.engine.trusted_caller import run as call
 from unbackdoor.errors import UnbackdoorError
 from unbackdoor.types import Classifier, CleanData
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unbackdoor.attacks import AttackTruth, stamped
-from unbackdoor.engine.inversion import RecoveredTrigger
+from unbackdoor.engine.unlearned_inversion import RecoveredTrigger
 from unbackdoor.errors import InputError
 from unbackdoor.metrics import auroc, average_precision, tpr_at_fpr
 from unbackdoor.types import Images

@@ -29,13 +29,13 @@ from unbackdoor.bench.victims import (
 )
 from unbackdoor.data.datasets import DataSet, load_dataset
 from unbackdoor.data.splits import draw_clean, reserve
-from unbackdoor.engine.caller import run as call
-from unbackdoor.engine.caller import scan
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe
+from unbackdoor.engine.trusted_caller import run as call
+from unbackdoor.engine.trusted_caller import scan
 from unbackdoor.files import atomic_write, finite, write_json
 from unbackdoor.metrics import Rate
-from unbackdoor.models import load_model, save_model
+from unbackdoor.opening.classifier_files import load_model, save_model
 from unbackdoor.types import CleanData, Images
 
 T = TypeVar("T")

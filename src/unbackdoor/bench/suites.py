@@ -20,7 +20,7 @@ from unbackdoor.data.datasets import dataset_names
 from unbackdoor.engine.training import RECIPES, recipe_named
 from unbackdoor.errors import ConfigError, InputError, IntegrityError
 from unbackdoor.files import write_json
-from unbackdoor.models.build import configure
+from unbackdoor.networks.build import configure
 from unbackdoor.registry import ATTACKS, DEFENSES, SCANNERS, Registry, near_match
 
 LOCK = "LOCK.json"  # beside the suites: the hash of every version that was ever run

@@ -21,7 +21,8 @@ from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe, train
 from unbackdoor.errors import InputError
 from unbackdoor.files import atomic_write, write_json
-from unbackdoor.models import build, load_model, save_model
+from unbackdoor.networks import build
+from unbackdoor.opening.classifier_files import load_model, save_model
 from unbackdoor.types import Classifier, Images
 
 TRUTH_SUFFIX = ".truth.json"

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from unbackdoor.audit.opening import Opened
     from unbackdoor.audit.purifying import Purification
     from unbackdoor.audit.scanning import Audit, ShownTrigger
     from unbackdoor.engine.run import Run
+    from unbackdoor.opening.open_model import Opened
     from unbackdoor.report.audit import Subject
     from unbackdoor.types import Augmentation, Classifier, Images, Progress
 
@@ -143,8 +143,8 @@ def open_case(source: Path, told: Told, run: Run, progress: Progress, *, quiet: 
     Raises:
         UnbackdoorError: If the model or the images cannot be used, or options contradict each other.
     """
-    from unbackdoor.audit.opening import open_model
     from unbackdoor.data.conform import conform
+    from unbackdoor.opening.open_model import open_model
 
     source = options.existing_model(source)
     names = class_names(told.class_names)
@@ -277,7 +277,7 @@ def answers_for(
 ) -> list[list[tuple[int, int]]]:
     """Return, for every trigger, what the model says to the images without and with it."""
     from unbackdoor.audit.comparison import stamped
-    from unbackdoor.engine.passes import predict
+    from unbackdoor.engine.inference import predict
 
     if few is None:
         return []
@@ -329,7 +329,7 @@ def told(story: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def stored_types(case: Case) -> dict[str, torch.dtype]:
     """Return the types that the file of the original stores the network's tensors in."""
-    from unbackdoor.models.state import read_state
+    from unbackdoor.weights.read import read_state
 
     held = read_state(case.source)
     names = case.opened.names
@@ -345,7 +345,7 @@ def repaired_state(case: Case, held: Mapping[str, Tensor], model: Classifier) ->
     """
     import torch
 
-    from unbackdoor.models.adapt import CHANNEL_MASK
+    from unbackdoor.opening.rename_tensors import CHANNEL_MASK
 
     out = dict(held)
     names = case.opened.names
@@ -372,7 +372,7 @@ def new_output(out: Path, *, force: bool, never: Path, beside: Sequence[Path | N
     Raises:
         InputError: If a file exists, stands twice or is the original, or the folder cannot be written.
     """
-    from unbackdoor.audit.outputs import CHECKPOINTS, ONNX
+    from unbackdoor.opening.write_back import CHECKPOINTS, ONNX
 
     if out.suffix not in (*CHECKPOINTS, ONNX):
         out = options.new_file(out, force=force, beside=(".json",), never=never)
@@ -388,8 +388,8 @@ def new_output(out: Path, *, force: bool, never: Path, beside: Sequence[Path | N
 
 def like_its_source(out: Path, source: Path, architecture: str | None) -> Path:
     """Return the output, with the suffix of ONNX where it has none and the original is an ONNX graph."""
-    from unbackdoor.audit.outputs import ONNX, SUFFIXES
-    from unbackdoor.models.state import sniff
+    from unbackdoor.opening.write_back import ONNX, SUFFIXES
+    from unbackdoor.weights.read import sniff
 
     if out.suffix in SUFFIXES or architecture is not None or not source.exists() or sniff(source) != "onnx":
         return out
@@ -406,13 +406,13 @@ def write_repair(case: Case, done: Purification, out: Path, patch: Path | None) 
 
     The card is the last file written, so that a card without its weights never exists.
     """
-    from unbackdoor.audit.outputs import SAFETENSORS, write_weights
-    from unbackdoor.audit.patches import NAMES, make_patch, write_patch
-    from unbackdoor.audit.records import purification_json
+    from unbackdoor.audit.json_records import purification_json
     from unbackdoor.files import sha256_file, write_json
-    from unbackdoor.models import save_model
-    from unbackdoor.models.formats.onnx_write import write_graph
-    from unbackdoor.models.state import read_contents, read_state
+    from unbackdoor.opening.classifier_files import save_model
+    from unbackdoor.opening.write_back import SAFETENSORS, write_weights
+    from unbackdoor.weights.formats.onnx.write import write_graph
+    from unbackdoor.weights.patch import NAMES, make_patch, write_patch
+    from unbackdoor.weights.read import read_contents, read_state
 
     record = {
         "model": str(out),

@@ -97,10 +97,10 @@ def run_demo(
     from unbackdoor.bench.judge import judge
     from unbackdoor.data.datasets import load_dataset
     from unbackdoor.data.splits import draw_clean, reserve
-    from unbackdoor.engine.caller import run as call
     from unbackdoor.engine.training import Recipe, train
+    from unbackdoor.engine.trusted_caller import run as call
     from unbackdoor.files import write_json
-    from unbackdoor.models import build
+    from unbackdoor.networks import build
     from unbackdoor.report.charts import require_charts
     from unbackdoor.report.page import write_page
     from unbackdoor.types import CleanData
@@ -203,7 +203,7 @@ def _examples(
     from dataclasses import replace
 
     from unbackdoor.attacks import stamped
-    from unbackdoor.engine.passes import predict
+    from unbackdoor.engine.inference import predict
     from unbackdoor.report.demo import Example
     from unbackdoor.report.pictures import data_png
 

@@ -12,7 +12,7 @@ from unbackdoor.cli.output import emit, plain, say, table
 from unbackdoor.cli.progress import Display
 
 if TYPE_CHECKING:
-    from unbackdoor.models.inspection import Inspection
+    from unbackdoor.opening.inspection import Inspection
 
 UNSAFE = 1
 UNREADABLE = 2
@@ -32,7 +32,7 @@ def inspect(
     Nothing in the file is executed, and no flag makes it so. The exit code is 1 where loading the file with
     other programs would execute code, and 2 where its weights cannot be read.
     """
-    from unbackdoor.models.inspection import inspect as look
+    from unbackdoor.opening.inspection import inspect as look
 
     path = options.existing_model(model)
     with Display(quiet=quiet or as_json) as display:
@@ -48,7 +48,7 @@ def inspect(
 
 
 def _show(found: Inspection, *, everything: bool) -> None:
-    from unbackdoor.models.inspection import IN_WORDS
+    from unbackdoor.opening.inspection import IN_WORDS
 
     say(f"{found.path}: {found.format}, {found.size} bytes")
     say(f"sha256 {found.sha256}")

@@ -278,9 +278,9 @@ def open_model(
         default: Data set whose normalisation such a model gets where none was given.
 
     Raises:
-        UnbackdoorError: See :func:`unbackdoor.models.load_model`.
+        UnbackdoorError: See :func:`unbackdoor.opening.classifier_files.load_model`.
     """
-    from unbackdoor.models import load_model
+    from unbackdoor.opening.classifier_files import load_model
 
     if has_card(path):
         if cardless != Cardless():
@@ -310,6 +310,6 @@ def open_model(
 
 def history_of(model: Path) -> list[dict[str, Any]]:
     """Return what the card of a model says was done to it; nothing where there is no card."""
-    from unbackdoor.models import read_card
+    from unbackdoor.weights.card import read_card
 
     return list(read_card(model.with_suffix(".json")).history) if has_card(model) else []

@@ -32,7 +32,7 @@ def make(
     as_json: options.AsJson = False,
 ) -> None:
     """Write the difference between two models with the same tensors."""
-    from unbackdoor.audit.patches import make_patch, write_patch
+    from unbackdoor.weights.patch import make_patch, write_patch
 
     options.require_writable((out,), force=force, inputs=(before, after))
     one, other = (_state(path) for path in (before, after))
@@ -69,9 +69,9 @@ def revert(
 
 
 def _use(model: Path, patch_file: Path, out: Path, direction: Any, force: bool, as_json: bool) -> None:
-    from unbackdoor.audit.outputs import require_format, write_weights
-    from unbackdoor.audit.patches import in_file_names, read_patch, use_patch
-    from unbackdoor.models.state import read_contents
+    from unbackdoor.opening.write_back import require_format, write_weights
+    from unbackdoor.weights.patch import in_file_names, read_patch, use_patch
+    from unbackdoor.weights.read import read_contents
 
     require_format(out)
     source = options.existing_model(model)
@@ -89,6 +89,6 @@ def _use(model: Path, patch_file: Path, out: Path, direction: Any, force: bool, 
 
 
 def _state(path: Path) -> Mapping[str, Tensor]:
-    from unbackdoor.models.state import read_state
+    from unbackdoor.weights.read import read_state
 
     return read_state(options.existing_model(path))

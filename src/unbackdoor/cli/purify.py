@@ -108,9 +108,9 @@ def purify(
     how well the model still does its task, and what recovered triggers (--trigger) still do. Where the attack
     is on record, unbackdoor evaluate measures the rest.
     """
-    from unbackdoor.audit.outputs import CHECKPOINTS, require_kind
     from unbackdoor.audit.purifying import PromiseBroken
     from unbackdoor.audit.purifying import purify as repair
+    from unbackdoor.opening.write_back import CHECKPOINTS, require_kind
     from unbackdoor.registry import DEFENSES
 
     if max_accuracy_drop is not None and not 0 <= max_accuracy_drop <= 100:

@@ -58,7 +58,7 @@ def scan(
     Exit codes: 0 no evidence found, 1 backdoor found, 2 an error, or the scan could not decide or did not
     finish, 3 the model is of a kind that no check can work on.
     """
-    from unbackdoor.audit.records import audit_json
+    from unbackdoor.audit.json_records import audit_json
     from unbackdoor.audit.scanning import scan as look
     from unbackdoor.files import sha256_file, write_json
     from unbackdoor.report.sarif import sarif

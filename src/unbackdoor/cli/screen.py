@@ -78,7 +78,7 @@ def screen(
     high a score), and is called suspicious where the p-value is at most alpha. About a share of alpha of
     clean images is called suspicious as well, so that the count must be held against the number of images.
     """
-    from unbackdoor.engine.caller import screen as call
+    from unbackdoor.engine.trusted_caller import screen as call
     from unbackdoor.registry import SCREENERS
     from unbackdoor.types import CleanData
 

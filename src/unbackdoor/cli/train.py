@@ -141,7 +141,7 @@ def train(
 
 
 def _canonical(architecture: str) -> str:
-    from unbackdoor.models.build import canonical
+    from unbackdoor.networks.build import canonical
 
     return canonical(architecture)
 

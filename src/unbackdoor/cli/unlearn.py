@@ -17,8 +17,8 @@ from unbackdoor.errors import ConfigError, InputError
 from unbackdoor.report.words import interval, percent, rate
 
 if TYPE_CHECKING:
-    from unbackdoor.engine.exposure import Exposure
-    from unbackdoor.engine.inversion import ExposedTrigger
+    from unbackdoor.engine.repeated_unlearning import Exposure
+    from unbackdoor.engine.unlearned_inversion import ExposedTrigger
     from unbackdoor.scanners.rnp_screen import Screening
     from unbackdoor.types import Classifier, CleanData, Finding, ScanReport
 
@@ -131,8 +131,8 @@ def unlearn(
     """
     from unbackdoor.audit.unlearning import Unlearning
     from unbackdoor.data.loaders import load_unlabelled
-    from unbackdoor.engine.caller import check_inputs
-    from unbackdoor.engine.exposure import ExposureConfig, options_of
+    from unbackdoor.engine.repeated_unlearning import ExposureConfig, options_of
+    from unbackdoor.engine.trusted_caller import check_inputs
     from unbackdoor.registry import SCANNERS
     from unbackdoor.report.triggers import PNG, TENSORS
 
@@ -323,7 +323,7 @@ def _write(folder: Path | None, found: ExposedTrigger | None, model: Classifier)
 
 
 def _show_votes(exposure: Exposure, model: Classifier) -> None:
-    from unbackdoor.engine.exposure import REMAINING
+    from unbackdoor.engine.repeated_unlearning import REMAINING
 
     shares, winners = exposure.shares.nanmean(0), exposure.winners()  # (D, K), (R, D)
     rows = []

@@ -52,7 +52,7 @@ def verify(
     Exit codes: 0 the recovered triggers do not work on AFTER and no check accuses it, 1 one does or one
     accuses it, 2 an error, or the checks could not decide, 3 the two models do not do the same task.
     """
-    from unbackdoor.audit.records import verification_json
+    from unbackdoor.audit.json_records import verification_json
     from unbackdoor.audit.verification import verify as compare
     from unbackdoor.files import write_json
     from unbackdoor.report.audit import SHOWN_IMAGES, SHOWN_TRIGGERS, audit_page

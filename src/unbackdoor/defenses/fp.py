@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from unbackdoor.engine.heads import Head, find_head
-from unbackdoor.engine.passes import predict
+from unbackdoor.engine.inference import predict
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.selection import harshest_within
 from unbackdoor.engine.training import Recipe, train

@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 
-from unbackdoor.engine.passes import accuracy
-from unbackdoor.engine.reach import Change, Form, ReachConfig, reach, success
+from unbackdoor.engine.inference import accuracy
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe, train
+from unbackdoor.engine.trigger_search import Change, Form, ReachConfig, reach, success
 from unbackdoor.errors import ConfigError, MethodFailed
 from unbackdoor.registry import defense, option
 from unbackdoor.types import Classifier, CleanData, Images, Purified

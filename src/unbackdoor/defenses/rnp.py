@@ -31,9 +31,9 @@ from torch import Tensor
 
 from unbackdoor.engine import rng
 from unbackdoor.engine.channels import prunable_sites
+from unbackdoor.engine.inference import as_seen, known
+from unbackdoor.engine.mask_relearning import recover
 from unbackdoor.engine.masks import Site, fold, keep_above, removed
-from unbackdoor.engine.passes import as_seen, known
-from unbackdoor.engine.recovery import recover
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.selection import harshest_within
 from unbackdoor.engine.unlearning import unlearn

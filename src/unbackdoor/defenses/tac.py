@@ -22,10 +22,10 @@ from typing import Any, Literal
 
 import torch
 
-from unbackdoor.engine.latent import Latent, latent_shifts, shifted_loss, still_moved
-from unbackdoor.engine.outliers import Outlier, smallest_outlier
-from unbackdoor.engine.passes import accuracy, frozen
+from unbackdoor.engine.inference import accuracy, frozen
+from unbackdoor.engine.latent_shift import Latent, latent_shifts, shifted_loss, still_moved
 from unbackdoor.engine.run import Run
+from unbackdoor.engine.statistics.one_outlier import Outlier, smallest_outlier
 from unbackdoor.engine.training import Recipe, train
 from unbackdoor.errors import ConfigError, MethodFailed, UnsupportedModel
 from unbackdoor.registry import Config, defense, option

@@ -31,9 +31,9 @@ from unbackdoor.engine.channels import (
     standardised,
     weight_changes,
 )
-from unbackdoor.engine.exposure import UnlearningConfig, unlearn_with
+from unbackdoor.engine.mask_relearning import recover
 from unbackdoor.engine.masks import Site, fold, keep_above, removed
-from unbackdoor.engine.recovery import recover
+from unbackdoor.engine.repeated_unlearning import UnlearningConfig, unlearn_with
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.selection import harshest_within
 from unbackdoor.registry import ONE_A_CLASS, defense, option

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from unbackdoor.engine.heads import head_name
+from unbackdoor.engine.inference import mode, predict
 from unbackdoor.engine.masks import CONVS, NORMS, Site, channel_sites, norm_sites
-from unbackdoor.engine.passes import mode, predict
 from unbackdoor.engine.run import Run
 from unbackdoor.types import Classifier, Images
 

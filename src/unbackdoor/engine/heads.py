@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from unbackdoor.engine.passes import mode
+from unbackdoor.engine.inference import mode
 from unbackdoor.errors import InputError, UnsupportedModel
 from unbackdoor.types import Classifier
 

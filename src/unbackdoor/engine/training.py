@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from unbackdoor.data.batches import augment, batches, resident
 from unbackdoor.engine import rng
-from unbackdoor.engine.passes import logits_of, mode, require_learner
+from unbackdoor.engine.inference import logits_of, mode, require_learner
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import ConfigError, IntegrityError, MethodFailed
 from unbackdoor.files import atomic_write

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from unbackdoor.data.batches import batches
 from unbackdoor.engine import rng
-from unbackdoor.engine.passes import accuracy, logits_of, mode, require_learner
+from unbackdoor.engine.inference import accuracy, logits_of, mode, require_learner
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import MethodFailed
 from unbackdoor.types import Augmentation, Classifier, Images

@@ -21,11 +21,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from unbackdoor.engine.outliers import FEWEST
-from unbackdoor.engine.passes import frozen, logits_of, mode, together
+from unbackdoor.engine.inference import frozen, logits_of, mode, together
+from unbackdoor.engine.row_adam import RowAdam
 from unbackdoor.engine.run import Run
-from unbackdoor.engine.significance import largest_of_gamma
-from unbackdoor.engine.stepping import RowAdam
+from unbackdoor.engine.statistics.exact_tests import largest_of_gamma
+from unbackdoor.engine.statistics.one_outlier import FEWEST
 from unbackdoor.errors import MethodFailed
 from unbackdoor.registry import Config, option, scanner
 from unbackdoor.types import Classifier, CleanData, Finding, ScanReport

@@ -32,10 +32,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from unbackdoor.engine.extremes import Extremes, smallest_few
-from unbackdoor.engine.outliers import FEWEST
-from unbackdoor.engine.reach import Change, Form, Reach, ReachConfig, reach, success
 from unbackdoor.engine.run import Run
+from unbackdoor.engine.statistics.one_outlier import FEWEST
+from unbackdoor.engine.statistics.several_outliers import Extremes, smallest_few
+from unbackdoor.engine.trigger_search import Change, Form, Reach, ReachConfig, reach, success
 from unbackdoor.registry import option, scanner
 from unbackdoor.types import Classifier, CleanData, Finding, Images, ScanReport, Verdict, require_fit
 

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unbackdoor.engine.exposure import Exposure, ExposureConfig, expose
-from unbackdoor.engine.passes import mode, predict
+from unbackdoor.engine.inference import mode, predict
+from unbackdoor.engine.repeated_unlearning import Exposure, ExposureConfig, expose
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError
 from unbackdoor.registry import option
@@ -102,7 +102,7 @@ def screen_inputs(
     Raises:
         InputError: If there is no image.
         UnsupportedModel: If the images do not fit the model.
-        MethodFailed: See :func:`unbackdoor.engine.exposure.expose`.
+        MethodFailed: See :func:`unbackdoor.engine.repeated_unlearning.expose`.
     """
     if not len(inputs):
         raise InputError("there is no image to screen", expected="at least 1", got=0, where=inputs.name)

@@ -25,10 +25,10 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from unbackdoor.engine.exposure import REMAINING, Exposure, ExposureConfig, expose
-from unbackdoor.engine.inversion import ExposedTrigger, InversionConfig, invert_exposed
+from unbackdoor.engine.repeated_unlearning import REMAINING, Exposure, ExposureConfig, expose
 from unbackdoor.engine.run import Run
-from unbackdoor.engine.significance import conformal, critical_count, crowding
+from unbackdoor.engine.statistics.exact_tests import conformal, critical_count, crowding
+from unbackdoor.engine.unlearned_inversion import ExposedTrigger, InversionConfig, invert_exposed
 from unbackdoor.errors import MethodFailed
 from unbackdoor.registry import option, scanner
 from unbackdoor.types import Classifier, CleanData, Finding, ScanReport, Verdict

@@ -17,9 +17,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from unbackdoor.engine.latent import latent_shifts
-from unbackdoor.engine.outliers import FEWEST, smallest_outlier
+from unbackdoor.engine.latent_shift import latent_shifts
 from unbackdoor.engine.run import Run
+from unbackdoor.engine.statistics.one_outlier import FEWEST, smallest_outlier
 from unbackdoor.errors import InputError
 from unbackdoor.registry import Config, option, scanner
 from unbackdoor.types import Classifier, CleanData, Finding, ScanReport, require_fit

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from unbackdoor.engine.channels import lipschitz_bounds, standardised
-from unbackdoor.engine.extremes import smallest_few
 from unbackdoor.engine.heads import AffineHead, find_affine_head
 from unbackdoor.engine.masks import channel_sites
-from unbackdoor.engine.outliers import FEWEST
 from unbackdoor.engine.run import Run
+from unbackdoor.engine.statistics.one_outlier import FEWEST
+from unbackdoor.engine.statistics.several_outliers import smallest_few
 from unbackdoor.errors import UnsupportedModel
 from unbackdoor.registry import Config, option, scanner
 from unbackdoor.types import Classifier, CleanData, Finding, ScanReport, Verdict

@@ -23,9 +23,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from unbackdoor.engine.extremes import smallest_few
 from unbackdoor.engine.run import Run
-from unbackdoor.engine.screening import (
+from unbackdoor.engine.screening_statistics import (
     ScreenerConfig,
     conformal_p_values,
     features,
@@ -33,6 +32,7 @@ from unbackdoor.engine.screening import (
     normal_p_values,
     standardised,
 )
+from unbackdoor.engine.statistics.several_outliers import smallest_few
 from unbackdoor.registry import INPUT_LABELS, option, screener
 from unbackdoor.types import Classifier, CleanData, Images, Screening
 

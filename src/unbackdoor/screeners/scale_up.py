@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from unbackdoor.engine.run import Run
-from unbackdoor.engine.screening import ScreenerConfig, classes_of, conformal_p_values, judged
+from unbackdoor.engine.screening_statistics import ScreenerConfig, classes_of, conformal_p_values, judged
 from unbackdoor.registry import option, screener
 from unbackdoor.types import Classifier, CleanData, Images, Screening, require_fit
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from unbackdoor.engine.run import Run
-from unbackdoor.engine.screening import (
+from unbackdoor.engine.screening_statistics import (
     ScreenerConfig,
     conformal_p_values,
     features,

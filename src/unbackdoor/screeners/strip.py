@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from unbackdoor.data.batches import to_float
-from unbackdoor.engine.passes import logits_of, mode, together
+from unbackdoor.engine.inference import logits_of, mode, together
 from unbackdoor.engine.run import Run
-from unbackdoor.engine.screening import ScreenerConfig, classes_of, conformal_p_values, judged
+from unbackdoor.engine.screening_statistics import ScreenerConfig, classes_of, conformal_p_values, judged
 from unbackdoor.registry import option, screener
 from unbackdoor.types import Classifier, CleanData, Images, Screening, require_fit
 

@@ -1,0 +1,1 @@
+"""Tests that say whether some of K numbers stand apart, and exact probabilities."""

@@ -1,0 +1,61 @@
+"""Where a network can come from other than our own registry: one file a prefix.
+
+A source builds a bare, untrained network from the rest of a spec, and may know a normalisation, an input size
+and class names. Which of them may be named by a file rather than by the user is said here: a model card can
+come from a stranger, so that it may name a member of a library, but never a folder or a Python file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from unbackdoor.errors import UnsafeFile
+from unbackdoor.networks.geometry import Geometry
+from unbackdoor.networks.sources import huggingface, python_file, timm, torchvision
+from unbackdoor.networks.sources.preprocessing import Known
+from unbackdoor.networks.spec import OWN, PYTHON, Spec
+
+__all__ = ["SOURCES", "Known", "Source", "require_trusted"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One place where networks come from.
+
+    Attributes:
+        build: From a spec and a geometry to a bare network, in whatever device context it is called.
+        known: What the source's own files say of the input of this network.
+        from_card: Whether a model card may name it.
+        skeleton: Whether it can be built without memory, to compare shapes first.
+    """
+
+    build: Callable[[Spec, Geometry], nn.Module]
+    known: Callable[[Spec], Known]
+    from_card: bool
+    skeleton: bool = True
+
+
+SOURCES: dict[str, Source] = {
+    "timm": Source(timm.build, timm.known, from_card=True),
+    "torchvision": Source(torchvision.build, torchvision.known, from_card=True),
+    "hf": Source(huggingface.build, huggingface.known, from_card=False),
+    PYTHON: Source(python_file.build, python_file.known, from_card=False, skeleton=False),
+}
+
+
+def require_trusted(spec: Spec, where: object) -> None:
+    """Raise UnsafeFile where a card names what only the user may name."""
+    if spec.source != OWN and not SOURCES[spec.source].from_card:
+        what = (
+            "a Python file, which would be executed" if spec.source == PYTHON else "a folder on this machine"
+        )
+        raise UnsafeFile(
+            f"the model card names {what}; nothing was executed",
+            expected="an architecture of this package, timm or torchvision",
+            got=repr(str(spec)[:120])[1:-1],
+            where=where,
+            remedy="If you trust it, name it yourself as the architecture",
+        )

@@ -1,0 +1,144 @@
+"""Which networks a file of weights may be: one named by the user, or those that its tensors fit."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from unbackdoor.errors import InputError, UnsupportedModel
+from unbackdoor.networks.build import canonical
+from unbackdoor.networks.spec import OWN, read_spec
+from unbackdoor.opening.load_tensors import proposal
+from unbackdoor.opening.recognise_architecture import Candidate, nearest
+from unbackdoor.opening.recognise_chain import averaged
+
+# More than this many ways to complete a network would take minutes to try.
+_MAX_VARIANTS = 48
+# Where one of these is not known the network computes something else altogether.
+_DECISIVE = ("activation",)
+_NAMED = "named by the user"
+
+
+@dataclass(frozen=True)
+class Variants:
+    """Specs that may be meant, the more usual first.
+
+    Attributes:
+        by_side: What to try for images of so many pixels a side; under None what takes any size.
+        source: Where they come from, in words.
+        decisive: Whether nothing but labelled images can decide between them.
+        note: What no tensor shows, in words.
+        candidates: All that fit, for the story.
+    """
+
+    by_side: Mapping[int | None, tuple[str, ...]]
+    source: str
+    decisive: bool = False
+    note: str = ""
+    candidates: tuple[Candidate, ...] = field(default=())
+
+    @property
+    def specs(self) -> tuple[str, ...]:
+        """All specs."""
+        return tuple(itertools.chain.from_iterable(self.by_side.values()))
+
+    def only(self, side: int | None) -> Variants:
+        """Return those for images of a size; all where there are none for it."""
+        return replace(self, by_side={side: self.by_side[side]}) if side in self.by_side else self
+
+    def first(self) -> Variants:
+        """Return the most usual one alone."""
+        side, specs = next(iter(self.by_side.items()))
+        return replace(self, by_side={side: specs[:1]}, decisive=False)
+
+
+def find(
+    state: Mapping[str, Tensor], arch: str | None, *, side: int | None, exact: bool, where: Path
+) -> Variants:
+    """Return the specs that may be meant.
+
+    Args:
+        state: Tensors by name.
+        arch: What the user named, or None. Options that were not typed and that the tensors show, or that no
+            tensor shows, are filled in.
+        side: Pixels a side of the images, where known.
+        exact: Whether the model takes no other size.
+        where: File, for messages.
+
+    Raises:
+        ConfigError: If ``arch`` is no spec, or an unknown one.
+        UnsupportedModel: If nothing was named and nothing known fits.
+    """
+    named = read_spec(arch) if arch is not None else None
+    if named is not None and named.source != OWN:
+        return Variants({None: (str(named),)}, _NAMED)
+    full = canonical(arch) if arch is not None else ""
+    candidates = [c for c in nearest(state, side=side) if c.fits]
+    if side is not None and not exact:
+        # Images of another size than the model's can be resized to it.
+        known = {c.spec for c in candidates}
+        candidates += [c for c in nearest(state) if c.fits and c.spec not in known]
+    if named is not None:
+        agreeing = [
+            c for c in candidates if read_spec(c.spec).name == named.name and _agrees(c.spec, named.options)
+        ]
+        return _expanded(agreeing, named.options, _NAMED) if agreeing else Variants({None: (full,)}, _NAMED)
+    if not candidates:
+        raise UnsupportedModel(
+            "no known architecture has these tensors",
+            got=f"{len(state)} tensors, such as {repr(next(iter(state))[:120])[1:-1]}" if state else "none",
+            where=where,
+            remedy=f"Name the architecture. {proposal(state, side=side)}",
+        )
+    ours = [c for c in candidates if read_spec(c.spec).source == OWN]
+    return _expanded(ours or candidates, {}, "guessed from names and shapes of the tensors")
+
+
+def refuse_to_guess(variants: Variants, where: Path) -> InputError:
+    """Return the error that lists the variants where no image can decide between them."""
+    return InputError(
+        "several networks have these tensors, and without labelled images nothing tells which is meant",
+        expected="one of " + ", ".join(variants.specs[:8]),
+        where=where,
+        remedy="Name the architecture, or give labelled clean images",
+    )
+
+
+def _agrees(spec: str, typed: Mapping[str, str]) -> bool:
+    """Tell whether a spec stays the same when the typed options are laid over it."""
+    parsed = read_spec(spec)
+    options = {**parsed.options, **typed}
+    text = f"{parsed.name}[{','.join(f'{key}={value}' for key, value in options.items())}]"
+    # Unseen options are open; everything else must be what the tensors show.
+    changed = read_spec(canonical(text)).options
+    return all(changed.get(key) == value for key, value in parsed.options.items())
+
+
+def _expanded(candidates: list[Candidate], typed: Mapping[str, str], source: str) -> Variants:
+    by_side: dict[int | None, list[str]] = {}
+    for candidate in candidates:
+        specs = by_side.setdefault(candidate.side, [])
+        parsed = read_spec(candidate.spec)
+        free = {key: values for key, values in candidate.choices.items() if key not in typed}
+        for values in itertools.product(*free.values()):
+            choice = dict(zip(free, values, strict=True))
+            pooling = choice.pop("pooling", "max")
+            options = {**parsed.options, **typed, **choice}
+            written = f"{parsed.name}[{','.join(f'{key}={value}' for key, value in options.items())}]"
+            spec = canonical(written) if parsed.source == OWN else candidate.spec
+            spec = averaged(spec) if pooling == "average" else spec
+            if spec not in specs and len(specs) < _MAX_VARIANTS:
+                specs.append(spec)
+    unseen = any(key in c.choices and key not in typed for c in candidates for key in _DECISIVE)
+    notes = dict.fromkeys(candidate.note for candidate in candidates if candidate.note)
+    return Variants(
+        {side: tuple(specs) for side, specs in by_side.items()},
+        source,
+        decisive=unseen or len(candidates) > 1,
+        note="; ".join(notes),
+        candidates=tuple(candidates),
+    )

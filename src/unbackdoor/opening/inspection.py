@@ -1,0 +1,305 @@
+"""``inspect``: what a file of weights is, what loading it elsewhere would execute, and what lies in it.
+
+Nothing is executed, and nothing that is wrong with the content is raised: a file that is damaged or dangerous
+is what one wants to read about. Only a file that cannot be opened is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from unbackdoor.errors import InputError, UnbackdoorError, UnsafeFile, UnsupportedModel
+from unbackdoor.files import sha256_file
+from unbackdoor.opening.recognise_architecture import nearest
+from unbackdoor.types import Progress, silent
+from unbackdoor.weights.card import read_card
+from unbackdoor.weights.formats.onnx.graph import describe_graph, import_graph
+from unbackdoor.weights.formats.state_dicts import Fact
+from unbackdoor.weights.read import Contents, read_contents
+
+Loading = Literal[
+    "no code", "known classes", "unknown code", "a program", "dangerous", "deceptive", "undecided"
+]
+
+IN_WORDS: Mapping[Loading, str] = {
+    "no code": "Loading it executes no code: it holds plain tensors.",
+    "known classes": "Loading it as a pickle imports classes of well-known libraries, all of them harmless.",
+    "unknown code": "Loading it as a pickle imports and runs code that is not in the file.",
+    "a program": "It is a program: its own loader builds it, and calling it runs what its author wrote.",
+    "dangerous": "Loading it with torch.load or pickle would execute code.",
+    "deceptive": "It is built to show its readers different things, or to exhaust them: do not load it.",
+    "undecided": "It cannot be told what loading it would execute, because it cannot be read to its end.",
+}
+_MEANS = ("mean", "new_mean", "means", "pixel_mean")
+_DEVIATIONS = ("std", "new_std", "stds", "pixel_std")
+_NO_PICKLES = ("safetensors", "onnx")
+_PROGRAMS = ("torchscript", "torch.export")
+
+
+@dataclass(frozen=True)
+class TensorFact:
+    """One tensor.
+
+    Attributes:
+        name: As in the state dict.
+        shape: Its sizes.
+        dtype: Such as ``float32``.
+        not_finite: How many of its values are NaN or infinite.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    not_finite: int
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An architecture that the names and shapes speak for.
+
+    Attributes:
+        spec: Text that builds it.
+        fits: Whether every tensor fits.
+        classes: Number of classes, where the weights tell it.
+        note: What differs, or what was found.
+    """
+
+    spec: str
+    fits: bool
+    classes: int | None
+    note: str
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """What is subtracted from pixels in [0, 1], and what they are divided by, one number for each channel.
+
+    Attributes:
+        mean: Means.
+        std: Deviations.
+        source: What says so.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class GraphFact:
+    """The graph of an ONNX file.
+
+    Attributes:
+        operators: Number of operators.
+        unknown: Kinds of operators that are not imported.
+        input_shape: (C, H, W) as the file states it, or None.
+        problem: Why no network can be made of it, or None where one can.
+    """
+
+    operators: int
+    unknown: tuple[str, ...]
+    input_shape: tuple[int, ...] | None
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a file of weights is.
+
+    Attributes:
+        path: The file.
+        size: Its bytes.
+        sha256: Hash of its content.
+        format: What it is, judged by its bytes.
+        loading: What a loader of this format would execute.
+        dangerous: Names in it that no file of weights has a reason to hold.
+        foreign: All names beyond plain tensors that a loader of pickles would import.
+        tensors: Its tensors, in their order.
+        parameters: Numbers in all its tensors.
+        candidates: Architectures that may be meant, the likeliest first.
+        channels: Colour channels that the first layer takes, or None.
+        normalisation: The normalisation that the file or its card states, or None.
+        beside: Plain values that stood beside the weights.
+        prefix: What stood before every name and was taken off.
+        notes: Remarks in words.
+        problem: Why its tensors cannot be read, or None.
+        graph: The graph of an ONNX file, of which a network is made as it is; None for other formats.
+    """
+
+    path: str
+    size: int
+    sha256: str
+    format: str
+    loading: Loading
+    dangerous: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
+    tensors: tuple[TensorFact, ...] = ()
+    parameters: int = 0
+    candidates: tuple[Candidate, ...] = ()
+    channels: int | None = None
+    normalisation: Normalisation | None = None
+    beside: Mapping[str, Fact] = field(default_factory=dict)
+    prefix: str = ""
+    notes: tuple[str, ...] = ()
+    problem: str | None = None
+    graph: GraphFact | None = None
+
+    @property
+    def executes(self) -> bool:
+        """True where loading it elsewhere would, or may well, execute what its author wants."""
+        return self.loading in ("dangerous", "deceptive")
+
+    @property
+    def not_finite(self) -> int:
+        """Number of values that are NaN or infinite."""
+        return sum(tensor.not_finite for tensor in self.tensors)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as plain values for JSON."""
+        out = asdict(self)
+        out["beside"] = dict(self.beside)
+        return {**out, "executes": self.executes, "not_finite": self.not_finite}
+
+
+def inspect(path: Path | str, progress: Progress = silent) -> Inspection:
+    """Tell what a file of weights is; nothing in it is executed.
+
+    Args:
+        path: The file.
+        progress: Shows how far the reading has come.
+
+    Returns:
+        Format, hash, what loading would execute, tensors, likely architectures and normalisation. What is
+        wrong with the content is told there and not raised.
+
+    Raises:
+        InputError: If the file cannot be opened.
+
+    Example:
+        >>> import tempfile
+        >>> from safetensors.torch import save_file
+        >>> file = Path(tempfile.mkdtemp()) / "model.safetensors"
+        >>> save_file({"fc.weight": torch.zeros(10, 4)}, file)
+        >>> inspect(file).loading
+        'no code'
+    """
+    path = Path(path)
+    steps = iter(progress(range(3), "Inspecting", 3))
+    next(steps, None)
+    try:
+        size, digest = path.stat().st_size, sha256_file(path)
+    except OSError as error:
+        raise InputError("the model file cannot be read", got=error.strerror, where=path) from error
+    next(steps, None)
+    try:
+        contents = read_contents(path)
+    except (InputError, UnsafeFile) as error:
+        contents = Contents("unknown", problem=error)
+    next(steps, None)
+    tensors = tuple(_facts(contents.tensors))
+    result = Inspection(
+        path=str(path),
+        size=size,
+        sha256=digest,
+        format=contents.format,
+        loading=_loading(contents),
+        dangerous=contents.dangerous,
+        foreign=contents.foreign,
+        tensors=tensors,
+        parameters=sum(tensor.numel() for tensor in contents.tensors.values()),
+        candidates=_candidates(contents.tensors),
+        channels=_channels(contents.tensors),
+        normalisation=_normalisation(path, contents.tensors),
+        beside=contents.beside,
+        prefix=contents.prefix,
+        notes=contents.notes,
+        problem=str(contents.problem) if contents.problem is not None else None,
+        graph=_graph(path) if contents.format == "onnx" else None,
+    )
+    for _ in steps:
+        pass
+    return result
+
+
+def _loading(contents: Contents) -> Loading:
+    if contents.dangerous:
+        return "dangerous"
+    if isinstance(contents.problem, UnsafeFile):
+        return "deceptive"
+    if contents.format in _NO_PICKLES:
+        return "no code"
+    if contents.format in _PROGRAMS:
+        return "a program"
+    dangers = set(contents.names.values())
+    if "unknown" in dangers:
+        return "unknown code"
+    if contents.problem is not None:
+        return "undecided"
+    return "known classes" if dangers else "no code"
+
+
+def _graph(path: Path) -> GraphFact | None:
+    try:
+        told = describe_graph(path)
+    except UnbackdoorError:
+        return None  # the tensors cannot be read either, and say so
+    problem = None
+    try:
+        import_graph(path)
+    except UnbackdoorError as error:
+        problem = str(error)
+    return GraphFact(told.operators, told.unknown, told.input_shape, problem)
+
+
+def _facts(state: Mapping[str, Tensor]) -> Iterable[TensorFact]:
+    for name, tensor in state.items():
+        bad = int((~torch.isfinite(tensor)).sum()) if tensor.is_floating_point() else 0
+        yield TensorFact(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), bad)
+
+
+def _candidates(state: Mapping[str, Tensor]) -> tuple[Candidate, ...]:
+    if not state:
+        return ()
+    return tuple(Candidate(c.spec, c.fits, c.classes, c.note) for c in nearest(state))
+
+
+def _channels(state: Mapping[str, Tensor]) -> int | None:
+    for tensor in state.values():
+        if tensor.dim() == 4:
+            return int(tensor.shape[1])
+    return None
+
+
+def _normalisation(path: Path, state: Mapping[str, Tensor]) -> Normalisation | None:
+    card = path.with_suffix(".json")
+    if path.suffix == ".safetensors" and card.is_file():
+        try:
+            known = read_card(card)
+        except (InputError, UnsupportedModel):
+            return None
+        return (
+            Normalisation(tuple(known.mean), tuple(known.std), f"the card {card.name}")
+            if known.mean
+            else None
+        )
+    # Many networks carry it as a first layer with two buffers.
+    for name, tensor in state.items():
+        owner, _, last = name.rpartition(".")
+        if last not in _MEANS or not _is_row(tensor):
+            continue
+        other = f"{owner}.{_DEVIATIONS[_MEANS.index(last)]}".removeprefix(".")
+        if other in state and _is_row(state[other]) and state[other].numel() == tensor.numel():
+            mean, std = (tuple(float(v) for v in t.flatten().tolist()) for t in (tensor, state[other]))
+            if all(v > 0 for v in std) and all(abs(v) < 1e6 for v in (*mean, *std)):
+                return Normalisation(mean, std, f"the tensors {name} and {other}")
+    return None
+
+
+def _is_row(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.numel() in (1, 3, 4)

@@ -1,0 +1,391 @@
+"""Which normalisation, and which of several variants of a network, is meant: judged by clean accuracy.
+
+A bare state dict does not say how pixels were scaled before they met the network, and some choices (an
+activation, a pooling) leave no trace in its tensors. All usual conventions are tried on clean images, first
+on a few, the better ones on more. The most accurate one is taken; where others cannot be told apart from it
+(an exact one-sided sign test on the images on which the two disagree), the one with the lowest cross-entropy
+is; of losses that are no clearer apart (a paired test), the one whose numbers are nearest to the statistics
+of these images, because that is what most conventions are. Without labels, or with images of one class only,
+which a network that always says the same gets right too, a weak sign is left: how much the predictions say
+about the images (mutual information).
+
+Rule of the warning: clean accuracy looks too low where the upper end of its 95 % interval lies under 60 %, or
+under three times chance where that is more, but never above 90 %.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from unbackdoor.data.batches import to_float
+from unbackdoor.engine.inference import logits_of, mode
+from unbackdoor.engine.run import Run
+from unbackdoor.errors import InputError
+from unbackdoor.metrics import Interval, wilson
+from unbackdoor.types import Images
+
+# (images, how many of the best go on to the next round). Every round adds images to those of the last.
+ROUNDS = ((32, 24), (64, 12), (128, 6), (256, 4), (500, 4))
+# Before them where there are hundreds of trials, most of which a glance rules out.
+_GLANCE = (8, 96)
+_LARGE, _LARGE_ROUNDS = 96 * 96, 3  # pixels of an image beyond which fewer rounds must do
+LEVEL = 0.05  # of the sign test that tells two trials apart
+_Z = 2.326  # normal quantile of the test of losses, 1 %, because several are held against the lowest
+_LOW, _TIMES_CHANCE, _NEVER_ABOVE = 0.6, 3, 0.9
+_BATCH_PIXELS = 1 << 23  # values of one batch of float images, 32 MiB
+_LISTED = 20
+_PER_CLASS = 5  # images, from which on an agreement means something
+_FEW = 30  # images, below which an accuracy says little
+
+
+@dataclass(frozen=True)
+class Convention:
+    """A way to scale pixels in [0, 1] before they meet a network: ``(pixels - mean) / std``.
+
+    Attributes:
+        name: What it is called.
+        mean: Per-channel mean; empty for no normalisation.
+        std: Per-channel deviation, likewise.
+    """
+
+    name: str
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Return scaled pixels (B, C, H, W)."""
+        if not self.mean:
+            return pixels
+        mean, std = (pixels.new_tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))  # (C, 1, 1)
+        return (pixels - mean) / std
+
+
+_RGB = (
+    Convention("CIFAR-10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    Convention("CIFAR-10, deviation of the image means", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    Convention("CIFAR-100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    Convention("ImageNet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    Convention("Tiny ImageNet", (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
+    Convention("GTSRB", (0.3403, 0.3121, 0.3214), (0.2724, 0.2608, 0.2669)),
+    Convention("SVHN", (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+)
+_GREY = (Convention("MNIST", (0.1307,), (0.3081,)), Convention("Fashion-MNIST", (0.2860,), (0.3530,)))
+
+
+def usual(channels: int) -> tuple[Convention, ...]:
+    """Return the usual conventions for images of C channels."""
+    general = (
+        Convention("none, pixels in [0, 1]"),
+        Convention("pixels in [-1, 1]", (0.5,) * channels, (0.5,) * channels),
+        Convention("pixels in [0, 255]", (0.0,) * channels, (1 / 255,) * channels),
+    )
+    return general[:1] + {3: _RGB, 1: _GREY}.get(channels, ()) + general[1:]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one variant of a network does under one convention.
+
+    Attributes:
+        variant: Name of the variant.
+        convention: The scaling.
+        total: Images tried.
+        hits: Images classified as labelled; None without labels.
+        loss: Mean cross-entropy in nats; NaN without labels.
+        information: Mutual information of image and prediction, in nats.
+    """
+
+    variant: str
+    convention: Convention
+    total: int
+    hits: int | None
+    loss: float
+    information: float
+
+    @property
+    def accuracy(self) -> float:
+        """Share of images classified as labelled; NaN without labels."""
+        return math.nan if self.hits is None else self.hits / self.total
+
+    def facts(self) -> dict[str, Any]:
+        """Return the trial as a JSON object."""
+        return {
+            "variant": self.variant,
+            "convention": self.convention.name,
+            "mean": list(self.convention.mean),
+            "std": list(self.convention.std),
+            "images": self.total,
+            "accuracy": None if self.hits is None else self.hits / self.total,
+            "loss": self.loss if math.isfinite(self.loss) else None,
+            "information": self.information if math.isfinite(self.information) else None,
+        }
+
+
+@dataclass(frozen=True)
+class Inferred:
+    """The variant and convention that were found, and how sure that is.
+
+    Attributes:
+        best: The trial that was taken.
+        trials: All trials, best first; those tried on few images only come last.
+        interval: 95 % interval of the clean accuracy; the whole unit interval without labels.
+        by_labels: Whether clean accuracy decided; otherwise only a weak sign did.
+        alternatives: Other variants or conventions that these images cannot tell from the best.
+        warning: Why the result should not be trusted, or empty.
+        notes: Further observations, in words.
+    """
+
+    best: Trial
+    trials: tuple[Trial, ...]
+    interval: Interval
+    by_labels: bool
+    alternatives: tuple[Trial, ...] = ()
+    warning: str = ""
+    notes: tuple[str, ...] = ()
+
+    def facts(self) -> dict[str, Any]:
+        """Return everything as a JSON object."""
+        return {
+            "judged_by": "clean accuracy" if self.by_labels else "information of the predictions (weak)",
+            "best": self.best.facts(),
+            "interval": list(self.interval) if self.by_labels else None,
+            "not_told_apart": [trial.facts() for trial in self.alternatives],
+            "tried": [trial.facts() for trial in self.trials[:_LISTED]],
+            "tried_in_all": len(self.trials),
+            "warning": self.warning,
+            "notes": list(self.notes),
+        }
+
+
+def infer(
+    variants: Mapping[str, nn.Module],
+    images: Images,
+    run: Run,
+    *,
+    conventions: Sequence[Convention] | None = None,
+    prefer: Convention | None = None,
+) -> Inferred:
+    """Find the variant and the convention under which clean images are classified best.
+
+    Args:
+        variants: Bare networks by name, the more usual first; they take scaled pixels.
+        images: Clean images in the networks' input size, at best with labels.
+        run: Device, precision, and the draw of the images.
+        conventions: What to try; None is :func:`usual`.
+        prefer: One of the conventions that wins over those that cannot be told apart from it.
+
+    Raises:
+        InputError: If there is no image or no variant.
+    """
+    tried = tuple(conventions) if conventions is not None else usual(images.shape[0])
+    if not len(images) or not variants or not tried:
+        raise InputError("there is nothing to judge by", expected="images, variants and conventions")
+    rows = _spread(images, run)
+    classes = 0 if images.labels is None else len(images.truth.unique())
+    judged = images if classes > 1 else replace(images, labels=None)
+    alive = [(name, convention) for name in variants for convention in tried]
+    logits: dict[tuple[str, Convention], Tensor] = {}
+    out: list[Trial] = []
+    done = 0
+    trials: dict[tuple[str, Convention], Trial] = {}
+    close = [convention for convention in tried if convention in _RGB + _GREY]
+    favourite = prefer or (min(close, key=lambda c: _distance(c, images)) if close else None)
+    small = images.shape[1] * images.shape[2] <= _LARGE
+    rounds = ROUNDS if small else ROUNDS[:_LARGE_ROUNDS]
+    for size, kept in rounds if len(alive) <= _GLANCE[1] else (_GLANCE, *rounds):
+        part, seen = judged.subset(rows[done:size]), judged.subset(rows[:size])
+        for pair in run.progress(alive, f"trying conventions on {len(seen)} images"):
+            new = _logits(variants[pair[0]], pair[1], part, run)
+            logits[pair] = torch.cat([logits[pair], new]) if done else new
+            trials[pair] = _trial(pair, logits[pair], seen)
+        alive.sort(key=lambda pair: _rank(trials[pair]), reverse=True)
+        done = len(seen)
+        if done == len(rows):
+            break
+        # Kept in any case, because among equals it will be taken.
+        preferred = [pair for pair in alive if pair[1] == favourite][:1]
+        preferred = [pair for pair in preferred if pair in alive[kept:]]
+        out = [trials[pair] for pair in alive[kept:] if pair not in preferred] + out
+        alive = alive[:kept] + preferred
+    used = judged.subset(rows[:done])
+    top = alive[0]
+    ties = [top]
+    if used.labels is not None:
+        right = {pair: _right(logits[pair], used) for pair in alive}
+        ties = [pair for pair in alive if not _differ(right[top], right[pair])]
+    ties.sort(key=lambda pair: (prefer is not None and pair[1] != prefer, _finite(trials[pair].loss)))
+    best = ties[0]
+    if used.labels is not None and best[1] != prefer and best[1] in _RGB + _GREY:
+        losses = {p: functional.cross_entropy(logits[p], used.truth, reduction="none") for p in ties}
+        even = [p for p in ties if p[0] == best[0] and p[1] in _RGB + _GREY]
+        even = [p for p in even if not _worse(losses[p], losses[best])]
+        best = min(even, key=lambda p: _distance(p[1], used))
+    ties = [best, *(pair for pair in ties if pair != best)]
+    trial = trials[best]
+    ranked = (trial, *(trials[pair] for pair in alive if pair != best), *out)
+    others = tuple(trials[pair] for pair in ties[1:])
+    if trial.hits is None:
+        several = len(tried) * len(variants) > 1
+        return Inferred(
+            trial, ranked, Interval(0.0, 1.0), False, warning=_UNJUDGED[classes] if several else ""
+        )
+    interval = wilson(trial.hits, trial.total)
+    notes = _observed(variants[best[0]], best[1], used, logits[best], run)
+    warning = _suspicion(trial, interval, images.classes, len(tried) * len(variants))
+    if warning:
+        # Where the labels mislead, the most accurate trial is anything; the most decided one is the clue.
+        clue = max(trials, key=lambda pair: trials[pair].information)
+        notes += _other_order(_logits(variants[clue[0]], clue[1], used, run), used, interval)
+    return Inferred(trial, ranked, interval, True, others, warning, notes)
+
+
+_GUESSED = (
+    "the normalisation was guessed from how decided the predictions are, which is a weak sign. Give labelled "
+    "images of several classes, or the mean and the deviation"
+)
+_UNJUDGED = (f"The images have no labels: {_GUESSED}", f"All images are of one class: {_GUESSED}")
+
+
+def lowest_plausible(classes: int) -> float:
+    """Return the clean accuracy under which images and model do not seem to belong together."""
+    return min(_NEVER_ABOVE, max(_LOW, _TIMES_CHANCE / classes))
+
+
+def _suspicion(trial: Trial, interval: Interval, classes: int, tried: int) -> str:
+    limit = lowest_plausible(classes)
+    if interval.high >= limit:
+        return ""
+    best_of = f", under the best of {tried} ways to read the images" if tried > 1 else ""
+    return (
+        f"Clean accuracy is only {trial.accuracy:.1%} (95 % interval {interval.low:.1%} to "
+        f"{interval.high:.1%}, {trial.total} images){best_of}; {limit:.0%} or more was to be expected. The "
+        "images do not belong to this model, their labels are in another order, or architecture, "
+        "normalisation or size are wrong. Whatever is computed from here on means little"
+    )
+
+
+def _observed(
+    network: nn.Module, convention: Convention, images: Images, logits: Tensor, run: Run
+) -> tuple[str, ...]:
+    """Return what else the images show: another order of colours or of classes."""
+    notes = []
+    total = len(images)
+    here = wilson(int(_right(logits, images).sum()), total)
+    if total < _FEW:
+        notes.append(f"only {total} images were at hand, so that the accuracy is known roughly")
+    if images.shape[0] == 3:
+        swapped = replace(images, pixels=images.pixels.flip(1))
+        hits = int(_right(_logits(network, convention, swapped, run), swapped).sum())
+        if wilson(hits, total).low > here.high:
+            notes.append(
+                f"with blue first instead of red the accuracy is {hits / total:.1%}: the model seems to "
+                "take BGR images, which must be given that way"
+            )
+    return tuple(notes)
+
+
+def _other_order(logits: Tensor, images: Images, here: Interval) -> tuple[str, ...]:
+    """Say so where each class is answered by one other class, as if the classes were in another order."""
+    predicted = logits.argmax(1)
+    shares = torch.zeros(images.classes, logits.shape[1])
+    shares.index_put_((images.truth.cpu(), predicted), torch.ones(len(predicted)), accumulate=True)
+    occupied = shares.sum(1) > 0
+    answers = shares.argmax(1)[occupied]
+    agreeing = int(shares.max(1).values.sum())
+    # With a few images a class, some answer always agrees.
+    if len(answers.unique()) < len(answers) or len(images) < _PER_CLASS * len(answers):
+        return ()
+    if wilson(agreeing, len(images)).low <= here.high:
+        return ()
+    return (
+        f"{agreeing / len(images):.1%} of the images would be right if the classes were in another order: "
+        "check the class names and the order of the labels",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------
+
+
+def _trial(pair: tuple[str, Convention], logits: Tensor, images: Images) -> Trial:
+    probabilities = logits.softmax(1).clamp_min(1e-12)
+    mean = probabilities.mean(0)
+    information = float(-(mean * mean.log()).sum() + (probabilities * probabilities.log()).sum(1).mean())
+    if images.labels is None:
+        return Trial(*pair, len(images), None, math.nan, information)
+    loss = float(functional.cross_entropy(logits, images.labels))
+    return Trial(*pair, len(images), int(_right(logits, images).sum()), loss, information)
+
+
+def _right(logits: Tensor, images: Images) -> Tensor:
+    return logits.argmax(1) == images.truth  # (N,)
+
+
+@torch.inference_mode()
+def _logits(network: nn.Module, convention: Convention, images: Images, run: Run) -> Tensor:
+    batch = max(1, _BATCH_PIXELS // math.prod(images.shape))
+    out = []
+    with mode(network, training=False):
+        for start in range(0, len(images), batch):
+            pixels = convention(to_float(images.pixels[start : start + batch], run.device))  # (B, C, H, W)
+            # A wrong convention may overflow; such a trial is simply a bad one.
+            out.append(logits_of(network, pixels, run).cpu().nan_to_num(0.0, 1e4, -1e4))
+    logits = torch.cat(out)  # (N, K)
+    if images.labels is not None and logits.shape[1] < images.classes:
+        raise InputError(
+            "the labels do not fit the model",
+            expected=f"labels in 0..{logits.shape[1] - 1}",
+            got=f"{images.classes} classes",
+            where=images.name,
+        )
+    return logits
+
+
+def _rank(trial: Trial) -> tuple[float, float]:
+    if trial.hits is None:
+        return (trial.information, 0.0)
+    return (trial.hits, -_finite(trial.loss))
+
+
+def _finite(loss: float) -> float:
+    return loss if math.isfinite(loss) else math.inf
+
+
+def _differ(best: Tensor, other: Tensor) -> bool:
+    """Tell whether the first is right clearly more often, by an exact sign test on their disagreements."""
+    wins, losses = int((best & ~other).sum()), int((other & ~best).sum())
+    trials = wins + losses
+    tail: float = sum(math.comb(trials, k) for k in range(wins, trials + 1)) / 2**trials
+    return tail <= LEVEL
+
+
+def _worse(loss: Tensor, than: Tensor) -> bool:
+    """Tell whether losses (N,) are clearly the higher ones, by a paired one-sided z-test."""
+    gap = loss - than
+    return bool(gap.mean() > _Z * gap.std() / math.sqrt(len(gap)))
+
+
+def _distance(convention: Convention, images: Images) -> float:
+    """Return how far a convention's numbers are from the statistics of the images."""
+    pixels = images.pixels.float().div(255).transpose(0, 1).flatten(1)  # (C, N H W)
+    own = torch.cat([pixels.mean(1), pixels.std(1, correction=0)]).cpu()
+    return float((own - torch.tensor([*convention.mean, *convention.std])).norm())
+
+
+def _spread(images: Images, run: Run) -> Tensor:
+    """Return the rows in a random order that takes the classes in turns."""
+    shuffled = torch.randperm(len(images), generator=run.generator("convention"))
+    if images.labels is None:
+        return shuffled[: ROUNDS[-1][0]]
+    labels = images.labels.cpu()[shuffled]
+    turn = torch.zeros(len(images), dtype=torch.int64)
+    for label in labels.unique():
+        rows = (labels == label).nonzero().flatten()
+        turn[rows] = torch.arange(len(rows))
+    return shuffled[turn.argsort(stable=True)][: ROUNDS[-1][0]]

@@ -1,0 +1,369 @@
+"""From the names in somebody's checkpoint to the names of a network of the same layers; every change is told.
+
+What is done, in this order, and nothing else:
+
+1. ``X_orig`` and ``X_mask`` of ``torch.nn.utils.prune`` become their product ``X``; so do the weight of a
+   norm and the ``neuron_mask`` that pruning defenses (ANP, RNP) put beside it.
+2. What belongs to the training is left out: the weights of a loss, the counter of an averaged model.
+3. A mean and a deviation stored by a normalising layer inside the model (``normalize.mean``) are taken out;
+   where they look like a normalisation of pixels they are reported as one.
+4. A prefix that stands before all remaining names, or before all but the head's (``backbone.``), is taken off
+   where the names then fit.
+5. ``num_batches_tracked``, which old checkpoints lack and which no result depends on, is filled in.
+6. Names that the network does not have are renamed, one to one and only between equal shapes: first by known
+   synonyms (``shortcut`` and ``downsample``, ``block1.layer.0`` and ``layer1.0``), then the head, whatever it
+   is called, if it is the last linear layer of both. A plain chain (``sequential_cnn``) is renamed in order.
+
+If names are left over after that, nothing is loaded: the difference is reported instead.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from unbackdoor.opening.recognise_chain import modules
+
+TRACKED = "num_batches_tracked"
+_HEADS = frozenset(
+    {
+        *("fc", "linear", "classifier", "head", "last_linear", "logits", "output", "out", "final_layer"),
+        *("head.fc", "head.linear", "classifier.fc", "heads.head"),
+    }
+)
+_HEAD_LISTS = ("fc", "linear", "classifier", "head", "heads")
+_SYNONYMS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern), text)
+    for pattern, text in (
+        (r"\bblock(\d+)\.layer\.", r"layer\1."),
+        (r"\b(downsample|conv_?shortcut|convShortcut|identity_conv|skip|residual_conv)\b", "shortcut"),
+        (r"^(bn_final|bn_last|norm|bn1|final_bn)\.(?=[a-z_]+$)", "bn."),
+    )
+)
+# Per channel, beside the weight of a norm; the noise of the same defenses is only there while they search.
+CHANNEL_MASK = "neuron_mask"
+_BESIDE_MASK = (CHANNEL_MASK, "neuron_noise", "neuron_noise_bias")
+_TRAINING = re.compile(r"^(.*\.)?(criterion|loss(es|_fn|_func)?|attacker)\.|^n_averaged$")
+_STATISTICS = re.compile(r"(?:^|.*[._])(?P<word>means?|mu|stds?|sigma|deviation)(?:_?tensor)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where the tensors of a file and of a network do not meet.
+
+    Attributes:
+        missing: Names that only the network has.
+        unexpected: Names that only the file has.
+        other_shape: Names of both, with both shapes in words.
+        matching: Number of tensors that do fit.
+    """
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    other_shape: tuple[str, ...]
+    matching: int
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.other_shape)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """Tensors under the names of a network, and everything that was done to get there.
+
+    Attributes:
+        state: Tensors by the network's names; complete only where ``difference`` is empty.
+        difference: What still does not fit.
+        renamed: The file's name by the network's name, where they differ.
+        dropped: Names that are no part of the network, with the reason.
+        filled: Names that were added, with neutral values.
+        folded: Weights that were multiplied with a pruning mask.
+        mean: Per-channel mean that was found in the file, or None.
+        std: Per-channel deviation, likewise.
+    """
+
+    state: Mapping[str, Tensor]
+    difference: Difference
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    filled: tuple[str, ...] = ()
+    folded: tuple[str, ...] = ()
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the tensors are exactly those of the network."""
+        return not self.difference
+
+    def story(self) -> list[str]:
+        """Return what was changed, one sentence a kind of change."""
+        told = []
+        if self.folded:
+            told.append(
+                f"{len(self.folded)} pruned weights were multiplied with their masks: {_some(self.folded)}"
+            )
+        if self.renamed:
+            pairs = [f"{old} -> {new}" for new, old in self.renamed.items()]
+            told.append(f"{len(pairs)} names were translated: {_some(pairs)}")
+        for reason in dict.fromkeys(self.dropped.values()):
+            names = [name for name, why in self.dropped.items() if why == reason]
+            told.append(f"left out, {reason}: {_some(names)}")
+        if self.filled:
+            told.append(
+                f"{len(self.filled)} counters {TRACKED} were missing and set to 0; no result depends on them"
+            )
+        return told
+
+
+def adapt(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, in_order: bool = False) -> Adapted:
+    """Bring a state dict under the names of a network.
+
+    Args:
+        state: Tensors by the file's names.
+        wanted: Tensors of the network by its names; only their shapes are looked at.
+        in_order: Whether the network is a plain chain, whose layers may be matched by their order.
+    """
+    held, folded = fold_masks(state, wanted)
+    held, training = leave_training(held, wanted)
+    held, pixels, mean, std = take_normalisation(held, wanted)
+    best = _translate(held, wanted, in_order)
+    for shorter in _shortened(held) if best[2] else ():
+        stripped = {new: held[old] for new, old in shorter.items()}
+        other = _translate(stripped, wanted, in_order)
+        if other[2].matching > best[2].matching:
+            renamed = {new: shorter[other[1].get(new, new)] for new in other[0]}
+            best = (other[0], {new: old for new, old in renamed.items() if new != old}, other[2])
+    translated, renamed, difference = best
+    dropped = training | pixels
+    filled = tuple(name for name in difference.missing if name.rpartition(".")[2] == TRACKED)
+    for name in filled:
+        translated[name] = torch.zeros((), dtype=torch.int64)
+    missing = tuple(name for name in difference.missing if name not in filled)
+    difference = Difference(missing, difference.unexpected, difference.other_shape, difference.matching)
+    return Adapted(translated, difference, renamed, dropped, filled, folded, mean, std)
+
+
+def compare(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Difference:
+    """Return where two sets of tensors differ in names and shapes."""
+    different = tuple(
+        f"{name} is {form(state[name])} instead of {form(wanted[name])}"
+        for name in wanted
+        if name in state and form(wanted[name]) != form(state[name])
+    )
+    missing = tuple(name for name in wanted if name not in state)
+    unexpected = tuple(name for name in state if name not in wanted)
+    return Difference(missing, unexpected, different, len(wanted) - len(missing) - len(different))
+
+
+def form(tensor: Tensor) -> str:
+    """Return shape and, of an integer, the type; any floating-point type may stand for another."""
+    kind = "" if tensor.is_floating_point() else f" {tensor.dtype}"
+    return f"{tuple(tensor.shape)}{kind}"
+
+
+def fold_masks(
+    state: Mapping[str, Tensor], wanted: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Return the tensors with masks and what they mask replaced by their product, and those names."""
+    out: dict[str, Tensor] = {}
+    folded = []
+    masks = {name for name in state if wanted is None or name not in wanted}  # not the network's own
+    for name, tensor in state.items():
+        owner, _, last = name.rpartition(".")
+        beside = f"{owner}.{CHANNEL_MASK}"
+        if beside in masks and last == "weight" and state[beside].shape == tensor.shape:
+            out[name] = tensor * state[beside].to(tensor.dtype)
+            folded.append(name)
+            continue
+        if beside in masks and last in _BESIDE_MASK:
+            continue
+        stem = name.removesuffix("_orig")
+        mask = state.get(f"{stem}_mask") if name in masks else None
+        if stem != name and mask is not None and mask.shape == tensor.shape:
+            out[stem] = tensor * mask.to(tensor.dtype)
+            folded.append(stem)
+        elif not (name in masks and name.endswith("_mask") and f"{name.removesuffix('_mask')}_orig" in state):
+            out[name] = tensor
+    return out, tuple(folded)
+
+
+def leave_training(
+    state: Mapping[str, Tensor], wanted: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors without those that only the training has, and the names left out with the reason."""
+    out = {n: t for n, t in state.items() if (wanted is not None and n in wanted) or not _TRAINING.search(n)}
+    reason = "it belongs to the training and not to the network"
+    # A file of nothing else is not one of these.
+    return (out, {n: reason for n in state if n not in out}) if out else (dict(state), {})
+
+
+def take_normalisation(
+    state: Mapping[str, Tensor], wanted: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str], tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Take a mean and a deviation of pixels out of a state dict.
+
+    Returns:
+        The remaining tensors, the names taken out with the reason, and mean and deviation for pixels in
+        [0, 1], or None where there are none that look like a normalisation.
+    """
+    pairs: dict[str, dict[str, str]] = {}
+    for name, tensor in state.items():
+        match = _STATISTICS.fullmatch(name)
+        small = tensor.numel() in (1, 3) and tensor.is_floating_point()
+        if match and small and (wanted is None or name not in wanted):
+            word = "mean" if match["word"].lower().startswith("m") else "std"
+            parent = name[: match.start("word")]
+            pairs.setdefault(parent, {})[word] = name
+    for words in pairs.values():
+        if set(words) != {"mean", "std"}:
+            continue
+        mean = tuple(round(float(v), 6) for v in state[words["mean"]].flatten())
+        std = tuple(round(float(v), 6) for v in state[words["std"]].flatten())
+        if len(mean) != len(std):
+            continue
+        remaining = {name: tensor for name, tensor in state.items() if name not in words.values()}
+        if all(0 <= m <= 255 for m in mean) and any(m > 1 for m in mean) and all(1 < s <= 255 for s in std):
+            mean, std = tuple(m / 255 for m in mean), tuple(s / 255 for s in std)
+        if all(0 <= m <= 1 for m in mean) and all(0 < s <= 1 for s in std):
+            reason = "a normalisation of the pixels, which is done before the network here"
+            return remaining, dict.fromkeys(words.values(), reason), mean, std
+        reason = "a mean and a deviation that are no normalisation of pixels"
+        return remaining, dict.fromkeys(words.values(), reason), None, None
+    return dict(state), {}, None, None
+
+
+def _translate(
+    state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], in_order: bool
+) -> tuple[dict[str, Tensor], dict[str, str], Difference]:
+    """Return tensors by the network's names, the file's names where they differ, and what does not fit."""
+    difference = compare(state, wanted)
+    if not difference:
+        return dict(state), {}, difference
+    rules = [_by_synonyms]
+    if in_order:
+        rules = [_by_order]
+    names = {name: name for name in wanted if name in state}  # the network's name -> the file's
+    for rule in rules:
+        names = rule(state, wanted, names)
+    out = {new: state[old] for new, old in names.items()}
+    taken = set(names.values())
+    out |= {name: tensor for name, tensor in state.items() if name not in taken and name not in out}
+    return out, {new: old for new, old in names.items() if new != old}, compare(out, wanted)
+
+
+def _by_synonyms(
+    state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], names: dict[str, str]
+) -> dict[str, str]:
+    free_new = [name for name in wanted if name not in names]
+    taken = set(names.values())
+    free_old = [name for name in state if name not in taken]
+    head_new, head_old = head_of(wanted), head_of(state)
+
+    def canon(head: str | None, single: bool) -> Callable[[str], str]:
+        def apply(name: str) -> str:
+            if head is not None and name.startswith(head + "."):
+                return "HEAD." + name.rpartition(".")[2]
+            for pattern, text in _SYNONYMS:
+                name = pattern.sub(text, name)
+            # A skip of one convolution is a layer here and a sequence of one layer there.
+            return name.replace("shortcut.0.", "shortcut.") if single else name
+
+        return apply
+
+    def single(tensors: Mapping[str, Tensor]) -> bool:
+        return not any(
+            ".1." in name and canon(None, False)(name).find("shortcut.1.") >= 0 for name in tensors
+        )
+
+    by_canon: dict[str, list[str]] = {}
+    old_canon = canon(head_old, single(state))
+    for name in free_old:
+        by_canon.setdefault(old_canon(name), []).append(name)
+    new_canon = canon(head_new, single(wanted))
+    wanted_canon: dict[str, list[str]] = {}
+    for name in free_new:
+        wanted_canon.setdefault(new_canon(name), []).append(name)
+    found = dict(names)
+    for key, news in wanted_canon.items():
+        olds = by_canon.get(key, [])
+        # One to one, and of one shape: anything else is left for the report.
+        if len(news) == len(olds) == 1 and form(wanted[news[0]]) == form(state[olds[0]]):
+            found[news[0]] = olds[0]
+    return found
+
+
+def _by_order(
+    state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], names: dict[str, str]
+) -> dict[str, str]:
+    old, new = modules(state), modules(wanted)
+    if old is None or new is None or len(old) != len(new):
+        return names
+    found: dict[str, str] = {}
+    for there, here in zip(new, old, strict=True):
+        if (there.kind, there.shape, there.bias) != (here.kind, here.shape, here.bias):
+            return names
+        dot_new, dot_old = (f"{m.name}." if m.name else "" for m in (there, here))
+        found |= {dot_new + leaf: dot_old + leaf for leaf in there.leaves if leaf in here.leaves}
+    return found
+
+
+def head_of(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the last linear layer, where it bears one of the usual names: ``fc``, or ``classifier.6``."""
+    flat = [
+        name.removesuffix(".weight")
+        for name, tensor in tensors.items()
+        if tensor.dim() == 2 and name.endswith(".weight")
+    ]
+    known = [name for name in flat if name in _HEADS]
+    for name in _HEAD_LISTS:
+        numbered = [x for x in flat if x.startswith(f"{name}.") and x.removeprefix(f"{name}.").isdecimal()]
+        known += sorted(numbered, key=lambda x: int(x.rpartition(".")[2]))[-1:]
+    return known[0] if len(known) == 1 else None
+
+
+def without_body_prefix(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return shorter names with what they stand for, where all but the head stands under one prefix.
+
+    Empty where there is no such prefix, or the names would collide.
+    """
+    head = head_of(state)
+    body = [name for name in state if head is not None and not name.startswith(f"{head}.")]
+    prefix = _common_prefix(body)
+    shorter = {name.removeprefix(prefix) if name in body else name: name for name in state}
+    return shorter if prefix and len(body) < len(state) == len(shorter) else {}
+
+
+def _shortened(state: Mapping[str, Tensor]) -> Iterator[dict[str, str]]:
+    """Yield shorter names with what they stand for: without a prefix of all, then without one of the body."""
+    prefix = _common_prefix(state)
+    whole = {name.removeprefix(prefix): name for name in state}
+    if prefix:
+        yield whole
+    body = without_body_prefix({new: state[old] for new, old in whole.items()})
+    if body:
+        yield {new: whole[old] for new, old in body.items()}
+
+
+def _common_prefix(state: Iterable[str]) -> str:
+    names = list(state)
+    if not names:
+        return ""
+    prefix = names[0].rpartition(".")[0].split(".")
+    for name in names[1:]:
+        parts = name.rpartition(".")[0].split(".")
+        same = 0
+        while same < min(len(prefix), len(parts)) and prefix[same] == parts[same]:
+            same += 1
+        prefix = prefix[:same]
+    return ".".join(prefix) + "." if prefix else ""
+
+
+def _some(names: tuple[str, ...] | list[str], limit: int = 5) -> str:
+    # Names come from the file: shown quoted, so that no control character reaches a terminal.
+    shown = ", ".join(repr(str(name)[:120])[1:-1] for name in list(names)[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

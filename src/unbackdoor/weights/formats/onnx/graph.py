@@ -1,0 +1,299 @@
+"""From an ONNX graph to a network of ordinary torch layers, so that hooks, pruning and repair work on it.
+
+Needs:   the extra ``onnx``.
+Departs: a softmax at the very end is left out, because every method here works on logits; batch
+         normalisation that was exported in training mode becomes an ordinary one, which in evaluation uses
+         the running statistics.
+
+Convolutions, normalisations, linear layers and activations become modules under the names of their weights,
+so that ``layer1.0.conv1`` is found again. What lies between becomes calls of functions. The usual operators
+of classifiers are known; any other is refused by its name.
+
+Where each tensor of the network stands in the file is kept (``Place``), so that ``onnx_write`` can put a
+repaired one back. What the file can make of a few bytes, by sharing and folding constants, is bounded by the
+bytes it has; what the network does with an image, by ``models.effort``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from unbackdoor.errors import InputError, UnbackdoorError, UnsafeFile, UnsupportedModel
+from unbackdoor.weights.formats.buffers import short
+from unbackdoor.weights.formats.onnx import initializers as onnx
+from unbackdoor.weights.formats.onnx.node import LARGEST, Call, Place, Value
+from unbackdoor.weights.formats.onnx.operators import OPERATORS, WEIGHTS, is_whole
+from unbackdoor.weights.formats.tensors import MAX_TIED
+
+MAX_NODES = 20_000
+_SLACK = 64 << 20  # bytes that any file may fold and share, however small it is
+_SEGMENT = re.compile(r"[A-Za-z0-9_]{1,100}")
+_DOMAINS = ("", "ai.onnx")
+_COLOURS = (1, 3, 4)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What can be told of a graph without building the network.
+
+    Attributes:
+        operators: Number of operators.
+        unknown: Kinds of operators that are not imported, sorted.
+        input_shape: (C, H, W) as the file states it; None where it leaves it open.
+    """
+
+    operators: int
+    unknown: tuple[str, ...]
+    input_shape: tuple[int, ...] | None
+
+
+def describe_graph(path: Path) -> Graph:
+    """Tell what a graph holds.
+
+    Raises:
+        UnbackdoorError: If the file cannot be parsed, see :func:`import_graph`.
+    """
+    graph = onnx.parse(Path(path)).graph
+    held = {tensor.name for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in held]
+    shape = _input_shape(inputs[0]) if len(inputs) == 1 else None
+    return Graph(len(graph.node), _unknown(graph), shape)
+
+
+def import_graph(path: Path) -> fx.GraphModule:
+    """Build a network from an ONNX file; nothing of the file is executed.
+
+    Args:
+        path: The file. Weights in other files must lie in its folder.
+
+    Returns:
+        A module from (B, C, H, W) to logits (B, K), in evaluation mode. Its ``meta`` has ``input_shape``,
+        which is None where the file leaves it open, ``channels``, likewise, ``notes``, a tuple of remarks,
+        and ``places``, by the names of its state dict.
+
+    Raises:
+        MissingExtra: If the package onnx is not installed.
+        InputError: If the file is damaged.
+        UnsafeFile: If it names data outside its folder, or is built to exhaust the memory.
+        UnsupportedModel: If it has operators that are not imported; names them.
+    """
+    path = Path(path)
+    model = onnx.parse(path)
+    builder = Builder(path)
+    try:
+        return builder.build(model.graph)
+    except UnbackdoorError:
+        raise
+    except (
+        RuntimeError,
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+    ) as error:
+        raise InputError(
+            "the graph of the model is damaged", got=short(str(error).split("\n")[0]), where=path
+        ) from error
+
+
+class Builder:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tensors = onnx.Tensors(path)
+        self.graph = fx.Graph()
+        self.root: dict[str, Any] = {}
+        self.values: dict[str, Value] = {}
+        self.uses: dict[str, int] = {}
+        self.notes: list[str] = []
+        self.places: dict[str, Place] = {}
+        self.whole: set[fx.Node] = set()  # integers computed from sizes, which other sizes may be made of
+        self.batch = 0  # images of the example that the exporter has fixed; 0 where it left them open
+        self._taken: set[str] = set()
+        self._above: set[str] = set()
+        self._spent = 0
+
+    def build(self, graph: Any) -> fx.GraphModule:
+        if len(graph.node) > MAX_NODES:
+            raise UnsupportedModel(
+                "the model has too many operators",
+                expected=f"at most {MAX_NODES}",
+                got=len(graph.node),
+                where=self.path,
+            )
+        if unknown := _unknown(graph):
+            raise UnsupportedModel(
+                "the graph has operators that are not imported: " + ", ".join(unknown),
+                expected="only " + ", ".join(sorted(OPERATORS)),
+                where=self.path,
+                remedy="Give the state dict of the model and its architecture instead",
+            )
+        for tensor in graph.initializer:
+            self._define(tensor.name, self.tensors.read(tensor))
+        inputs = [value for value in graph.input if value.name not in self.values]
+        if len(inputs) != 1 or len(graph.output) != 1:
+            raise UnsupportedModel(
+                "the model is no classifier of single images",
+                expected="one input and one output",
+                got=f"{len(inputs)} and {len(graph.output)}",
+                where=self.path,
+            )
+        first = inputs[0].type.tensor_type.shape.dim[:1]
+        self.batch = int(first[0].dim_value) if first else 0
+        shape = _input_shape(inputs[0])
+        pixels = self.graph.placeholder("pixels")
+        if shape is not None and shape[0] not in _COLOURS and shape[2] in _COLOURS:
+            self.notes.append("the graph takes images with the colours last; they are turned for it")
+            shape = (shape[2], *shape[:2])
+            pixels = self.call(torch.permute, pixels, (0, 2, 3, 1))
+        self._define(inputs[0].name, pixels)
+        for name in [name for node in graph.node for name in node.input] + [graph.output[0].name]:
+            self.uses[name] = self.uses.get(name, 0) + 1
+        self._operators(graph)
+        result = self.values.get(graph.output[0].name)
+        if not isinstance(result, fx.Node):
+            raise UnsupportedModel("the output of the model does not depend on its input", where=self.path)
+        self.graph.output(result)
+        module = fx.GraphModule(self.root, self.graph, "ImportedNetwork")
+        module.graph.eliminate_dead_code()
+        module.delete_all_unused_submodules()
+        module.recompile()
+        kept = module.state_dict().keys()
+        module.meta.update(
+            input_shape=shape,
+            channels=_channels(inputs[0]) if shape is None else shape[0],
+            notes=tuple(self.notes),
+            places={name: place for name, place in self.places.items() if name in kept},
+        )
+        return module.eval()
+
+    def _define(self, name: str, value: Value) -> None:
+        if name in self.values:
+            raise UnsafeFile(
+                "two values of the graph have one name, of which readers choose differently",
+                got=short(name),
+                where=self.path,
+            )
+        self.values[name] = value
+
+    def spend(self, count: int, width: int = 4) -> None:
+        """Account for the bytes of a tensor that is made of those in the file, before it is made.
+
+        Raises:
+            UnsafeFile: If the file makes far more than it holds.
+        """
+        self._spent += count * width
+        if self._spent > MAX_TIED * self.tensors.held + _SLACK:
+            raise UnsafeFile("the graph makes far more of its weights than it holds", where=self.path)
+
+    def _operators(self, graph: Any) -> None:
+        for number, message in enumerate(graph.node):
+            kind = message.op_type
+            call = Call(self, message, number)
+            if not call.outputs or not call.outputs[0]:
+                raise call.refused("without an output")
+            if any(name and self.uses.get(name) for name in call.outputs[1:]) and kind not in ("Split",):
+                raise call.refused("with its further outputs in use")
+            if kind in ("Softmax", "LogSoftmax") and self._is_end(call, graph):
+                self.notes.append("the softmax at the end was left out: the network gives logits")
+                self._define(call.outputs[0], call.operand(0))
+                continue
+            made = OPERATORS[kind](call)
+            for name, value in zip(call.outputs, made if isinstance(made, list) else [made], strict=False):
+                self._define(name, value)
+                if isinstance(value, fx.Node) and is_whole(call):
+                    self.whole.add(value)
+
+    def _is_end(self, call: Call, graph: Any) -> bool:
+        return call.outputs[0] == graph.output[0].name and self.uses[call.outputs[0]] == 1
+
+    def value(self, name: str) -> Value:
+        """Return what a name stands for; None for an operand that is left out."""
+        if not name:
+            return None
+        if name not in self.values:
+            raise InputError(
+                "an operator has an operand that nothing makes", got=short(name), where=self.path
+            )
+        return self.values[name]
+
+    def node(self, value: Value, name: str, place: Place) -> fx.Node:
+        """Return a value as a node; a tensor becomes a parameter or a buffer of the network."""
+        if isinstance(value, fx.Node):
+            return value
+        if value is None:
+            raise InputError("an operator lacks an operand", where=self.path)
+        target = self.place(name, "constant")
+        self.spend(value.numel(), value.element_size())
+        self.places[target] = place
+        held = value.clone()
+        self.root[target] = nn.Parameter(held) if held.is_floating_point() and held.dim() else held
+        return self.graph.get_attr(target)
+
+    def place(self, name: str, kind: str) -> str:
+        """Return a free attribute path, at best the one that the exporter kept in a name."""
+        parts = name.split(".")
+        whole = all(_SEGMENT.fullmatch(part) for part in parts) and len(parts) < 20
+        # None may hide an attribute of a module, or lie within another layer.
+        clear = whole and not hasattr(fx.GraphModule, parts[0]) and parts[0] not in vars(nn.Module())
+        if not clear or self._clashes(name):
+            name = f"{kind}_{len(self._taken)}"
+        self._taken.add(name)
+        above = name.rpartition(".")[0]
+        while above:
+            self._above.add(above)
+            above = above.rpartition(".")[0]
+        return name
+
+    def _clashes(self, name: str) -> bool:
+        above = name
+        while above:
+            if above in self._taken:
+                return True
+            above = above.rpartition(".")[0]
+        return name in self._above
+
+    def module(
+        self,
+        call: Call,
+        layer: nn.Module,
+        *,
+        inputs: fx.Node | None = None,
+        places: dict[str, Place] | None = None,
+    ) -> fx.Node:
+        """Add a layer, named after its weights where it has any, and call it on the first operand."""
+        # Several, because exporters keep one of equal tensors, under the name of one of its owners.
+        names = [name.rpartition(".") for name in call.names[1:]]
+        owners = [owner for owner, _, last in names if last in WEIGHTS and not self._clashes(owner)]
+        target = self.place(owners[0] if owners else "", call.kind.lower())
+        self.root[target] = layer.eval()
+        self.places.update({f"{target}.{name}": place for name, place in (places or {}).items()})
+        return self.graph.call_module(target, (inputs if inputs is not None else call.node(),))
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        return self.graph.call_function(function, args, kwargs)
+
+
+def _input_shape(value: Any) -> tuple[int, ...] | None:
+    sizes = [int(size.dim_value) for size in value.type.tensor_type.shape.dim]
+    return tuple(sizes[1:]) if len(sizes) == 4 and all(0 < size <= LARGEST for size in sizes[1:]) else None
+
+
+def _channels(value: Any) -> int | None:
+    sizes = [int(size.dim_value) for size in value.type.tensor_type.shape.dim]
+    return sizes[1] if len(sizes) == 4 and sizes[1] in _COLOURS else None
+
+
+def _unknown(graph: Any) -> tuple[str, ...]:
+    kinds = {
+        node.op_type if node.domain in _DOMAINS else f"{node.domain}.{node.op_type}" for node in graph.node
+    }
+    return tuple(sorted(short(kind)[1:-1] for kind in kinds - OPERATORS.keys()))

@@ -1,0 +1,126 @@
+"""One operator of an ONNX graph, with its operands looked up and its attributes read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, fx
+
+from unbackdoor.errors import UnsupportedModel
+from unbackdoor.weights.formats.buffers import short
+from unbackdoor.weights.formats.tensors import MAX_AXES
+
+if TYPE_CHECKING:
+    from unbackdoor.weights.formats.onnx.graph import Builder
+
+LARGEST = 4096  # of a kernel, a stride, a padding; nothing in an image classifier is longer
+
+Value = fx.Node | Tensor | None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of the network stands in the file: an operand of one of its operators.
+
+    Attributes:
+        node: Position of the operator in the graph.
+        position: Position of the operand.
+        turned: Whether the file holds it transposed.
+        scale: Attribute of the operator that the tensor was multiplied with, or empty.
+        repeat: Rows of the operand, where the file repeats the one row of the tensor; else 0.
+    """
+
+    node: int
+    position: int
+    turned: bool = False
+    scale: str = ""
+    repeat: int = 0
+
+
+class Call:
+    """One operator of the file with its operands looked up."""
+
+    def __init__(self, builder: Builder, message: Any, number: int) -> None:
+        self.kind: str = message.op_type
+        self.builder = builder
+        self.number = number
+        self.label = f"{self.kind} {short(message.name or number)}"
+        self.names = list(message.input)
+        self.outputs = list(message.output)
+        self.operands: list[Value] = [builder.value(name) for name in self.names]
+        self._attributes = {attribute.name: attribute for attribute in message.attribute}
+
+    def integer(self, name: str, default: int) -> int:
+        return int(self._attributes[name].i) if name in self._attributes else default
+
+    def number_of(self, name: str, default: float) -> float:
+        return float(self._attributes[name].f) if name in self._attributes else default
+
+    def text(self, name: str, default: str) -> str:
+        return self._attributes[name].s.decode("utf-8", "replace") if name in self._attributes else default
+
+    def integers(self, name: str, default: list[int]) -> list[int]:
+        return [int(i) for i in self._attributes[name].ints] if name in self._attributes else default
+
+    def tensor(self, name: str) -> Tensor | None:
+        found = self._attributes.get(name)
+        return self.builder.tensors.read(found.t) if found is not None and found.HasField("t") else None
+
+    def operand(self, position: int) -> Value:
+        return self.operands[position] if position < len(self.operands) else None
+
+    def constant(self, position: int) -> Tensor | None:
+        """Return an operand that is known now; None where it is left out."""
+        value = self.operand(position)
+        if isinstance(value, fx.Node):
+            raise self.refused(f"with a computed operand {position}")
+        return value
+
+    def weight(self, position: int) -> Tensor:
+        value = self.constant(position)
+        if value is None or not value.is_floating_point():
+            raise self.refused(f"without weights as operand {position}")
+        return value
+
+    def sizes(self, position: int) -> list[int] | None:
+        """Return a constant list of integers; None where it is left out."""
+        value = self.constant(position)
+        if value is None:
+            return None
+        if value.is_floating_point() or value.numel() > 2 * MAX_AXES:
+            raise self.refused("with sizes that are none")
+        return [int(i) for i in value.flatten().tolist()]
+
+    def node(self, position: int = 0, repeat: int = 0) -> fx.Node:
+        """Return an operand as a node of the graph, whatever it is."""
+        if position >= len(self.names):
+            raise self.refused(f"without operand {position}")
+        place = Place(self.number, position, repeat=repeat)
+        return self.builder.node(self.operand(position), self.names[position], place)
+
+    def lengths(self, position: int) -> fx.Node | list[int] | None:
+        """Return sizes, constant or computed from the sizes of other values; None where left out."""
+        value = self.operand(position)
+        if isinstance(value, fx.Node) and value in self.builder.whole:
+            return value
+        return self.sizes(position)
+
+    def refused(self, what: str) -> UnsupportedModel:
+        return UnsupportedModel(
+            f"the ONNX operator {self.kind} is not imported {what}",
+            where=f"{self.builder.path}, {self.label}",
+            remedy="Export the model again in evaluation mode with a recent opset, or give its state dict",
+        )
+
+    def pair(self, name: str, default: int = 1) -> tuple[int, int]:
+        """Return an attribute with one size for each axis of an image."""
+        values = self.bounded(self.integers(name, [default] * 2), 1)
+        if len(values) != 2:
+            raise self.refused("other than over the two axes of an image")
+        return values[0], values[1]
+
+    def bounded(self, values: list[int], least: int = 0) -> list[int]:
+        if any(not least <= value <= LARGEST for value in values):
+            raise self.refused(f"with sizes such as {short(values[:4])}")
+        return values

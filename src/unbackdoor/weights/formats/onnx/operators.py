@@ -1,0 +1,637 @@
+"""What the operators of ONNX are in torch: layers where they have weights or a name, functions elsewhere."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from unbackdoor.weights.formats.buffers import short
+from unbackdoor.weights.formats.onnx import initializers as onnx
+from unbackdoor.weights.formats.onnx.node import LARGEST, Call, Place, Value
+
+WEIGHTS = ("weight", "bias", "running_mean", "running_var")
+_LONGEST = 1 << 20  # entries of what the network makes from nothing but sizes
+
+
+def is_whole(call: Call) -> bool:
+    """Tell whether an operator makes integers of sizes, which may be sizes themselves."""
+    if call.kind == "Shape":
+        return True
+    if call.kind == "Cast":
+        return call.integer("to", 0) in (6, 7)
+    known = (
+        value in call.builder.whole if isinstance(value, fx.Node) else not value.is_floating_point()
+        for value in call.operands
+        if value is not None
+    )
+    return call.kind in _OF_SIZES and all(known)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Layers
+
+
+def _with(call: Call, layer: nn.Module, **tensors: Tensor | None) -> nn.Module:
+    # Layers are made without memory and filled, so that no generator is drawn from.
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        call.builder.spend(tensor.numel(), tensor.element_size())
+        if name in layer._buffers:
+            layer._buffers[name] = tensor.clone()
+        else:
+            setattr(layer, name, nn.Parameter(tensor.clone()))
+    return layer
+
+
+def _places(call: Call, *names: str) -> dict[str, Place]:
+    # Of operands from the second on that are there.
+    there = ((name, position) for position, name in enumerate(names, 1) if call.operand(position) is not None)
+    return {name: Place(call.number, position) for name, position in there}
+
+
+def _pads(call: Call, axes: int) -> list[int]:
+    # As ONNX writes them: all beginnings, then all ends.
+    mode = call.text("auto_pad", "NOTSET")
+    if mode not in ("NOTSET", "VALID"):
+        raise call.refused(f"with auto_pad {short(mode)}")
+    pads = call.bounded(call.integers("pads", [0] * 2 * axes))
+    if len(pads) != 2 * axes:
+        raise call.refused("with paddings of another number of axes")
+    return pads
+
+
+def _symmetric(pads: list[int]) -> bool:
+    return pads[: len(pads) // 2] == pads[len(pads) // 2 :]
+
+
+def _around(pads: list[int]) -> list[int]:
+    # As torch wants them: begin and end of the last axis first.
+    half = len(pads) // 2
+    return [pad for axis in reversed(range(half)) for pad in (pads[axis], pads[half + axis])]
+
+
+def _conv(call: Call) -> fx.Node:
+    weight, bias = call.weight(1), call.constant(2)  # (O, I / groups, kH, kW)
+    groups = call.integer("group", 1)
+    if weight.dim() != 4 or not 1 <= groups <= weight.shape[0] or weight.shape[0] % groups:
+        raise call.refused("other than over the two axes of an image")
+    pads = _pads(call, 2)
+    inputs = call.node()
+    if not _symmetric(pads):
+        inputs, pads = call.builder.call(F.pad, inputs, _around(pads)), [0, 0, 0, 0]
+    layer = nn.Conv2d(
+        weight.shape[1] * groups,
+        weight.shape[0],
+        (weight.shape[2], weight.shape[3]),
+        stride=call.pair("strides"),
+        padding=(pads[0], pads[1]),
+        dilation=call.pair("dilations"),
+        groups=groups,
+        bias=bias is not None,
+        device="meta",
+    )
+    filled = _with(call, layer, weight=weight, bias=bias)
+    return call.builder.module(call, filled, inputs=inputs, places=_places(call, "weight", "bias"))
+
+
+def _batch_norm(call: Call) -> fx.Node:
+    scale, shift, mean, var = (call.weight(position) for position in (1, 2, 3, 4))
+    if any(tensor.shape != scale.shape or tensor.dim() != 1 for tensor in (shift, mean, var)):
+        raise call.refused("with statistics of different lengths")
+    if call.integer("training_mode", 0):
+        call.builder.notes.append(
+            "batch normalisation was exported in training mode; running statistics are used"
+        )
+    layer = nn.BatchNorm2d(
+        len(scale),
+        eps=call.number_of("epsilon", 1e-5),
+        momentum=1 - call.number_of("momentum", 0.9),
+        device="meta",
+    )
+    tracked = torch.zeros((), dtype=torch.int64)
+    filled = _with(
+        call, layer, weight=scale, bias=shift, running_mean=mean, running_var=var, num_batches_tracked=tracked
+    )
+    return call.builder.module(call, filled, places=_places(call, *WEIGHTS))
+
+
+def _layer_norm(call: Call) -> fx.Node:
+    weight, bias = call.weight(1), call.constant(2)
+    if call.integer("axis", -1) not in (-1, -weight.dim()):
+        raise call.refused("over other axes than those of its weights")
+    layer = nn.LayerNorm(
+        list(weight.shape), eps=call.number_of("epsilon", 1e-5), bias=bias is not None, device="meta"
+    )
+    filled = _with(call, layer, weight=weight, bias=bias)
+    return call.builder.module(call, filled, places=_places(call, "weight", "bias"))
+
+
+def _linear(call: Call, weight: Tensor, bias: Tensor | None, places: dict[str, Place]) -> fx.Node:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    filled = _with(call, layer, weight=weight.contiguous(), bias=bias)
+    return call.builder.module(call, filled, places=places)
+
+
+def _gemm(call: Call) -> fx.Node:
+    weight, bias = call.weight(1), call.constant(2)
+    alpha, beta = call.number_of("alpha", 1.0), call.number_of("beta", 1.0)
+    if weight.dim() != 2 or call.integer("transA", 0):
+        raise call.refused("with a turned first operand")
+    turned = not call.integer("transB", 0)
+    weight = weight.t() if turned else weight  # (O, I)
+    if alpha != 1:
+        call.builder.spend(weight.numel(), weight.element_size())
+        weight = alpha * weight
+    places = {"weight": Place(call.number, 1, turned, "" if alpha == 1 else "alpha")}
+    if bias is not None:
+        if bias.numel() not in (1, weight.shape[0]):
+            raise call.refused("with a bias of another length")
+        bias = (bias if beta == 1 else beta * bias).flatten().expand(weight.shape[0])
+        places["bias"] = Place(call.number, 2, scale="" if beta == 1 else "beta")
+    return _linear(call, weight, bias, places)
+
+
+def _matmul(call: Call) -> fx.Node:
+    weight = call.operand(1)
+    if isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point():
+        return _linear(call, weight.t(), None, {"weight": Place(call.number, 1, turned=True)})
+    return call.builder.call(torch.matmul, call.node(0), call.node(1))
+
+
+def _max_pool(call: Call) -> fx.Node:
+    kernel = call.pair("kernel_shape")
+    pads = _pads(call, 2)
+    inputs = call.node()
+    if not _symmetric(pads) or any(2 * pad > size for pad, size in zip(pads, kernel, strict=False)):
+        inputs, pads = call.builder.call(F.pad, inputs, _around(pads), value=float("-inf")), [0, 0, 0, 0]
+    layer = nn.MaxPool2d(
+        kernel,
+        stride=call.pair("strides"),
+        padding=(pads[0], pads[1]),
+        dilation=call.pair("dilations"),
+        ceil_mode=bool(call.integer("ceil_mode", 0)),
+    )
+    return call.builder.module(call, layer, inputs=inputs)
+
+
+def _average_pool(call: Call) -> fx.Node:
+    kernel = call.pair("kernel_shape")
+    pads = _pads(call, 2)
+    if not _symmetric(pads) or call.pair("dilations") != (1, 1):
+        raise call.refused("with such a window")
+    layer = nn.AvgPool2d(
+        kernel,
+        stride=call.pair("strides"),
+        padding=(pads[0], pads[1]),
+        ceil_mode=bool(call.integer("ceil_mode", 0)),
+        count_include_pad=bool(call.integer("count_include_pad", 0)),
+    )
+    return call.builder.module(call, layer)
+
+
+def _clip(call: Call) -> fx.Node:
+    # Bounds were attributes before opset 11.
+    low, high = (
+        float(value) if value is not None else call.number_of(name, default)
+        for value, name, default in (
+            (call.constant(1), "min", float("-inf")),
+            (call.constant(2), "max", float("inf")),
+        )
+    )
+    if (low, high) == (0.0, 6.0):
+        return call.builder.module(call, nn.ReLU6())
+    return call.builder.module(call, nn.Hardtanh(low, high))
+
+
+def _hard_sigmoid(call: Call) -> fx.Node:
+    alpha, beta = call.number_of("alpha", 0.2), call.number_of("beta", 0.5)
+    if abs(alpha - 1 / 6) < 1e-6 and beta == 0.5:
+        return call.builder.module(call, nn.Hardsigmoid())
+    return call.builder.call(_scaled_clamp, call.node(), alpha, beta)
+
+
+def _leaky(call: Call) -> fx.Node:
+    return call.builder.module(call, nn.LeakyReLU(call.number_of("alpha", 0.01)))
+
+
+def _gelu(call: Call) -> fx.Node:
+    mode = call.text("approximate", "none")
+    if mode not in ("none", "tanh"):
+        raise call.refused(f"with approximation {short(mode)}")
+    return call.builder.module(call, nn.GELU(approximate=mode))
+
+
+def _layer(make: Callable[[], nn.Module]) -> Callable[[Call], Value]:
+    return lambda call: call.builder.module(call, make())
+
+
+# ---------------------------------------------------------------------------------------------------
+# What lies between; the functions that the networks call at run time stand here too
+
+
+def _scaled_clamp(x: Tensor, alpha: float, beta: float) -> Tensor:
+    return (alpha * x + beta).clamp(0, 1)
+
+
+def _reshaped(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    # A zero stands for the size that is there.
+    return x.reshape([x.shape[axis] if size == 0 else size for axis, size in enumerate(sizes)])
+
+
+def _flattened(x: Tensor, axis: int) -> Tensor:
+    rows = 1
+    for size in x.shape[: axis if axis >= 0 else x.dim() + axis]:
+        rows *= size
+    return x.reshape(rows, -1)
+
+
+def _sliced(x: Tensor, begins: tuple[int, ...], ends: tuple[int, ...], axes: tuple[int, ...]) -> Tensor:
+    for begin, end, axis in zip(begins, ends, axes, strict=True):
+        size = x.shape[axis]
+        begin, end = (min(max(place + size if place < 0 else place, 0), size) for place in (begin, end))
+        x = x.narrow(axis, begin, max(end - begin, 0))
+    return x
+
+
+def _joined(tensors: list[Tensor], axis: int) -> Tensor:
+    # What has one row belongs to every image of the batch.
+    rows = max(len(x) for x in tensors)
+    return torch.cat([x.expand(rows, *x.shape[1:]) if axis and len(x) == 1 else x for x in tensors], axis)
+
+
+def _expanded(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    return x.expand(torch.broadcast_shapes(x.shape, sizes))
+
+
+def _reshaped_by(x: Tensor, sizes: Tensor) -> Tensor:
+    return _reshaped(x, tuple(sizes.tolist()))
+
+
+def _expanded_by(x: Tensor, sizes: Tensor) -> Tensor:
+    return _expanded(x, tuple(sizes.tolist()))
+
+
+def _shape_of(x: Tensor, begin: int, end: int) -> Tensor:
+    # Where there are no numbers at all, as in a trial of the sizes, there still are those of a shape.
+    return torch.tensor(list(x.shape)[begin:end], device="cpu" if x.is_meta else x.device)
+
+
+def _full(sizes: Tensor, value: float, dtype: torch.dtype) -> Tensor:
+    shape = torch.Size(sizes.tolist())
+    if shape.numel() > _LONGEST:
+        raise ValueError("a constant that is made of sizes is too large")
+    return torch.full(shape, value, dtype=dtype, device=sizes.device)
+
+
+def _typed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype)
+
+
+def _float(x: Tensor) -> Tensor:
+    return x.float()
+
+
+def _quotient(x: Any, y: Any) -> Any:
+    # Integers are divided as in C.
+    whole = not any(isinstance(v, float) or (isinstance(v, Tensor) and v.is_floating_point()) for v in (x, y))
+    return torch.div(x, y, rounding_mode="trunc" if whole else None)
+
+
+def _gathered(x: Tensor, places: Tensor, axis: int) -> Tensor:
+    return x.index_select(axis, torch.where(places < 0, places + x.shape[axis], places).long())
+
+
+def _squeezed(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    return x.squeeze(axes) if axes else x.squeeze()
+
+
+def _unsqueezed(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    rank = x.dim() + len(axes)
+    for axis in sorted(axis % rank for axis in axes):
+        x = x.unsqueeze(axis)
+    return x
+
+
+def _binary(function: Callable[..., Any]) -> Callable[[Call], Value]:
+    def make(call: Call) -> Value:
+        first, second = call.operand(0), call.operand(1)
+        if isinstance(first, Tensor) and isinstance(second, Tensor):
+            call.builder.spend(torch.broadcast_shapes(first.shape, second.shape).numel(), 8)
+            return _checked(call, function(first, second))
+        if function is operator.add and (merged := _bias(call, first, second)) is not None:
+            return merged
+        # Numbers are written into the graph; they are no weights that anybody would tune.
+        operands = [_scalar(value, call, position) for position, value in enumerate((first, second))]
+        return call.builder.call(function, *operands)
+
+    return make
+
+
+def _scalar(value: Value, call: Call, position: int) -> Any:
+    if isinstance(value, Tensor) and not value.dim():
+        return value.item()
+    return call.node(position)
+
+
+def _bias(call: Call, first: Value, second: Value) -> fx.Node | None:
+    # A product and a sum are one linear layer, whose bias the exporter has taken out.
+    for at, (node, other) in enumerate(((first, second), (second, first))):
+        if not isinstance(node, fx.Node) or not isinstance(other, Tensor) or node.op != "call_module":
+            continue
+        layer = call.builder.root[str(node.target)]
+        alone = isinstance(layer, nn.Linear) and layer._parameters["bias"] is None
+        once = call.builder.uses[call.names[at]] == 1
+        if alone and once and tuple(other.shape) == (layer.out_features,):
+            layer.bias = nn.Parameter(other.clone())
+            call.builder.places[f"{node.target}.bias"] = Place(call.number, 1 - at)
+            return node
+    return None
+
+
+def _unary(function: Callable[..., Any]) -> Callable[[Call], Value]:
+    def make(call: Call) -> Value:
+        value = call.operand(0)
+        if isinstance(value, Tensor):
+            call.builder.spend(value.numel(), 8)
+            return _checked(call, function(value))
+        return call.builder.call(function, call.node())
+
+    return make
+
+
+def _checked(call: Call, made: Any) -> Tensor:
+    if not isinstance(made, Tensor):
+        raise call.refused("with such constants")
+    return made
+
+
+def _constant(call: Call) -> Value:
+    made = call.tensor("value")
+    if made is None and (numbers := call.integers("value_ints", [call.integer("value_int", 0)])) is not None:
+        held = call._attributes
+        if "value_float" in held:
+            made = torch.tensor(call.number_of("value_float", 0.0))
+        elif "value_int" in held:
+            made = torch.tensor(numbers[0])
+        elif "value_ints" in held:
+            made = torch.tensor(numbers)
+        elif "value_floats" in held:
+            made = torch.tensor([float(f) for f in held["value_floats"].floats])
+    if made is None:
+        raise call.refused("of this kind")
+    return made
+
+
+def _same(call: Call) -> Value:
+    # It has two names from here on, so that a use of one is not all of its uses.
+    call.builder.uses[call.outputs[0]] = call.builder.uses.get(call.outputs[0], 0) + 1
+    return call.operand(0)
+
+
+def _dropout(call: Call) -> Value:
+    ratio = call.constant(1)
+    share = float(ratio) if ratio is not None else call.number_of("ratio", 0.5)
+    if not 0 <= share <= 1:
+        raise call.refused(f"with a share of {share}")
+    return call.builder.module(call, nn.Dropout(share))
+
+
+def _cast(call: Call) -> Value:
+    value, to = call.operand(0), call.integer("to", 0)
+    if isinstance(value, Tensor) and to in onnx.TYPES:
+        call.builder.spend(value.numel(), 8)
+        return value.to(onnx.TYPES[to][0])
+    if value in call.builder.whole and to in (6, 7, 9):
+        return call.builder.call(_typed, call.node(), onnx.TYPES[to][0])
+    if to != 1:
+        raise call.refused("to another type than float32")
+    return call.builder.call(_float, call.node()) if value in call.builder.whole else value
+
+
+def _mean(call: Call) -> Value:
+    axes = call.sizes(1) if len(call.operands) > 1 else call.integers("axes", [])
+    if not axes:
+        raise call.refused("over all axes")
+    return call.builder.call(
+        torch.mean, call.node(), dim=tuple(axes), keepdim=bool(call.integer("keepdims", 1))
+    )
+
+
+def _reshape(call: Call) -> Value:
+    sizes = call.lengths(1)
+    value = call.operand(0)
+    if isinstance(sizes, fx.Node):
+        return call.builder.call(_reshaped_by, call.node(), sizes)
+    if sizes is None or (call.integer("allowzero", 0) and 0 in sizes):
+        raise call.refused("with such sizes")
+    if isinstance(value, Tensor):
+        call.builder.spend(value.numel(), 8)
+        return _reshaped(value, tuple(sizes))
+    batch = call.builder.batch
+    if batch and sizes and sizes[0] > 0 and sizes[0] % batch == 0:
+        # Exported with the batch of its example written into it: the first axis is what the others leave.
+        sizes[0] = -1 if -1 not in sizes[1:] else 0
+    return call.builder.call(_reshaped, call.node(), tuple(sizes))
+
+
+def _transpose(call: Call) -> Value:
+    order = call.integers("perm", [])
+    value = call.operand(0)
+    if not order:
+        raise call.refused("without an order of its axes")
+    return (
+        value.permute(order)
+        if isinstance(value, Tensor)
+        else call.builder.call(torch.permute, call.node(), tuple(order))
+    )
+
+
+def _concat(call: Call) -> Value:
+    axis = call.integer("axis", 0)
+    constants = [value for value in call.operands if isinstance(value, Tensor)]
+    if len(constants) == len(call.operands):
+        call.builder.spend(sum(value.numel() for value in constants), 8)
+        return torch.cat(constants, axis)
+    batch = call.builder.batch
+    nodes = []
+    for position, value in enumerate(call.operands):
+        repeat = 0
+        if isinstance(value, Tensor) and axis and value.dim() and len(value) == batch > 1:
+            # A class token, repeated for the batch of the example.
+            if not bool((value == value[:1]).all()):
+                raise call.refused("with a constant for each image of a batch")
+            call.operands[position], repeat = value[:1], batch
+        nodes.append(call.node(position, repeat))
+    return call.builder.call(_joined, nodes, axis)
+
+
+def _softmax(call: Call) -> Value:
+    return call.builder.module(call, nn.Softmax(dim=call.integer("axis", -1)))
+
+
+def _pad(call: Call) -> Value:
+    pads = call.sizes(1) if len(call.operands) > 1 else call.integers("pads", [])
+    fill = call.constant(2)
+    if not pads or call.text("mode", "constant") != "constant" or call.constant(3) is not None:
+        raise call.refused("in this way")
+    value = float(fill) if fill is not None else call.number_of("value", 0.0)
+    return call.builder.call(F.pad, call.node(), _around(call.bounded(pads, -LARGEST)), value=value)
+
+
+def _slice(call: Call) -> Value:
+    begins, ends, axes, steps = (call.sizes(position) for position in (1, 2, 3, 4))
+    if begins is None or ends is None or (steps is not None and any(step != 1 for step in steps)):
+        raise call.refused("with steps or without places")
+    axes = axes if axes is not None else list(range(len(begins)))
+    value = call.operand(0)
+    places = (tuple(begins), tuple(ends), tuple(axes))
+    return (
+        _sliced(value, *places)
+        if isinstance(value, Tensor)
+        else call.builder.call(_sliced, call.node(), *places)
+    )
+
+
+def _split(call: Call) -> Value:
+    axis, parts = call.integer("axis", 0), len(call.outputs)
+    sizes = call.sizes(1)
+    if sizes is None or len(sizes) != parts or parts > 64:
+        raise call.refused("without sizes")
+    whole = call.node()
+    at, made = 0, []
+    for size in sizes:
+        made.append(call.builder.call(_sliced, whole, (at,), (at + size,), (axis,)))
+        at += size
+    return made  # type: ignore[return-value]
+
+
+def _expand(call: Call) -> Value:
+    sizes = call.lengths(1)
+    if isinstance(sizes, fx.Node):
+        return call.builder.call(_expanded_by, call.node(), sizes)
+    if sizes is None:
+        raise call.refused("without sizes")
+    return call.builder.call(_expanded, call.node(), tuple(call.bounded(sizes)))
+
+
+def _shape(call: Call) -> Value:
+    value, begin, end = call.operand(0), call.integer("start", 0), call.integer("end", 1 << 31)
+    if isinstance(value, Tensor):
+        return torch.tensor(list(value.shape)[begin:end], dtype=torch.int64)
+    return call.builder.call(_shape_of, call.node(), begin, end)
+
+
+def _constant_of_shape(call: Call) -> Value:
+    sizes, given = call.lengths(0), call.tensor("value")
+    fill = given if given is not None else torch.zeros(1)
+    if sizes is None or fill.numel() != 1:
+        raise call.refused("with such constants")
+    if isinstance(sizes, fx.Node):
+        return call.builder.call(_full, sizes, fill.item(), fill.dtype)
+    count = torch.Size(call.bounded(sizes)).numel()
+    call.builder.spend(count, fill.element_size())
+    return torch.full(sizes, fill.item(), dtype=fill.dtype)
+
+
+def _where(call: Call) -> Value:
+    values = [call.operand(position) for position in range(3)]
+    constants = [value for value in values if isinstance(value, Tensor)]
+    if len(constants) == 3:
+        call.builder.spend(torch.broadcast_shapes(*(value.shape for value in constants)).numel(), 8)
+        return torch.where(constants[0], constants[1], constants[2])
+    return call.builder.call(torch.where, *(call.node(position) for position in range(3)))
+
+
+def _axes(call: Call) -> tuple[int, ...]:
+    given = call.sizes(1) if len(call.operands) > 1 else call.integers("axes", [])
+    return tuple(given or ())
+
+
+def _squeeze(call: Call) -> Value:
+    value = call.operand(0)
+    return (
+        _squeezed(value, _axes(call))
+        if isinstance(value, Tensor)
+        else call.builder.call(_squeezed, call.node(), _axes(call))
+    )
+
+
+def _unsqueeze(call: Call) -> Value:
+    value = call.operand(0)
+    if isinstance(value, Tensor):
+        return _unsqueezed(value, _axes(call))
+    return call.builder.call(_unsqueezed, call.node(), _axes(call))
+
+
+def _gather(call: Call) -> Value:
+    index, value, axis = call.constant(1), call.operand(0), call.integer("axis", 0)
+    if index is None or index.is_floating_point() or index.dim() > 1:
+        raise call.refused("with several axes of places")
+    if isinstance(value, Tensor):
+        if not index.dim():
+            return value.select(axis, int(index))
+        call.builder.spend(value.numel() // max(value.shape[axis], 1) * len(index), value.element_size())
+        return _gathered(value, index, axis)
+    if index.dim():
+        return call.builder.call(_gathered, call.node(), call.node(1), axis)
+    return call.builder.call(torch.select, call.node(), axis, int(index))
+
+
+OPERATORS: dict[str, Callable[[Call], Any]] = {
+    "Add": _binary(operator.add),
+    "AveragePool": _average_pool,
+    "BatchNormalization": _batch_norm,
+    "Cast": _cast,
+    "Clip": _clip,
+    "Concat": _concat,
+    "Constant": _constant,
+    "ConstantOfShape": _constant_of_shape,
+    "Conv": _conv,
+    "Div": _binary(_quotient),
+    "Dropout": _dropout,
+    "Elu": lambda call: call.builder.module(call, nn.ELU(call.number_of("alpha", 1.0))),
+    "Equal": _binary(operator.eq),
+    "Erf": _unary(torch.erf),
+    "Expand": _expand,
+    "Flatten": lambda call: call.builder.call(_flattened, call.node(), call.integer("axis", 1)),
+    "Gather": _gather,
+    "Gelu": _gelu,
+    "Gemm": _gemm,
+    "GlobalAveragePool": _layer(lambda: nn.AdaptiveAvgPool2d(1)),
+    "HardSigmoid": _hard_sigmoid,
+    "HardSwish": _layer(nn.Hardswish),
+    "Identity": _same,
+    "LayerNormalization": _layer_norm,
+    "LeakyRelu": _leaky,
+    "MatMul": _matmul,
+    "MaxPool": _max_pool,
+    "Mul": _binary(operator.mul),
+    "Pad": _pad,
+    "Pow": _binary(operator.pow),
+    "ReduceMean": _mean,
+    "Relu": _layer(nn.ReLU),
+    "Reshape": _reshape,
+    "Shape": _shape,
+    "Sigmoid": _layer(nn.Sigmoid),
+    "Slice": _slice,
+    "Softmax": _softmax,
+    "Split": _split,
+    "Sqrt": _unary(torch.sqrt),
+    "Squeeze": _squeeze,
+    "Sub": _binary(operator.sub),
+    "Tanh": _layer(nn.Tanh),
+    "Transpose": _transpose,
+    "Unsqueeze": _unsqueeze,
+    "Where": _where,
+}
+# Of integers that are sizes these make integers that are sizes.
+_OF_SIZES = {
+    "Add", "Concat", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Identity", "Mul", "Reshape",
+    "Slice", "Squeeze", "Sub", "Unsqueeze", "Where",
+}  # fmt: skip

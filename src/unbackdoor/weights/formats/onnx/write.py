@@ -1,0 +1,206 @@
+"""Repaired weights back into the ONNX file that they came from; its graph stays as it is.
+
+A weight that one operator uses is replaced under its name. One that several use, or that the file computes
+from others, becomes a weight of its own for the operator whose tensor changed. Weights that lay in other
+files are taken in, so that the new file stands alone. Nothing is written that does not open to the very
+tensors that were to be written. Needs the extra ``onnx``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unbackdoor.errors import InputError, IntegrityError, UnsupportedModel
+from unbackdoor.files import atomic_write
+from unbackdoor.weights.formats.buffers import short
+from unbackdoor.weights.formats.onnx import initializers as onnx
+from unbackdoor.weights.formats.onnx.graph import import_graph
+from unbackdoor.weights.formats.onnx.node import Place
+from unbackdoor.weights.formats.torch_save.pickle_reader import Trail
+
+_NUMBERS = {dtype: number for number, (dtype, _, _) in onnx.TYPES.items()}
+_COUNTER = "num_batches_tracked"  # of torch alone; no result depends on it
+
+
+def require_room(path: Path) -> None:
+    """Raise UnsupportedModel where the file and its weights are too large for one ONNX file."""
+    model = onnx.parse(path)
+    tensors = onnx.Tensors(path)
+    for message in _tensors(model):
+        if message.data_location == onnx.EXTERNAL:
+            tensors.read(message)
+    if tensors.held > onnx.MAX_BYTES:
+        raise _too_large(path, tensors.held)
+
+
+def _too_large(path: Path, size: int) -> UnsupportedModel:
+    return UnsupportedModel(
+        "the model is too large to be written as one ONNX file",
+        expected=f"at most {onnx.MAX_BYTES} bytes",
+        got=size,
+        where=path,
+        remedy="Give the state dict of the model and its architecture instead",
+    )
+
+
+def write_graph(
+    path: Path,
+    source: Path,
+    places: Mapping[str, Place],
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+) -> None:
+    """Write the graph of a file with other weights, whole or not at all.
+
+    Args:
+        path: The file to write.
+        source: The file that the network was imported from.
+        places: Of its tensors, as the import gives them.
+        before: Its state dict as imported.
+        after: The state dict to write, of the same names and shapes.
+
+    Raises:
+        InputError: If the tensors do not fit, or the disk refuses.
+        IntegrityError: If what was written does not open to these tensors.
+    """
+    wanted = {name: t.detach().cpu() for name, t in after.items()}
+    if wanted.keys() != before.keys() or any(wanted[n].shape != t.shape for n, t in before.items()):
+        odd = sorted(n for n in wanted.keys() | before.keys() if n not in wanted or n not in before)[:3]
+        raise InputError("the repaired model has other tensors than the file", got=odd, where=source)
+    changed = [
+        name
+        for name, tensor in wanted.items()
+        if not name.endswith(_COUNTER) and not torch.equal(tensor, before[name].cpu())
+    ]
+    if odd := [name for name in changed if name not in places]:
+        raise InputError("a changed tensor has no place in the file", where=f"{source}, {short(odd[0])}")
+    model = onnx.parse(source)
+    operands = _Operands(model.graph, places)
+    # Last those that go by the name of a weight: whoever shares it has a weight of its own by then.
+    for name in sorted(changed, key=lambda name: operands.of(name) == name):
+        operands.put(name, wanted)
+    asked = {(place.node, place.position): wanted[name] for name, place in places.items()}
+
+    def check(draft: Path) -> None:
+        network = import_graph(draft)
+        state, found = network.state_dict(), network.meta["places"]
+        reread = {(place.node, place.position): state[name] for name, place in found.items()}
+        if reread.keys() != asked.keys() or not all(torch.equal(reread[at], asked[at]) for at in asked):
+            raise IntegrityError("the file that was written does not hold the repaired weights", where=path)
+
+    _store(path, source, model, check)
+
+
+def write_initializers(path: Path, source: Path, state: Mapping[str, Tensor]) -> None:
+    """Write a file with other weights under the names that it has, whole or not at all.
+
+    Raises:
+        InputError: If it has not exactly these, or the disk refuses.
+    """
+    model = onnx.parse(source)
+    held = {message.name: message for message in model.graph.initializer}
+    if held.keys() != state.keys() or any(tuple(held[n].dims) != tuple(t.shape) for n, t in state.items()):
+        odd = sorted(short(name) for name in held.keys() ^ state.keys())[:3]
+        raise InputError("the weights are not those of the file", got=odd, where=source)
+    for name, tensor in state.items():
+        _fill(held[name], tensor.detach().cpu())
+
+    def check(draft: Path) -> None:
+        reread = onnx.read(draft, Trail())
+        if not all(torch.equal(reread[name], tensor.cpu()) for name, tensor in state.items()):
+            raise IntegrityError("the file that was written does not hold the weights", where=path)
+
+    _store(path, source, model, check)
+
+
+class _Operands:
+    """The operands of a graph that are weights of the network."""
+
+    def __init__(self, graph: Any, places: Mapping[str, Place]) -> None:
+        self._graph = graph
+        self._places = places
+        self._held = {message.name: message for message in graph.initializer}
+        self._uses: dict[str, int] = {}
+        for name in [name for node in graph.node for name in node.input] + [v.name for v in graph.output]:
+            self._uses[name] = self._uses.get(name, 0) + 1
+        self._taken = {*self._held, *self._uses, *(name for node in graph.node for name in node.output)}
+
+    def of(self, name: str) -> str:
+        """Return the name of the value that stands where a tensor of the network does."""
+        place = self._places[name]
+        return str(self._graph.node[place.node].input[place.position])
+
+    def put(self, name: str, state: Mapping[str, Tensor]) -> None:
+        """Let the operator of a tensor have its value, and no other operator."""
+        place, operand = self._places[name], self.of(name)
+        if operand == name and self._uses[name] > 1:
+            for other in self._places:
+                if other != name and self.of(other) == operand:
+                    self.put(other, state)
+        node, message = self._graph.node[place.node], self._held.get(operand)
+        shape = None if message is None else tuple(message.dims)
+        value = _as_in_file(state[name], place, shape)
+        _unscale(node, place)
+        if message is None or self._uses[operand] > 1 or tuple(value.shape) != shape:
+            fresh = name
+            while fresh in self._taken:
+                fresh += "_"
+            self._taken.add(fresh)
+            self._uses[operand] -= 1
+            self._uses[fresh] = 1
+            message = self._held[fresh] = self._graph.initializer.add(name=fresh)
+            node.input[place.position] = fresh
+        _fill(message, value)
+
+
+def _as_in_file(tensor: Tensor, place: Place, shape: tuple[int, ...] | None) -> Tensor:
+    if place.turned:
+        tensor = tensor.t()
+    if place.repeat:
+        tensor = tensor.expand(place.repeat, *tensor.shape[1:])
+    if shape is not None and torch.Size(shape).numel() == tensor.numel():
+        tensor = tensor.reshape(shape)
+    return tensor
+
+
+def _unscale(node: Any, place: Place) -> None:
+    # The tensor that is written holds the factor already.
+    kept = [attribute for attribute in node.attribute if attribute.name != place.scale]
+    if len(kept) < len(node.attribute):
+        del node.attribute[:]
+        node.attribute.extend(kept)
+
+
+def _fill(message: Any, tensor: Tensor) -> None:
+    name, shape = message.name, list(tensor.shape)
+    message.Clear()
+    message.name = name
+    message.dims.extend(shape)
+    message.data_type = _NUMBERS[tensor.dtype]
+    message.raw_data = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def _store(path: Path, source: Path, model: Any, check: Callable[[Path], None]) -> None:
+    tensors = onnx.Tensors(source)
+    for message in _tensors(model):
+        if message.data_location == onnx.EXTERNAL:
+            _fill(message, tensors.read(message))
+    if model.ByteSize() > onnx.MAX_BYTES:
+        raise _too_large(source, model.ByteSize())
+    with atomic_write(path) as draft:
+        draft.write_bytes(model.SerializeToString(deterministic=True))
+        check(draft)
+
+
+def _tensors(model: Any) -> Iterator[Any]:
+    yield from model.graph.initializer
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors

@@ -1,0 +1,256 @@
+"""From what a checkpoint describes to the state dict in it: where it lies, its names, what is beside it."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from unbackdoor.errors import InputError
+from unbackdoor.weights.formats.buffers import listed, short
+from unbackdoor.weights.formats.tensors import TensorRef
+from unbackdoor.weights.formats.torch_save.pickle_globals import Name
+from unbackdoor.weights.formats.torch_save.pickle_reader import Faulty, Stub, Trail, as_mapping
+
+NESTS = (
+    "state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights", "params",
+    "classifier", "netC", "state_dict_ema", "model_ema", "ema",
+)  # fmt: skip
+PREFIXES = ("module.", "_orig_mod.", "network.", "model.")
+_LISTED = 16  # entries of a list that are looked at
+_DEPTH = 4  # dictionaries in dictionaries that a state dict is looked for in
+_MODULES = 20_000  # modules, so that one that contains itself many times ends too
+_NUMPY_FORMATS = {"f8": "d", "f4": "f", "i8": "q", "i4": "i", "i2": "h", "u1": "B", "i1": "b", "b1": "?"}
+
+Fact = str | int | float | bool
+
+
+@dataclass
+class Found:
+    """A state dict in a checkpoint.
+
+    Attributes:
+        refs: Its tensors by name.
+        beside: Plain values that stood beside it, such as the epoch and the accuracy.
+        nest: The keys that lead to it; empty at the top, and for a module or an entry of a list.
+    """
+
+    refs: dict[str, TensorRef]
+    beside: dict[str, Fact] = field(default_factory=dict)
+    nest: tuple[str, ...] = ()
+
+
+def find(described: object, trail: Trail) -> Found:
+    """Return the state dict that a checkpoint holds at the top, under a usual key, or as a whole module.
+
+    Raises:
+        InputError: If it holds none.
+    """
+    found = _search(described, trail, "", 0)
+    if found is not None:
+        return found
+    mapping = as_mapping(described)
+    keys = listed([str(key) if isinstance(key, str | int) else "?" for key in list(mapping or {})[:6]])
+    several = [short(key)[1:-1] for key in mapping or {} if isinstance(key, str) and _holds(mapping, key)]
+    if several:
+        raise InputError(
+            "the checkpoint holds several state dicts, and none is under a usual key",
+            expected="one that can be told to be meant",
+            got=listed(several),
+            remedy="Save the one that is meant alone: torch.load(file, weights_only=True) runs no code",
+        )
+    raise InputError(
+        "the checkpoint holds no state dict",
+        expected="tensors by name, at the top or under " + ", ".join(NESTS[:6]),
+        got=f"keys {keys}" if mapping else _kind(described),
+    )
+
+
+def _search(value: object, trail: Trail, path: str, depth: int) -> Found | None:
+    refs = _tensors(value, trail)
+    if refs:
+        if path:
+            trail.note(f"the weights lie under {path}")
+        return Found(refs)
+    listing = isinstance(value, list | tuple)
+    if isinstance(value, list | tuple):  # (state dict, epoch), as some scripts save it
+        value = {str(place): entry for place, entry in enumerate(value[:_LISTED])}
+    mapping = as_mapping(value)
+    if not mapping or depth >= _DEPTH:
+        return None
+    keys = [key for key in NESTS if key in mapping]
+    # Where none of the usual keys is there, a single one that holds tensors is meant.
+    others = [
+        key for key in mapping if isinstance(key, str) and key not in NESTS and "optim" not in key.lower()
+    ]
+    candidates = [key for key in others if _holds(mapping, key)] if not keys else []
+    if len(candidates) > 1:
+        trail.note(
+            "several entries hold tensors, and none was chosen: "
+            + listed([short(key)[1:-1] for key in candidates])
+        )
+    for key in keys or candidates if len(candidates) <= 1 else []:
+        found = _search(mapping[key], trail, f"{path}.{key}"[:200].lstrip("."), depth + 1)
+        if found is not None:
+            if not listing and (found.nest or as_mapping(mapping[key]) is not None):
+                found.nest = (key, *found.nest)
+            for name, beside in mapping.items():
+                fact = _fact(beside)
+                if isinstance(name, str) and name != key:
+                    if fact is not None:
+                        found.beside.setdefault(name[:200], fact)
+                    elif "optim" in name.lower() and as_mapping(beside):
+                        trail.note(f"the state of an optimizer lies beside the weights, under {short(name)}")
+            return found
+    return None
+
+
+def _holds(mapping: dict[Any, Any] | None, key: str) -> bool:
+    return bool(_tensors((mapping or {})[key], Trail()))
+
+
+def _tensors(value: object, trail: Trail) -> dict[str, TensorRef]:
+    if isinstance(value, Stub) and _is_module(value):
+        trail.note(
+            f"a whole module was pickled ({short(value.cls or 'of a computed class')}): "
+            "only its tensors were read"
+        )
+        return dict(_walk(value))
+    mapping = as_mapping(value)
+    if not mapping:
+        return {}
+    out = {}
+    for name, entry in mapping.items():
+        if not isinstance(name, str):
+            return {}
+        if isinstance(entry, Faulty):
+            raise InputError(
+                "a tensor cannot be rebuilt", got=f"tensor {short(name)}: {short(str(entry.error))}"
+            ) from entry.error
+        if isinstance(entry, TensorRef):
+            out[name] = entry
+        elif not (name.endswith("_extra_state") or name == "_metadata"):
+            return {}
+    return out
+
+
+def _is_module(value: Stub) -> bool:
+    return any(
+        isinstance(as_mapping(value.attributes().get(key)), dict) for key in ("_parameters", "_modules")
+    )
+
+
+def _walk(top: Stub) -> Iterator[tuple[str, TensorRef]]:
+    # In the order of state_dict: own parameters, own buffers, then the modules within.
+    todo: list[tuple[str, Stub, frozenset[int]]] = [("", top, frozenset())]
+    count = 0
+    while todo:
+        prefix, module, above = todo.pop()
+        count += 1
+        if count > _MODULES or len(prefix) > 2000:
+            raise InputError("the pickled module has too many parts", expected=f"at most {_MODULES} modules")
+        attributes = module.attributes()
+        passing = _texts(attributes.get("_non_persistent_buffers_set"))
+        for kind, left_out in (("_parameters", set()), ("_buffers", passing)):
+            for name, ref in (as_mapping(attributes.get(kind)) or {}).items():
+                if isinstance(ref, TensorRef) and isinstance(name, str) and name not in left_out:
+                    yield prefix + name, ref
+        inner = [
+            (f"{prefix}{name}.", child, above | {id(module)})
+            for name, child in (as_mapping(attributes.get("_modules")) or {}).items()
+            if isinstance(child, Stub) and isinstance(name, str) and id(child) not in above | {id(module)}
+        ]
+        todo += reversed(inner)
+
+
+def _texts(value: object) -> set[str]:
+    if isinstance(value, Stub):  # a set as protocol 2 writes it: a call of set with a list
+        value = value.args[0] if isinstance(value.args, tuple) and value.args else value.entries
+    return {text for text in value if isinstance(text, str)} if isinstance(value, list) else set()
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Stub):
+        return f"an object of {short(value.cls)}" if value.cls else "an object of a computed class"
+    if isinstance(value, Name):
+        return f"the name {short(str(value))}"
+    return "one tensor without a name" if isinstance(value, TensorRef) else type(value).__name__
+
+
+def _fact(value: object) -> Fact | None:
+    """Return a plain number or a short text, also where numpy wrote the number; None for all else."""
+    if isinstance(value, bool | int):
+        return value if abs(value) < 1 << 63 else None
+    if isinstance(value, str):
+        return value[:200] if value else None
+    if isinstance(value, float):
+        return value if value - value == 0 else str(value)
+    if isinstance(value, Stub) and value.made_by is not None and value.cls.endswith(".multiarray.scalar"):
+        return _numpy_scalar(value.args)
+    return None
+
+
+def _numpy_scalar(args: object) -> Fact | None:
+    if not (
+        isinstance(args, tuple)
+        and len(args) == 2
+        and isinstance(args[0], Stub)
+        and isinstance(args[1], bytes)
+    ):
+        return None
+    code = args[0].args[0] if isinstance(args[0].args, tuple) and args[0].args else None
+    form = _NUMPY_FORMATS.get(code) if isinstance(code, str) else None
+    if form is None or len(args[1]) != struct.calcsize(form):
+        return None
+    value = struct.unpack(f"<{form}", args[1])[0]
+    return _fact(value) if isinstance(value, int | float) else None
+
+
+# ---------------------------------------------------------------------------------------------------
+# Names
+
+
+def strip(names: list[str]) -> str:
+    """Return the prefixes that wrappers put before all names, joined; empty for none."""
+    cut = 0
+    while names:
+        for prefix in PREFIXES:
+            if all(name.startswith(prefix, cut) and len(name) > cut + len(prefix) for name in names):
+                cut += len(prefix)
+                break
+        else:
+            break
+    return names[0][:cut] if names else ""
+
+
+def unpruned(state: Mapping[str, Tensor], trail: Trail) -> dict[str, Tensor]:
+    """Multiply the masks of ``torch.nn.utils.prune`` into the weights they belong to.
+
+    Other ways of writing one weight as several are remarked upon and left as they are.
+    """
+    out = dict(state)
+    masked = []
+    for name in state:
+        if not name.endswith("_orig"):
+            continue
+        plain = name.removesuffix("_orig")
+        mask = state.get(f"{plain}_mask")
+        if mask is None or plain in state or mask.shape != state[name].shape:
+            continue
+        # In the place of the original, so that the order of the layers is kept.
+        out = {plain if key == name else key: value for key, value in out.items() if key != f"{plain}_mask"}
+        out[plain] = state[name] * mask.to(state[name].dtype)
+        masked.append(plain)
+    if masked:
+        trail.note(f"{len(masked)} pruning masks were multiplied into their weights: {listed(masked, 3)}")
+    if any(".parametrizations." in f".{name}" for name in state):
+        trail.note("some weights are parametrised (names with parametrizations): they were left as they are")
+    if any(name.endswith("weight_g") and name[:-1] + "v" in state for name in state):
+        trail.note(
+            "some weights are split into length and direction (weight_g, weight_v): "
+            "they were left as they are"
+        )
+    return out

@@ -1,0 +1,194 @@
+"""Tensors that a file describes, checked before a byte of memory is taken for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unbackdoor.errors import InputError, UnsafeFile
+from unbackdoor.weights.formats.buffers import Buffer, short
+
+MAX_AXES = 16
+MAX_TIED = 4  # times the bytes of the file that its tensors may have in all; tied weights are copied
+_LARGEST = 1 << 40  # elements; a bound so that sums stay small, beyond every file that is read
+
+# By the name that torch gives the type, and by that of its storage class.
+DTYPES: Mapping[str, torch.dtype] = {
+    name: getattr(torch, name)
+    for name in (
+        "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "uint16",
+        "uint32", "uint64", "bool", "complex64", "complex128", "float8_e4m3fn", "float8_e5m2",
+    )
+    if hasattr(torch, name)
+}  # fmt: skip
+STORAGES: Mapping[str, torch.dtype] = {
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage":
+    torch.bool, "UntypedStorage": torch.uint8, "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+}  # fmt: skip
+_CARRIERS = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64, 16: np.complex128}
+
+
+@dataclass(frozen=True)
+class Window:
+    """Bytes of a buffer that one storage occupies."""
+
+    data: Buffer = field(repr=False)
+    start: int
+    size: int
+
+
+@dataclass(eq=False)
+class Store:
+    """The storages of one file by key; some containers fill it only after the pickle has been read."""
+
+    windows: dict[str, Window] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class StorageRef:
+    """A storage that a pickle refers to.
+
+    Attributes:
+        store: Where its bytes will be.
+        key: Its name there.
+        dtype: Type of its elements.
+        count: Number of elements it is said to have.
+        first: Element of the stored one that a view begins at.
+    """
+
+    store: Store
+    key: str
+    dtype: torch.dtype
+    count: int
+    first: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class TensorRef:
+    """A tensor that a file describes; nothing has been read of it."""
+
+    storage: StorageRef
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        total = 1
+        for size in self.shape:
+            total *= size
+        return total
+
+
+def natural(value: object) -> bool:
+    """Tell whether a value from a file is a size: an integer from 0 to beyond every file."""
+    return type(value) is int and 0 <= value <= _LARGEST
+
+
+def sizes(values: object) -> tuple[int, ...]:
+    """Return a shape or strides from a file.
+
+    Raises:
+        InputError: If it is no short list of natural numbers.
+    """
+    if not isinstance(values, list | tuple) or len(values) > MAX_AXES or not all(natural(v) for v in values):
+        raise InputError(
+            "a tensor has an absurd shape", expected=f"at most {MAX_AXES} sizes", got=_shown(values)
+        )
+    return tuple(values)
+
+
+def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides of a tensor without gaps."""
+    out = [1]
+    for size in reversed(shape[1:]):
+        out.append(out[-1] * max(size, 1))
+    return tuple(reversed(out)) if shape else ()
+
+
+def check(name: str, ref: TensorRef) -> None:
+    """Raise unless a tensor lies within its storage, and the storage within its file.
+
+    Raises:
+        InputError: If bytes are missing.
+        UnsafeFile: If the sizes claim what no file holds.
+    """
+    count = 1
+    for size in ref.shape:
+        count *= max(size, 1)
+        if count > _LARGEST:
+            raise _absurd(name, ref)
+    if len(ref.shape) != len(ref.stride):
+        raise _absurd(name, ref)
+    if not ref.count:
+        return
+    window = ref.storage.store.windows.get(ref.storage.key)
+    if window is None:
+        raise InputError("the bytes of a tensor are missing", got=f"tensor {short(name)}")
+    held = window.size // ref.dtype.itemsize
+    last = (
+        ref.storage.first + ref.offset + sum((n - 1) * s for n, s in zip(ref.shape, ref.stride, strict=True))
+    )
+    if last >= held:
+        raise InputError(
+            "a tensor reaches beyond its bytes",
+            expected=f"at least {last + 1} elements",
+            got=f"{held}, tensor {short(name)}",
+        )
+
+
+def materialise(refs: Mapping[str, TensorRef], file_size: int) -> dict[str, Tensor]:
+    """Return tensors in memory of their own, after all of them have been checked.
+
+    Args:
+        refs: Tensors by name.
+        file_size: Bytes of the file they come from.
+
+    Raises:
+        InputError: If bytes are missing.
+        UnsafeFile: If they describe far more than the file holds.
+    """
+    described = 0
+    for name, ref in refs.items():
+        check(name, ref)
+        described += ref.count * ref.dtype.itemsize
+    # A stride of zero lets one stored number stand for any amount of tensor: counted before copying.
+    if described > MAX_TIED * file_size:
+        raise UnsafeFile(
+            "the file describes more than it holds",
+            expected=f"tensors of at most {MAX_TIED * file_size} bytes in a file of {file_size} bytes",
+            got=f"{described} bytes",
+        )
+    return {name: _copied(ref) for name, ref in refs.items()}
+
+
+def _copied(ref: TensorRef) -> Tensor:
+    if not ref.count:
+        return torch.empty(ref.shape, dtype=ref.dtype)
+    window = ref.storage.store.windows[ref.storage.key]
+    item = ref.dtype.itemsize
+    # Viewed by numpy as integers of the width, because it knows neither bfloat16 nor tensors in unaligned
+    # bytes.
+    begin = window.start + (ref.storage.first + ref.offset) * item
+    strides = [stride * item for stride in ref.stride]
+    there = np.ndarray(ref.shape, _CARRIERS[item], window.data, begin, strides)
+    raw = torch.from_numpy(np.array(there, order="C"))
+    # Any other byte than 0 and 1 is undefined behaviour in a truth value.
+    return raw != 0 if ref.dtype == torch.bool else raw.view(ref.dtype)
+
+
+def _absurd(name: str, ref: TensorRef) -> UnsafeFile:
+    return UnsafeFile("a tensor has an absurd shape", got=f"{_shown(ref.shape)}, tensor {short(name)}")
+
+
+def _shown(values: object) -> str:
+    return short(list(values[:8])) if isinstance(values, list | tuple) else type(values).__name__

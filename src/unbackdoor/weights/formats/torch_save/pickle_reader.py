@@ -1,0 +1,553 @@
+"""A reader of pickles that calls nothing: every name becomes an inert stub, every call a record of itself.
+
+A pickle is a program for a small stack machine. Two of its instructions reach outside, one imports a name and
+one calls it. Here the first writes the name down and the second notes what would have been called with what;
+only the handful of functions by which torch describes a tensor are understood, and they yield a description.
+No class of the file, and none of the process, is ever looked up.
+
+The names are written down the moment they are met, so that a pickle that breaks off afterwards has still told
+them.
+"""
+
+from __future__ import annotations
+
+import codecs
+import pickletools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+import torch
+
+from unbackdoor.errors import InputError, UnbackdoorError, UnsafeFile
+from unbackdoor.weights.formats.buffers import short
+from unbackdoor.weights.formats.tensors import DTYPES, STORAGES, StorageRef, TensorRef, natural, sizes
+from unbackdoor.weights.formats.torch_save.pickle_globals import Danger, Name, judge
+
+MAX_STEPS = (
+    1_000_000  # instructions of one pickle; the checkpoint of a ResNet-152 with its optimizer has 50,000
+)
+MAX_NAMES = 1000
+_LONGEST = 500  # characters of a name; nothing that long can be imported
+_NESTED = 3  # pickles within pickles that are opened
+
+# Everything that reading nonsense raises in pickletools and here.
+BROKEN = (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, EOFError, RuntimeError)
+_OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
+_MAPPINGS = {"collections.OrderedDict", "builtins.dict", "collections.defaultdict", "collections.Counter"}
+_REBUILDS = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3")
+
+
+@dataclass
+class Trail:
+    """What is met on the way through a file, kept whether or not the file can be read to its end.
+
+    Attributes:
+        names: Names beyond plain tensors that its pickles would import, and how dangerous each is.
+        notes: Remarks for the reader, in words.
+    """
+
+    names: dict[Name, Danger] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def met(self, name: Name) -> None:
+        """Write a name down, unless it belongs to plain tensors."""
+        danger = judge(name)
+        if danger == "plain" or name in self.names:
+            return
+        if len(self.names) < MAX_NAMES or (danger == "dangerous" and not self.dangerous):
+            self.names[name] = danger
+
+    def note(self, text: str) -> None:
+        """Write a remark down, once."""
+        if text not in self.notes and len(self.notes) < MAX_NAMES:
+            self.notes.append(text)
+
+    @property
+    def dangerous(self) -> list[str]:
+        """The dangerous names, sorted."""
+        return sorted(str(name) for name, danger in self.names.items() if danger == "dangerous")
+
+
+class Stub:
+    """An object of the file that nobody has built.
+
+    Attributes:
+        made_by: The name that would have been called, or another stub.
+        args: What it would have been called with.
+        items: Keys and values that would have been set on it.
+        entries: Values that would have been appended or added to it.
+        state: What its attributes would have been set from.
+    """
+
+    __slots__ = ("args", "entries", "items", "made_by", "state")
+
+    def __init__(self, made_by: object, args: object = ()) -> None:
+        self.made_by = made_by
+        self.args = args
+        self.items: dict[Any, Any] | None = None
+        self.entries: list[Any] | None = None
+        self.state: Any = None
+
+    @property
+    def cls(self) -> str:
+        """Full name of its class or function; empty where that was computed."""
+        return str(self.made_by) if isinstance(self.made_by, Name) else ""
+
+    def attributes(self) -> dict[Any, Any]:
+        """The attributes that would have been set on it."""
+        state = self.state
+        if isinstance(state, tuple) and len(state) == 2:  # plain attributes and slots
+            return {
+                **(state[0] if isinstance(state[0], dict) else {}),
+                **(state[1] if isinstance(state[1], dict) else {}),
+            }
+        return state if isinstance(state, dict) else {}
+
+
+@dataclass(frozen=True)
+class Odd:
+    """Stands for a dictionary key that is not plain; hashing a stranger's nested tuples may take for ever."""
+
+    number: int
+
+
+@dataclass(frozen=True, eq=False)
+class Faulty:
+    """Stands for a tensor that cannot be made from what the pickle says of it."""
+
+    error: Exception
+
+
+class _Mark:
+    """The place on the stack where a group of values begins."""
+
+
+_MARK = _Mark()
+COMPUTED = Name("a name", "that is computed while loading")
+_OPENS = Name("torch.storage", "_load_from_bytes")
+_PLAIN_VALUES = (int, float, bytes, tuple, type(None))
+Persistent = Callable[[object], object]
+
+
+def as_mapping(value: object) -> dict[Any, Any] | None:
+    """Return the items of a dictionary of any class, or None for everything else."""
+    if isinstance(value, dict):
+        return value
+    if not isinstance(value, Stub) or value.cls not in _MAPPINGS:
+        return value.items if isinstance(value, Stub) and value.items else None
+    out: dict[Any, Any] = {}
+    for given in value.args if isinstance(value.args, tuple) else ():
+        if isinstance(given, dict):
+            out.update(given)
+        elif isinstance(given, list):  # as Python 2 wrote it
+            out.update({pair[0]: pair[1] for pair in given if _is_pair(pair)})
+    return {**out, **(value.items or {})}
+
+
+def _is_pair(pair: object) -> bool:
+    return isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str | int)
+
+
+def read(stream: IO[bytes], trail: Trail, persistent: Persistent, *, depth: int = 0) -> object:
+    """Read one pickle, calling nothing.
+
+    Args:
+        stream: Where it begins; left behind its last byte.
+        trail: Is told every name, the moment it is met.
+        persistent: Turns the file's references to things outside the pickle into what stands for them.
+        depth: How many pickles this one lies inside.
+
+    Returns:
+        Plain values, lists, tuples and dictionaries, with :class:`Name`, :class:`Stub` and
+        :class:`~unbackdoor.weights.formats.tensors.TensorRef` among them. They may contain themselves.
+
+    Raises:
+        InputError: If it is cut short or scrambled.
+        UnsafeFile: If it is longer than any pickle of weights.
+    """
+    machine = _Machine(trail, persistent, depth)
+    try:
+        return machine.run(stream)
+    except UnbackdoorError:
+        raise
+    except (*BROKEN, MemoryError) as error:
+        raise InputError(
+            "the pickle is damaged or cut short",
+            got=short(str(error).strip().split("\n")[0] or type(error).__name__),
+            remedy="Copy or download it again",
+        ) from error
+
+
+class _Machine:
+    def __init__(self, trail: Trail, persistent: Persistent, depth: int) -> None:
+        self._trail = trail
+        self._persistent = persistent
+        self._depth = depth
+        self._stack: list[Any] = []
+        self._memo: dict[int, Any] = {}
+        self._odd = 0
+        self._unopened = 0  # times that the function which opens pickles inside was met and not seen at work
+
+    def run(self, stream: IO[bytes]) -> object:
+        try:
+            return self._steps(stream)
+        finally:
+            if self._unopened:
+                self._trail.names[_OPENS] = "dangerous"
+
+    def _steps(self, stream: IO[bytes]) -> object:
+        frame = 0  # where the present one ends
+        for _ in range(MAX_STEPS):
+            begun = stream.tell() if frame else 0
+            opcode = _OPCODES[stream.read(1).decode("latin-1")]
+            if opcode.name in _READERS:
+                argument = _READERS[opcode.name](stream)
+            else:
+                argument = opcode.arg.reader(stream) if opcode.arg is not None else None
+            if frame or opcode.name == "FRAME":
+                now = stream.tell()
+                if begun < frame and (now > frame or opcode.name == "FRAME"):
+                    # One machine joins what a frame divides, another drops what stands before the division,
+                    # and they read different names. No writer divides an instruction.
+                    raise UnsafeFile("the pickle is divided so that its readers see different things")
+                frame = now + int(argument) if opcode.name == "FRAME" else frame
+            if opcode.name == "STOP":
+                return self.pop()
+            _ACTIONS[opcode.name](self, argument)
+        raise UnsafeFile("the pickle is too long", expected=f"at most {MAX_STEPS} instructions")
+
+    # Values
+
+    def push(self, value: Any) -> None:
+        self._unopened += isinstance(value, Name) and value == _OPENS
+        self._stack.append(value)
+
+    def pop(self) -> Any:
+        value = self._stack.pop()
+        if value is _MARK:
+            raise ValueError("a mark where a value belongs")
+        return value
+
+    def pop_group(self) -> list[Any]:
+        # From the top, so that the search costs no more than the group has.
+        at = len(self._stack) - 1
+        while self._stack[at] is not _MARK:
+            at -= 1
+            if at < 0:
+                raise ValueError("a group without a beginning")
+        group = self._stack[at + 1 :]
+        del self._stack[at:]
+        return group
+
+    def mark(self, _: Any) -> None:
+        self._stack.append(_MARK)
+
+    def pop_one(self, _: Any) -> None:
+        self._stack.pop()
+
+    def duplicate(self, _: Any) -> None:
+        self.push(self.top())
+
+    def top(self) -> Any:
+        if self._stack[-1] is _MARK:
+            raise ValueError("a mark where a value belongs")
+        return self._stack[-1]
+
+    def memoize(self, _: Any) -> None:
+        self._memo[len(self._memo)] = self.top()
+
+    def put(self, key: Any) -> None:
+        self._memo[int(key)] = self.top()
+
+    def get(self, key: Any) -> None:
+        self.push(self._memo[int(key)])
+
+    # Containers
+
+    def tuple_of(self, count: int) -> Callable[[Any], None]:
+        def act(_: Any) -> None:
+            self.push(tuple(reversed([self.pop() for _ in range(count)])))
+
+        return act
+
+    def dictionary(self, _: Any) -> None:
+        group = self.pop_group()
+        self.push({})
+        self._set(self._stack[-1], group)
+
+    def append(self, _: Any) -> None:
+        value = self.pop()
+        self._add(self.top(), [value])
+
+    def appends(self, _: Any) -> None:
+        group = self.pop_group()
+        self._add(self.top(), group)
+
+    def set_item(self, _: Any) -> None:
+        value, key = self.pop(), self.pop()
+        self._set(self.top(), [key, value])
+
+    def set_items(self, _: Any) -> None:
+        group = self.pop_group()
+        self._set(self.top(), group)
+
+    def _add(self, target: Any, values: list[Any]) -> None:
+        if isinstance(target, Stub):
+            target.entries = target.entries or []
+            target.entries.extend(values)
+        elif isinstance(target, list):
+            target.extend(values)
+        elif isinstance(target, _PLAIN_VALUES):
+            raise TypeError("appending to what is no list")
+
+    def _set(self, target: Any, group: list[Any]) -> None:
+        if isinstance(target, Stub):
+            target.items = {} if target.items is None else target.items
+            target = target.items
+        if isinstance(target, _PLAIN_VALUES) or len(group) % 2:
+            raise TypeError("setting an item of what is no dictionary")
+        if not isinstance(target, dict):
+            return
+        for key, value in zip(group[::2], group[1::2], strict=True):
+            if not isinstance(key, str | int | float | bytes | None):
+                self._odd += 1
+                key = Odd(self._odd)
+            target[key] = value
+
+    # Names and calls
+
+    def name(self, argument: Any) -> None:
+        module, name = argument
+        self._named(module, name)
+
+    def stack_name(self, _: Any) -> None:
+        name, module = self.pop(), self.pop()
+        if isinstance(name, _PLAIN_VALUES) or isinstance(module, _PLAIN_VALUES):
+            raise TypeError("a name that is no text")
+        if isinstance(name, str) and isinstance(module, str):
+            self._named(module, name)
+        else:
+            # The text would come out of a call, so that nobody can tell it without making the call.
+            self._trail.names[COMPUTED] = "dangerous"
+            self.push(COMPUTED)
+
+    def _named(self, module: str, name: str) -> None:
+        found = Name(module[:_LONGEST], name[:_LONGEST])
+        self._trail.met(found)
+        self.push(found)
+
+    def extension(self, code: Any) -> None:
+        # What a number of the extension table means, the loading process decides.
+        self._named("copyreg", f"extension_{int(code)}")
+
+    def instance(self, argument: Any) -> None:
+        args = tuple(self.pop_group())
+        self.name(argument)
+        self.push(Stub(self.pop(), args))
+
+    def object_of_group(self, _: Any) -> None:
+        made_by, *args = self.pop_group()
+        self.push(Stub(made_by, tuple(args)))
+
+    def new_object(self, _: Any) -> None:
+        args, made_by = self.pop(), self.pop()
+        self.push(Stub(made_by, args))
+
+    def new_object_with_keywords(self, _: Any) -> None:
+        _, args, made_by = self.pop(), self.pop(), self.pop()
+        self.push(Stub(made_by, args))
+
+    def reduce(self, _: Any) -> None:
+        args, function = self.pop(), self.pop()
+        self.push(self._called(function, args))
+
+    def build(self, _: Any) -> None:
+        state = self.pop()
+        target = self.top()
+        if isinstance(target, Stub):
+            target.state = state
+
+    def persistent_text(self, argument: Any) -> None:
+        try:
+            self.push(self._persistent(argument))
+        except (*BROKEN, InputError) as error:
+            self.push(Faulty(error))
+
+    def persistent_value(self, _: Any) -> None:
+        self.persistent_text(self.pop())
+
+    def _called(self, function: Any, args: Any) -> Any:
+        if not isinstance(function, Name):
+            # What a call returns is called in turn; only making the call would tell what that is.
+            self._trail.names[COMPUTED] = "dangerous"
+        if not isinstance(function, Name) or not isinstance(args, tuple):
+            return Stub(function, args)
+        if function.module == "torch._utils":
+            if function.name in _REBUILDS:
+                try:
+                    return _tensor(args)
+                except (*BROKEN, InputError) as error:
+                    return Faulty(error)  # and on: what would be loaded after it must be told as well
+            if function.name in ("_rebuild_parameter", "_rebuild_parameter_with_state") and args:
+                return args[0]
+        if function == Name("torch._tensor", "_rebuild_from_type_v2") and len(args) >= 3:
+            # Its second argument is the class of the result; the tensor is made by the first.
+            return self._called(args[0], args[2]) if args[0] != function else Stub(function, args)
+        if function == Name("torch", "Size") and len(args) == 1:
+            return args[0]
+        if (
+            function == Name("_codecs", "encode")
+            and len(args) == 2
+            and isinstance(args[0], str)
+            and args[1] == "latin1"
+        ):
+            return args[0].encode("latin1")
+        if function == _OPENS and len(args) == 1 and isinstance(args[0], bytes):
+            self._unopened -= 1  # its inside is read now, and its names are met
+            return self._inner(args[0])
+        return Stub(function, args)
+
+    def _inner(self, content: bytes) -> object:
+        # A plain pickle of a tensor holds its storage as a checkpoint within the checkpoint.
+        from unbackdoor.weights.formats.torch_save.checkpoints import read_nested
+
+        if self._depth >= _NESTED:
+            raise UnsafeFile("pickles lie within pickles", expected=f"at most {_NESTED} deep")
+        try:
+            return read_nested(content, self._trail, depth=self._depth + 1)
+        except InputError as error:
+            return Faulty(error)
+
+
+def _tensor(args: tuple[Any, ...]) -> TensorRef:
+    storage, offset, shape, stride = args[:4]
+    if isinstance(storage, Faulty):
+        raise storage.error
+    if not isinstance(storage, StorageRef) or not natural(offset):
+        raise TypeError("a tensor without a storage")
+    dtype = storage.dtype
+    if len(args) >= 7 and isinstance(args[6], Name):
+        dtype = DTYPES.get(args[6].name, dtype)
+    return TensorRef(storage, dtype, offset, sizes(shape), sizes(stride))
+
+
+def storage_type(name: object) -> torch.dtype:
+    """Return the type of elements of a storage class.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    if (
+        isinstance(name, Name)
+        and name.module in ("torch", "torch.cuda", "torch.storage")
+        and name.name in STORAGES
+    ):
+        return STORAGES[name.name]
+    raise TypeError(f"no storage class: {short(str(name))}")
+
+
+Action = Callable[[_Machine, Any], None]
+
+
+def _literal(value: Callable[[], Any]) -> Action:
+    return lambda machine, _: machine.push(value())
+
+
+def _ignore(machine: _Machine, argument: Any) -> None:
+    pass
+
+
+def _argument(machine: _Machine, argument: Any) -> None:
+    machine.push(argument)
+
+
+def _bytearray(machine: _Machine, argument: Any) -> None:
+    machine.push(bytes(argument))
+
+
+def _out_of_band(machine: _Machine, _: Any) -> None:
+    raise ValueError("a buffer outside the pickle")
+
+
+def _line(stream: IO[bytes]) -> bytes:
+    line = stream.readline()
+    if not line.endswith(b"\n"):
+        raise ValueError("a line without an end")
+    return line[:-1]
+
+
+def _integer(stream: IO[bytes]) -> int:
+    line = _line(stream)
+    if line in (b"00", b"01"):
+        return line == b"01"
+    return int(line.removesuffix(b"L"), 0 if b"x" in line.lower() else 10)
+
+
+def _quoted(stream: IO[bytes]) -> str:
+    text: bytes = codecs.escape_decode(_line(stream).strip(b" \t\r").strip(b"'\""))[0]
+    return text.decode("latin-1")
+
+
+def _pair(stream: IO[bytes]) -> tuple[str, str]:
+    return _line(stream).decode("utf-8", "replace"), _line(stream).decode("utf-8", "replace")
+
+
+# The readers of pickletools refuse texts here that those of pickle accept, and a name behind them would go
+# unseen.
+_READERS: dict[str, Callable[[IO[bytes]], Any]] = {
+    "INT": _integer,
+    "LONG": _integer,
+    "STRING": _quoted,
+    "GLOBAL": _pair,
+    "INST": _pair,
+    "PERSID": lambda stream: _line(stream).decode("utf-8", "replace"),
+}
+_ACTIONS: dict[str, Action] = {
+    **dict.fromkeys(("PROTO", "FRAME", "READONLY_BUFFER"), _ignore),
+    **dict.fromkeys(
+        ("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING",
+         "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "UNICODE", "BINUNICODE",
+         "SHORT_BINUNICODE", "BINUNICODE8"),
+        _argument,
+    ),
+    "BYTEARRAY8": _bytearray,
+    "NEXT_BUFFER": _out_of_band,
+    "NONE": _literal(lambda: None),
+    "NEWTRUE": _literal(lambda: True),
+    "NEWFALSE": _literal(lambda: False),
+    "EMPTY_TUPLE": _literal(tuple),
+    "EMPTY_LIST": _literal(list),
+    "EMPTY_DICT": _literal(dict),
+    "EMPTY_SET": _literal(list),
+    "TUPLE": lambda machine, _: machine.push(tuple(machine.pop_group())),
+    "TUPLE1": lambda machine, _: machine.push((machine.pop(),)),
+    "TUPLE2": lambda machine, _: machine.tuple_of(2)(None),
+    "TUPLE3": lambda machine, _: machine.tuple_of(3)(None),
+    "LIST": lambda machine, _: machine.push(machine.pop_group()),
+    "FROZENSET": lambda machine, _: machine.push(machine.pop_group()),
+    "DICT": _Machine.dictionary,
+    "APPEND": _Machine.append,
+    "APPENDS": _Machine.appends,
+    "ADDITEMS": _Machine.appends,
+    "SETITEM": _Machine.set_item,
+    "SETITEMS": _Machine.set_items,
+    "MARK": _Machine.mark,
+    "POP": _Machine.pop_one,
+    "POP_MARK": lambda machine, _: (machine.pop_group(), None)[1],
+    "DUP": _Machine.duplicate,
+    "MEMOIZE": _Machine.memoize,
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine.put),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.get),
+    "GLOBAL": _Machine.name,
+    "STACK_GLOBAL": _Machine.stack_name,
+    **dict.fromkeys(("EXT1", "EXT2", "EXT4"), _Machine.extension),
+    "INST": _Machine.instance,
+    "OBJ": _Machine.object_of_group,
+    "NEWOBJ": _Machine.new_object,
+    "NEWOBJ_EX": _Machine.new_object_with_keywords,
+    "REDUCE": _Machine.reduce,
+    "BUILD": _Machine.build,
+    "PERSID": _Machine.persistent_text,
+    "BINPERSID": _Machine.persistent_value,
+}  # fmt: skip

@@ -1,0 +1,366 @@
+"""Reading weights from files of unknown origin; nothing in a file is ever executed.
+
+A checkpoint saved by ``torch.save`` is a pickle, and a pickle is a program. It is read by a reader of our own
+that calls nothing (``formats/pickles.py``): the tensors are recovered, and what the file would have imported
+is listed. Neither torch's readers nor an allow-list of the process have a say in it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from unbackdoor.errors import InputError, MissingExtra, UnbackdoorError, UnsafeFile
+from unbackdoor.weights.formats import state_dicts as states
+from unbackdoor.weights.formats.buffers import Buffer, listed, mapped, short
+from unbackdoor.weights.formats.exported_program import archive as exported
+from unbackdoor.weights.formats.onnx import initializers as onnx
+from unbackdoor.weights.formats.state_dicts import Fact
+from unbackdoor.weights.formats.tensors import materialise
+from unbackdoor.weights.formats.torch_save import checkpoints
+from unbackdoor.weights.formats.torch_save.pickle_globals import Danger
+from unbackdoor.weights.formats.torch_save.pickle_reader import BROKEN, Trail
+from unbackdoor.weights.formats.torchscript import archive as torchscript
+from unbackdoor.weights.formats.zip_archive import Archive
+
+Magic = Literal["safetensors", "zip", "pickle", "tar", "onnx"]
+Format = Literal[
+    "safetensors", "checkpoint", "old checkpoint", "tar checkpoint", "pickle", "torchscript",
+    "torch.export", "onnx", "archive", "unknown",
+]  # fmt: skip
+
+MAX_FILE = 8 << 30  # bytes; a bound against nonsense, since a ResNet-18 of the usual width has 45 MB
+MAX_HEADER = 16 << 20  # bytes of a safetensors header
+_HEAD = 512  # bytes that the format is judged by
+_POLYGLOT = 1 << 20  # bytes of another format that are looked at as a pickle
+
+_PLAIN = {
+    torch.float32, torch.float64, torch.float16, torch.bfloat16,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+}  # fmt: skip
+_BROKEN = (*BROKEN, AssertionError, OSError, MemoryError, struct.error)
+# What is not read, but can be named, so that the user knows what to do.
+_OTHERS = (
+    (b"\x1f\x8b", "a gzip file", "Unpack it first"),
+    (b"BZh", "a bzip2 file", "Unpack it first"),
+    (b"\xfd7zXZ", "an xz file", "Unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "a zstd file", "Unpack it first"),
+    (b"7z\xbc\xaf", "a 7z archive", "Unpack it first"),
+    (b"Rar!", "a rar archive", "Unpack it first"),
+    (b"\x89HDF", "an HDF5 file", "Keras models are not read; export it to ONNX or safetensors"),
+    (b"\x93NUMPY", "a NumPy array", "Save all weights by name, at best as safetensors"),
+    (b"GGUF", "a GGUF file", "Save the original weights as safetensors"),
+)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file of weights is and holds.
+
+    Attributes:
+        format: What it is, judged by its bytes.
+        tensors: The state dict, with wrappers' prefixes off; empty where there is none that can be read.
+        names: Names beyond plain tensors that a loader of pickles would import, and how dangerous each is.
+        notes: Remarks in words, such as where the state dict lay.
+        beside: Plain values that stood beside the weights, such as epoch and accuracy.
+        prefix: What stood before every name and was taken off.
+        nest: The keys that lead to the state dict in a checkpoint; empty at the top.
+        problem: Why there are no tensors, or None.
+    """
+
+    format: Format
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    names: Mapping[str, Danger] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    beside: Mapping[str, Fact] = field(default_factory=dict)
+    prefix: str = ""
+    nest: tuple[str, ...] = ()
+    problem: UnbackdoorError | None = None
+
+    @property
+    def foreign(self) -> tuple[str, ...]:
+        """All names beyond plain tensors, sorted."""
+        return tuple(sorted(self.names))
+
+    @property
+    def dangerous(self) -> tuple[str, ...]:
+        """The names that no file of weights has a reason to hold, sorted."""
+        return tuple(sorted(name for name, danger in self.names.items() if danger == "dangerous"))
+
+    def state(self, where: object = None) -> dict[str, Tensor]:
+        """Return the state dict.
+
+        Raises:
+            UnsafeFile: If the file names what would do harm; nothing was executed.
+            UnbackdoorError: If there is no state dict that can be read.
+        """
+        if self.dangerous:
+            raise UnsafeFile(
+                f"the file names {listed(list(self.dangerous))}, which would run code; it was not executed",
+                expected="tensors, and at most classes of networks",
+                where=where,
+                remedy="Do not load it with other programs. Ask its author for the state dict alone, "
+                "at best as safetensors",
+            )
+        if self.problem is not None:
+            raise self.problem
+        return dict(self.tensors)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Read the state dict of a file, whatever its name says it is.
+
+    Known are safetensors, the checkpoints of ``torch.save`` in all their forms, whole pickled modules,
+    TorchScript, programs of ``torch.export`` and ONNX. The state dict may lie at the top or under the usual
+    keys. The prefixes that wrappers put before all keys are taken off.
+
+    Args:
+        path: File with weights.
+
+    Returns:
+        Tensors by name, in memory of their own, on the CPU.
+
+    Raises:
+        InputError: If the file is missing, cut short, or holds no state dict.
+        UnsafeFile: If it names what would do harm, or describes far more than it holds. Nothing was executed.
+        MissingExtra: If it is ONNX, and the extra is not installed.
+    """
+    return read_contents(path).state(path)
+
+
+def read_contents(path: Path) -> Contents:
+    """Read a file and say what it is, also where it is dangerous or damaged.
+
+    Args:
+        path: File with weights.
+
+    Returns:
+        What was found. What is wrong with the content stands in ``problem`` and ``names``; nothing was
+        executed.
+
+    Raises:
+        InputError: If the file cannot be read at all, or is of no known format.
+        UnsafeFile: If it is larger than any model this package can build.
+    """
+    path = Path(path)
+    trail = Trail()
+    try:
+        magic = sniff(path)
+    except InputError as unknown:
+        # The oldest pickles begin with any letter. They hold no tensors, but they may hold code.
+        found = _hidden_pickle(path, trail)
+        if not found:
+            raise
+        return Contents("pickle", names=_named(trail), problem=unknown)
+    reading = _Reading(path, trail)
+    problem: UnbackdoorError | None = None
+    state: Mapping[str, Tensor] = {}
+    try:
+        state = reading.read(magic)
+    except UnbackdoorError as error:
+        problem = _placed(error, path)
+    except _BROKEN as error:
+        problem = _damaged(path, error)
+    if magic in ("safetensors", "onnx"):
+        _hidden_pickle(path, trail)
+    prefix = states.strip(list(state))
+    if prefix:
+        trail.note(f"the prefix {short(prefix)} was taken off all names")
+    state = states.unpruned({name[len(prefix) :]: tensor for name, tensor in state.items()}, trail)
+    return Contents(
+        reading.format,
+        tensors=state,
+        names=_named(trail),
+        notes=tuple(trail.notes),
+        beside=reading.beside,
+        prefix=prefix,
+        nest=reading.nest,
+        problem=problem,
+    )
+
+
+def sniff(path: Path) -> Magic:
+    """Return the kind of a file, judged by its first bytes.
+
+    Raises:
+        InputError: If the file cannot be read or is of no known kind.
+        UnsafeFile: If the file is larger than any model this package can build.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+    except OSError as error:
+        raise InputError("the model file cannot be read", got=error.strerror, where=path) from error
+    if size > MAX_FILE:
+        raise UnsafeFile(
+            "the model file is too large", expected=f"at most {MAX_FILE} bytes", got=size, where=path
+        )
+    if head.startswith(b"PK\x03\x04"):
+        return "zip"
+    # Before pickle: a header of 640 bytes begins with 80 02, as a pickle does. A pickle's first eight
+    # bytes, read as a length, are beyond any file size.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
+        return "safetensors"
+    if head.startswith(b"\x80"):
+        return "pickle"
+    if checkpoints.is_tar(head):
+        return "tar"
+    if onnx.is_onnx(head):
+        return "onnx"
+    if head[8:9] == b"{":
+        return "safetensors"  # cut short; its reader says so
+    for magic, words, remedy in _OTHERS:
+        if head.startswith(magic):
+            raise InputError(f"the file is {words}, not a model file", where=path, remedy=remedy)
+    raise InputError(
+        "the file is not a model file, or it is damaged",
+        expected="safetensors, a checkpoint of torch.save, TorchScript, .pt2 or ONNX",
+        got=f"{size} bytes that begin with {head[:8].hex() or 'nothing'}",
+        where=path,
+    )
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the texts in the header of a safetensors file; empty for every other format."""
+    if sniff(path) != "safetensors":
+        return {}
+    _check_header(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, *_BROKEN) as error:
+        raise _damaged(path, error) from error
+
+
+def _check_header(path: Path) -> None:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > size - 8:
+        raise InputError(
+            "the model file is cut short",
+            expected=f"a header of {length} bytes",
+            got=f"{size - 8} bytes in all",
+            where=path,
+            remedy="Copy or download it again",
+        )
+    if length > MAX_HEADER:
+        raise UnsafeFile(
+            "the header of the model file is too large",
+            expected=f"at most {MAX_HEADER} bytes",
+            got=length,
+            where=path,
+        )
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    _check_header(path)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            # Cloned because the tensors are windows into the file, which may be replaced at any time.
+            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, *_BROKEN) as error:
+        raise _damaged(path, error) from error
+
+
+class _Reading:
+    """One reading of one file; what has been learned of it survives an error."""
+
+    def __init__(self, path: Path, trail: Trail) -> None:
+        self._path = path
+        self._trail = trail
+        self.format: Format = "pickle"
+        self.beside: Mapping[str, Fact] = {}
+        self.nest: tuple[str, ...] = ()
+
+    def read(self, magic: Magic) -> dict[str, Tensor]:
+        if magic == "safetensors":
+            self.format = "safetensors"
+            state = _read_safetensors(self._path)
+        elif magic == "onnx":
+            self.format = "onnx"
+            state = onnx.read(self._path, self._trail)
+        else:
+            with mapped(self._path) as data:
+                state = self._tensors(magic, data)
+        for name, tensor in state.items():
+            if tensor.dtype not in _PLAIN:
+                raise InputError(
+                    "a tensor is of a type that no network here has",
+                    expected="floating point of 16 to 64 bits, integers or truth values",
+                    got=tensor.dtype,
+                    where=f"{self._path}, tensor {short(name)}",
+                )
+        return state
+
+    def _tensors(self, magic: Magic, data: Buffer) -> dict[str, Tensor]:
+        if magic == "zip":
+            self.format = "archive"
+            archive = Archive(data, self._path)
+            if torchscript.is_torchscript(archive):
+                self.format = "torchscript"
+                return materialise(torchscript.read(archive, data, self._trail, self._path), len(data))
+            if exported.is_exported(archive):
+                self.format = "torch.export"
+                return materialise(exported.read(archive, data, self._trail, self._path), len(data))
+            described = checkpoints.read_zip(archive, data, self._trail, self._path)
+            self.format = "checkpoint"
+        elif magic == "tar":
+            self.format = "tar checkpoint"
+            described = checkpoints.read_tar(data, self._trail)
+        else:
+            described, saved_by_torch = checkpoints.read_stream(data, self._trail)
+            self.format = "old checkpoint" if saved_by_torch else "pickle"
+        found = states.find(described, self._trail)
+        self.beside, self.nest = found.beside, found.nest
+        return materialise(found.refs, len(data))
+
+
+def _hidden_pickle(path: Path, trail: Trail) -> bool:
+    # A file of one format may also be a pickle, for whoever loads it as one. Only danger is told: any text
+    # has names.
+    inner = Trail()
+    try:
+        with mapped(path) as data:
+            checkpoints.scan(bytes(data[:_POLYGLOT]), inner)
+    except InputError:
+        return False
+    danger = {name: level for name, level in inner.names.items() if level == "dangerous"}
+    if danger:
+        trail.names.update(danger)
+        trail.note("read as a pickle, the file would run code, whatever else it is")
+    return bool(danger)
+
+
+def _named(trail: Trail) -> dict[str, Danger]:
+    return {str(name): danger for name, danger in sorted(trail.names.items())}
+
+
+def _placed(error: UnbackdoorError, path: Path) -> UnbackdoorError:
+    # The parts that read bytes do not know which file they are of.
+    if error.where is not None or isinstance(error, MissingExtra):
+        return error
+    placed = type(error)(
+        error.problem, expected=error.expected, got=error.got, where=path, remedy=error.remedy
+    )
+    placed.__cause__ = error
+    return placed
+
+
+def _damaged(path: Path, error: BaseException) -> InputError:
+    if isinstance(error, InputError):
+        return error
+    return InputError(
+        "the model file is damaged or cut short",
+        got=short(str(error).strip().split("\n")[0] or type(error).__name__),
+        where=path,
+        remedy="Copy or download it again",
+    )

@@ -45,16 +45,6 @@ def create_model(name, *, pretrained, num_classes, in_chans, exportable, scripta
     return Tiny(in_chans, num_classes, depth)
 """
 
-BROKEN_TORCHVISION = """
-import torch
-
-def fake(*args):
-    raise AssertionError
-
-torch.library.register_fake("torchvision::nms")(fake)
-torch.library.register_fake("torchvision::qnms")(fake)
-"""
-
 TORCHVISION_MODELS = """
 from torch import nn
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from unbackdoor.data import _decode, cache
+from unbackdoor.data import cache, decode_worker
 from unbackdoor.data.decode import decode
 from unbackdoor.data.loaders import load_images
 from unbackdoor.errors import InputError, UnsafeFile
@@ -86,8 +86,8 @@ def test_damaged_images_never_raise_anything_else() -> None:
             for place in rng.integers(0, len(data), 4):
                 data[place] = rng.integers(256)
             try:
-                pixels, _ = _decode.decode_image(bytes(data[: rng.integers(1, len(data) + 1)]), None)
-            except _decode.Undecodable:
+                pixels, _ = decode_worker.decode_image(bytes(data[: rng.integers(1, len(data) + 1)]), None)
+            except decode_worker.Undecodable:
                 continue
             assert pixels.dtype == np.uint8 and pixels.shape[2] == 3
 

@@ -25,9 +25,9 @@ import torch
 from PIL import Image
 
 from unbackdoor.data import datasets
-from unbackdoor.data.catalogue import CIFAR10, GTSRB32, SETS, TINYIMAGENET20, Archive, Facts
 from unbackdoor.data.datasets import dataset_names, load_dataset
-from unbackdoor.data.downloads import fetch_archive
+from unbackdoor.data.named_sets.catalogue import CIFAR10, GTSRB32, SETS, TINYIMAGENET20, Archive, Facts
+from unbackdoor.data.named_sets.downloads import fetch_archive
 from unbackdoor.errors import InputError, IntegrityError, MissingExtra
 
 RNG = np.random.default_rng(0)

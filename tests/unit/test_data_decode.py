@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unbackdoor.data import _decode, decode
+from unbackdoor.data import decode, decode_worker
 from unbackdoor.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -147,7 +147,7 @@ def test_workers_report_the_first_bad_row(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_worker_that_dies_is_an_error_and_no_hang(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     script = tmp_path / "dies.py"
     script.write_text("import sys; sys.stdin.buffer.readline(); sys.exit(3)")
-    monkeypatch.setattr(_decode, "__file__", str(script))
+    monkeypatch.setattr(decode_worker, "__file__", str(script))
     monkeypatch.setattr(decode, "CHUNK", 4)
     with pytest.raises(InputError, match=r"decoder stopped \(row 0 to row 3\).*exit code 3"):
         decode.decode(some_items(16), 16, name="test", workers=2)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,8 +16,7 @@ import fake_zoo
 from unbackdoor.errors import ConfigError, InputError, MissingExtra, UnsafeFile, UnsupportedModel
 from unbackdoor.networks.build import canonical, known, network
 from unbackdoor.networks.geometry import Geometry
-from unbackdoor.networks.sources import SOURCES
-from unbackdoor.networks.sources import optional_libraries as compat
+from unbackdoor.networks.sources import SOURCES, optional_libraries
 from unbackdoor.networks.spec import Spec, read_spec, value_of
 from unbackdoor.opening.classifier_files import load_model, save_model
 from unbackdoor.types import Classifier
@@ -46,21 +43,8 @@ def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def no_zoo(monkeypatch: pytest.MonkeyPatch) -> None:
     """An installation without any of the three, whatever this one holds."""
-    find = importlib.util.find_spec
-    absent = ("timm", "torchvision", "transformers")
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name in absent else find(name, *a)
-    )
-    for name in absent:
+    for name in ("timm", "torchvision", "transformers"):
         monkeypatch.setitem(sys.modules, name, None)
-    bring = importlib.import_module
-
-    def missing(name: str, package: str | None = None) -> Any:
-        if name.split(".")[0] in absent:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-        return bring(name, package)
-
-    monkeypatch.setattr(compat.importlib, "import_module", missing)
 
 
 # Specs ---------------------------------------------------------------------------------------------
@@ -135,73 +119,73 @@ def test_without_torchvision_our_own_family_takes_its_place(no_zoo: None, name: 
     assert facts.mean == (0.485, 0.456, 0.406)
 
 
-# torchvision whose extension does not load -----------------------------------------------------------
+# Installed, and not to be imported -----------------------------------------------------------------
 
 
-def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    source = str(Path(compat.__file__).parents[3])
-    code = f"import sys; sys.path[:0] = [{str(folder)!r}, {source!r}]\n{code}"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+# What torchvision itself does while it is imported beside a torch of another build.
+OTHER_BUILD = """
+import torch
+torch.library.register_fake("torchvision::nms")(lambda *args: None)
+"""
 
 
-def test_a_broken_torchvision_is_repaired_once_and_told(tmp_path: Path) -> None:
-    """As in a process of its own: operators that were declared stay declared."""
-    folder = fake_zoo.write(
-        tmp_path,
-        torchvision=fake_zoo.BROKEN_TORCHVISION,
-        torchvision__models=fake_zoo.TORCHVISION_MODELS,
-        timm="import torchvision\n" + fake_zoo.TIMM,
-    )
-    done = run_python(
-        """
-import warnings
-try:
-    import torchvision
-except RuntimeError as error:
-    assert "operator torchvision::nms does not exist" in str(error)
-else:
-    raise AssertionError("the stand-in is not broken")
-from unbackdoor.networks.build import network
-from unbackdoor.networks.geometry import Geometry
-with warnings.catch_warnings(record=True) as told:
-    warnings.simplefilter("always")
-    network("timm:tiny_net", Geometry(3, 8, 8, 2))
-    network("torchvision:tiny_net", Geometry(1, 8, 8, 2))
-assert [w.category for w in told] == [UserWarning], told
-assert "pip install torch torchvision --index-url" in str(told[0].message)
-assert "nms, qnms" in str(told[0].message)
-""",
-        folder,
-    )
-    assert done.returncode == 0, done.stderr
-
-
+@pytest.mark.parametrize("spec", ["torchvision:tiny_net", "timm:tiny_net", "hf:FOLDER"])
 @pytest.mark.parametrize(
-    "source",
+    ("source", "reason"),
     [
-        "raise RuntimeError('operator torchvision::deform_conv9 does not exist')",
-        "raise RuntimeError('another fault')",
-        "raise ImportError('libcudart.so: cannot open shared object file')",
-        "import a_module_that_is_not_there",
+        (OTHER_BUILD, "RuntimeError: operator torchvision::nms does not exist"),
+        ("raise ImportError('libcudart.so: cannot open shared object file')", "libcudart.so"),
+        ("raise OSError('undefined symbol')", "OSError: undefined symbol"),
+        ("import torch; torch.a_name_of_another_release", "AttributeError"),
+        ("import a_module_that_is_not_there", "a_module_that_is_not_there"),
+        ("raise RuntimeError", "RuntimeError: no message"),
     ],
 )
-def test_other_faults_of_torchvision_are_told_and_not_hidden(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+def test_a_library_that_cannot_be_imported_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, source: str, reason: str
 ) -> None:
-    folder = fake_zoo.write(tmp_path, torchvision=source)
-    with (
-        fake_zoo.importable(folder, monkeypatch),
-        pytest.raises(InputError, match="cannot be imported") as caught,
-    ):
-        compat.import_torchvision()
-    assert not isinstance(caught.value, MissingExtra)
-    assert "belong together" in str(caught.value)
+    """Also for timm and transformers, which import torchvision; and the second time as the first."""
+    folder = fake_zoo.write(
+        tmp_path / "site",
+        torchvision=source,
+        torchvision__models=fake_zoo.TORCHVISION_MODELS,
+        timm="import torchvision\n" + fake_zoo.TIMM,
+        transformers="import torchvision\n" + fake_zoo.TRANSFORMERS,
+    )
+    monkeypatch.setattr(optional_libraries.metadata, "version", lambda name: "1.2+cpu")
+    (tmp_path / "config.json").write_text("{}")
+    with fake_zoo.importable(folder, monkeypatch):
+        for _ in range(2):
+            with pytest.raises(InputError, match="is installed but cannot be imported") as caught:
+                network(spec.replace("FOLDER", str(tmp_path)), GEOMETRY)
+            text = str(caught.value)
+            assert not isinstance(caught.value, MissingExtra)
+            assert reason in text
+            assert "torch 1.2+cpu, torchvision 1.2+cpu, timm 1.2+cpu" in text
+            assert "belong together" in text
+            assert "pip install --force-reinstall torch torchvision --index-url" in text
 
 
-def test_a_sound_torchvision_is_left_alone(zoo: Path) -> None:
-    before = list(compat._defined)
-    assert compat.import_torchvision().__name__ == "torchvision"
-    assert compat._defined == before
+def test_no_operator_is_declared_in_the_place_of_torchvision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = fake_zoo.write(tmp_path, torchvision=OTHER_BUILD)
+    with fake_zoo.importable(folder, monkeypatch), pytest.raises(InputError):
+        network("torchvision:tiny_net", GEOMETRY)
+    assert not hasattr(torch.ops.torchvision, "nms")
+
+
+@pytest.mark.parametrize("spec", ["timm:tiny_net", "hf:FOLDER"])
+def test_a_library_whose_torchvision_is_absent_names_torchvision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str
+) -> None:
+    folder = fake_zoo.write(tmp_path / "site", timm="import torchvision", transformers="import torchvision")
+    (tmp_path / "config.json").write_text("{}")
+    with fake_zoo.importable(folder, monkeypatch):
+        monkeypatch.setitem(sys.modules, "torchvision", None)
+        with pytest.raises(MissingExtra) as caught:
+            network(spec.replace("FOLDER", str(tmp_path)), GEOMETRY)
+    assert "torchvision" in str(caught.value)
 
 
 # timm ----------------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def _recipes() -> list[Entry]:
 
 
 def _datasets() -> list[Entry]:
-    from unbackdoor.data.catalogue import SETS
+    from unbackdoor.data.named_sets.catalogue import SETS
 
     return [
         {

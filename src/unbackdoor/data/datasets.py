@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unbackdoor.data.cache import as_images, cache_key, cached, default_cache
-from unbackdoor.data.catalogue import SETS, Facts
-from unbackdoor.data.downloads import Opener, fetch_archive, find_archive, open_url
-from unbackdoor.data.loaders import read_parquet
-from unbackdoor.data.official import READERS
+from unbackdoor.data.named_sets.catalogue import SETS, Facts
+from unbackdoor.data.named_sets.downloads import Opener, fetch_archive, find_archive, open_url
+from unbackdoor.data.named_sets.official import READERS
+from unbackdoor.data.sources.parquet import read_parquet
 from unbackdoor.errors import InputError, MissingExtra
 from unbackdoor.files import sha256_file
 from unbackdoor.registry import near_match
@@ -73,7 +73,7 @@ def load_dataset(
         cache: Cache folder; None is :func:`unbackdoor.data.cache.default_cache`.
         progress: Shows how far downloading and decoding have come.
         download: Whether the official addresses may be asked.
-        opener: Opens an address; see :func:`unbackdoor.data.downloads.fetch_archive`.
+        opener: Opens an address; see :func:`unbackdoor.data.named_sets.downloads.fetch_archive`.
 
     Raises:
         InputError: If the name is unknown, the set is found nowhere, or what was found is not that set.

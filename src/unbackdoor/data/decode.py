@@ -25,7 +25,7 @@ from typing import Any, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from unbackdoor.data import _decode
+from unbackdoor.data import decode_worker
 from unbackdoor.errors import InputError, UnsafeFile
 from unbackdoor.types import Progress, silent
 
@@ -68,15 +68,15 @@ def decode(
     if first is None:
         raise InputError("the set is empty", expected=f"{count} images", got=0, where=name)
     try:
-        top, _ = _decode.decode_image(first[0][1], size)
-    except _decode.Undecodable as error:
+        top, _ = decode_worker.decode_image(first[0][1], size)
+    except decode_worker.Undecodable as error:
         raise explained(error.facts, first[0][0]) from error
     height, width = top.shape[:2]
     require_memory(count * 3 * height * width, name)
     pixels = np.empty((count, 3, height, width), dtype=np.uint8)
     if workers is None:
         workers = min(MAX_WORKERS, processors()) if count >= PARALLEL_FROM else 0
-    if workers < 2 or not sys.executable or not Path(_decode.__file__).is_file():
+    if workers < 2 or not sys.executable or not Path(decode_worker.__file__).is_file():
         workers = 0
     done, grey = 0, True
     with _Pool(workers, size) as pool:
@@ -122,7 +122,7 @@ class _Worker:
     def __init__(self) -> None:
         # -P: the script's own folder must not come before the installed packages. The path is handed on,
         # so that the worker finds the very Pillow that this process uses.
-        command = [sys.executable, "-P", str(Path(_decode.__file__))]
+        command = [sys.executable, "-P", str(Path(decode_worker.__file__))]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
         self._process = subprocess.Popen(
             command,
@@ -218,8 +218,8 @@ class _Pool:
 
     def _here(self, chunk: list[Item], out: NDArray[np.uint8]) -> bool:
         try:
-            out[:], grey = _decode.decode_chunk([data for _, data in chunk], self._size, _hw(out))
-        except _decode.Undecodable as error:
+            out[:], grey = decode_worker.decode_chunk([data for _, data in chunk], self._size, _hw(out))
+        except decode_worker.Undecodable as error:
             raise explained(error.facts, chunk[int(error.facts["index"])][0]) from error
         return grey
 

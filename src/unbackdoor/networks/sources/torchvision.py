@@ -6,14 +6,13 @@ function are taken from there.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 from torch import nn
 
 from unbackdoor.errors import ConfigError, MissingExtra
 from unbackdoor.networks.geometry import Geometry
-from unbackdoor.networks.sources.optional_libraries import import_torchvision
+from unbackdoor.networks.sources.optional_libraries import import_library
 from unbackdoor.networks.sources.preprocessing import Known, keywords
 from unbackdoor.networks.spec import OWN, Spec, read_spec
 from unbackdoor.registry import ARCHITECTURES, near_match
@@ -29,9 +28,8 @@ OURS = {f"resnet{depth}": f"resnet{depth}[width=64,stem=7x7+pool]" for depth in 
 }
 
 
-def _library() -> Any:
-    import_torchvision()
-    return import_module("torchvision.models")
+def _library(spec: Spec) -> Any:
+    return import_library("torchvision.models", extra="zoo", purpose=f"the architecture {spec}")
 
 
 def own_equivalent(spec: Spec) -> Spec | None:
@@ -48,7 +46,7 @@ def build(spec: Spec, geometry: Geometry) -> nn.Module:
     """
     options = keywords(spec, OPTIONS)
     try:
-        models = _library()
+        models = _library(spec)
     except MissingExtra:
         own = own_equivalent(spec)
         if own is None:
@@ -72,7 +70,7 @@ def build(spec: Spec, geometry: Geometry) -> nn.Module:
 def known(spec: Spec) -> Known:
     """Return what torchvision's own weights of this name expect."""
     try:
-        models = _library()
+        models = _library(spec)
     except MissingExtra:
         own = own_equivalent(spec)
         if own is None:

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unbackdoor.data.cache import as_images
-from unbackdoor.data.catalogue import Facts
 from unbackdoor.data.decode import Item, decode
+from unbackdoor.data.named_sets.catalogue import Facts
 from unbackdoor.errors import InputError
 from unbackdoor.types import Images, Progress, silent
 

@@ -1,4 +1,4 @@
-"""A table of files and labels, ``labels.csv``: what it says, before any image is opened."""
+"""A table of files and labels, ``labels.csv``, and the images that it names."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from unbackdoor.data.cache import as_images
+from unbackdoor.data.decode import decode
+from unbackdoor.data.sources.checks import MAX_CLASSES, checked_labels
+from unbackdoor.data.sources.image_files import read_bounded
 from unbackdoor.errors import InputError, UnsafeFile
+from unbackdoor.types import Images, Progress, silent
 
 NAME = "labels.csv"
 _FILE_HEADS = ("file", "filename", "file_name", "path", "image", "image_path", "img", "name")
 _LABEL_HEADS = ("label", "class", "classid", "class_id", "target", "category", "class_name", "y")
 _MAX_BYTES = 1 << 26
-MAX_CLASSES = 1 << 16
 _MAX_ROWS = 1 << 22
 _FORM = "Write one row an image: file,label"
 
@@ -26,6 +32,34 @@ class Entry:
     line: int
     file: Path
     label: str
+
+
+def read_labelled(
+    path: Path,
+    *,
+    class_names: tuple[str, ...] | None = None,
+    size: tuple[int, int] | None = None,
+    progress: Progress = silent,
+    name: str | None = None,
+    partial: bool = False,
+) -> Images:
+    """Decode the images of a table of files and labels, past the cache; see :func:`load_images`."""
+    table = path / NAME if path.is_dir() else path
+    entries = read_table(table)
+    numbers, texts = numbered(entries, class_names, table)
+    labels = np.asarray(numbers, dtype=np.int64)
+    # Without given names, whole numbers need not all occur: the table may be a part of a larger one.
+    names, labels = checked_labels(
+        labels,
+        tuple(texts),
+        lambda i: f"{table}, line {entries[i].line}",
+        str(table),
+        partial or class_names is None,
+    )
+    title = name or table.parent.name or "images"
+    items = ((str(entry.file), read_bounded(entry.file)) for entry in entries)
+    pixels = decode(items, len(entries), name=title, size=size, progress=progress)
+    return as_images(pixels, labels, names, title)
 
 
 def read_table(table: Path) -> list[Entry]:

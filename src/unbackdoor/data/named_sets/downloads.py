@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from unbackdoor.data.catalogue import Archive
+from unbackdoor.data.named_sets.catalogue import Archive
 from unbackdoor.errors import InputError, IntegrityError
 from unbackdoor.files import atomic_write
 from unbackdoor.types import Progress, silent

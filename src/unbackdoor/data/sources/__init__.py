@@ -1,0 +1,1 @@
+"""Where a defender's images come from: one file for each kind of input."""

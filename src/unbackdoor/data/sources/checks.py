@@ -1,0 +1,89 @@
+"""Checks that every kind of input shares: sizes, class names, labels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unbackdoor.errors import InputError
+
+REMEDY_FORMS = (
+    "Give a .parquet file, a folder with one folder per class or with a labels.csv, an .npz file, or an image"
+)
+MAX_CLASSES = 1 << 16
+
+
+def require_arguments(names: tuple[str, ...] | None, size: tuple[int, int] | None) -> None:
+    if names is not None:
+        require_names(names, "class_names")
+    if size is not None and (len(size) != 2 or min(size) < 1 or max(size) > 1 << 14):
+        raise InputError("the size does not fit", expected="(height, width), each in 1..16384", got=size)
+
+
+def require_names(names: tuple[str, ...], where: str) -> None:
+    if not names or len(set(names)) != len(names):
+        twice = next((name for name, times in Counter(names).items() if times > 1), None)
+        raise InputError(
+            "the class names do not fit",
+            expected="at least one, no two alike",
+            got="none" if twice is None else f"{twice!r} twice",
+            where=where,
+        )
+
+
+def agreed_names(
+    given: tuple[str, ...] | None, written: tuple[str, ...] | None, where: str
+) -> tuple[str, ...] | None:
+    if written is not None:
+        require_names(written, where)
+    if given is None or written is None or given == written:
+        return given or written
+    place = next((k for k, (a, b) in enumerate(zip(given, written, strict=False)) if a != b), None)
+    if place is None:
+        expected, got = f"{len(given)} classes", f"{len(written)}"
+    else:
+        expected, got = f"{given[place]!r} for label {place}", repr(written[place])
+    raise InputError(
+        "the class names do not agree with those in the file",
+        expected=expected,
+        got=got,
+        where=where,
+        remedy="Leave the class names out, or renumber the labels of the file",
+    )
+
+
+def checked_labels(
+    labels: NDArray[np.int64],
+    names: tuple[str, ...] | None,
+    where: Callable[[int], str],
+    file: str,
+    partial: bool = False,
+) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """Return names and labels, all in range and, unless ``partial``, with an image of every class."""
+    limit = len(names) if names is not None else MAX_CLASSES
+    wrong = (labels < 0) | (labels >= limit)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise InputError(
+            "a label is out of range",
+            expected=f"0..{limit - 1}",
+            got=int(labels[row]),
+            where=where(row),
+            remedy="Correct the label, or give the class names in full",
+        )
+    if names is None:
+        names = tuple(str(k) for k in range(int(labels.max()) + 1))
+    counts = np.bincount(labels, minlength=len(names))
+    if not (partial or counts.all()):
+        empty = int((counts == 0).argmax())
+        raise InputError(
+            f"the class {names[empty]!r} (label {empty}) has no images",
+            expected="at least 1 image per class",
+            got=0,
+            where=file,
+            remedy="Add images of the class, or renumber the labels without it",
+        )
+    return names, labels

@@ -18,9 +18,7 @@ from unbackdoor.opening.load_tensors import fill, misfit, require_finite, skelet
 from unbackdoor.opening.rename_tensors import compare
 from unbackdoor.types import Classifier, state_sha256
 from unbackdoor.weights.card import MAX_CARD, METADATA_KEY, ModelCard, read_card
-from unbackdoor.weights.read import read_metadata, read_state
-
-SUFFIX = ".safetensors"
+from unbackdoor.weights.source import SUFFIX, Source, open_source
 
 
 def save_model(model: Classifier, path: Path, *, history: Sequence[Mapping[str, Any]] = ()) -> ModelCard:
@@ -72,7 +70,7 @@ def save_model(model: Classifier, path: Path, *, history: Sequence[Mapping[str, 
 
 
 def load_model(
-    path: Path,
+    path: Path | Source,
     *,
     card: Path | None = None,
     architecture: str | None = None,
@@ -84,7 +82,8 @@ def load_model(
     """Load a classifier in evaluation mode, after every check that needs no trust in the file.
 
     Args:
-        path: Weights: safetensors, or a checkpoint of ``torch.save`` that holds plain tensors.
+        path: Weights: safetensors, or a checkpoint of ``torch.save`` that holds plain tensors; or what was
+            opened already.
         card: The card; by default, beside safetensors, the file of the same name that ends in ``.json``,
             if there is one.
         architecture: Spec such as ``resnet18[width=64]``. This and the following arguments are needed
@@ -105,11 +104,12 @@ def load_model(
         UnsupportedModel: If the weights do not fit the architecture; lists the differences, and what fits.
         MissingExtra: If the architecture is one of a library that is not installed.
     """
-    path = existing_file(Path(path))
-    known = find_card(path, card)
-    state = read_state(path)
+    source = path if isinstance(path, Source) else open_source(path)
+    path = source.path
+    known = source.card() if card is None else read_card(Path(card))
+    state = source.state()
     if known is not None:
-        _require_match(path, known, state)
+        _require_match(source, known, state)
         if architecture is None:
             require_trusted(read_spec(known.architecture), card or path.with_suffix(".json"))
         architecture = architecture or known.architecture
@@ -140,27 +140,12 @@ def _weights_path(path: Path) -> Path:
     return path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
 
 
-def existing_file(path: Path) -> Path:
-    """Return the weights file, with its suffix appended where only that exists."""
-    # The name without its suffix is accepted, because save_model accepts it.
-    return _weights_path(path) if not path.exists() and _weights_path(path).exists() else path
-
-
-def find_card(path: Path, card: Path | None = None) -> ModelCard | None:
-    """Return the card that was named, else the one beside a safetensors file, else None."""
-    if card is not None:
-        return read_card(Path(card))
-    beside = path.with_suffix(".json")
-    # Beside other people's checkpoints a JSON file is something else.
-    return read_card(beside) if path.suffix == SUFFIX and beside.exists() else None
-
-
-def _require_match(path: Path, card: ModelCard, state: Mapping[str, Tensor]) -> None:
+def _require_match(source: Source, card: ModelCard, state: Mapping[str, Tensor]) -> None:
     checks = [
         ("the weights do not match their card", card.weights_sha256, state_sha256(state)),
-        ("the weights file does not match its card", card.file_sha256, sha256_file(path)),
+        ("the weights file does not match its card", card.file_sha256, source.sha256),
     ]
-    stored = read_metadata(path).get(METADATA_KEY)
+    stored = source.contents.metadata.get(METADATA_KEY)
     if stored is not None:
         checks.append(("the card is not the one the weights were saved with", card.seal(), stored))
     for problem, expected, got in checks:
@@ -169,7 +154,7 @@ def _require_match(path: Path, card: ModelCard, state: Mapping[str, Tensor]) -> 
                 problem,
                 expected=expected[:300],
                 got=repr(got[:300])[1:-1],
-                where=path,
+                where=source.path,
                 remedy="One of the two files was changed, or a save was interrupted: fetch both again. To "
                 "load the weights as they are, move the card away and give architecture, input_shape and "
                 "class_names",

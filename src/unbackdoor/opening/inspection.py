@@ -14,14 +14,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from unbackdoor.errors import InputError, UnbackdoorError, UnsafeFile, UnsupportedModel
-from unbackdoor.files import sha256_file
+from unbackdoor.errors import InputError, UnbackdoorError, UnsafeFile
 from unbackdoor.opening.recognise_architecture import nearest
 from unbackdoor.types import Progress, silent
-from unbackdoor.weights.card import read_card
 from unbackdoor.weights.formats.onnx.graph import describe_graph, import_graph
 from unbackdoor.weights.formats.state_dicts import Fact
-from unbackdoor.weights.read import Contents, read_contents
+from unbackdoor.weights.read import Contents
+from unbackdoor.weights.source import Source, open_source
+from unbackdoor.weights.stored_file import StoredFile
 
 Loading = Literal[
     "no code", "known classes", "unknown code", "a program", "dangerous", "deceptive", "undecided"
@@ -167,11 +167,11 @@ class Inspection:
         return {**out, "executes": self.executes, "not_finite": self.not_finite}
 
 
-def inspect(path: Path | str, progress: Progress = silent) -> Inspection:
+def inspect(model: Path | str | Source, progress: Progress = silent) -> Inspection:
     """Tell what a file of weights is; nothing in it is executed.
 
     Args:
-        path: The file.
+        model: The file, or what was opened already.
         progress: Shows how far the reading has come.
 
     Returns:
@@ -189,24 +189,16 @@ def inspect(path: Path | str, progress: Progress = silent) -> Inspection:
         >>> inspect(file).loading
         'no code'
     """
-    path = Path(path)
-    steps = iter(progress(range(3), "Inspecting", 3))
+    steps = iter(progress(range(2), "Inspecting", 2))
     next(steps, None)
-    try:
-        size, digest = path.stat().st_size, sha256_file(path)
-    except OSError as error:
-        raise InputError("the model file cannot be read", got=error.strerror, where=path) from error
-    next(steps, None)
-    try:
-        contents = read_contents(path)
-    except (InputError, UnsafeFile) as error:
-        contents = Contents("unknown", problem=error)
+    source = model if isinstance(model, Source) else open_source(model)
+    contents = source.contents
     next(steps, None)
     tensors = tuple(_facts(contents.tensors))
     result = Inspection(
-        path=str(path),
-        size=size,
-        sha256=digest,
+        path=str(source.path),
+        size=source.size,
+        sha256=source.sha256,
         format=contents.format,
         loading=_loading(contents),
         dangerous=contents.dangerous,
@@ -215,12 +207,12 @@ def inspect(path: Path | str, progress: Progress = silent) -> Inspection:
         parameters=sum(tensor.numel() for tensor in contents.tensors.values()),
         candidates=_candidates(contents.tensors),
         channels=_channels(contents.tensors),
-        normalisation=_normalisation(path, contents.tensors),
+        normalisation=_normalisation(source),
         beside=contents.beside,
         prefix=contents.prefix,
         notes=contents.notes,
         problem=str(contents.problem) if contents.problem is not None else None,
-        graph=_graph(path) if contents.format == "onnx" else None,
+        graph=_graph(source.graph) if source.graph is not None else None,
     )
     for _ in steps:
         pass
@@ -244,14 +236,14 @@ def _loading(contents: Contents) -> Loading:
     return "known classes" if dangers else "no code"
 
 
-def _graph(path: Path) -> GraphFact | None:
+def _graph(file: StoredFile) -> GraphFact | None:
     try:
-        told = describe_graph(path)
+        told = describe_graph(file)
     except UnbackdoorError:
         return None  # the tensors cannot be read either, and say so
     problem = None
     try:
-        import_graph(path)
+        import_graph(file)
     except UnbackdoorError as error:
         problem = str(error)
     return GraphFact(told.operators, told.unknown, told.input_shape, problem)
@@ -276,18 +268,16 @@ def _channels(state: Mapping[str, Tensor]) -> int | None:
     return None
 
 
-def _normalisation(path: Path, state: Mapping[str, Tensor]) -> Normalisation | None:
-    card = path.with_suffix(".json")
-    if path.suffix == ".safetensors" and card.is_file():
-        try:
-            known = read_card(card)
-        except (InputError, UnsupportedModel):
-            return None
-        return (
-            Normalisation(tuple(known.mean), tuple(known.std), f"the card {card.name}")
-            if known.mean
-            else None
-        )
+def _normalisation(source: Source) -> Normalisation | None:
+    try:
+        card = source.card()
+    except InputError:
+        return None
+    if card is not None:
+        assert source.card_file is not None
+        said_by = f"the card {source.card_file.path.name}"
+        return Normalisation(tuple(card.mean), tuple(card.std), said_by) if card.mean else None
+    state = source.contents.tensors
     # Many networks carry it as a first layer with two buffers.
     for name, tensor in state.items():
         owner, _, last = name.rpartition(".")

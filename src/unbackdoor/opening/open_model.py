@@ -24,17 +24,17 @@ from unbackdoor.networks.build import canonical, known
 from unbackdoor.networks.sources import Known
 from unbackdoor.networks.spec import PYTHON, read_spec
 from unbackdoor.opening.candidates import Variants, find, refuse_to_guess
-from unbackdoor.opening.classifier_files import existing_file, find_card, load_model
+from unbackdoor.opening.classifier_files import load_model
 from unbackdoor.opening.cost_limits import outputs_of
 from unbackdoor.opening.load_tensors import Filled, fill, require_finite
 from unbackdoor.opening.normalisation_guess import Convention, Inferred, infer, usual
 from unbackdoor.opening.recognise_architecture import ends
 from unbackdoor.opening.rename_tensors import Adapted, Difference
 from unbackdoor.types import Classifier, Images, Progress, silent
-from unbackdoor.weights.card import normalisation
+from unbackdoor.weights.card import ModelCard, normalisation
 from unbackdoor.weights.formats.onnx.graph import import_graph
 from unbackdoor.weights.formats.onnx.node import Place
-from unbackdoor.weights.read import read_contents
+from unbackdoor.weights.source import Source, open_source
 
 # What is assumed where neither the file nor any image says it.
 _USUAL_SIDE = 32
@@ -58,6 +58,7 @@ class Opened:
         names: The file's name of every tensor by the network's name, so that a repaired model can be written
             under the names its owner knows.
         places: Of a network that is the file's own graph: where each of its tensors stands there; else None.
+        source: The file as it was opened.
     """
 
     model: Classifier
@@ -65,6 +66,7 @@ class Opened:
     story: Mapping[str, Any]
     names: Mapping[str, str] = field(default_factory=dict)
     places: Mapping[str, Place] | None = None
+    source: Source | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -73,7 +75,7 @@ class Opened:
 
 
 def open_model(
-    path: Path | str,
+    path: Path | str | Source,
     *,
     arch: str | None = None,
     images: Images | Path | str | None = None,
@@ -87,7 +89,8 @@ def open_model(
     """Open a model for an audit.
 
     Args:
-        path: File of weights, with or without a card of this package beside it.
+        path: File of weights, with or without a card of this package beside it; or what was opened already
+            with :func:`unbackdoor.weights.source.open_source`.
         arch: Architecture, such as ``resnet18``, ``timm:NAME``, ``torchvision:NAME``, ``hf:FOLDER`` or
             ``FILE.py:CALLABLE``, which runs that code; None takes the graph of an ONNX file, and guesses it
             from the tensors of others. Options of our own families that are not typed are read off the
@@ -113,12 +116,13 @@ def open_model(
         MissingExtra: If the architecture or the format needs a library that is not installed.
     """
     run = run or Run.create(progress=progress)
-    path = existing_file(Path(path))
     _require_arguments(mean, std, size)
     given = _Given(arch, class_names, mean, std, size)
-    if find_card(path) is not None and path.exists():
-        return _with_card(path, given, images, run, progress)
-    return _bare(path, given, images, run, progress)
+    source = path if isinstance(path, Source) else open_source(path)
+    card = source.card()
+    if card is not None:
+        return _with_card(source, card, given, images, run, progress)
+    return _bare(source, given, images, run, progress)
 
 
 @dataclass(frozen=True)
@@ -155,15 +159,19 @@ def _require_arguments(
 
 
 def _with_card(
-    path: Path, given: _Given, images: Images | Path | str | None, run: Run, progress: Progress
+    source: Source,
+    card: ModelCard,
+    given: _Given,
+    images: Images | Path | str | None,
+    run: Run,
+    progress: Progress,
 ) -> Opened:
-    card = find_card(path)
-    assert card is not None
+    path = source.path
     if given.class_names is not None and len(given.class_names) != len(card.class_names):
         raise _names_misfit(len(card.class_names), given.class_names, path)
     shape = (card.input_shape[0], *given.size) if given.size is not None else None
     model = load_model(
-        path,
+        source,
         architecture=given.arch,
         input_shape=shape,
         class_names=given.class_names,
@@ -190,7 +198,7 @@ def _with_card(
         "classes": model.classes,
         "class_names_source": "arguments" if given.class_names else "the card",
     }
-    return Opened(model, held, _finished(story, told, inferred, []))
+    return Opened(model, held, _finished(story, told, inferred, []), source=source)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -198,25 +206,24 @@ def _with_card(
 
 
 def _bare(
-    path: Path, given: _Given, images: Images | Path | str | None, run: Run, progress: Progress
+    source: Source, given: _Given, images: Images | Path | str | None, run: Run, progress: Progress
 ) -> Opened:
-    contents = read_contents(path)
-    if contents.format == "onnx" and not contents.dangerous and given.arch is None:
+    if source.graph is not None and not source.contents.dangerous and given.arch is None:
         try:
-            network = import_graph(path)
+            network = import_graph(source.graph)
         except UnsupportedModel as unknown:  # an operator that is not imported
-            if contents.problem is not None:
+            if source.contents.problem is not None:
                 raise
             try:
-                return _by_names(path, contents.state(path), given, images, run, progress)
+                return _by_names(source, given, images, run, progress)
             except UnsupportedModel:
                 raise unknown from None  # what it is, and not what it resembles
-        return _own_graph(path, network, given, images, run, progress)
-    return _by_names(path, contents.state(path), given, images, run, progress)
+        return _own_graph(source, network, given, images, run, progress)
+    return _by_names(source, given, images, run, progress)
 
 
 def _own_graph(
-    path: Path,
+    source: Source,
     network: fx.GraphModule,
     given: _Given,
     images: Images | Path | str | None,
@@ -224,6 +231,7 @@ def _own_graph(
     progress: Progress,
 ) -> Opened:
     """Open an ONNX file as the network that it describes."""
+    path = source.path
     require_finite(network.state_dict(), path)
     stated = network.meta["input_shape"]
     raw = _raw_images(images, given.size or (stated[1:] if stated else None), progress)
@@ -240,19 +248,19 @@ def _own_graph(
     )
     warnings = [_assumed_size(shape)] if size_source == _ASSUMED_SIZE else []
     architecture = {"spec": "ONNX", "source": _GRAPH, "note": "; ".join(network.meta["notes"]), "fitting": []}
-    opened = _told(path, attempt, architecture, names_source, warnings)
+    opened = _told(source, attempt, architecture, names_source, warnings)
     return replace(opened, places=network.meta["places"])
 
 
 def _by_names(
-    path: Path,
-    state: Mapping[str, Tensor],
+    source: Source,
     given: _Given,
     images: Images | Path | str | None,
     run: Run,
     progress: Progress,
 ) -> Opened:
     """Open a file as a network that has its tensors: the named one, or a known one."""
+    path, state = source.path, source.state()
     facts = known(given.arch) if given.arch is not None else Known()
     raw = _raw_images(images, given.size or facts.size, progress)
     channels, classes = ends(state)
@@ -300,7 +308,7 @@ def _by_names(
         "note": variants.note,
         "fitting": [candidate.spec for candidate in variants.candidates],
     }
-    return _told(path, attempt, architecture, names_source, warnings)
+    return _told(source, attempt, architecture, names_source, warnings)
 
 
 def _assumed_size(shape: Shape) -> str:
@@ -308,11 +316,11 @@ def _assumed_size(shape: Shape) -> str:
 
 
 def _told(
-    path: Path, attempt: _Attempt, architecture: Mapping[str, Any], names_source: str, warnings: list[str]
+    source: Source, attempt: _Attempt, architecture: Mapping[str, Any], names_source: str, warnings: list[str]
 ) -> Opened:
     """Return what was opened with its story."""
     story = {
-        "file": path.name,
+        "file": source.path.name,
         "card": False,
         "architecture": dict(architecture),
         "names": _names_story(attempt.filled),
@@ -329,7 +337,7 @@ def _told(
         for name in attempt.model.network.state_dict()
         if name not in attempt.filled.adapted.filled
     }
-    return Opened(attempt.model, attempt.images, finished, file_names)
+    return Opened(attempt.model, attempt.images, finished, file_names, source=source)
 
 
 def _names_misfit(outputs: int | None, names: Sequence[str], path: Path) -> UnsupportedModel:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from unbackdoor.errors import InputError
 from unbackdoor.files import atomic_write
+from unbackdoor.weights.source import Source, open_source
+from unbackdoor.weights.stored_file import StoredFile
 
 SAFETENSORS = ".safetensors"
 ONNX = ".onnx"
@@ -30,7 +32,7 @@ def require_format(path: Path) -> None:
         )
 
 
-def require_kind(path: Path, source: Path, *, graph: bool) -> None:
+def require_kind(path: Path, source: Path | StoredFile, *, graph: bool) -> None:
     """Check before the work that a repaired network can be written as the suffix asks.
 
     Args:
@@ -70,7 +72,7 @@ def write_weights(
     *,
     nest: Sequence[str] = (),
     prefix: str = "",
-    source: Path | None = None,
+    source: Path | Source | None = None,
 ) -> None:
     """Write a state dict, whole or not at all.
 
@@ -80,7 +82,8 @@ def write_weights(
         state: Tensors by name.
         nest: Keys that a checkpoint holds them under, as the original did.
         prefix: What stands before all names in a checkpoint, likewise.
-        source: For ``.onnx``: the file whose graph is taken; it has the same names and shapes.
+        source: For ``.onnx``: the file whose graph is taken, at best as it was opened; it has the same names
+            and shapes.
 
     Raises:
         InputError: If the suffix is another one, or the disk refuses.
@@ -103,16 +106,16 @@ def write_weights(
                 torch.save(content, file)
 
 
-def _write_into(path: Path, state: Mapping[str, Tensor], source: Path | None) -> None:
+def _write_into(path: Path, state: Mapping[str, Tensor], source: Path | Source | None) -> None:
     from unbackdoor.weights.formats.onnx.write import write_initializers
-    from unbackdoor.weights.read import read_contents, sniff
 
-    if source is None or sniff(source) != "onnx":
+    held = open_source(source) if isinstance(source, Path) else source
+    if held is None or held.graph is None:
         raise InputError(
             "ONNX is written only where the weights are those of an ONNX file",
             got=path.name,
             where="--out",
             remedy=f"Choose a name that ends in {SAFETENSORS}",
         )
-    prefix = read_contents(source).prefix
-    write_initializers(path, source, {prefix + name: tensor for name, tensor in state.items()})
+    prefix = held.contents.prefix
+    write_initializers(path, held.graph, {prefix + name: tensor for name, tensor in state.items()})

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from unbackdoor.errors import InputError
 from unbackdoor.types import Classifier
+from unbackdoor.weights.stored_file import StoredFile, read_file
 
 FORMAT: Final = 1
 MAX_CARD = 4 << 20  # bytes
@@ -114,11 +115,11 @@ class ModelCard(BaseModel):
         return json.dumps(facts, sort_keys=True)
 
 
-def read_card(path: Path) -> ModelCard:
+def read_card(file: Path | StoredFile) -> ModelCard:
     """Read and check a card.
 
     Args:
-        path: The JSON file.
+        file: The JSON file, or what was read of it.
 
     Raises:
         InputError: If the file cannot be read, is too large, or is not a card.
@@ -126,15 +127,19 @@ def read_card(path: Path) -> ModelCard:
     Returns:
         The card; its hashes are not yet held against the weights.
     """
-    try:
-        size = path.stat().st_size
-        if size > MAX_CARD:
+    if not isinstance(file, StoredFile):
+        try:
+            file = read_file(file, _room)
+        except InputError as error:
             raise InputError(
-                "the model card is too large", expected=f"at most {MAX_CARD} bytes", got=size, where=path
-            )
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError("the model card cannot be read", got=error.strerror, where=path) from error
+                "the model card cannot be read" if error.expected is None else error.problem,
+                expected=error.expected,
+                got=error.got,
+                where=file,
+            ) from error
+    content, path = bytes(file.content), file.path
+    if file.size > MAX_CARD:
+        raise _too_large(file.size, path)
     try:
         return ModelCard.model_validate_json(content)
     except ValidationError as error:
@@ -147,6 +152,18 @@ def read_card(path: Path) -> ModelCard:
             got="; ".join(repr(fault[:200])[1:-1] for fault in faults),
             where=path,
         ) from error
+
+
+def _room(_: bytes, size: int) -> int:
+    if size > MAX_CARD:
+        raise _too_large(size, None)
+    return size
+
+
+def _too_large(size: int, where: object) -> InputError:
+    return InputError(
+        "the model card is too large", expected=f"at most {MAX_CARD} bytes", got=size, where=where
+    )
 
 
 def normalisation(model: Classifier) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from unbackdoor.errors import InputError, MissingExtra, UnbackdoorError, UnsafeFile
 from unbackdoor.weights.formats import state_dicts as states
-from unbackdoor.weights.formats.buffers import Buffer, listed, mapped, short
+from unbackdoor.weights.formats.buffers import Buffer, listed, short
 from unbackdoor.weights.formats.exported_program import archive as exported
 from unbackdoor.weights.formats.onnx import initializers as onnx
+from unbackdoor.weights.formats.safetensors import header as safetensors
 from unbackdoor.weights.formats.state_dicts import Fact
 from unbackdoor.weights.formats.tensors import materialise
 from unbackdoor.weights.formats.torch_save import checkpoints
@@ -29,6 +29,7 @@ from unbackdoor.weights.formats.torch_save.pickle_globals import Danger
 from unbackdoor.weights.formats.torch_save.pickle_reader import BROKEN, Trail
 from unbackdoor.weights.formats.torchscript import archive as torchscript
 from unbackdoor.weights.formats.zip_archive import Archive
+from unbackdoor.weights.stored_file import MAX_FILE, StoredFile, read_file
 
 Magic = Literal["safetensors", "zip", "pickle", "tar", "onnx"]
 Format = Literal[
@@ -36,9 +37,6 @@ Format = Literal[
     "torch.export", "onnx", "archive", "unknown",
 ]  # fmt: skip
 
-MAX_FILE = 8 << 30  # bytes; a bound against nonsense, since a ResNet-18 of the usual width has 45 MB
-MAX_HEADER = 16 << 20  # bytes of a safetensors header
-_HEAD = 512  # bytes that the format is judged by
 _POLYGLOT = 1 << 20  # bytes of another format that are looked at as a pickle
 
 _PLAIN = {
@@ -73,6 +71,7 @@ class Contents:
         prefix: What stood before every name and was taken off.
         nest: The keys that lead to the state dict in a checkpoint; empty at the top.
         problem: Why there are no tensors, or None.
+        metadata: The texts in the header of a safetensors file.
     """
 
     format: Format
@@ -83,6 +82,7 @@ class Contents:
     prefix: str = ""
     nest: tuple[str, ...] = ()
     problem: UnbackdoorError | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def foreign(self) -> tuple[str, ...]:
@@ -135,11 +135,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return read_contents(path).state(path)
 
 
-def read_contents(path: Path) -> Contents:
+def read_contents(file: Path | StoredFile) -> Contents:
     """Read a file and say what it is, also where it is dangerous or damaged.
 
     Args:
-        path: File with weights.
+        file: File with weights, or what was read of it.
 
     Returns:
         What was found. What is wrong with the content stands in ``problem`` and ``names``; nothing was
@@ -149,27 +149,27 @@ def read_contents(path: Path) -> Contents:
         InputError: If the file cannot be read at all, or is of no known format.
         UnsafeFile: If it is larger than any model this package can build.
     """
-    path = Path(path)
+    file = _stored(file)
     trail = Trail()
     try:
-        magic = sniff(path)
+        magic = sniff(file)
     except InputError as unknown:
         # The oldest pickles begin with any letter. They hold no tensors, but they may hold code.
-        found = _hidden_pickle(path, trail)
+        found = _hidden_pickle(file, trail)
         if not found:
             raise
         return Contents("pickle", names=_named(trail), problem=unknown)
-    reading = _Reading(path, trail)
+    reading = _Reading(file, trail)
     problem: UnbackdoorError | None = None
     state: Mapping[str, Tensor] = {}
     try:
         state = reading.read(magic)
     except UnbackdoorError as error:
-        problem = _placed(error, path)
+        problem = _placed(error, file.path)
     except _BROKEN as error:
-        problem = _damaged(path, error)
+        problem = _damaged(file.path, error)
     if magic in ("safetensors", "onnx"):
-        _hidden_pickle(path, trail)
+        _hidden_pickle(file, trail)
     prefix = states.strip(list(state))
     if prefix:
         trail.note(f"the prefix {short(prefix)} was taken off all names")
@@ -183,25 +183,38 @@ def read_contents(path: Path) -> Contents:
         prefix=prefix,
         nest=reading.nest,
         problem=problem,
+        metadata=reading.metadata,
     )
 
 
-def sniff(path: Path) -> Magic:
+def sniff(file: Path | StoredFile) -> Magic:
     """Return the kind of a file, judged by its first bytes.
 
     Raises:
         InputError: If the file cannot be read or is of no known kind.
         UnsafeFile: If the file is larger than any model this package can build.
     """
+    file = _stored(file)
+    return _kind(file.head, file.size, file.path)
+
+
+def bytes_needed(head: bytes, size: int) -> int:
+    """Return how many bytes of a file are looked at: none but the first ones of what is of no known kind."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(_HEAD)
-    except OSError as error:
-        raise InputError("the model file cannot be read", got=error.strerror, where=path) from error
+        _kind(head, size, None)
+    except UnbackdoorError:
+        return min(size, _POLYGLOT)
+    return size
+
+
+def _stored(file: Path | StoredFile) -> StoredFile:
+    return file if isinstance(file, StoredFile) else read_file(file, bytes_needed)
+
+
+def _kind(head: bytes, size: int, where: object) -> Magic:
     if size > MAX_FILE:
         raise UnsafeFile(
-            "the model file is too large", expected=f"at most {MAX_FILE} bytes", got=size, where=path
+            "the model file is too large", expected=f"at most {MAX_FILE} bytes", got=size, where=where
         )
     if head.startswith(b"PK\x03\x04"):
         return "zip"
@@ -219,78 +232,37 @@ def sniff(path: Path) -> Magic:
         return "safetensors"  # cut short; its reader says so
     for magic, words, remedy in _OTHERS:
         if head.startswith(magic):
-            raise InputError(f"the file is {words}, not a model file", where=path, remedy=remedy)
+            raise InputError(f"the file is {words}, not a model file", where=where, remedy=remedy)
     raise InputError(
         "the file is not a model file, or it is damaged",
         expected="safetensors, a checkpoint of torch.save, TorchScript, .pt2 or ONNX",
         got=f"{size} bytes that begin with {head[:8].hex() or 'nothing'}",
-        where=path,
+        where=where,
     )
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """Return the texts in the header of a safetensors file; empty for every other format."""
-    if sniff(path) != "safetensors":
-        return {}
-    _check_header(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except (SafetensorError, *_BROKEN) as error:
-        raise _damaged(path, error) from error
-
-
-def _check_header(path: Path) -> None:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-    if length > size - 8:
-        raise InputError(
-            "the model file is cut short",
-            expected=f"a header of {length} bytes",
-            got=f"{size - 8} bytes in all",
-            where=path,
-            remedy="Copy or download it again",
-        )
-    if length > MAX_HEADER:
-        raise UnsafeFile(
-            "the header of the model file is too large",
-            expected=f"at most {MAX_HEADER} bytes",
-            got=length,
-            where=path,
-        )
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    _check_header(path)
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            # Cloned because the tensors are windows into the file, which may be replaced at any time.
-            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, *_BROKEN) as error:
-        raise _damaged(path, error) from error
 
 
 class _Reading:
     """One reading of one file; what has been learned of it survives an error."""
 
-    def __init__(self, path: Path, trail: Trail) -> None:
-        self._path = path
+    def __init__(self, file: StoredFile, trail: Trail) -> None:
+        self._file = file
+        self._path = file.path
         self._trail = trail
         self.format: Format = "pickle"
         self.beside: Mapping[str, Fact] = {}
         self.nest: tuple[str, ...] = ()
+        self.metadata: Mapping[str, str] = {}
 
     def read(self, magic: Magic) -> dict[str, Tensor]:
         if magic == "safetensors":
             self.format = "safetensors"
-            state = _read_safetensors(self._path)
+            described, self.metadata = safetensors.read(self._file.content, self._path)
+            state = materialise(described, self._file.size)
         elif magic == "onnx":
             self.format = "onnx"
-            state = onnx.read(self._path, self._trail)
+            state = onnx.read(self._file, self._trail)
         else:
-            with mapped(self._path) as data:
-                state = self._tensors(magic, data)
+            state = self._tensors(magic, self._file.content)
         for name, tensor in state.items():
             if tensor.dtype not in _PLAIN:
                 raise InputError(
@@ -324,15 +296,11 @@ class _Reading:
         return materialise(found.refs, len(data))
 
 
-def _hidden_pickle(path: Path, trail: Trail) -> bool:
+def _hidden_pickle(file: StoredFile, trail: Trail) -> bool:
     # A file of one format may also be a pickle, for whoever loads it as one. Only danger is told: any text
     # has names.
     inner = Trail()
-    try:
-        with mapped(path) as data:
-            checkpoints.scan(bytes(data[:_POLYGLOT]), inner)
-    except InputError:
-        return False
+    checkpoints.scan(bytes(file.content[:_POLYGLOT]), inner)
     danger = {name: level for name, level in inner.names.items() if level == "dangerous"}
     if danger:
         trail.names.update(danger)

@@ -31,6 +31,7 @@ from unbackdoor.weights.formats.onnx import initializers as onnx
 from unbackdoor.weights.formats.onnx.node import LARGEST, Call, Place, Value
 from unbackdoor.weights.formats.onnx.operators import OPERATORS, WEIGHTS, is_whole
 from unbackdoor.weights.formats.tensors import MAX_TIED
+from unbackdoor.weights.stored_file import StoredFile, stored
 
 MAX_NODES = 20_000
 _SLACK = 64 << 20  # bytes that any file may fold and share, however small it is
@@ -54,24 +55,24 @@ class Graph:
     input_shape: tuple[int, ...] | None
 
 
-def describe_graph(path: Path) -> Graph:
+def describe_graph(file: Path | StoredFile) -> Graph:
     """Tell what a graph holds.
 
     Raises:
         UnbackdoorError: If the file cannot be parsed, see :func:`import_graph`.
     """
-    graph = onnx.parse(Path(path)).graph
+    graph = onnx.parse(stored(file)).graph
     held = {tensor.name for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in held]
     shape = _input_shape(inputs[0]) if len(inputs) == 1 else None
     return Graph(len(graph.node), _unknown(graph), shape)
 
 
-def import_graph(path: Path) -> fx.GraphModule:
+def import_graph(file: Path | StoredFile) -> fx.GraphModule:
     """Build a network from an ONNX file; nothing of the file is executed.
 
     Args:
-        path: The file. Weights in other files must lie in its folder.
+        file: The file, or what was read of it. Weights in other files must lie in its folder.
 
     Returns:
         A module from (B, C, H, W) to logits (B, K), in evaluation mode. Its ``meta`` has ``input_shape``,
@@ -84,9 +85,9 @@ def import_graph(path: Path) -> fx.GraphModule:
         UnsafeFile: If it names data outside its folder, or is built to exhaust the memory.
         UnsupportedModel: If it has operators that are not imported; names them.
     """
-    path = Path(path)
-    model = onnx.parse(path)
-    builder = Builder(path)
+    file = stored(file)
+    path, model = file.path, onnx.parse(file)
+    builder = Builder(file)
     try:
         return builder.build(model.graph)
     except UnbackdoorError:
@@ -106,9 +107,9 @@ def import_graph(path: Path) -> fx.GraphModule:
 
 
 class Builder:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.tensors = onnx.Tensors(path)
+    def __init__(self, file: StoredFile) -> None:
+        self.path = file.path
+        self.tensors = onnx.Tensors(file)
         self.graph = fx.Graph()
         self.root: dict[str, Any] = {}
         self.values: dict[str, Value] = {}

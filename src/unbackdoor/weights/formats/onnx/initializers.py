@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from unbackdoor.errors import InputError, MissingExtra, UnsafeFile
-from unbackdoor.weights.formats.buffers import listed, mapped, short
+from unbackdoor.weights.formats.buffers import listed, short
 from unbackdoor.weights.formats.tensors import MAX_AXES, MAX_TIED, natural
 from unbackdoor.weights.formats.torch_save.pickle_reader import Trail
+from unbackdoor.weights.stored_file import StoredFile
 
 MAX_BYTES = (1 << 31) - 1  # what a protocol buffer can have
 # Messages and fields in the graph. A message of two bytes becomes an object of a hundred.
@@ -62,7 +63,7 @@ def is_onnx(head: bytes) -> bool:
     return len(head) > 2 and head[0] == _VERSION_TAG and 0 < head[1] < 0x40 and head[2] in _NEXT_TAGS
 
 
-def read(path: Path, trail: Trail) -> dict[str, Tensor]:
+def read(file: StoredFile, trail: Trail) -> dict[str, Tensor]:
     """Return the initializers of a model by name.
 
     Raises:
@@ -70,8 +71,8 @@ def read(path: Path, trail: Trail) -> dict[str, Tensor]:
         InputError: If the file is damaged or holds no weights.
         UnsafeFile: If it names data outside its folder, or is built to exhaust the memory.
     """
-    model = parse(path)
-    tensors = Tensors(path)
+    model = parse(file)
+    tensors, path = Tensors(file), file.path
     if not all(isinstance(tensor.name, str) for tensor in model.graph.initializer):
         raise InputError("the name of a weight is no text", where=path)  # protobuf leaves bad ones as bytes
     state = {tensor.name: tensors.read(tensor) for tensor in model.graph.initializer}
@@ -84,7 +85,7 @@ def read(path: Path, trail: Trail) -> dict[str, Tensor]:
     return state
 
 
-def parse(path: Path) -> Any:
+def parse(file: StoredFile) -> Any:
     """Return the model message of a file, after counting what it would become.
 
     Raises:
@@ -97,15 +98,15 @@ def parse(path: Path) -> Any:
         from google.protobuf.message import DecodeError
     except ImportError as error:
         raise MissingExtra("onnx", "onnx", "reading ONNX files") from error
-    with mapped(path) as data:
-        if len(data) > MAX_BYTES:
-            raise UnsafeFile(
-                "the model file is too large",
-                expected=f"at most {MAX_BYTES} bytes",
-                got=len(data),
-                where=path,
-            )
-        content = bytes(data)
+    path = file.path
+    if file.size > MAX_BYTES:
+        raise UnsafeFile(
+            "the model file is too large",
+            expected=f"at most {MAX_BYTES} bytes",
+            got=file.size,
+            where=path,
+        )
+    content = bytes(file.content)
     if len(list(_graphs(content))) > 1:
         raise UnsafeFile("the model has several graphs, of which readers choose differently", where=path)
     try:
@@ -124,20 +125,20 @@ class Tensors:
     """Reads tensor messages, and what lies in other files, within bounds.
 
     Args:
-        path: The model; other files must lie in its folder.
+        file: The model; other files must lie in its folder.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._folder = path.parent.resolve()
-        self._size = path.stat().st_size
+    def __init__(self, file: StoredFile) -> None:
+        self._file = file
+        self._path = file.path
+        self._folder = file.path.parent.resolve()
         self._described = 0
         self.outside: dict[str, int] = {}
 
     @property
     def held(self) -> int:
         """Bytes of the model and of the other files that were read so far."""
-        return self._size + sum(self.outside.values())
+        return self._file.size + sum(self.outside.values())
 
     def read(self, message: Any) -> Tensor:
         """Return the tensor of a message.
@@ -188,16 +189,11 @@ class Tensors:
             raise InputError("the place of a tensor is no number", where=where) from error
         if not natural(offset) or length != wanted:
             raise _missing(wanted, length, where)
-        try:
-            with file.open("rb") as stream:
-                size = file.stat().st_size
-                self.outside[location] = size
-                if offset + length > size:
-                    raise _missing(offset + length, size, where)
-                stream.seek(offset)
-                return stream.read(length)
-        except OSError as error:
-            raise InputError("a file of weights cannot be read", got=error.strerror, where=where) from error
+        held = self._file.other(location, file)
+        self.outside[location] = held.size
+        if offset + length > held.size:
+            raise _missing(offset + length, held.size, where)
+        return bytes(held.content[offset : offset + length])
 
     def _inside(self, location: str, where: str) -> Path:
         parts = PurePosixPath(location).parts

@@ -22,20 +22,21 @@ from unbackdoor.weights.formats.onnx import initializers as onnx
 from unbackdoor.weights.formats.onnx.graph import import_graph
 from unbackdoor.weights.formats.onnx.node import Place
 from unbackdoor.weights.formats.torch_save.pickle_reader import Trail
+from unbackdoor.weights.stored_file import StoredFile, stored
 
 _NUMBERS = {dtype: number for number, (dtype, _, _) in onnx.TYPES.items()}
 _COUNTER = "num_batches_tracked"  # of torch alone; no result depends on it
 
 
-def require_room(path: Path) -> None:
+def require_room(file: Path | StoredFile) -> None:
     """Raise UnsupportedModel where the file and its weights are too large for one ONNX file."""
-    model = onnx.parse(path)
-    tensors = onnx.Tensors(path)
-    for message in _tensors(model):
+    file = stored(file)
+    tensors = onnx.Tensors(file)
+    for message in _tensors(onnx.parse(file)):
         if message.data_location == onnx.EXTERNAL:
             tensors.read(message)
     if tensors.held > onnx.MAX_BYTES:
-        raise _too_large(path, tensors.held)
+        raise _too_large(file.path, tensors.held)
 
 
 def _too_large(path: Path, size: int) -> UnsupportedModel:
@@ -50,7 +51,7 @@ def _too_large(path: Path, size: int) -> UnsupportedModel:
 
 def write_graph(
     path: Path,
-    source: Path,
+    source: Path | StoredFile,
     places: Mapping[str, Place],
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
@@ -59,7 +60,7 @@ def write_graph(
 
     Args:
         path: The file to write.
-        source: The file that the network was imported from.
+        source: The file that the network was imported from, or what was read of it.
         places: Of its tensors, as the import gives them.
         before: Its state dict as imported.
         after: The state dict to write, of the same names and shapes.
@@ -68,17 +69,18 @@ def write_graph(
         InputError: If the tensors do not fit, or the disk refuses.
         IntegrityError: If what was written does not open to these tensors.
     """
+    source = stored(source)
     wanted = {name: t.detach().cpu() for name, t in after.items()}
     if wanted.keys() != before.keys() or any(wanted[n].shape != t.shape for n, t in before.items()):
         odd = sorted(n for n in wanted.keys() | before.keys() if n not in wanted or n not in before)[:3]
-        raise InputError("the repaired model has other tensors than the file", got=odd, where=source)
+        raise InputError("the repaired model has other tensors than the file", got=odd, where=source.path)
     changed = [
         name
         for name, tensor in wanted.items()
         if not name.endswith(_COUNTER) and not torch.equal(tensor, before[name].cpu())
     ]
     if odd := [name for name in changed if name not in places]:
-        raise InputError("a changed tensor has no place in the file", where=f"{source}, {short(odd[0])}")
+        raise InputError("a changed tensor has no place in the file", where=f"{source.path}, {short(odd[0])}")
     model = onnx.parse(source)
     operands = _Operands(model.graph, places)
     # Last those that go by the name of a weight: whoever shares it has a weight of its own by then.
@@ -96,22 +98,23 @@ def write_graph(
     _store(path, source, model, check)
 
 
-def write_initializers(path: Path, source: Path, state: Mapping[str, Tensor]) -> None:
+def write_initializers(path: Path, source: Path | StoredFile, state: Mapping[str, Tensor]) -> None:
     """Write a file with other weights under the names that it has, whole or not at all.
 
     Raises:
         InputError: If it has not exactly these, or the disk refuses.
     """
+    source = stored(source)
     model = onnx.parse(source)
     held = {message.name: message for message in model.graph.initializer}
     if held.keys() != state.keys() or any(tuple(held[n].dims) != tuple(t.shape) for n, t in state.items()):
         odd = sorted(short(name) for name in held.keys() ^ state.keys())[:3]
-        raise InputError("the weights are not those of the file", got=odd, where=source)
+        raise InputError("the weights are not those of the file", got=odd, where=source.path)
     for name, tensor in state.items():
         _fill(held[name], tensor.detach().cpu())
 
     def check(draft: Path) -> None:
-        reread = onnx.read(draft, Trail())
+        reread = onnx.read(stored(draft), Trail())
         if not all(torch.equal(reread[name], tensor.cpu()) for name, tensor in state.items()):
             raise IntegrityError("the file that was written does not hold the weights", where=path)
 
@@ -185,13 +188,13 @@ def _fill(message: Any, tensor: Tensor) -> None:
     message.raw_data = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
-def _store(path: Path, source: Path, model: Any, check: Callable[[Path], None]) -> None:
+def _store(path: Path, source: StoredFile, model: Any, check: Callable[[Path], None]) -> None:
     tensors = onnx.Tensors(source)
     for message in _tensors(model):
         if message.data_location == onnx.EXTERNAL:
             _fill(message, tensors.read(message))
     if model.ByteSize() > onnx.MAX_BYTES:
-        raise _too_large(source, model.ByteSize())
+        raise _too_large(source.path, model.ByteSize())
     with atomic_write(path) as draft:
         draft.write_bytes(model.SerializeToString(deterministic=True))
         check(draft)

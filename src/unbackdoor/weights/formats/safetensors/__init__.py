@@ -1,0 +1,1 @@
+"""Safetensors: a header of JSON, and the tensors behind it."""

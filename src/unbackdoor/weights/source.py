@@ -1,0 +1,147 @@
+"""What a report, a repair or a patch speaks of: a file of weights as it was when it was opened.
+
+Everything that is said or made of a model is made of these bytes, and nobody opens the path again. Whoever
+writes something that names the hash first asks whether the path still leads to the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from unbackdoor.errors import InputError, UnbackdoorError
+from unbackdoor.weights.card import MAX_CARD, ModelCard, read_card
+from unbackdoor.weights.read import Contents, bytes_needed, read_contents
+from unbackdoor.weights.stored_file import StoredFile, read_file
+
+SUFFIX = ".safetensors"  # of the files that may have a card beside them
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A file of weights as it was opened, with the card beside it.
+
+    Attributes:
+        path: Where it lay.
+        size: Its bytes.
+        sha256: Hash of the very bytes that were parsed.
+        contents: What it is and holds, also where it is dangerous or damaged.
+        main: The file itself; its bytes are kept where a graph is made of them.
+        card_file: The card beside it, or None.
+        card_problem: Why the file beside it could not be read, or None.
+    """
+
+    path: Path
+    size: int
+    sha256: str
+    contents: Contents = field(repr=False)
+    main: StoredFile = field(repr=False)
+    card_file: StoredFile | None = field(default=None, repr=False)
+    card_problem: InputError | None = None
+
+    @property
+    def files(self) -> tuple[StoredFile, ...]:
+        """Everything that was read: the file, the card beside it, the files of weights that it names."""
+        card = () if self.card_file is None else (self.card_file,)
+        return (self.main, *card, *self.main.others.values())
+
+    @property
+    def graph(self) -> StoredFile | None:
+        """The bytes that the network of an ONNX file is made of; None for other formats."""
+        return self.main if self.contents.format == "onnx" else None
+
+    def card(self) -> ModelCard | None:
+        """Return the card beside it, or None; its hashes are not yet held against the weights.
+
+        Raises:
+            InputError: If the file beside it is no card, or cannot be read.
+        """
+        if self.card_problem is not None:
+            raise self.card_problem
+        return None if self.card_file is None else read_card(self.card_file)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return a copy of the state dict.
+
+        Raises:
+            UnsafeFile: If the file names what would do harm; nothing was executed.
+            UnbackdoorError: If there is no state dict that can be read.
+        """
+        return {name: tensor.clone() for name, tensor in self.contents.state(self.path).items()}
+
+    def history(self) -> list[dict[str, Any]]:
+        """Return what the card says was done to the model; nothing where there is no card."""
+        card = self.card()
+        return [] if card is None else list(card.history)
+
+    def require_unchanged(self) -> None:
+        """Raise IntegrityError unless every path still leads to the bytes that were read.
+
+        To be called before anything is written that names the hash: the bytes are hashed once more, because
+        sizes and times can be forged.
+        """
+        for file in self.files:
+            file.require_unchanged()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return name, size and hash of every file as JSON."""
+        facts: list[Mapping[str, Any]] = [
+            {"path": str(file.path), "size": file.size, "sha256": file.sha256} for file in self.files
+        ]
+        return {**facts[0], "other_files": facts[1:]}
+
+
+def open_source(path: Path | str) -> Source:
+    """Open a file of weights, once.
+
+    Args:
+        path: The file; ``.safetensors`` is appended where only that exists.
+
+    Returns:
+        The file as it is now. What is wrong with its content is told there and not raised.
+
+    Raises:
+        InputError: If it cannot be opened.
+        IntegrityError: If it was written to while it was read.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from safetensors.torch import save_file
+        >>> file = Path(tempfile.mkdtemp()) / "model.safetensors"
+        >>> save_file({"fc.weight": torch.zeros(10, 4)}, file)
+        >>> source = open_source(file)
+        >>> source.contents.format, source.size
+        ('safetensors', 232)
+        >>> source.require_unchanged()
+    """
+    path = existing_file(Path(path))
+    main = read_file(path, bytes_needed)
+    try:
+        contents = read_contents(main)
+    except UnbackdoorError as error:
+        contents = Contents("unknown", problem=error)
+    # Only a graph is built of the bytes again; the tensors of other files have memory of their own.
+    main = replace(main, content=bytes(main.content) if contents.format == "onnx" else b"")
+    return Source(path, main.size, main.sha256, contents, main, *_card_beside(path))
+
+
+def existing_file(path: Path) -> Path:
+    """Return the weights file, with its suffix appended where only that exists."""
+    with_suffix = path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
+    # The name without its suffix is accepted, because save_model accepts it.
+    return with_suffix if not path.exists() and with_suffix.exists() else path
+
+
+def _card_beside(path: Path) -> tuple[StoredFile | None, InputError | None]:
+    beside = path.with_suffix(".json")
+    # Beside other people's checkpoints a JSON file is something else.
+    if path.suffix != SUFFIX or not beside.exists():
+        return None, None
+    try:
+        return read_file(beside, lambda _, size: min(size, MAX_CARD + 1)), None
+    except InputError as error:
+        return None, InputError("the model card cannot be read", got=error.got, where=beside)

@@ -15,7 +15,7 @@ from typing import Any
 
 from unbackdoor.bench.cells import address
 from unbackdoor.bench.store import Store
-from unbackdoor.bench.victims import load_truth
+from unbackdoor.bench.truth_files import load_truth
 from unbackdoor.errors import InputError, IntegrityError
 from unbackdoor.files import sha256_file, write_json
 from unbackdoor.opening.classifier_files import load_model

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from _data import Pictures, add_data_option, find_data
 from unbackdoor.attacks import AttackTruth, poison
 from unbackdoor.attacks.poison import stamped
-from unbackdoor.bench.victims import load_truth
+from unbackdoor.bench.truth_files import load_truth
 from unbackdoor.data.datasets import DataSet
 from unbackdoor.data.splits import POOL_FRACTION, draw_clean, reserve
 from unbackdoor.engine.run import Run

@@ -36,7 +36,7 @@ from safetensors import safe_open
 from unbackdoor.bench.results import rows_of
 from unbackdoor.bench.steps import MODEL, REPAIRED
 from unbackdoor.bench.store import Store
-from unbackdoor.bench.victims import load_truth
+from unbackdoor.bench.truth_files import load_truth
 from unbackdoor.data.decode import processors
 from unbackdoor.files import sha256_file
 from unbackdoor.opening.classifier_files import load_model

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from unbackdoor.bench.repairs import commit_of, describe_device, peak_memory_mb, repair_and_judge
+from unbackdoor.bench.machine import describe_device, peak_memory_mb
+from unbackdoor.bench.repairs import commit_of, repair_and_judge
 from unbackdoor.bench.results import WEAK, summarise
 from unbackdoor.bench.rows import Row, read_rows, write_rows
 from unbackdoor.bench.victims import (

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unbackdoor.bench.judge import judge
-from unbackdoor.bench.victims import load_truth
+from unbackdoor.bench.truth_files import load_truth
 from unbackdoor.data.batches import to_float
 from unbackdoor.data.datasets import load_dataset
 from unbackdoor.data.splits import draw_clean, reserve

@@ -24,7 +24,7 @@ from typing import Any
 from unbackdoor.attacks import AttackTruth
 from unbackdoor.audit.unlearning import unlearn
 from unbackdoor.bench.screening import judge_screening, resemblance
-from unbackdoor.bench.victims import load_truth
+from unbackdoor.bench.truth_files import load_truth
 from unbackdoor.data.datasets import DataSet, load_dataset
 from unbackdoor.data.splits import draw_clean, reserve
 from unbackdoor.engine import trusted_caller as caller

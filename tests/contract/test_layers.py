@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 import unbackdoor
+from unbackdoor.bench import code_version
+from unbackdoor.bench.code_version import Sources
 
 PACKAGE = Path(unbackdoor.__file__).parent
+SOURCES = Sources({"unbackdoor": PACKAGE})
 # From the top down; a room may import rooms below it.
 ORDER = [
     "cli",
@@ -51,14 +54,10 @@ def method(path: Path) -> str:
 
 def imported(path: Path) -> set[str]:
     """Return the full names of our own modules that a file imports anywhere, nested imports included."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            assert node.level == 0, f"{path} has a relative import"
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name for name in found if name.startswith("unbackdoor.")}
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    relative = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+    assert not relative, f"{path} has a relative import"
+    return {name for name in code_version.imported(tree, "") if name.startswith("unbackdoor.")}
 
 
 FILES = sorted(
@@ -79,21 +78,6 @@ def test_imports_point_down(path: Path) -> None:
             raise AssertionError(f"{path.name} imports its sibling {name}")
 
 
-def reachable(start: str) -> set[str]:
-    """Return all our modules that importing ``start`` brings along, by following the source."""
-    seen: set[str] = set()
-    todo = [start]
-    while todo:
-        name = todo.pop()
-        file = PACKAGE.parent.joinpath(*name.split("."))
-        path = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
-        if name in seen or not path.exists():
-            continue
-        seen.add(name)
-        todo += imported(path)
-    return seen
-
-
 METHODS = [
     p
     for room in ("defenses", "scanners", "screeners")
@@ -104,7 +88,7 @@ METHODS = [
 @pytest.mark.parametrize("path", METHODS, ids=method)
 def test_no_path_from_a_method_to_the_truth(path: Path) -> None:
     start = f"unbackdoor.{room(path)}.{method(path)}"
-    names = reachable(start)
+    names = set(SOURCES.closure([start], ends=frozenset({"unbackdoor"})))
     assert start in names
     assert not [name for name in names if name.split(".")[1] in ("attacks", "bench", "cli", "report")]
     # Of the data it needs to make batches, and nothing that could open a test set.

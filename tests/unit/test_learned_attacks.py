@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from tiny import NAMES, tiny_data
 from unbackdoor.attacks import AttackTruth, input_aware, poison, prepare, stamped, trojannn
-from unbackdoor.bench.victims import VictimSpec, load_truth, save_victim, train_victim
+from unbackdoor.bench.truth_files import load_truth
+from unbackdoor.bench.victims import VictimSpec, save_victim, train_victim
 from unbackdoor.data.datasets import DataSet
 from unbackdoor.data.splits import reserve
 from unbackdoor.engine import rng

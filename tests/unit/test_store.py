@@ -299,7 +299,7 @@ def test_a_store_of_the_first_version_is_brought_up_to_date(tmp_path: Path) -> N
     opened(tmp_path).close()
     db = sqlite3.connect(tmp_path / "results.db")
     db.executescript(
-        "DROP TRIGGER cell_changes; DROP TABLE clock; DROP INDEX cell_changed; "
+        "DROP TABLE pinned; DROP TRIGGER cell_changes; DROP TABLE clock; DROP INDEX cell_changed; "
         "ALTER TABLE cell DROP COLUMN changed; PRAGMA user_version = 1;"
     )
     old = sqlite3.connect(tmp_path / "results.db", isolation_level=None)  # a driver of before, at work

@@ -9,7 +9,8 @@ import pytest
 
 from small_suite import TEXT, fake_data, written
 from unbackdoor.attacks import poison
-from unbackdoor.bench.cells import code_version, plan
+from unbackdoor.bench.cells import plan
+from unbackdoor.bench.code_version import repair_version
 from unbackdoor.bench.suites import Suite, check_lock, find_suite, load_suite
 from unbackdoor.data.splits import reserve
 from unbackdoor.errors import ConfigError, InputError, IntegrityError
@@ -130,11 +131,10 @@ def test_files_are_named_by_their_label(tmp_path: Path) -> None:
         find_suite("tri-v1", written(tmp_path).parent)
 
 
-def test_only_code_changes_the_version_of_code() -> None:
-    part = DEFENSES["rnp"]
-    assert code_version(part) == code_version(part)
-    assert code_version(part) != code_version(replace(part, version=part.version + 1))
-    assert code_version(part) != code_version(DEFENSES["fp"])
+def test_a_part_may_raise_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    part, before = DEFENSES["rnp"], repair_version("rnp", "none", "small_cnn")
+    monkeypatch.setitem(DEFENSES._parts, "rnp", replace(part, version=part.version + 1))
+    assert repair_version("rnp", "none", "small_cnn") != before
 
 
 def test_a_model_meets_only_what_it_names(tmp_path: Path) -> None:

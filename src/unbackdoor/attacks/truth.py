@@ -8,16 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from unbackdoor.engine.run import Run
-from unbackdoor.engine.training import Recipe
 from unbackdoor.errors import InputError, IntegrityError
 from unbackdoor.registry import ATTACKS, Config, option
 from unbackdoor.types import Augmentation, Classifier, Images, state_sha256
+
+if TYPE_CHECKING:
+    from unbackdoor.engine.training import Recipe  # named only: the judge depends on no training
 
 Stamp = Callable[[Tensor], Tensor]
 Tensors = Mapping[str, Tensor]

@@ -1,26 +1,24 @@
 """Cells: the units of a benchmark, addressed by a hash of everything their result depends on.
 
 A victim is trained once and shared by all repairs and scans, in this suite and in others. A repair or a scan
-depends on its victim, the method with all options, and the defender's sample. A changed method has another
-hash and runs its own cells again, and nobody else's.
+depends on its victim, the method with all options, and the defender's sample. The code that a cell runs is
+part of its address (:mod:`unbackdoor.bench.code_version`): where it changes, cells that run it are new ones.
 """
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import inspect
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from itertools import product
 from typing import Any
 
 import torch
 
 from unbackdoor.attacks import AttackTruth, impossible
+from unbackdoor.bench.code_version import repair_version, scan_version, victim_version
+from unbackdoor.bench.steps import facts_of
 from unbackdoor.bench.suites import (
     AttackEntry,
     ModelEntry,
@@ -34,10 +32,7 @@ from unbackdoor.data.splits import draw_clean, reserve
 from unbackdoor.engine.training import recipe_named
 from unbackdoor.errors import ConfigError, UnbackdoorError
 from unbackdoor.networks.build import canonical
-from unbackdoor.registry import ATTACKS, DEFENSES, SCANNERS, Part
-
-# Raised by hand when shared code (engine, data, models, judge) changes what any cell would measure.
-EPOCH = 1
+from unbackdoor.registry import ATTACKS, DEFENSES, SCANNERS
 
 
 @dataclass(frozen=True)
@@ -69,24 +64,6 @@ def address(spec: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def code_version(part: Part[Any]) -> str:
-    """Return a hash of a part's module that comments, layout and documentation do not change."""
-    return _code_version(part.function.__module__, part.version)
-
-
-@cache
-def _code_version(module: str, version: int) -> str:
-    # Remembered: a suite asks once for every cell, and parsing takes milliseconds.
-    tree = ast.parse(inspect.getsource(sys.modules[module]))
-    for node in ast.walk(tree):
-        if (
-            isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
-            and ast.get_docstring(node) is not None
-        ):
-            node.body = node.body[1:] or [ast.Pass()]
-    return hashlib.sha256(f"{version}:{ast.dump(tree)}".encode()).hexdigest()[:16]
-
-
 def plan(suite: Suite, data: Mapping[str, DataSet]) -> list[Planned]:
     """Expand a suite into its cells, victims before the repairs that need them.
 
@@ -105,25 +82,28 @@ def plan(suite: Suite, data: Mapping[str, DataSet]) -> list[Planned]:
 
 def _cells(suite: Suite, data: Mapping[str, DataSet]) -> Iterator[Planned]:
     shared = {
-        "epoch": EPOCH,
         "torch": ".".join(torch.__version__.split(".")[:2]),
         "precision": suite.precision,
     }
     for entry in suite.data:
-        prints = [data[entry.name].train.fingerprint(), data[entry.name].test.fingerprint()]
+        loaded = data[entry.name]
+        facts = {
+            "dataset": entry.name,
+            "data_sha256": [loaded.train.fingerprint(), loaded.test.fingerprint()],
+            **facts_of(loaded),
+        }
         for model, width, recipe, attack, options, seed in _victims(suite, entry.name):
             part = ATTACKS[attack.name]
             config = part.configure(options).model_dump()
             spec = {
                 **shared,
                 "kind": "victim",
-                "dataset": entry.name,
-                "data_sha256": prints,
+                **facts,
                 "architecture": canonical(architecture(model, width)),
                 "recipe": recipe_named(recipe.name, **recipe.changes).model_dump(),
                 "attack": attack.name,
                 "options": config,
-                "attack_code": code_version(part),
+                "code": victim_version(attack.name, model.architecture),
                 "seed": seed,
             }
             labels = {
@@ -161,12 +141,12 @@ def _victims(
 
 def _looks(suite: Suite, shared: Mapping[str, Any], victim: Planned) -> Iterator[Planned]:
     """Yield the repairs and scans of a victim, by what the defender owns."""
+    parts = (victim.labels["attack"], victim.labels["architecture"])
     for count, seed in product(suite.defender.clean_images, suite.defender.seeds):
         owned = {
             **shared,
             "victim": victim.key,
-            "dataset": victim.spec["dataset"],
-            "data_sha256": victim.spec["data_sha256"],
+            **{name: victim.spec[name] for name in ("dataset", "data_sha256", "augmentation")},
             "clean_images": count,
             "seed": seed,
         }
@@ -179,7 +159,7 @@ def _looks(suite: Suite, shared: Mapping[str, Any], victim: Planned) -> Iterator
                     "kind": "repair",
                     "defense": defense.name,
                     "options": part.configure(defense.options, preset=preset).model_dump(),
-                    "defense_code": code_version(part),
+                    "code": repair_version(defense.name, *parts),
                     "selection": defense.selection,
                 }
                 if defense.choices:
@@ -196,7 +176,7 @@ def _looks(suite: Suite, shared: Mapping[str, Any], victim: Planned) -> Iterator
                     "kind": "scan",
                     "scanner": scanner.name,
                     "options": part.configure(scanner.options, preset=preset).model_dump(),
-                    "scanner_code": code_version(part),
+                    "code": scan_version(scanner.name, *parts),
                 }
                 named = {"scanner": scanner.name, "preset": preset if not scanner.options else f"{preset}*"}
                 yield Planned(address(spec), "scan", spec, victim.key, {**labels, **named})

@@ -1,8 +1,9 @@
 """Give trained victims away and take them over, so that a repair can be measured again without training.
 
 A victim travels as a folder: weights, card, the record of the attack, and ``cell.json`` with its
-specification, what the judge measured, and the hash of every file. The specification hashes to its address,
-so a store takes a victim over exactly where its own suites would have trained the same one.
+specification, what the judge measured, and the hash of every file. The specification hashes to its address.
+A victim that was taken over is pinned by the hash of its weights: suites whose own victim would differ from
+it in nothing but the code that trains go on with it, whatever that code has become since.
 """
 
 from __future__ import annotations
@@ -10,17 +11,23 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from unbackdoor.bench.cells import address
+from unbackdoor.bench.cells import Planned, address
 from unbackdoor.bench.store import Store
-from unbackdoor.bench.victims import load_truth
+from unbackdoor.bench.truth_files import load_truth
 from unbackdoor.errors import InputError, IntegrityError
 from unbackdoor.files import sha256_file, write_json
 from unbackdoor.opening.classifier_files import load_model
 
 CELL, MODEL = "cell.json", "model.safetensors"
+# What says by which code a victim was trained; two of them before versions covered all that is reached.
+_CODE = frozenset({"code", "attack_code", "epoch"})
+# What older specifications do not say; both follow from the data set that they name by hashes.
+_LATER = frozenset({"augmentation", "normalisation"})
 
 
 def give(store: Store, label: str, folder: Path) -> list[Path]:
@@ -71,6 +78,42 @@ def take(store: Store, folder: Path) -> list[str]:
     return [key for file in files if (key := _take(store, file)) is not None]
 
 
+def with_pinned(store: Store, cells: Sequence[Planned]) -> list[Planned]:
+    """Return a plan in which victims that a store has taken over stand for those that it would train.
+
+    A victim that the store trained itself with the present code is kept. The repairs and scans of a victim
+    that is replaced get the addresses that follow.
+
+    Args:
+        store: Where the suite will run.
+        cells: A plan, victims before their repairs.
+    """
+    pinned = store.pinned()
+    if not pinned:
+        return list(cells)
+    there = {_form(spec, _CODE): (key, spec) for key, spec in pinned.items()}
+    own = store.trained(cell.key for cell in cells if cell.kind == "victim")
+    new: dict[str, str] = {}  # address of a planned victim -> of the one in its place
+    out = []
+    for cell in cells:
+        if cell.kind == "victim" and cell.key not in own:
+            found = there.get(_form(cell.spec, _CODE)) or there.get(_form(cell.spec, _CODE | _LATER))
+            if found is not None:
+                new[cell.key] = found[0]
+                out.append(replace(cell, key=found[0], spec=found[1]))
+                continue
+        elif cell.parent is not None and cell.parent in new:
+            spec = {**cell.spec, "victim": new[cell.parent]}
+            out.append(replace(cell, key=address(spec), spec=spec, parent=new[cell.parent]))
+            continue
+        out.append(cell)
+    return out
+
+
+def _form(spec: Mapping[str, Any], without: frozenset[str]) -> str:
+    return json.dumps({name: spec[name] for name in spec if name not in without}, sort_keys=True)
+
+
 def _take(store: Store, file: Path) -> str | None:
     told = _read(file)
     key, spec = str(told["key"]), dict(told["spec"])
@@ -88,7 +131,7 @@ def _take(store: Store, file: Path) -> str | None:
             shutil.copyfile(source, work / name)
             if sha256_file(work / name) != digest:
                 raise IntegrityError("a file of the victim was changed", where=source)
-        load_model(work / MODEL)
+        weights = load_model(work / MODEL).sha256()
         load_truth(work / MODEL)
         target = store.artefact(key)
         if not target.exists():
@@ -96,7 +139,7 @@ def _take(store: Store, file: Path) -> str | None:
             work.rename(target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return key if store.adopt(key, "victim", spec, told["result"]) else None
+    return key if store.adopt(key, spec, told["result"], sha256=weights) else None
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from unbackdoor.files import is_disk_full, write_json
 TASK, RESULT, LOG = "task.json", "result.json", "log.txt"
 SCRATCH = "tmp"  # where a confined process makes its temporary files
 # The first optimizer of a process imports torch's compiler, a second of work that is done once here.
-_PRELOADED = ["unbackdoor.bench.steps", "torch._dynamo"]
+_PRELOADED = ["unbackdoor.bench.train_step", "torch._dynamo"]  # the first brings the other steps along
 _GRACE = 5.0  # seconds between the polite and the certain end of a process
 _FULL = errno.ENOSPC  # exit status of a process that found no room, not even for its answer
 

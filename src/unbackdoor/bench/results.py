@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from unbackdoor.bench.code_version import IMPORTED
 from unbackdoor.bench.rows import Row, ScanRow
 from unbackdoor.bench.store import Cell, Store
 from unbackdoor.bench.victims import ATTACK_TOOK
@@ -31,40 +32,54 @@ def scans_of(store: Store, label: str) -> list[ScanRow]:
     return [_scan_row(*found) for found in _ended(store, label, "scan")]
 
 
-def _ended(store: Store, label: str, kind: str) -> Iterator[tuple[Cell, dict[str, Any], Cell]]:
+@dataclass(frozen=True)
+class _Victim:
+    scores: Mapping[str, Any]
+    code: str
+
+
+def _ended(store: Store, label: str, kind: str) -> Iterator[tuple[Cell, dict[str, Any], _Victim]]:
     """Yield the ended cells of a kind, each with the labels of its row and its victim."""
-    members = store.members(label)
-    victims = {cell.key: cell for cell, _ in members if cell.kind == "victim"}
+    members, pinned = store.members(label), store.pinned()
+    victims = {
+        cell.key: _Victim(
+            cell.result["scores"] if cell.result else {},
+            # A victim of a time before there were versions says which attack's module it was trained with.
+            (IMPORTED if cell.key in pinned else "")
+            + str(cell.spec.get("code", cell.spec.get("attack_code", ""))),
+        )
+        for cell, _ in members
+        if cell.kind == "victim"
+    }
     for cell, labels in members:
         if cell.kind == kind and cell.state in ("done", "failed") and cell.parent is not None:
             yield cell, labels, victims[cell.parent]
 
 
-def _row(cell: Cell, labels: dict[str, Any], victim: Cell) -> Row:
-    before = victim.result["scores"] if victim.result else {}
+def _row(cell: Cell, labels: dict[str, Any], victim: _Victim) -> Row:
     result = cell.result or {}
     after = result.get("scores", {})
     return Row(
         **labels,
-        ra_before=before.get("ra"),
+        ra_before=victim.scores.get("ra"),
         acc=after.get("acc"),
         asr=after.get("asr"),
         ra=after.get("ra"),
         der=result.get("der"),
-        **_measured(cell, before),
+        **_measured(cell, victim),
     )
 
 
-def _scan_row(cell: Cell, labels: dict[str, Any], victim: Cell) -> ScanRow:
+def _scan_row(cell: Cell, labels: dict[str, Any], victim: _Victim) -> ScanRow:
     result = cell.result or {}
     names = ("verdict", "classes", "statistic", "value", "p_value", "right", "target_found")
     told = {name: result[name] for name in names if name in result}
-    return ScanRow(**labels, **told, **_measured(cell, victim.result["scores"] if victim.result else {}))
+    return ScanRow(**labels, **told, **_measured(cell, victim))
 
 
-def _measured(cell: Cell, before: Mapping[str, Any]) -> dict[str, Any]:
+def _measured(cell: Cell, victim: _Victim) -> dict[str, Any]:
     """Return the columns that repairs and scans share."""
-    result = cell.result or {}
+    result, before = cell.result or {}, victim.scores
     flags = list(result.get("flags", []))
     asr = before.get("asr")
     if asr is not None and asr < ATTACK_TOOK:
@@ -76,6 +91,8 @@ def _measured(cell: Cell, before: Mapping[str, Any]) -> dict[str, Any]:
         "peak_mb": result.get("peak_mb"),
         "device": result.get("device", ""),
         "commit": result.get("commit", ""),
+        "code": cell.spec.get("code", ""),
+        "victim_code": victim.code,
         "flags": tuple(flags),
         "error": cell.error,
     }

@@ -65,6 +65,8 @@ class Row(_Experiment):
     peak_mb: float | None = None
     device: str = ""
     commit: str = ""
+    code: str = ""
+    victim_code: str = ""
     flags: tuple[str, ...] = ()
     error: str | None = None
 
@@ -89,6 +91,8 @@ class ScanRow(_Experiment):
     peak_mb: float | None = None
     device: str = ""
     commit: str = ""
+    code: str = ""
+    victim_code: str = ""
     flags: tuple[str, ...] = ()
     error: str | None = None
 

@@ -1,7 +1,8 @@
 """The steps of a cell, each run in a process of its own; tasks and answers are plain JSON.
 
-The method's step is handed a model, clean images and options. It is the only step that runs a method, and
-the only one that is confined; the truth is read by the two others.
+The steps of methods and scanners are handed a model, clean images and options. They alone run what is not
+ours, and they alone are confined; the truth is read by the judge's. The step that trains a victim stands in
+:mod:`unbackdoor.bench.train_step`, so that no repair depends on the code that trains.
 """
 
 from __future__ import annotations
@@ -9,34 +10,29 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from unbackdoor.attacks import AttackTruth
 from unbackdoor.bench.judge import Scores, judge
-from unbackdoor.bench.repairs import describe_device, peak_memory_mb
-from unbackdoor.bench.victims import (
-    VictimSpec,
-    load_truth,
-    save_victim,
-    train_victim,
-)
+from unbackdoor.bench.machine import describe_device, peak_memory_mb
+from unbackdoor.bench.truth_files import load_truth
 from unbackdoor.data.datasets import DataSet, load_dataset
 from unbackdoor.data.splits import draw_clean, reserve
 from unbackdoor.engine.run import Run
-from unbackdoor.engine.training import Recipe
 from unbackdoor.engine.trusted_caller import run as call
 from unbackdoor.engine.trusted_caller import scan
+from unbackdoor.errors import IntegrityError
 from unbackdoor.files import atomic_write, finite, write_json
 from unbackdoor.metrics import Rate
-from unbackdoor.opening.classifier_files import load_model, save_model
-from unbackdoor.types import CleanData, Images
+from unbackdoor.opening.classifier_files import find_card, load_model, save_model
+from unbackdoor.types import Classifier, CleanData, Images
 
 T = TypeVar("T")
 MODEL, SAMPLE, REPAIRED, PROGRESS = (
@@ -77,20 +73,70 @@ class Reporter:
             yield item
 
 
-def _data(task: Mapping[str, Any]) -> DataSet:
-    place = task["place"]
+def data_of(task: Mapping[str, Any], *parts: Literal["train", "test"]) -> DataSet:
+    """Load the data set of a task, and see that it is the one that its specification names by hashes.
+
+    The code that reads data sets is therefore no part of the version of a cell (:mod:`.code_version`).
+
+    Args:
+        task: With ``spec`` and ``place``.
+        parts: Those that will be used.
+
+    Raises:
+        IntegrityError: If a part, or what is said of all images, is not what the cell was planned with.
+    """
+    place, spec = task["place"], task["spec"]
     root = Path(place["data_root"]) if place.get("data_root") else None
     cache = Path(place["cache"]) if place.get("cache") else None
-    return load_dataset(str(task["spec"]["dataset"]), root=root, cache=cache)
+    data = load_dataset(str(spec["dataset"]), root=root, cache=cache)
+    hashes = dict(zip(("train", "test"), spec["data_sha256"], strict=True))
+    found = {part: (hashes[part], getattr(data, part).fingerprint()) for part in parts}
+    facts = facts_of(data)
+    found |= {name: (spec[name], facts[name]) for name in facts if name in spec}
+    for what, (expected, got) in found.items():
+        if expected != got:
+            raise IntegrityError(
+                f"the data set {data.name!r} is not the one that was planned with, judging by: {what}",
+                expected=expected,
+                got=got,
+                where=root or cache,
+                remedy="Give every worker the same data, and run the suite again",
+            )
+    return data
 
 
-def _timed(work: Callable[[], T]) -> tuple[T, float]:
+def facts_of(data: DataSet) -> dict[str, Any]:
+    """Return what a specification says of a data set beside the hashes of its images, JSON-ready."""
+    return {"augmentation": data.augmentation, "normalisation": [list(data.mean), list(data.std)]}
+
+
+def model_of(path: Path) -> Classifier:
+    """Load a model, and see that its tensors are those that were saved.
+
+    The code that reads and writes models is therefore no part of the version of a cell.
+
+    Raises:
+        IntegrityError: If they are not.
+    """
+    model, card = load_model(path), find_card(path)
+    if card is None or (got := model.sha256()) != card.weights_sha256:
+        raise IntegrityError(
+            "the model that was loaded is not the one that was saved",
+            expected=card.weights_sha256[:12] if card else "a card",
+            got=got[:12] if card else "none",
+            where=path,
+        )
+    return model
+
+
+def timed(work: Callable[[], T]) -> tuple[T, float]:
     """Return what a function returns, and its wall seconds."""
     start = time.perf_counter()
     return work(), time.perf_counter() - start
 
 
-def _run(task: Mapping[str, Any], folder: Path) -> Run:
+def run_of(task: Mapping[str, Any], folder: Path) -> Run:
+    """Return the surroundings that a task asks for; progress is shown in a folder."""
     place, spec = task["place"], task["spec"]
     return Run.create(
         seed=int(spec["seed"]),
@@ -100,35 +146,9 @@ def _run(task: Mapping[str, Any], folder: Path) -> Run:
     )
 
 
-def train_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Train a victim, measure it, and leave its weights, card and truth in the folder."""
-    spec, run = task["spec"], _run(task, folder)
-    data, loading = _timed(lambda: _data(task))
-    wanted = VictimSpec(
-        dataset=data.name,
-        architecture=spec["architecture"],
-        recipe=Recipe.parse(spec["recipe"], subject="the recipe"),
-        attack=spec["attack"],
-        options=spec["options"],
-        seed=spec["seed"],
-    )
-    (model, truth), seconds = _timed(
-        lambda: train_victim(wanted, data, run, checkpoint=Path(task["checkpoint"]))
-    )
-    scores, judging = _timed(lambda: judge(model, truth, data.test, run))
-    save_victim(model, truth, folder / MODEL, history=[{"step": "trained", "recipe": spec["recipe"]}])
-    return {
-        "scores": scores.to_json(),
-        "timings": {"data": loading, "train": seconds, "judge": judging},
-        "seconds": seconds,
-        "peak_mb": peak_memory_mb(),
-        "device": describe_device(run),
-    }
-
-
 def sample_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Draw a defender's clean images and write them, without anything that says where they are from."""
-    spec, data = task["spec"], _data(task)
+    spec, data = task["spec"], data_of(task, "train")
     _, pool = reserve(data.train)
     drawn = draw_clean(pool, count=spec["clean_images"], seed=spec["seed"])
     facts = {"class_names": json.dumps(drawn.class_names), "augmentation": data.augmentation}
@@ -139,17 +159,17 @@ def sample_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def hand_over(victim: Path, folder: Path) -> None:
     """Put the weights of a victim into a method's folder, without their history and their name."""
-    model = load_model(victim / MODEL)
+    model = model_of(victim / MODEL)
     model.origin = ""
     save_model(model, folder / MODEL)
 
 
 def method_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Run a defense on the model and the clean images of its folder, and leave the repaired model there."""
-    spec, run, clean = task["spec"], _run(task, folder), _owned(folder, task)
+    spec, run, clean = task["spec"], run_of(task, folder), _owned(folder, task)
     repaired = call(
         spec["defense"],
-        load_model(folder / MODEL),
+        model_of(folder / MODEL),
         clean,
         options=spec["options"],
         seed=run.seed,
@@ -164,10 +184,10 @@ def method_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def scan_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Run a scanner on the model and the clean images of its folder, and leave its findings there."""
-    spec, run, clean = task["spec"], _run(task, folder), _owned(folder, task)
+    spec, run, clean = task["spec"], run_of(task, folder), _owned(folder, task)
     report = scan(
         spec["scanner"],
-        load_model(folder / MODEL),
+        model_of(folder / MODEL),
         clean,
         options=spec["options"],
         seed=run.seed,
@@ -217,14 +237,19 @@ def _cost(seconds: float, clean: CleanData, run: Run) -> dict[str, Any]:
 
 def judge_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Measure a repaired model with the truth of its victim."""
-    run = _run(task, folder)
-    data, loading = _timed(lambda: _data(task))
+    run = run_of(task, folder)
+    data, loading = timed(lambda: data_of(task, "test"))
     truth: AttackTruth = load_truth(Path(task["victim"]) / MODEL)
-    model = load_model(folder / REPAIRED).to(run.device)
-    scores, judging = _timed(lambda: judge(model, truth, data.test, run))
+    model = model_of(folder / REPAIRED).to(run.device)
+    scores, judging = timed(lambda: judge(model, truth, data.test, run))
     return {"scores": scores.to_json(), "timings": {"data": loading, "judge": judging}}
 
 
 def scores_from(record: Mapping[str, Any]) -> Scores:
     """Make scores again from :meth:`Scores.to_json`."""
     return Scores(**{name: Rate(**counts) for name, counts in record["counts"].items()})
+
+
+def best(tries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the first of an oracle's tries with the highest DER, or accuracy where there was no attack."""
+    return max(tries, key=lambda one: one["scores"]["acc"] if one["der"] is None else one["der"])

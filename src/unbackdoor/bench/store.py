@@ -25,7 +25,7 @@ from typing import IO, Any, Literal, Self
 from unbackdoor.errors import DiskFull, InputError, IntegrityError
 
 State = Literal["waiting", "running", "done", "failed"]
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _PATIENCE = 60.0  # seconds that a driver waits for the others
 _SCHEMA = """
 CREATE TABLE suite (
@@ -56,7 +56,8 @@ _UPGRADES = {
         "CREATE TRIGGER cell_changes AFTER UPDATE OF state ON cell BEGIN "
         "UPDATE clock SET changes = changes + 1; "
         "UPDATE cell SET changed = (SELECT changes FROM clock) WHERE key = NEW.key; END",
-    )
+    ),
+    3: ("CREATE TABLE pinned (key TEXT PRIMARY KEY REFERENCES cell (key), sha256 TEXT NOT NULL) STRICT",),
 }
 
 
@@ -301,20 +302,47 @@ class Store:
         """Record that a cell that this driver claimed failed; it is not tried again unless asked for."""
         self._end(key, "failed", None, error, seconds, log)
 
-    def adopt(self, key: str, kind: str, spec: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
-        """Enter a finished cell that was done elsewhere; False if this store has its own result already."""
+    def adopt(self, key: str, spec: Mapping[str, Any], result: Mapping[str, Any], *, sha256: str) -> bool:
+        """Enter a trained victim that was made elsewhere, pinned by its weights.
+
+        Args:
+            key: Its address.
+            spec: Its specification, whatever the code that it was trained with.
+            result: What the judge measured.
+            sha256: Hash of its weights.
+
+        Returns:
+            False if this store has it already, or its own result at the same address; that one stays.
+        """
         text = json.dumps(result, sort_keys=True, allow_nan=False)
         with self._transaction():
             self._db.execute(
-                "INSERT OR IGNORE INTO cell (key, kind, spec) VALUES (?, ?, ?)",
-                (key, kind, json.dumps(spec, sort_keys=True)),
+                "INSERT OR IGNORE INTO cell (key, kind, spec) VALUES (?, 'victim', ?)",
+                (key, json.dumps(spec, sort_keys=True)),
             )
             done = self._db.execute(
                 "UPDATE cell SET state = 'done', result = ?, error = NULL, finished = ? "
                 "WHERE key = ? AND state IN ('waiting', 'failed')",
                 (text, time.time(), key),
             )
+            # A cell that was done and never started here came by an import of a time before there were pins.
+            self._db.execute(
+                "INSERT OR IGNORE INTO pinned SELECT key, ? FROM cell "
+                "WHERE key = ? AND state = 'done' AND (? OR tries = 0)",
+                (sha256, key, done.rowcount == 1),
+            )
         return done.rowcount == 1
+
+    def pinned(self) -> dict[str, dict[str, Any]]:
+        """Return the specification of every victim that was taken over, by address, the latest last."""
+        rows = self._db.execute("SELECT key, spec FROM pinned JOIN cell USING (key) ORDER BY pinned.rowid")
+        return {row["key"]: json.loads(row["spec"]) for row in rows}
+
+    def trained(self, keys: Iterable[str]) -> set[str]:
+        """Return which of some cells are done."""
+        wanted = set(keys)
+        rows = self._db.execute("SELECT key FROM cell WHERE kind = 'victim' AND state = 'done'")
+        return {row["key"] for row in rows} & wanted
 
     def give_up(self, keys: Iterable[str], error: str) -> None:
         """Fail those of some waiting cells whose victim has failed, all in one transaction."""
@@ -385,8 +413,13 @@ class Store:
         return artefact_folder(self.artefacts, key)
 
     def collect_garbage(self, *, dry_run: bool = False) -> list[Path]:
-        """Remove cells and artefacts that no suite refers to; return the folders of the artefacts."""
-        wanted = {row["key"] for row in self._db.execute("SELECT DISTINCT key FROM member")}
+        """Remove cells and artefacts that no suite refers to; return the folders of the artefacts.
+
+        Victims that were taken over stay: a suite that is planned later may go on with them.
+        """
+        wanted = {
+            row["key"] for row in self._db.execute("SELECT key FROM member UNION SELECT key FROM pinned")
+        }
         wanted |= {
             row["parent"]
             for row in self._db.execute(

@@ -9,24 +9,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unbackdoor.attacks import AttackTruth, Learning, prepare, spread
 from unbackdoor.bench.judge import Scores, judge
+from unbackdoor.bench.truth_files import load_truth, save_truth
 from unbackdoor.data.datasets import DataSet
 from unbackdoor.data.splits import reserve
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe, train
-from unbackdoor.errors import InputError
-from unbackdoor.files import atomic_write, write_json
+from unbackdoor.files import atomic_write
 from unbackdoor.networks import build
 from unbackdoor.opening.classifier_files import load_model, save_model
 from unbackdoor.types import Classifier, Images
 
-TRUTH_SUFFIX = ".truth.json"
-TENSORS_SUFFIX = ".truth.safetensors"  # beside it, where the trigger was learned
 ATTACK_TOOK = 0.8  # below this ASR there is no backdoor to remove, and the row is flagged
 
 
@@ -119,38 +117,7 @@ def _fitted(
 def save_victim(model: Classifier, truth: AttackTruth, path: Path, *, history: list[dict[str, Any]]) -> None:
     """Write the weights with their card, and the truth into files of its own that no defender is given."""
     save_model(model.cpu(), path, history=history)
-    tensors = path.with_suffix(TENSORS_SUFFIX)
-    if truth.tensors:
-        with atomic_write(tensors) as draft:
-            save_file(dict(truth.tensors), draft)
-    else:
-        tensors.unlink(missing_ok=True)  # of a victim that this one replaces
-    write_json(path.with_suffix(TRUTH_SUFFIX), truth.spec())
-
-
-def load_truth(path: Path) -> AttackTruth:
-    """Read the truth beside a model, or a truth file.
-
-    Raises:
-        InputError: If there is none, or it cannot be read.
-        IntegrityError: If the tensors of a learned trigger belong to another victim.
-    """
-    file = path if path.name.endswith(TRUTH_SUFFIX) else path.with_suffix(TRUTH_SUFFIX)
-    if not file.exists():
-        raise InputError(
-            "there is no record of the attack",
-            where=file,
-            remedy="Only a model that was trained here can be judged; for others use a scan",
-        )
-    beside = file.with_name(file.name.removesuffix(TRUTH_SUFFIX) + TENSORS_SUFFIX)
-    try:
-        spec = json.loads(file.read_text(encoding="utf-8"))
-        tensors = load_file(beside) if "tensors_sha256" in spec else None
-        return AttackTruth.from_spec(spec, tensors)
-    except FileNotFoundError as error:
-        raise InputError("what the trigger learned is missing", where=beside) from error
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise InputError("the record of the attack cannot be read", got=str(error), where=file) from error
+    save_truth(truth, path)
 
 
 def load_victim(path: Path, data: DataSet, run: Run) -> tuple[Classifier, AttackTruth, Scores]:

@@ -18,17 +18,18 @@ from typing import Any
 
 from unbackdoor.bench import steps
 from unbackdoor.bench.cells import address
+from unbackdoor.bench.code_version import sample_version
 from unbackdoor.bench.isolate import SCRATCH, Limits, call, log_of
 from unbackdoor.bench.judge import der, judge_scan
 from unbackdoor.bench.repairs import running_commit
 from unbackdoor.bench.steps import scores_from
 from unbackdoor.bench.store import artefact_folder
-from unbackdoor.bench.victims import load_truth
+from unbackdoor.bench.truth_files import load_truth
 from unbackdoor.data.datasets import places_of_data
 from unbackdoor.errors import MethodFailed, UnbackdoorError
 from unbackdoor.files import is_disk_full
 
-_STEPS = "unbackdoor.bench.steps"
+_STEPS, _TRAINING = "unbackdoor.bench.steps", "unbackdoor.bench.train_step"
 _COST: dict[str, tuple[type, ...]] = {
     "seconds": (float,),
     "peak_mb": (float,),
@@ -114,8 +115,7 @@ class _Work:
 
     def confined(self, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         """Run a method or a scanner in a confined process that is given a model, clean images and options."""
-        drawn = {column: self.spec[column] for column in ("dataset", "data_sha256", "clean_images", "seed")}
-        sample = self.store / "samples" / f"{address(drawn)}.safetensors"
+        sample = self.store / "samples" / f"{address(sample_spec(self.spec))}.safetensors"
         if not sample.exists():
             with _folder(self.store, f"{self.job['work']}-sample") as aside:
                 self.step("sample", folder=aside)
@@ -162,7 +162,8 @@ class _Work:
     ) -> dict[str, Any]:
         limits = Limits(**self.job["place"]["limits"])
         start = time.perf_counter()
-        answer = call(f"{_STEPS}:{name}_step", task, folder, limits, private=private)
+        module = _TRAINING if name == "train" else _STEPS
+        answer = call(f"{module}:{name}_step", task, folder, limits, private=private)
         self.logs.append(log_of(folder))
         self._spent(f"{name} step", time.perf_counter() - start)
         if not private:
@@ -176,6 +177,12 @@ class _Work:
     def _path(self, name: str) -> Path | None:
         place = self.job["place"].get(name)
         return Path(place) if place else None
+
+
+def sample_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all that a defender's sample depends on, out of the specification of a repair or a scan."""
+    names = ("dataset", "data_sha256", "augmentation", "clean_images", "seed")
+    return {**{name: spec[name] for name in names}, "code": sample_version()}
 
 
 def _victim(work: _Work) -> dict[str, Any]:
@@ -193,21 +200,16 @@ def _repair(work: _Work) -> dict[str, Any]:
         judged = work.step("judge", victim=str(work.victim))
         after = scores_from(judged["scores"])
         tries.append({**worked, "scores": judged["scores"], "der": der(before, after), "options": options})
-        if _best(tries) is tries[-1]:
+        if steps.best(tries) is tries[-1]:
             for name in (steps.REPAIRED, steps.REPAIRED.replace(".safetensors", ".json"), steps.EVIDENCE):
                 (work.folder / name).replace(work.folder / f"best-{name}")
     for file in sorted(work.folder.glob("best-*")):
         file.replace(work.folder / file.name.removeprefix("best-"))
-    best = dict(_best(tries))
+    best = dict(steps.best(tries))
     if "choices" not in work.spec:
         del best["options"]
     work.publish()
     return {**best, "seconds": sum(one["seconds"] for one in tries)}
-
-
-def _best(tries: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the first of the tries with the highest DER, or accuracy where there was no attack."""
-    return max(tries, key=lambda one: one["scores"]["acc"] if one["der"] is None else one["der"])
 
 
 def _scan(work: _Work) -> dict[str, Any]:

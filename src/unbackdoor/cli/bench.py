@@ -88,6 +88,7 @@ def run(
     progress are lost. Several runs may share a store.
     """
     from unbackdoor.bench.driver import drive
+    from unbackdoor.bench.exchange import with_pinned
     from unbackdoor.bench.store import Store
     from unbackdoor.data.decode import processors
 
@@ -103,7 +104,8 @@ def run(
         "limits": {"seconds": chosen.limit.seconds, "memory_mb": chosen.limit.memory_mb, "threads": threads},
     }
     with Store(store) as opened:
-        opened.register(chosen.label, chosen.sha256(), text, [cell.entry() for cell in cells])
+        wanted = with_pinned(opened, cells)
+        opened.register(chosen.label, chosen.sha256(), text, [cell.entry() for cell in wanted])
         if retry:
             note(f"{opened.retry(chosen.label)} failed cells are tried again.", quiet=quiet)
         where = _engine(engine, slots, scheduler, gpus)  # may wait for an answer, and must hear Ctrl-C then

@@ -104,7 +104,7 @@ def evaluate(
 
 
 def _truth(given: Path | None, models: list[Path]) -> tuple[AttackTruth, Path]:
-    from unbackdoor.bench.victims import TRUTH_SUFFIX, load_truth
+    from unbackdoor.bench.truth_files import TRUTH_SUFFIX, load_truth
 
     candidates = [given] if given is not None else [path.with_suffix(TRUTH_SUFFIX) for path in models]
     found = next((path for path in candidates if path.exists()), None)

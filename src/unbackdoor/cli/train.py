@@ -81,7 +81,8 @@ def train(
     Attacks, architectures and recipes with all their options: unbackdoor list.
     """
     from unbackdoor.bench.judge import judge
-    from unbackdoor.bench.victims import TENSORS_SUFFIX, TRUTH_SUFFIX, VictimSpec, save_victim, train_victim
+    from unbackdoor.bench.truth_files import TENSORS_SUFFIX, TRUTH_SUFFIX
+    from unbackdoor.bench.victims import VictimSpec, save_victim, train_victim
     from unbackdoor.data.datasets import load_dataset
 
     out = options.new_file(out, force=force, beside=(".json", TRUTH_SUFFIX, TENSORS_SUFFIX))

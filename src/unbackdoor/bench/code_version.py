@@ -1,0 +1,283 @@
+"""The version of the code that a cell runs: a hash over every module of the package that it reaches.
+
+A module counts by its syntax: comments, layout and documentation are left out, and so is what only a type
+checker reads. It is read as text and never imported, so that a version can be made of any copy of the
+package, and is the same under every version of Python.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+from unbackdoor.errors import InputError
+from unbackdoor.registry import ARCHITECTURES, ATTACKS, DEFENSES, SCANNERS, Part
+
+OWN = "unbackdoor"
+IMPORTED = "imported "  # before the version of a victim that was taken over and is pinned by its weights
+TRAINING, STEPS, SPLITS = f"{OWN}.bench.train_step", f"{OWN}.bench.steps", f"{OWN}.data.splits"
+# Where a closure ends, because what lies beyond cannot change a number unseen:
+ENDS = frozenset(
+    {
+        OWN,  # names that are imported at their first use, of all rooms
+        f"{OWN}.errors",  # the words and classes of failures
+        f"{OWN}.files",  # writes files whole or not at all
+        f"{OWN}.bench.machine",  # what a cell took of which machine
+        f"{OWN}.opening.classifier_files",  # the steps check the weights against the hash of their card
+        f"{OWN}.data.datasets",  # the steps check the images against the hashes of the specification
+        f"{OWN}.networks.sources",  # networks of other libraries, which no suite can name
+    }
+)
+
+
+class Sources:
+    """The source files of some packages, each parsed at most once.
+
+    Args:
+        packages: Folder of each package by its name; None looks for installed ones.
+    """
+
+    def __init__(self, packages: Mapping[str, Path] | None = None) -> None:
+        self._packages = None if packages is None else {name: (path,) for name, path in packages.items()}
+        self._files: dict[str, Path | None] = {}
+        self._trees: dict[str, ast.Module | None] = {}
+        self._imports: dict[str, frozenset[str]] = {}
+        self._digests: dict[str, str] = {}
+
+    def file(self, module: str) -> Path | None:
+        """Return the file of a module; None where there is no such module."""
+        if module not in self._files:
+            self._files[module] = self._found(module)
+        return self._files[module]
+
+    def members(self, package: str) -> list[str]:
+        """Return a package and all modules in its folder, with those of its subfolders."""
+        file = self.file(package)
+        if file is None or file.stem != "__init__":
+            return [package]
+        inside = [path.relative_to(file.parent).with_suffix("") for path in sorted(file.parent.rglob("*.py"))]
+        return [".".join((package, *(p for p in path.parts if p != "__init__"))) for path in inside]
+
+    def imports(self, module: str) -> frozenset[str]:
+        """Return what a module imports at any depth of its code: modules, and names that may be modules.
+
+        Names that only a type checker imports are left out.
+        """
+        if module not in self._imports:
+            tree, file = self._tree(module), self.file(module)
+            assert file is not None  # of a module that was found
+            package = module if file.stem == "__init__" else module.rpartition(".")[0]
+            self._imports[module] = frozenset(imported(tree, package)) if tree else frozenset()
+        return self._imports[module]
+
+    def closure(self, start: Iterable[str], *, ends: frozenset[str] = frozenset()) -> list[str]:
+        """Return all modules that some modules bring along, in order; of the packages of these alone.
+
+        Args:
+            start: Names of modules.
+            ends: Modules that are left out, with what only they bring along.
+
+        Raises:
+            InputError: If one of the first modules has no source.
+        """
+        todo = list(start)
+        packages = {name.partition(".")[0] for name in todo}
+        for name in todo:
+            if self.file(name) is None:
+                raise InputError("a method's code cannot be found", expected="a module in a file", got=name)
+        seen: set[str] = set()
+        while todo:
+            name = todo.pop()
+            if name in seen or name in ends or name.partition(".")[0] not in packages:
+                continue
+            if self.file(name) is None:
+                continue  # a name inside a module
+            seen.add(name)
+            todo += self.imports(name)
+        return sorted(seen)
+
+    def version(self, start: Iterable[str], *, ends: frozenset[str] = ENDS, also: str = "") -> str:
+        """Return the hash of a closure, as 16 hex digits.
+
+        Args:
+            start: See :meth:`closure`.
+            ends: See :meth:`closure`.
+            also: What is hashed with it.
+        """
+        lines = [f"{name} {self._digest(name)}" for name in self.closure(start, ends=ends)]
+        return hashlib.sha256("\n".join([also, *lines]).encode()).hexdigest()[:16]
+
+    def _found(self, module: str) -> Path | None:
+        top, *rest = module.split(".")
+        for folder in _places(top) if self._packages is None else self._packages.get(top, ()):
+            if not rest and folder.is_file():
+                return folder
+            path = folder.joinpath(*rest)
+            for suffix in (".py", *EXTENSION_SUFFIXES):
+                for file in (path / f"__init__{suffix}", path.with_name(path.name + suffix)):
+                    if file.is_file():
+                        return file
+        return None
+
+    def _tree(self, module: str) -> ast.Module | None:
+        """Return the syntax of a module without what runs nothing; None where it is machine code."""
+        if module not in self._trees:
+            file = self.file(module)
+            assert file is not None  # of a module that was found
+            source = file.suffix == ".py"
+            self._trees[module] = _Bare().visit(ast.parse(file.read_bytes())) if source else None
+        return self._trees[module]
+
+    def _digest(self, module: str) -> str:
+        if module not in self._digests:
+            tree, file = self._tree(module), self.file(module)
+            assert file is not None  # of a module that was found
+            content = file.read_bytes() if tree is None else _text(tree).encode()
+            self._digests[module] = hashlib.sha256(content).hexdigest()
+        return self._digests[module]
+
+
+def imported(tree: ast.AST, package: str) -> set[str]:
+    """Return the full names that a syntax tree imports, and of ``from`` the names with and without the last.
+
+    Args:
+        tree: Of a module.
+        package: That relative imports start from.
+    """
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            name = ".".join([*base, *filter(None, [node.module])])
+            found |= {name} | {f"{name}.{alias.name}" for alias in node.names}
+    return found
+
+
+def victim_version(attack: str, architecture: str, sources: Sources | None = None) -> str:
+    """Return the version of the code that trains and measures a victim.
+
+    Args:
+        attack: Registered name.
+        architecture: Registered name.
+        sources: Where the code is read from; by default where it is installed.
+    """
+    return _version(TRAINING, (ATTACKS[attack], _family(architecture)), sources)
+
+
+def repair_version(defense: str, attack: str, architecture: str, sources: Sources | None = None) -> str:
+    """Return the version of the code that repairs and measures; see :func:`victim_version`.
+
+    The attack is in it, because the judge puts its trigger on the test images.
+    """
+    parts = (DEFENSES[defense], ATTACKS[attack], _family(architecture))
+    return _version(STEPS, parts, sources)
+
+
+def scan_version(scanner: str, attack: str, architecture: str, sources: Sources | None = None) -> str:
+    """Return the version of the code that scans; see :func:`repair_version`."""
+    parts = (SCANNERS[scanner], ATTACKS[attack], _family(architecture))
+    return _version(STEPS, parts, sources)
+
+
+def sample_version() -> str:
+    """Return the version of the code that draws a defender's images."""
+    return _remembered((SPLITS,), "")
+
+
+def is_current(row: Any) -> bool:
+    """Return whether a row was measured by the code that is installed.
+
+    The victim of the row must be of that code too, or one that was taken over: it is pinned by its weights.
+
+    Args:
+        row: A row of a repair or a scan, or the same as a mapping. A row without a version was measured by
+            older code, and so was one whose method, attack or architecture is not there any more.
+    """
+    of = row.get if isinstance(row, Mapping) else lambda name: getattr(row, name, None)
+    code, victim = of("code"), of("victim_code")
+    if not code or not victim:
+        return False
+    try:
+        by, name = (scan_version, of("scanner")) if of("scanner") else (repair_version, of("defense"))
+        if code != by(str(name), str(of("attack")), str(of("architecture"))):
+            return False
+        return str(victim).startswith(IMPORTED) or victim == victim_version(
+            str(of("attack")), str(of("architecture"))
+        )
+    except InputError:
+        return False
+
+
+def _family(architecture: str) -> Part[Any]:
+    return ARCHITECTURES[architecture.removeprefix(f"{OWN}:")]
+
+
+def _version(entry: str, parts: Iterable[Part[Any]], sources: Sources | None) -> str:
+    sources_of = sources or _INSTALLED
+    start = tuple(sorted({entry, *(name for part in parts for name in _modules(part, sources_of))}))
+    also = " ".join(str(part.version) for part in parts)
+    return _remembered(start, also) if sources is None else sources.version(start, also=also)
+
+
+@cache
+def _remembered(start: tuple[str, ...], also: str) -> str:
+    return _INSTALLED.version(start, also=also)  # a suite asks once for every cell
+
+
+def _modules(part: Part[Any], sources: Sources) -> Iterator[str]:
+    """Yield the modules of a part: its own, that of its options, and all of its folder where it has one."""
+    module: str = part.function.__module__
+    yield from {module, part.config.__module__}
+    top, *rest = module.split(".")
+    if top == OWN and len(rest) > 2:  # a method that is a folder of its room
+        yield from sources.members(".".join([top, *rest[:2]]))
+
+
+@cache
+def _places(top: str) -> tuple[Path, ...]:
+    """Return the folders of an installed package, or the file of a module that is in none."""
+    module = sys.modules.get(top)
+    spec = importlib.util.find_spec(top) if module is None else getattr(module, "__spec__", None)
+    if spec is not None and spec.submodule_search_locations is not None:
+        return tuple(Path(folder) for folder in spec.submodule_search_locations)
+    file = getattr(module, "__file__", None) if spec is None else spec.origin
+    return (Path(file),) if file else ()
+
+
+class _Bare(ast.NodeTransformer):
+    """Removes what runs nothing: documentation, and what only a type checker reads."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        return None if isinstance(node.value, ast.Constant) else self.generic_visit(node)
+
+    def visit_If(self, node: ast.If) -> Any:
+        self.generic_visit(node)
+        names = (getattr(node.test, "id", ""), getattr(node.test, "attr", ""))
+        return node.orelse if "TYPE_CHECKING" in names else node
+
+
+def _text(node: object) -> str:
+    """Return a syntax tree as text.
+
+    Not as :func:`ast.dump` writes it, nor as it is unparsed: both differ between versions of Python, which
+    give new nodes fields that are empty in older code.
+    """
+    if isinstance(node, ast.AST):
+        fields = ((name, getattr(node, name, None)) for name in node._fields if name != "kind")
+        words = (f"{name}={_text(value)}" for name, value in fields if value is not None and value != [])
+        return f"{type(node).__name__}({','.join(words)})"
+    if isinstance(node, list):
+        return f"[{','.join(map(_text, node))}]"
+    return ascii(node)
+
+
+_INSTALLED = Sources()

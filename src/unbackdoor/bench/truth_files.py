@@ -1,0 +1,52 @@
+"""The record of an attack beside a victim's weights; no defender is given it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from unbackdoor.attacks import AttackTruth
+from unbackdoor.errors import InputError
+from unbackdoor.files import atomic_write, write_json
+
+TRUTH_SUFFIX = ".truth.json"
+TENSORS_SUFFIX = ".truth.safetensors"  # beside it, where the trigger was learned
+
+
+def save_truth(truth: AttackTruth, path: Path) -> None:
+    """Write the truth beside a model, and the tensors of a learned trigger."""
+    tensors = path.with_suffix(TENSORS_SUFFIX)
+    if truth.tensors:
+        with atomic_write(tensors) as draft:
+            save_file(dict(truth.tensors), draft)
+    else:
+        tensors.unlink(missing_ok=True)  # of a victim that this one replaces
+    write_json(path.with_suffix(TRUTH_SUFFIX), truth.spec())
+
+
+def load_truth(path: Path) -> AttackTruth:
+    """Read the truth beside a model, or a truth file.
+
+    Raises:
+        InputError: If there is none, or it cannot be read.
+        IntegrityError: If the tensors of a learned trigger belong to another victim.
+    """
+    file = path if path.name.endswith(TRUTH_SUFFIX) else path.with_suffix(TRUTH_SUFFIX)
+    if not file.exists():
+        raise InputError(
+            "there is no record of the attack",
+            where=file,
+            remedy="Only a model that was trained here can be judged; for others use a scan",
+        )
+    beside = file.with_name(file.name.removesuffix(TRUTH_SUFFIX) + TENSORS_SUFFIX)
+    try:
+        spec = json.loads(file.read_text(encoding="utf-8"))
+        tensors = load_file(beside) if "tensors_sha256" in spec else None
+        return AttackTruth.from_spec(spec, tensors)
+    except FileNotFoundError as error:
+        raise InputError("what the trigger learned is missing", where=beside) from error
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise InputError("the record of the attack cannot be read", got=str(error), where=file) from error

@@ -1,12 +1,11 @@
 """Scan and repair backdoored models that other people published, and judge with their own triggers.
 
-    python scripts/foreign_models.py run CHECKPOINTS [--images 500] [--only ibau] [--methods rnp,ft]
-    python scripts/foreign_models.py render
+    python scripts/foreign_models.py CHECKPOINTS [--images 500] [--only ibau] [--methods rnp,ft]
 
-``run`` opens every model from its file and the images alone, as ``unbackdoor scan`` does; scans it; repairs
-it with every method; and measures ACC, ASR and RA with the trigger that its publisher describes, which only
+Every model is opened from its file and the images alone, as ``unbackdoor scan`` does, scanned, and repaired
+with every method; ACC, ASR and RA are measured with the trigger that its publisher describes, which only
 the judge knows. Rows go to results/foreign-models.jsonl as they are made; those there are not made again.
-``render`` writes docs/results/foreign-models.md.
+scripts/results.py makes docs/results/foreign-models.md of them.
 """
 
 from __future__ import annotations
@@ -34,32 +33,24 @@ from unbackdoor.errors import UnbackdoorError
 from unbackdoor.files import atomic_write
 from unbackdoor.metrics import agreement, defense_effectiveness
 from unbackdoor.opening.open_model import open_model
-from unbackdoor.report.words import duration, percent
 from unbackdoor.types import Classifier, CleanData, Images
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "results" / "foreign-models.jsonl"
-PAGE = ROOT / "docs" / "results" / "foreign-models.md"
 METHODS = ("ft", "fp", "random_prune", "rnp", "awm", "ims", "tac", "neural_cleanse")
 Stamp = Callable[[Tensor], Tensor]
 
 
 def main() -> None:
-    """Run or render."""
-    words = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    verbs = words.add_subparsers(dest="verb", required=True)
-    work = verbs.add_parser("run")
+    """Parse and run."""
+    work = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     work.add_argument("folder", type=Path)
     work.add_argument("--data", default="cifar10")
     work.add_argument("--images", type=int, default=500)
     work.add_argument("--only", default="")
     work.add_argument("--methods", default=",".join(METHODS))
     work.add_argument("--budget", type=float, default=None)
-    verbs.add_parser("render")
-    told = words.parse_args()
-    if told.verb == "run":
-        run(told)
-    render()
+    run(work.parse_args())
 
 
 def run(told: argparse.Namespace) -> None:
@@ -192,75 +183,6 @@ def _add(row: dict[str, Any]) -> None:
             "".join(json.dumps(r, allow_nan=False) + "\n" for r in [*kept, row]), encoding="utf-8"
         )
     print(json.dumps({k: row.get(k) for k in ("model", "what", "method", "verdict", "acc", "asr", "error")}))
-
-
-def page() -> str:
-    """Return the Markdown page."""
-    made = rows()
-    lines = [
-        "# Models that other people trained and published",
-        "",
-        "Made by `python scripts/foreign_models.py render` from `results/foreign-models.jsonl`; measured by "
-        "`python scripts/foreign_models.py run CHECKPOINTS`. The models were opened from their files and the "
-        "images alone. The clean images are of CIFAR-10's training part (whether a publisher trained on them "
-        "nobody can tell), the measurements on its test part. The publishers' triggers are known to the "
-        "judge only: ACC on the whole test set, ASR and RA on triggered test images of other classes.",
-    ]
-    for name in dict.fromkeys(r["model"] for r in made):
-        mine = [r for r in made if r["model"] == name]
-        lines += ["", f"## {name}", ""]
-        for row in mine:
-            if row["what"] == "open":
-                lines.append(f"It could not be opened: {row['error']}")
-            if row["what"] == "scan":
-                lines += _scan_lines(row)
-        repairs = [r for r in mine if r["what"] == "purify"]
-        if repairs:
-            first = repairs[0]
-            lines += [
-                "",
-                f"Repairs with {first['images']} clean images, one sample:",
-                "",
-                "| method | ACC | ASR | RA | DER | time |",
-                "|---|---:|---:|---:|---:|---:|",
-                f"| before | {percent(first['acc_before'])} | {percent(first['asr_before'])} "
-                f"| {percent(first['ra_before'])} | | |",
-            ]
-            lines += [_repair_line(row) for row in repairs]
-    return "\n".join(lines) + "\n"
-
-
-def _scan_lines(row: dict[str, Any]) -> list[str]:
-    classes = ", ".join(map(str, row["classes"])) or "none"
-    right = row["target"] in row["classes"]
-    lines = [
-        f"{row['attack']}, target class {row['target']}. Verdict: **{row['verdict']}**, suspected: {classes}"
-        + (" (the attacker's is among them)" if right else "")
-        + f"; {duration(row['seconds'])}. "
-        + " ".join(row["reasons"]),
-        "",
-        "| check | status | strongest class | p | adjusted | time |",
-        "|---|---|---:|---:|---:|---:|",
-    ]
-    for c in row["checks"]:
-        numbers = ["" if v is None else f"{v:.2g}" for v in (c["p_value"], c["adjusted"])]
-        strongest = ", ".join(map(str, c["strongest"][:3]))
-        columns = [c["check"], c["status"], strongest, *numbers, duration(c["seconds"])]
-        lines.append("| " + " | ".join(columns) + " |")
-    return lines
-
-
-def _repair_line(row: dict[str, Any]) -> str:
-    if "error" in row:
-        return f"| {row['method']} | {row['error']} | | | | {duration(row['seconds'])} |"
-    rates = " | ".join(percent(row[k]) for k in ("acc", "asr", "ra"))
-    return f"| {row['method']} | {rates} | {row['der']:.3f} | {duration(row['seconds'])} |"
-
-
-def render() -> None:
-    """Write the page."""
-    with atomic_write(PAGE) as draft:
-        draft.write_text(page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""Remedies for what the four systems leave, each with the judge beside it: docs/four-systems.md.
+"""Remedies for what the four systems leave, each with the judge beside it: docs/developer-notes.md.
 
-    python scripts/remedies.py run tac badnets blended [--sample 1]
-    python scripts/remedies.py run rnp wanet sig none
-    python scripts/remedies.py render
+    python scripts/remedies.py tac badnets blended [--sample 1]
+    python scripts/remedies.py rnp wanet sig none
 
-``run`` takes networks of ``victims/cifar10-small-v1`` by their attack and replaces their rows in
+It takes networks of ``victims/cifar10-small-v1`` by their attack and replaces their rows in
 results/remedies.jsonl: ACC and ASR on 2,000 test images, and the accuracy on the held-out ones. The judge
 decides nothing here and chooses nothing: this shows where a method goes wrong. Minutes of one core for each,
-half an hour for ims. ``render`` writes docs/results/remedies.md.
+half an hour for ims. scripts/results.py makes docs/results/remedies.md of them.
 """
 
 from __future__ import annotations
@@ -38,12 +37,11 @@ from unbackdoor.engine.trusted_caller import run as call
 from unbackdoor.errors import MethodFailed
 from unbackdoor.files import atomic_write
 from unbackdoor.opening.classifier_files import load_model
-from unbackdoor.report.words import percent
 from unbackdoor.types import Classifier, CleanData
 
 ROOT = Path(__file__).parents[1]
 VICTIMS = ROOT / "victims" / "cifar10-small-v1"
-ROWS, PAGE = ROOT / "results" / "remedies.jsonl", ROOT / "docs" / "results" / "remedies.md"
+ROWS = ROOT / "results" / "remedies.jsonl"
 # What of a system's own options was tried, beside its presets: name, preset, options.
 OPTIONS: dict[str, tuple[tuple[str, str | None, dict[str, Any]], ...]] = {
     "rnp": (
@@ -258,58 +256,17 @@ def read() -> list[dict[str, Any]]:
     )
 
 
-def page() -> str:
-    """Return the Markdown page: a table for each system, a line a remedy, a column a victim."""
-    lines = [
-        "# Remedies for what the four systems leave",
-        "",
-        "Made by `python scripts/remedies.py render` from `results/remedies.jsonl`; measured by its "
-        "`run`: 500 clean images, ACC / ASR on 2,000 test images, and the accuracy on the held-out "
-        "images, which a fine-tuning and all 20 rounds of awm train on as well. No number of the judge "
-        "decided or chose anything. What follows: [docs/four-systems.md](../four-systems.md).",
-    ]
-    made = read()
-    for system in SYSTEMS:
-        rows = [row for row in made if row["system"] == system]
-        if not rows:
-            continue
-        victims = list(dict.fromkeys((row["attack"], row["sample"]) for row in rows))
-        names = [f"{attack}, sample {sample}" for attack, sample in victims]
-        lines += ["", f"## {system}", "", f"| remedy | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
-        for what in dict.fromkeys(row["what"] for row in rows):
-            found = {(row["attack"], row["sample"]): row for row in rows if row["what"] == what}
-            lines.append(f"| {what} | " + " | ".join(_cell(found.get(victim)) for victim in victims) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return "-"
-    if row["diverged"]:
-        return "failed"
-    asr = "-" if row["asr"] is None else percent(row["asr"])
-    return f"{percent(row['acc'])} / {asr}, held out {percent(row['held_out'])}"
-
-
 def main() -> None:
-    """Run or render."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    work = verbs.add_parser("run")
+    """Parse and run."""
+    work = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     work.add_argument("system", choices=SYSTEMS)
     work.add_argument("attacks", nargs="+", metavar="ATTACK")
     work.add_argument("--sample", type=int, default=1, help="of the defender's 500 images")
     work.add_argument("--threads", type=int, default=1)
-    verbs.add_parser("render")
-    told = parser.parse_args()
-    if told.verb == "run":
-        torch.set_num_threads(told.threads)
-        for attack in told.attacks:
-            run(told.system, attack, told.sample)
-    with atomic_write(PAGE) as draft:
-        draft.write_text(page(), encoding="utf-8")
+    told = work.parse_args()
+    torch.set_num_threads(told.threads)
+    for attack in told.attacks:
+        run(told.system, attack, told.sample)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ from unbackdoor.data.splits import draw_clean, reserve
 from unbackdoor.engine.repeated_unlearning import Exposure, expose
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe
+from unbackdoor.report.markdown import table_lines
+from unbackdoor.report.tables import Cell, Table, columns
+from unbackdoor.report.words import NOTHING
 from unbackdoor.scanners.rnp_vote import RNPVoteConfig, stability, weigh
 from unbackdoor.types import CleanData
 
@@ -42,8 +45,7 @@ def main() -> None:
     # The references and the networks that are judged by them are never the same.
     known = [exposed("none", seed, data, clean, cfg) for seed in range(given.references)]
     calibrated = replace_references(cfg, known)
-    print("| networks | number | one stable class | it is the target | backdoor found | target named |")
-    print("|---|---|---|---|---|---|")
+    rows = []
     for attack in ("none", "badnets", "blended"):
         seeds = range(given.references, given.clean) if attack == "none" else range(given.poisoned)
         counts = [0, 0, 0, 0]
@@ -57,8 +59,12 @@ def main() -> None:
                 c + int(x)
                 for c, x in zip(counts, (stable, stable and right, found, found and right), strict=True)
             ]
-        cells = [str(c) if attack != "none" or i % 2 == 0 else "-" for i, c in enumerate(counts)]
-        print(f"| {attack} | {len(seeds)} | " + " | ".join(cells) + " |")
+        numbers = [str(c) if attack != "none" or i % 2 == 0 else NOTHING for i, c in enumerate(counts)]
+        rows.append(tuple(map(Cell, (attack, str(len(seeds)), *numbers))))
+    heads = columns(
+        "networks", "number", "one stable class", "it is the target", "backdoor found", "target named"
+    )
+    print("\n".join(table_lines(Table("votes", "", "", heads, rows))))
 
 
 def replace_references(cfg: RNPVoteConfig, known: list[Exposure]) -> RNPVoteConfig:

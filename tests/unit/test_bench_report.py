@@ -18,12 +18,22 @@ from typer.testing import CliRunner
 
 from unbackdoor.bench.reference import read_published
 from unbackdoor.bench.results import WEAK, Mean
-from unbackdoor.bench.rows import Row, write_rows
+from unbackdoor.bench.rows import Row, ScanRow, write_rows
 from unbackdoor.cli import app
 from unbackdoor.errors import InputError
-from unbackdoor.report.bench import MOST_ROWS, Report, bench_report
+from unbackdoor.report import benchmark
+from unbackdoor.report.benchmark import plots
+from unbackdoor.report.benchmark.groups import Rows
+from unbackdoor.report.benchmark.matrix import asr_matrix, paired_table
+from unbackdoor.report.benchmark.ranges import range_table
+from unbackdoor.report.benchmark.scans import detection_by_attack, detection_tables
+from unbackdoor.report.html import to_html
+from unbackdoor.report.markdown import to_markdown
+from unbackdoor.report.tables import LEGEND, MOST_ROWS, Document
 
 pytest.importorskip("matplotlib", reason="the charts of a report (extra: report)")
+
+OLD = "0ld"  # the commit of rows that these tests call older
 
 HOSTILE = '<script>alert(1)</script>|`x`\n"><img src=x onerror=alert(1)>'
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -68,6 +78,11 @@ def one(attack: str, defense: str, images: int, victim: int, defender: int, **ch
         **changes,
     }
     return Row(**values)
+
+
+def bench_report(rows: list[Row], **more: Any) -> Document:
+    """Return the report of rows of which those of one commit are of older code."""
+    return benchmark.bench_report(rows, is_current=lambda row: row["commit"] != OLD, **more)
 
 
 def made(*extra: Row, attacks: tuple[str, ...] = (*ATTACKS, "none")) -> list[Row]:
@@ -151,15 +166,15 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
+def report(tmp_path_factory: pytest.TempPathFactory) -> Document:
     file = tmp_path_factory.mktemp("reference") / "published.csv"
     file.write_text(PUBLISHED)
     return bench_report(ALL, published=read_published(file), colophon="the end")
 
 
 @pytest.fixture(scope="module")
-def text(report: Report) -> str:
-    return report.html()
+def text(report: Document) -> str:
+    return to_html(report)
 
 
 @pytest.fixture(scope="module")
@@ -248,9 +263,174 @@ def test_a_failure_stays_in_the_tables_with_its_error(page: Page) -> None:
 
 def test_settings_are_never_averaged_together() -> None:
     other = [row.model_copy(update={"dataset": "gtsrb", "asr": 0.0}) for row in made() if row.asr is not None]
-    tables = Page(bench_report([*made(), *other]).html()).tables
+    tables = Page(to_html(bench_report([*made(), *other]))).tables
     assert tables["summary-0"].cell("ASR", "rnp").startswith("12.5 %")
     assert tables["summary-2"].cell("ASR", "rnp").startswith("0.0 %")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Older code
+
+
+def aged(rows: list[Row]) -> list[Row]:
+    """Return the same experiments as measured by older code, with other numbers and a further attack."""
+    changes = {"commit": OLD, "asr": 0.5, "acc": 0.5, "ra": 0.25, "der": 0.5, "seconds": 99.0, "peak_mb": 9e3}
+    old = [
+        row.model_copy(update={k: v for k, v in changes.items() if getattr(row, k) is not None})
+        for row in rows
+    ]
+    return [*old, *(row.model_copy(update={"attack": "wanet"}) for row in old if row.attack == "badnets")]
+
+
+def grid(page: Page) -> dict[str, list[list[str]]]:
+    """Return the lines of the tables of means that are of the current code and have numbers."""
+    means = {
+        name: table for name, table in page.tables.items() if name.split("-")[0] in ("summary", "attack")
+    }
+    return {
+        name: [row for row in table.rows if "\u2020" not in row[0] and "\u2013" not in row]
+        for name, table in means.items()
+    }
+
+
+def test_a_mean_is_of_the_current_code_or_of_older_code_and_never_of_both() -> None:
+    rows = [row for row in made() if row.defense != "fp"]
+    old = aged(made())
+    both = Page(to_html(bench_report([*old, *rows])))
+    assert grid(both) == grid(Page(to_html(bench_report(rows)))), "older rows change no current number"
+    ten = both.tables["summary-0"]
+    assert ten.cell("ASR", "rnp").startswith("12.5 %")
+    older = [row for row in ten.rows if "\u2020" in row[0]]
+    assert {row[0] for row in older} == {f"{name} \u2020 | older code" for name in EFFECTS}
+    assert all(row[1].startswith("50.0 %") and row[6].startswith("0.500") for row in older)
+    (empty,) = [row for row in ten.rows if "\u2013" in row]
+    assert empty[0].startswith("fp | no row of the current code")
+    assert set(empty[1:]) == {"\u2013"}
+    assert [("\u2020" in row[0]) for row in ten.rows] == sorted("\u2020" in row[0] for row in ten.rows)
+
+
+def test_a_table_without_any_row_of_the_current_code_says_so_once() -> None:
+    page = Page(to_html(bench_report(aged(made()))))
+    for name in ("summary-0", "attack-0"):
+        first, *others = page.tables[name].rows
+        assert first[0] == "current code | no row"
+        assert set(first[1:]) == {"\u2013"}
+        assert all("\u2020" in row[0] for row in others)
+
+
+def test_each_row_of_older_code_carries_the_mark_and_each_table_one_legend() -> None:
+    weak, failed = WEAKLING.model_copy(update={"commit": OLD}), FAILED.model_copy(update={"commit": OLD})
+    rows = [*made(attacks=("badnets", "none")), *aged(made(attacks=("sig",))), weak, failed]
+    page = Page(to_html(bench_report(rows)))
+    shown = page.tables["rows-0"].rows
+    assert [("\u2020" in row[0]) for row in shown] == [row.commit == OLD for row in rows]
+    assert "\u2020" in page.tables["left-out-0"].rows[0][0]
+    assert "\u2020" in page.tables["failed-0"].rows[0][0]
+    for table in page.tables.values():
+        assert table.caption.count(LEGEND) == any("\u2020" in cell for row in table.rows for cell in row)
+    text = to_markdown(bench_report(rows))
+    assert f"{sum(row.commit == OLD for row in rows)} of {len(rows)} rows were measured by older code" in text
+    assert text.count(LEGEND) == 5, "two budgets, attacks, left out, failed"
+
+
+def test_rows_of_the_current_code_alone_have_no_mark() -> None:
+    text = to_markdown(bench_report(ALL))
+    assert [line for line in text.splitlines() if "\u2020" in line] == [
+        line for line in text.splitlines() if line.startswith("- **\u2020 older code**")
+    ]
+
+
+def test_older_rows_are_drawn_hollow_and_choices_by_the_truth_half_filled() -> None:
+    current, cheat, older = (
+        plots.style(plots.Mark("ft", 0, oracle=oracle, older=old))
+        for oracle, old in ((False, False), (True, False), (False, True))
+    )
+    assert (current["fillstyle"], cheat["fillstyle"], older["fillstyle"]) == ("full", "left", "none")
+    assert older["markerfacecolor"] == "none" != current["markerfacecolor"]
+    assert current["marker"] == older["marker"] and current["color"] == older["color"]
+    text = to_html(bench_report([*made(), *aged(made())]))
+    assert "rnp \u2020" in text and "Hollow marks \u2020" in text
+    fresh = to_html(bench_report(made()))
+    assert "rnp \u2020" not in fresh
+
+
+def test_published_numbers_stand_beside_means_of_one_code(tmp_path: Path) -> None:
+    file = tmp_path / "published.csv"
+    file.write_text(PUBLISHED)
+    rows = [*made(attacks=("badnets",)), *aged(made(attacks=("badnets",)))]
+    table = Page(to_html(bench_report(rows, published=read_published(file)))).tables["published-0"]
+    ours = table.head.index("ours: ASR")
+    seen = [("\u2020" in row[0], row[ours]) for row in table.rows if row[1].startswith("ft")]
+    assert seen == [(False, "40.5 %"), (False, "20.2 %"), (True, "50.0 %"), (True, "50.0 %")]
+    only = Page(to_html(bench_report(aged(rows), published=read_published(file)))).tables["published-0"]
+    assert all("\u2020" in row[0] for row in only.rows)
+
+
+def test_scans_of_older_code_are_counted_apart() -> None:
+    names = {"suite", "dataset", "architecture", "width", "recipe", "attack", "poison_rate", "target"}
+    base = one("badnets", "ft", 60, 0, 0).model_dump(include=names)
+    looks = [
+        ScanRow(**base, victim_seed=seed, scanner="tac", clean_images=60, defender_seed=0, verdict=verdict,
+                p_value=p, classes=(0,), target_found=True, seconds=1.0, commit=commit)
+        for seed, verdict, p, commit in (
+            (0, "backdoor found", 0.001, "abc"), (1, "no evidence found", 0.5, OLD),
+            (2, "no evidence found", 0.9, OLD),
+        )
+    ]  # fmt: skip
+    table = Page(to_html(bench_report(made(), scans=looks))).tables["scans-0"]
+    assert [row[0] for row in table.rows] == ["tac", "tac \u2020 | older code"]
+    assert [row[2] for row in table.rows] == ["1 of 1", "0 of 2"]
+    found, roc = detection_tables(Rows.of(looks, lambda row: row["commit"] != OLD))
+    shown = [(row[0].words, row[3].text) for row in found.rows]
+    assert shown == [("tac", "1 of 1"), ("all together", "1 of 1"), ("tac \u2020", "0 of 2"),
+                     ("all together \u2020", "0 of 2")]  # fmt: skip
+    assert [row[0].words for row in roc.rows] == [name for name, _ in shown]
+    attacks = detection_by_attack("x", Rows.of(looks, lambda row: row["commit"] != OLD))
+    assert [(row[0].words, row[1].text, row[2].text) for row in attacks.rows] == [
+        ("badnets, 10 %", "1", "100.0 %"), ("badnets, 10 % \u2020", "2", "0.0 %")
+    ]  # fmt: skip
+
+
+def test_pairs_over_shared_cells_are_of_one_code() -> None:
+    fresh, rows = made(attacks=("badnets",)), aged(made(attacks=("badnets",)))
+    fresh = [row for row in fresh if (row.defense, row.defender_seed) != ("ft", 1)]
+    both = Rows.of([*fresh, *rows], lambda row: row["commit"] != OLD)
+    table = paired_table("pairs", "", "", both, defenses=("rnp",), baseline="ft")
+    heads = [column.name for column in table.columns]
+    lines = {(row[0].words, row[1].text): dict(zip(heads, row, strict=True)) for row in table.rows}
+    new, old = lines["rnp", "10"], lines["rnp \u2020", "10"]
+    assert (new["rows"].text, new["rows of both"].text) == ("2", "1")
+    assert new["DER there"].text == "0.970" and new["DER of ft there"].text == "0.790"
+    assert (old["rows of both"].text, old["DER of ft there"].text) == ("4", "0.500")
+    matrix = asr_matrix("m", "", "", both)
+    asr = {row[0].words: row[1].text for row in matrix.rows if row[0].text == "rnp"}
+    assert asr["rnp"] == "1.0 %, 1.5 %"
+    assert asr["rnp \u2020"].startswith("50.0 %, 50.0 %")
+
+
+def test_ranges_show_the_worst_row_and_failures_of_one_code() -> None:
+    rows = Rows.of([*made(FAILED), *aged(made())], lambda row: row["commit"] != OLD)
+    published = [
+        {"method": "ft", "acc_before": 0.9, "acc": 0.8, "asr": asr, "seconds": 2.0, "code": code}
+        for asr, code in ((0.02, "new"), (0.98, "new"), (0.5, ""))
+    ]
+    foreign = Rows.of(
+        [*published, {"method": "fp", "error": "no", "code": "new"}], lambda row: bool(row["code"])
+    )
+    table = range_table("ranges", "", rows, foreign, methods=("ft", "fp"))
+    heads = [column.name for column in table.columns]
+    lines = {row[0].words: dict(zip(heads, (cell.text for cell in row), strict=True)) for row in table.rows}
+    assert lines["ft"]["ASR left there"] == "2.0 to 98.0 %" and lines["ft"]["published models"] == "2"
+    assert lines["ft \u2020"]["ASR left there"] == "50.0 %"
+    assert lines["fp"]["failed"] == "2" and lines["fp"]["published models"] == "0"
+    assert lines["ft"]["ASR left"].endswith("61.0 %") and lines["ft"]["ACC lost on clean models"] == "2.0 %"
+
+
+def test_each_row_is_asked_for_its_code_once() -> None:
+    asked = []
+    rows = made()
+    benchmark.bench_report(rows, is_current=lambda row: not asked.append(row["defense"]))
+    assert len(asked) == len(rows)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -330,15 +510,15 @@ def test_the_page_loads_nothing_and_runs_only_its_own_script(page: Page, text: s
     assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
 
 
-def test_hostile_names_stay_text(page: Page, text: str, report: Report) -> None:
+def test_hostile_names_stay_text(page: Page, text: str, report: Document) -> None:
     assert "<script>alert" not in text and "<img" not in text
     assert any("<script>alert(1)</script>" in row[0] for row in page.tables["rows-0"].rows)
-    assert "<script" not in report.markdown().replace("\\<script", "")
+    assert "<script" not in to_markdown(report).replace("\\<script", "")
 
 
 def test_names_that_charts_could_choke_on() -> None:
     names = ("_hidden", "$x^2$", "\u795e\u7d4c", "\x00\x1b[31m", "x" * 5000)
-    text = bench_report(made(*(one("badnets", name, 10, 0, 0) for name in names))).html()
+    text = to_html(bench_report(made(*(one("badnets", name, 10, 0, 0) for name in names))))
     assert "_hidden" in text and "\u795e\u7d4c" in text and "\x1b" not in text and "x" * 100 not in text
 
 
@@ -360,12 +540,12 @@ def test_there_is_a_scatter_for_each_budget_and_one_chart_over_budgets(page: Pag
     assert [label.split(" ")[0] for label in labels] == ["Accuracy", "Accuracy", "Attack"]
     assert not re.search(r"#0[12]0[23]0\d", text), "a stand-in colour was left"
     assert "rnp (oracle)" in text
-    single = Page(bench_report([row for row in ALL if row.clean_images == 10]).html())
+    single = Page(to_html(bench_report([row for row in ALL if row.clean_images == 10])))
     assert len(single.all("svg")) == 1
 
 
 def test_rows_without_any_attack_have_no_chart() -> None:
-    page = Page(bench_report(made(attacks=("none",))).html())
+    page = Page(to_html(bench_report(made(attacks=("none",)))))
     assert not page.all("svg")
     assert page.tables["summary-0"].cell("ACC lost on clean models", "fp").startswith("10.0 %")
 
@@ -380,7 +560,7 @@ def test_many_rows_are_cut_with_a_sentence_and_rendered_in_seconds() -> None:
     assert len(rows) > 20_000
     start = time.process_time()
     report = bench_report(rows)
-    text, markdown = report.html(), report.markdown()
+    text, markdown = to_html(report), to_markdown(report)
     assert time.process_time() - start < 5
     assert len(Page(text).tables["rows-0"].rows) == MOST_ROWS
     assert f"first 2,000 of {len(rows):,} rows" in text and "bench export" in text
@@ -391,8 +571,8 @@ def test_many_rows_are_cut_with_a_sentence_and_rendered_in_seconds() -> None:
 # Markdown and the command
 
 
-def test_markdown_holds_the_same_tables(report: Report) -> None:
-    text = report.markdown()
+def test_markdown_holds_the_same_tables(report: Document) -> None:
+    text = to_markdown(report)
     lines = text.splitlines()
     assert "## All attacks together" in lines and "## Failed" in lines and "## All rows" not in lines
     head = lines.index("| defense | ASR | worst ASR | ACC lost | ACC lost on clean models | RA | DER | cost |"

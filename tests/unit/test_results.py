@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from unbackdoor.bench.rows import read_rows
+from unbackdoor.report.tables import ABSENT, LEGEND, OLDER
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,27 +26,24 @@ def imported(file: Path) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def foundation() -> ModuleType:
-    """The script that makes the page."""
-    return imported(ROOT / "scripts" / "foundation.py")
+def pages() -> ModuleType:
+    """The script that makes the pages."""
+    pytest.importorskip("matplotlib", reason="the report draws charts (extra: report)")
+    return imported(ROOT / "scripts" / "results.py")
 
 
-def test_the_foundation_page_is_made_from_its_rows(foundation: ModuleType) -> None:
-    rows = read_rows(foundation.RESULTS)
-    assert foundation.PAGE.read_text(encoding="utf-8") == foundation.render(rows)
-
-
-def test_the_foundation_rows_are_whole(foundation: ModuleType) -> None:
-    rows = read_rows(foundation.RESULTS)
+def test_the_foundation_rows_are_whole() -> None:
+    rows = read_rows(ROOT / "results" / "foundation.jsonl")
     found = {(row.attack, row.defense, row.preset, row.defender_seed) for row in rows}
+    defenses = {(row.defense, row.preset) for row in rows}
     wanted = {
-        (attack, defense, preset, seed)
-        for attack in foundation.ATTACKS
-        for defense, preset in foundation.DEFENSES
-        for seed in foundation.DEFENDER_SEEDS
+        (attack, *defense, seed)
+        for attack in ("badnets", "blended", "wanet", "sig", "none")
+        for defense in defenses
+        for seed in (0, 1)
     }
     assert found == wanted
-    assert len(rows) == len(wanted)
+    assert len(rows) == len(wanted) == 60
 
 
 OTHER_COLUMNS = {
@@ -76,17 +75,77 @@ def test_rates_are_rates_and_der_follows_from_them(file: Path) -> None:
         assert row.der == pytest.approx(der)
 
 
-def test_every_suite_page_is_made_from_its_rows() -> None:
-    pytest.importorskip("matplotlib", reason="the report draws charts (extra: report)")
-    pages = imported(ROOT / "scripts" / "results.py")
-    for label in pages.suites():
-        assert (pages.PAGES / f"{label}.md").read_text(encoding="utf-8") == pages.page(label)
+def names() -> list[str]:
+    """Return the pages of results, by the files that are there."""
+    return sorted(file.stem for file in (ROOT / "docs" / "results").glob("*.md"))
 
 
-@pytest.mark.parametrize("script", ["foreign_models", "screening", "four_systems", "detection", "remedies"])
-def test_every_other_page_is_made_from_its_rows(script: str) -> None:
-    module = imported(ROOT / "scripts" / f"{script}.py")
-    assert module.PAGE.read_text(encoding="utf-8") == module.page()
+@pytest.mark.parametrize("name", names())
+def test_every_page_is_made_from_its_rows(pages: ModuleType, name: str) -> None:
+    assert (pages.PAGES / f"{name}.md").read_text(encoding="utf-8") == pages.page(name), (
+        "python scripts/results.py makes the pages anew, with marks for rows whose code has changed since"
+    )
+
+
+def test_no_page_and_no_rows_are_forgotten(pages: ModuleType) -> None:
+    assert sorted(pages.documents()) == names()
+    files = {file.name.split(".")[0] for file in (ROOT / "results").glob("*.jsonl")}
+    assert files <= set(pages.documents())
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_page_marks_rows_of_older_code_and_no_others(pages: ModuleType, name: str) -> None:
+    words = "measured by code that has changed since"  # the meaning of the mark
+    fresh, old = pages.page(name, lambda row: True), pages.page(name, lambda row: False)
+    assert not any(OLDER in line for line in fresh.splitlines() if words not in line)
+    assert ABSENT not in "".join(line for line in fresh.splitlines() if words not in line)
+    for table in tables(old):
+        assert any(OLDER in line for line in table)
+        assert all(OLDER in line for line in table[2:] if not line.startswith(FREE)), table
+    assert old.count(LEGEND) == len(tables(old)), "one legend for each table"
+
+
+FREE = ("| current code ", "| before | ")  # lines that hold no row of a method
+
+
+def tables(page: str) -> list[list[str]]:
+    """Return the tables of a page, each as its lines."""
+    blocks = [block.splitlines() for block in page.split("\n\n")]
+    return [block for block in blocks if block[0].startswith("| ")]
+
+
+def test_a_cell_that_is_a_row_has_its_own_mark(pages: ModuleType) -> None:
+    text = pages.page("remedies", lambda row: row["attack"] != "wanet")
+    for table in tables(text):
+        heads = table[0].split(" | ")
+        for line in table[2:]:
+            for head, cell in zip(heads[1:], line.split(" | ")[1:], strict=True):
+                assert (OLDER in cell) == ("wanet" in head and cell.strip(" |") != "-"), line
+
+
+def test_the_guide_quotes_the_rows_and_promises_nothing(pages: ModuleType) -> None:
+    guide = pages.GUIDE.read_text(encoding="utf-8")
+    assert guide == pages.guide()
+    assert "removes the most" not in guide
+    block = guide[guide.index(pages.BEGIN) : guide.index(pages.END)]
+    lines = {line.split(" ")[1]: line.split(" | ") for line in block.splitlines() if line.startswith("| ")}
+    head = lines["method"]
+    assert set(pages.METHODS) <= {name.replace("\\", "") for name in lines}
+    foreign = [
+        json.loads(line) for line in (ROOT / "results" / "foreign-models.jsonl").read_text().splitlines()
+    ]
+    for method in ("ims", "tac", "neural_cleanse"):
+        left = [100 * row["asr"] for row in foreign if row.get("method") == method]
+        cell = lines[method.replace("_", "\\_")][head.index("ASR left there")]
+        assert cell == f"{min(left):.1f} to {max(left):.1f} %"
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_page_says_what_it_is_and_no_diary(pages: ModuleType, name: str) -> None:
+    text = (pages.PAGES / f"{name}.md").read_text(encoding="utf-8").lower()
+    assert "what a reader may conclude" in text
+    for diary in ("aim |", "missed |", "at hand", "| aim", "was tried", "a machine that was busy", "todo"):
+        assert diary not in text.replace("| missed | undecided |", ""), diary
 
 
 def test_the_measured_table_is_made_from_its_records() -> None:

@@ -26,7 +26,9 @@ from unbackdoor.engine.trusted_caller import scan
 from unbackdoor.errors import ConfigError, IntegrityError, MethodFailed
 from unbackdoor.opening.classifier_files import save_model
 from unbackdoor.registry import SCANNERS, Config, Part, option
-from unbackdoor.report.bench import bench_report
+from unbackdoor.report.benchmark import bench_report
+from unbackdoor.report.html import to_html
+from unbackdoor.report.markdown import to_markdown
 from unbackdoor.types import Classifier, CleanData, Finding, ScanReport
 
 Trained = tuple[Classifier, CleanData]
@@ -216,9 +218,9 @@ def test_the_report_counts_scans_of_the_same_victims() -> None:
     repairs = [Row(**shared, attack="badnets", defense="none", acc=0.9, asr=1.0, ra=0.0, der=0.5)]
     scans = [scanned("badnets", "backdoor found", target_found=True), scanned("none", "undecided")]
     made = bench_report(repairs, scans=scans)
-    assert "1 of 1" in made.html()
-    assert "Scanners" in made.markdown()
-    assert "Scanners" not in bench_report(repairs).markdown()
+    assert "1 of 1" in to_html(made)
+    assert "Scanners" in to_markdown(made)
+    assert "Scanners" not in to_markdown(bench_report(repairs))
 
 
 def test_rows_of_scans_come_from_the_store(tmp_path: Path) -> None:

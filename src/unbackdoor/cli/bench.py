@@ -244,7 +244,9 @@ def report(
     require_charts()
     from unbackdoor import __version__
     from unbackdoor.bench.reference import read_published
-    from unbackdoor.report.bench import bench_report
+    from unbackdoor.report.benchmark import bench_report
+    from unbackdoor.report.html import to_html
+    from unbackdoor.report.markdown import to_markdown
     from unbackdoor.report.page import write_page
 
     published = read_published(reference) if reference else None
@@ -255,7 +257,7 @@ def report(
         published=published,
         colophon=f"Made by unbackdoor {__version__} of {len(rows):,} rows.",
     )
-    for file, text in ((out / "index.html", made.html()), (out / "report.md", made.markdown())):
+    for file, text in ((out / "index.html", to_html(made)), (out / "report.md", to_markdown(made))):
         write_page(file, text)
         say(file)
 

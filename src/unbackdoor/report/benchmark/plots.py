@@ -24,12 +24,14 @@ class Mark:
     Attributes:
         name: In the legend.
         place: Decides shape and colour.
-        hollow: For what was chosen with the truth.
+        oracle: Chosen with the truth: the mark is half-filled.
+        older: Measured by older code: the mark is hollow.
     """
 
     name: str
     place: int
-    hollow: bool
+    oracle: bool
+    older: bool
 
 
 def scatter(points: Mapping[Mark, tuple[float, float]], *, title: str, key: str) -> Markup:
@@ -46,7 +48,7 @@ def scatter(points: Mapping[Mark, tuple[float, float]], *, title: str, key: str)
 
     def draw(axes: Any) -> None:
         for mark, (asr, acc) in points.items():
-            axes.plot([100 * asr], [100 * acc], linestyle="none", clip_on=False, zorder=3, **_style(mark))
+            axes.plot([100 * asr], [100 * acc], linestyle="none", clip_on=False, zorder=3, **style(mark))
         heights = [100 * acc for _, acc in points.values()]
         low, high = min(heights), max(heights)
         margin = max(1.0, 0.1 * (high - low))
@@ -73,7 +75,7 @@ def over_budgets(lines: Mapping[Mark, Sequence[tuple[int, float]]], *, title: st
     def draw(axes: Any) -> None:
         for mark, line in lines.items():
             axes.plot(
-                [x for x, _ in line], [100 * y for _, y in line], linewidth=1.4, clip_on=False, **_style(mark)
+                [x for x, _ in line], [100 * y for _, y in line], linewidth=1.4, clip_on=False, **style(mark)
             )
         budgets = sorted({x for line in lines.values() for x, _ in line})
         axes.set_xscale("log")
@@ -86,13 +88,15 @@ def over_budgets(lines: Mapping[Mark, Sequence[tuple[int, float]]], *, title: st
     return _drawn(draw, list(lines), title, key)
 
 
-def _style(mark: Mark) -> dict[str, Any]:
+def style(mark: Mark) -> dict[str, Any]:
+    """Return how matplotlib draws a mark."""
     colour = SERIES[mark.place % len(SERIES)]
     return {
         "color": colour,
         "marker": _SHAPES[mark.place % len(_SHAPES)],
         "markersize": 7,
-        "markerfacecolor": "none" if mark.hollow else colour,
+        "fillstyle": "none" if mark.older else "left" if mark.oracle else "full",
+        "markerfacecolor": "none" if mark.older else colour,
         "markeredgecolor": colour,
         # A label that begins with an underscore would be left out of the legend.
         "label": "\u200b" + mark.name,

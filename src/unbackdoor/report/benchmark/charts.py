@@ -1,0 +1,87 @@
+"""Charts of repairs: what is left of the attack against what it cost, and what more images buy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from markupsafe import Markup
+
+from unbackdoor.bench.results import summarise
+from unbackdoor.bench.rows import Row
+from unbackdoor.report.benchmark.cells import ORACLE, name
+from unbackdoor.report.benchmark.groups import Group, Rows, Setting, attacked_acc, defense_of
+from unbackdoor.report.benchmark.plots import MOST, Mark, over_budgets, scatter
+from unbackdoor.report.tables import OLDER, Section
+
+MOST_CHARTS = 12  # of each kind
+Who = tuple[str, bool, bool]  # defense, chosen with the truth, older code
+Pair = tuple[float, float]  # ASR, ACC
+
+
+def chart_section(settings: Mapping[Setting, Rows[Row]]) -> Section:
+    """Return the charts of all settings; none where no attack took."""
+    scatters: list[tuple[str, Markup]] = []
+    curves: list[tuple[str, Markup]] = []
+    for setting, rows in settings.items():
+        marks, means = _marks(rows), _means(rows)
+        budgets = sorted({budget for _, budget in means})
+        for budget in budgets:
+            points = {m: means[who, budget] for who, m in marks.items() if (who, budget) in means}
+            if points and len(scatters) < MOST_CHARTS:
+                title = f"{setting}: {budget:,} clean images"
+                words = f"Accuracy against attack success after each defense, {title}; the numbers are above"
+                scatters.append((title, scatter(points, title=words, key=f"scatter{len(scatters)}")))
+        found = {m: [(b, means[who, b][0]) for b in budgets if (who, b) in means] for who, m in marks.items()}
+        found = {m: line for m, line in found.items() if line}
+        if found and len(budgets) > 1 and len(curves) < MOST_CHARTS:
+            words = f"Attack success against the number of clean images, {setting}; the numbers are above"
+            curves.append((str(setting), over_budgets(found, title=words, key=f"budgets{len(curves)}")))
+    said = (
+        f"Means over all attacks that took. Hollow marks {OLDER} were measured by older code; half-filled "
+        "ones were chosen with the truth (oracle)."
+    )
+    if any(len(set(map(_who, rows.all))) > MOST for rows in settings.values()):
+        said += f" The {MOST} defenses with the best DER."
+    if max(len(scatters), len(curves)) == MOST_CHARTS:
+        said += f" At most {MOST_CHARTS} charts of a kind are drawn."
+    title = "What is left of the attack, and what it cost"
+    return Section("charts", title, (said,), charts=(*scatters, *curves), only_html=True)
+
+
+def _means(rows: Rows[Row]) -> dict[tuple[Who, int], Pair]:
+    out = {}
+    for older, own in ((False, rows.current), (True, rows.older)):
+        groups: dict[tuple[Who, int], list[Row]] = {}
+        for row in own:
+            groups.setdefault(((*_who(row), older), row.clean_images), []).append(row)
+        for key, members in groups.items():
+            group = Group(members[0], members)
+            pair = group.mean(lambda row: row.asr).value, group.mean(attacked_acc).value
+            if not any(map(math.isnan, pair)):
+                out[key] = pair
+    return out
+
+
+def _who(row: Row) -> tuple[str, bool]:
+    return defense_of(row), row.selection == ORACLE
+
+
+def _marks(rows: Rows[Row]) -> dict[Who, Mark]:
+    """Return a mark for every defense; one of older code has the shape and colour of the current one."""
+    best: dict[tuple[str, bool], float] = {}
+    for own in (rows.current, rows.older):
+        for s in summarise(own):
+            who = (s.defense, s.selection == ORACLE)
+            best[who] = max(best.get(who, -1.0), -1.0 if math.isnan(s.der.value) else s.der.value)
+    chosen = sorted(sorted(best, key=lambda who: -best[who])[:MOST])
+    return {
+        (defense, oracle, older): Mark(
+            name(defense, 28) + (" (oracle)" if oracle else "") + (f" {OLDER}" if older else ""),
+            place,
+            oracle=oracle,
+            older=older,
+        )
+        for place, (defense, oracle) in enumerate(chosen)
+        for older in (False, True)
+    }

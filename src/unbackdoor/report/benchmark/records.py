@@ -1,0 +1,133 @@
+"""Tables of rows that are no cells of a suite: one line for each, marked if its code is older.
+
+These rows are mappings, made by scripts; what a column holds stands in the script that makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from unbackdoor.report.benchmark import cells
+from unbackdoor.report.benchmark.groups import Rows
+from unbackdoor.report.tables import Cell, Table, columns
+from unbackdoor.report.words import NOTHING
+
+Record = Mapping[str, Any]
+_CHECKS = columns("check", "status", "strongest class", "p", "adjusted p", "time", text=2)
+_REPAIRS = columns("method", "ACC", "ASR", "RA", "DER", "time")
+_SCREENED = columns(
+    "attack", "screener", "AUROC", "AP", "TPR at 1 % FPR", "target class: AUROC", "target class: AP",
+    "target class: TPR at 1 % FPR", "time", text=2,
+)  # fmt: skip
+_TRIGGERS = columns(
+    "attack", "voted class", "is the target", "success", "mask (pixels)", "IoU", "cosine", "time"
+)
+
+
+def check_table(identifier: str, scan: Record, *, older: bool) -> Table:
+    """Return the checks of one scan."""
+    made = [
+        (
+            Cell(cells.name(check["check"]), older=older),
+            Cell(cells.name(check["status"])),
+            Cell(", ".join(map(str, check["strongest"][:3]))),
+            cells.decimal(check["p_value"], ".2g"),
+            cells.decimal(check["adjusted"], ".2g"),
+            cells.time(check["seconds"]),
+        )
+        for check in scan["checks"]
+    ]
+    return cells.table(identifier, "", "", _CHECKS, made)
+
+
+def repair_table(identifier: str, caption: str, repairs: Rows[Record]) -> Table:
+    """Return the repairs of one model, after a line of what they started from."""
+    first = repairs.all[0]
+    before = (cells.one(first[f"{rate}_before"]) for rate in ("acc", "asr", "ra"))
+    made = [(Cell("before"), *before, Cell(""), Cell(""))]
+    for row, older in repairs.pairs:
+        method = Cell(cells.name(row["method"]), older=older)
+        if "error" in row:
+            failed = Cell(cells.name(row["error"], cells.LONGEST_ERROR), tone="bad")
+            made.append((method, failed, *(Cell("") for _ in range(3)), cells.time(row["seconds"])))
+            continue
+        rates = (cells.one(row[rate]) for rate in ("acc", "asr", "ra"))
+        made.append((method, *rates, cells.decimal(row["der"]), cells.time(row["seconds"])))
+    return cells.table(identifier, "", caption, _REPAIRS, made)
+
+
+def screening_table(identifier: str, screened: Rows[Record]) -> Table:
+    """Return how well screeners tell triggered images from clean ones."""
+    made = []
+    for row, older in screened.pairs:
+        first = (Cell(cells.name(row["attack"]), older=older), Cell(cells.name(row["screener"])))
+        if "error" in row:
+            failed = Cell(cells.name(row["error"], cells.LONGEST_ERROR), tone="bad")
+            made.append((*first, failed, *(Cell("") for _ in range(6))))
+            continue
+        scores = (*_scores(row["all"]), *_scores(row["target"]))
+        made.append((*first, *scores, cells.time(row["seconds"])))
+    return cells.table(identifier, "", "", _SCREENED, made)
+
+
+def _scores(scores: Mapping[str, float] | None) -> tuple[Cell, ...]:
+    found = scores or {}
+    return (
+        cells.decimal(found.get("auroc")),
+        cells.decimal(found.get("average_precision")),
+        cells.one(found.get("tpr")),
+    )
+
+
+def trigger_table(identifier: str, recovered: Rows[Record]) -> Table:
+    """Return triggers that were recovered, beside those of the attackers."""
+    made = [
+        (
+            Cell(cells.name(row["attack"]), older=older),
+            Cell(str(row["voted"]), key=row["voted"]),
+            Cell("yes" if row["voted_target"] else "no"),
+            cells.one(row["success"]),
+            cells.decimal(row["mask_l1"], ".1f"),
+            cells.decimal(row.get("iou")),
+            cells.decimal(row.get("cosine")),
+            cells.time(row["seconds"]),
+        )
+        for row, older in recovered.pairs
+    ]
+    return cells.table(identifier, "", "", _TRIGGERS, made)
+
+
+def crossed_table(
+    identifier: str,
+    heading: str,
+    rows: Rows[Record],
+    *,
+    row: Callable[[Record], str],
+    column: Callable[[Record], str],
+    cell: Callable[[Record], str],
+    corner: str,
+) -> Table:
+    """Return one cell for each record; a cell of older code is marked by itself.
+
+    Args:
+        identifier: Of the table.
+        heading: Above it.
+        rows: The records.
+        row: Names the row of a record.
+        column: Names its column.
+        cell: Says what stands in its cell.
+        corner: Heads the column of the row names.
+    """
+    places = {(row(record), column(record)): (record, older) for record, older in rows.pairs}
+    names = list(dict.fromkeys(map(column, rows.all)))
+    made = []
+    for name in dict.fromkeys(map(row, rows.all)):
+        found: Sequence[tuple[Record, bool] | None] = [places.get((name, head)) for head in names]
+        made.append(
+            (
+                Cell(cells.name(name, cells.LONGEST_ERROR)),
+                *(Cell(cell(at[0]), older=at[1]) if at else Cell(NOTHING) for at in found),
+            )
+        )
+    return cells.table(identifier, heading, "", columns(corner, *names, text=1 + len(names)), made)

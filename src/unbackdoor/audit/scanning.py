@@ -25,7 +25,6 @@ from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Classifier, CleanData, Images, Progress, ScanReport, Verdict, silent
 
 T = TypeVar("T")
-ShownTrigger = RecoveredTrigger
 LEVEL = 0.05  # accepted probability of a false alarm of the whole scan
 GREY = 4.0  # times the level: up to there an adjusted p-value is neither evidence nor silence
 Status = Literal["ran", "skipped", "failed", "out of budget"]

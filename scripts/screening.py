@@ -94,7 +94,7 @@ def _recovered(model: Classifier, clean: CleanData, data: DataSet, truth: Attack
         "voted": leader,
         "voted_target": leader == truth.target,
         "success": rate.value,
-        "mask_l1": float(found.mask.sum()),
+        "mask_l1": found.norms()["mask_l1"],
         **asdict(resemblance(found, truth, draw_clean(data.test, count=1000, seed=0))),
         "seconds": seconds,
     }

@@ -97,6 +97,52 @@ def near_match(name: str, known: Mapping[str, Any] | list[str]) -> str:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """Another way to run a scanner, which ``scan`` offers as a check of its own.
+
+    Attributes:
+        question: What it asks, in words for the report.
+        options: What differs from the scanner's defaults.
+    """
+
+    question: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class References:
+    """How a scanner calibrates itself on clean models: by a number that scans of these have reported.
+
+    Attributes:
+        statistic: Name of the finding whose values of clean models are wanted.
+        option: Option of the scanner that takes them, a tuple of numbers.
+        unrelated: Options that the statistic does not depend on, so that they may differ between the scans.
+    """
+
+    statistic: str
+    option: str
+    unrelated: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class ScannerFacts:
+    """What ``scan`` has to know of a scanner.
+
+    Attributes:
+        question: What it asks, in words for the report. A scanner without one runs only where it is named.
+        cost: Place in the order of the checks: what costs less comes first. Those of this package have 10 to
+            50, from no forward pass to many trainings.
+        variants: Further checks by the part of their name behind the colon.
+        references: How clean models calibrate it, if they can.
+    """
+
+    question: str = ""
+    cost: float = 100.0
+    variants: Mapping[str, Variant] = field(default_factory=dict)
+    references: References | None = None
+
+
+@dataclass(frozen=True)
 class Part(Generic[F]):
     """A registered part: an attack, a defense, a scanner, a screener or an architecture."""
 
@@ -109,6 +155,7 @@ class Part(Generic[F]):
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     traits: frozenset[str] = frozenset()
     version: int = 1
+    scanning: ScannerFacts = ScannerFacts()
 
     @property
     def summary(self) -> str:
@@ -174,6 +221,7 @@ class Registry(Generic[F]):
         presets: Mapping[str, Mapping[str, Any]] | None = None,
         traits: set[str] | frozenset[str] = frozenset(),
         version: int = 1,
+        scanning: ScannerFacts | None = None,
     ) -> Callable[[F], F]:
         """Return a decorator that enters a function under ``name``; a second owner of a name is refused."""
 
@@ -190,6 +238,7 @@ class Registry(Generic[F]):
                 presets=MappingProxyType({k: MappingProxyType(dict(v)) for k, v in (presets or {}).items()}),
                 traits=frozenset(traits),
                 version=version,
+                scanning=scanning or ScannerFacts(),
             )
             return function
 
@@ -247,9 +296,37 @@ ARCHITECTURES: Registry[Any] = Registry("architecture", "unbackdoor.networks")
 
 defense = DEFENSES.register
 attack = ATTACKS.register
-scanner = SCANNERS.register
 screener = SCREENERS.register
 architecture = ARCHITECTURES.register
+
+
+def scanner(
+    name: str,
+    *,
+    question: str = "",
+    cost: float = ScannerFacts.cost,
+    variants: Mapping[str, Variant] | None = None,
+    references: References | None = None,
+    **more: Any,
+) -> Callable[[F], F]:
+    """Return a decorator that enters a scanner; ``scan`` learns all it has to know of it from here.
+
+    Args:
+        name: Name of the scanner, and of its check.
+        question: See :class:`ScannerFacts`, as for the next three.
+        cost: Likewise.
+        variants: Likewise.
+        references: Likewise.
+        **more: See :meth:`Registry.register`.
+
+    Raises:
+        ConfigError: If the name is taken, or options of a variant do not fit.
+    """
+    config: type[Config] = more.get("config", Config)
+    for key, variant in (variants or {}).items():
+        config.parse(variant.options, subject=f"the variant {key!r} of the scanner {name!r}")
+    facts = ScannerFacts(question, cost, MappingProxyType(dict(variants or {})), references)
+    return SCANNERS.register(name, scanning=facts, **more)
 
 
 def load_all(package: str) -> None:

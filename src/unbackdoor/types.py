@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from unbackdoor.errors import InputError, TooFewImages, UnsupportedModel
+from unbackdoor.triggers import RecoveredTrigger
 
 T = TypeVar("T")
 Augmentation = Literal["none", "crop", "crop+flip"]
@@ -322,7 +323,8 @@ class Finding:
         p_value: Calibrated probability of such a value without a backdoor, or None.
         classes: Suspected target classes.
         per_class: The statistic for every class, in label order.
-        artefacts: Tensors to show, such as a recovered trigger.
+        artefacts: Tensors to keep beside it, by name.
+        trigger: A trigger that was recovered towards one of the classes, to be shown and tried.
     """
 
     statistic: str
@@ -334,6 +336,7 @@ class Finding:
     classes: tuple[int, ...] = ()
     per_class: tuple[float, ...] = ()
     artefacts: Mapping[str, Tensor] = field(default_factory=dict)
+    trigger: RecoveredTrigger | None = None
 
 
 Verdict = Literal["backdoor found", "no evidence found", "undecided"]

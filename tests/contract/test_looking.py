@@ -63,6 +63,7 @@ def plain(found: ScanReport | Screening) -> Any:
             f.classes,
             f.per_class,
             {k: v.tolist() for k, v in f.artefacts.items()},
+            None if f.trigger is None else {k: v.tolist() for k, v in f.trigger.tensors().items()},
         )
         for f in found.findings
     ]

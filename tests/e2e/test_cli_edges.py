@@ -20,7 +20,8 @@ from unbackdoor.cli import app
 from unbackdoor.cli.options import require_writable, seconds_of
 from unbackdoor.errors import InputError
 from unbackdoor.files import atomic_write
-from unbackdoor.report.triggers import remove_trigger, write_trigger
+from unbackdoor.triggers import RecoveredTrigger
+from unbackdoor.weights.triggers import remove_trigger, write_trigger
 
 ARCH = ("--arch", "small_cnn[width=8]", "--mean", "0.35", "--std", "0.25", "--quiet")
 
@@ -160,10 +161,10 @@ def test_a_warning_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_trigger_of_an_earlier_report_can_be_removed(tmp_path: Path) -> None:
     folder = tmp_path / "trigger-1"
     remove_trigger(folder)
-    write_trigger(folder, torch.full((1, 8, 8), 0.5), None, {"class": 0})
+    write_trigger(folder, RecoveredTrigger(0, torch.full((1, 8, 8), 0.5), None), {})
     remove_trigger(folder)
     assert not folder.exists()
-    write_trigger(folder, torch.full((1, 8, 8), 0.5), None, {"class": 0})
+    write_trigger(folder, RecoveredTrigger(0, torch.full((1, 8, 8), 0.5), None), {})
     (folder / "mine.txt").write_text("kept")
     remove_trigger(folder)
     assert [path.name for path in folder.iterdir()] == ["mine.txt"]

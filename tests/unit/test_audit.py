@@ -12,11 +12,10 @@ import pytest
 import torch
 
 from tiny import tiny_classifier, tiny_data
-from unbackdoor.audit import scanning
-from unbackdoor.audit.comparison import changed_tensors, compare_accuracy, paired_interval, stamped
+from unbackdoor.audit.comparison import changed_tensors, compare_accuracy, paired_interval
 from unbackdoor.audit.json_records import audit_json, purification_json, verification_json
 from unbackdoor.audit.purifying import PromiseBroken, Residue, purify, split_proof
-from unbackdoor.audit.scanning import Check, ShownTrigger, scan
+from unbackdoor.audit.scanning import Check, scan
 from unbackdoor.audit.verification import verify
 from unbackdoor.cli.verify import outcome
 from unbackdoor.engine.run import Run
@@ -25,6 +24,7 @@ from unbackdoor.metrics import Rate
 from unbackdoor.registry import DEFENSES, SCANNERS, Config
 from unbackdoor.report.audit import Subject, audit_page
 from unbackdoor.report.sarif import sarif
+from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import CleanData, Finding, Purified, ScanReport, Verdict
 from unbackdoor.weights.patch import make_patch, read_patch, use_patch, write_patch
 
@@ -42,7 +42,7 @@ def says(name: str, p_value: float | None, verdict: Verdict = "no evidence found
             raise more["error"]
         finding = Finding(
             "size", 1.0, "small: easily reached", 0.5, "made up", p_value, more.get("classes", (1,)),
-            (4.0, 1.0, 4.0, 5.0), more.get("artefacts", {}),
+            (4.0, 1.0, 4.0, 5.0), trigger=more.get("trigger"),
         )  # fmt: skip
         return ScanReport(verdict, (finding,), coverage=("size",))
 
@@ -167,13 +167,12 @@ def test_an_unknown_check_is_an_error() -> None:
         scan(tiny_classifier("conv-bn"), clean(), checks=["nonsense"])
 
 
-def test_the_page_and_the_log_of_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    art = {"pattern": torch.ones(1, 8, 8), "mask": torch.eye(8)}
-    monkeypatch.setattr(scanning, "INVERTING", frozenset({"strong"}))
-    found = says("strong", 0.001, "backdoor found", classes=(2,), artefacts=art)
+def test_the_page_and_the_log_of_a_finding() -> None:
+    trigger = RecoveredTrigger(2, torch.ones(1, 8, 8), torch.eye(8))
+    found = says("strong", 0.001, "backdoor found", classes=(2,), trigger=trigger)
     model = tiny_classifier("conv-bn")
     audit = scan(model, clean(), checks=[found, says("broken", None, error=RuntimeError("<b>"))])
-    assert audit.triggers[0].label == 2
+    assert (audit.triggers[0].label, audit.triggers[0].check) == (2, "strong")
     page = audit_page(
         Subject("<script>.pt", NAMES, warnings=["low accuracy"], command="unbackdoor scan"),
         audit=audit,
@@ -272,20 +271,9 @@ def test_a_comparison_without_a_recovered_trigger_proves_nothing() -> None:
     late = replace(done.before.checks[0], status="out of budget", report=None)
     hasty = replace(done, before=replace(done.before, checks=(late,)))
     assert outcome(hasty) == 2
-    shown = ShownTrigger(1, torch.zeros(1, 8, 8), torch.ones(8, 8), "given")
+    shown = RecoveredTrigger(1, torch.zeros(1, 8, 8), torch.ones(8, 8), "given")
     assert outcome(replace(hasty, residues=(Residue(shown, Rate(9, 10), Rate(0, 10)),))) == 0
     assert outcome(replace(hasty, residues=(Residue(shown, Rate(9, 10), Rate(9, 10)),))) == 1
-
-
-def test_a_stamp_follows_its_formula() -> None:
-    images = tiny_data(2)
-    mask = torch.zeros(8, 8)
-    mask[0, 0] = 1.0
-    out = stamped(images, torch.full((1, 8, 8), 0.2), mask)
-    assert int(out.pixels[0, 0, 0, 0]) == 51
-    assert torch.equal(out.pixels[..., 1:], images.pixels[..., 1:])
-    added = stamped(images, torch.full((1, 8, 8), 1.0), None)
-    assert bool((added.pixels == 255).all())
 
 
 def test_the_paired_interval_covers_and_shrinks() -> None:

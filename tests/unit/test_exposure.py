@@ -192,7 +192,8 @@ def test_a_scan_is_pure_repeatable_and_shows_a_trigger() -> None:
     assert model.sha256() == weights
     assert one.findings[0] == two.findings[0] and one.verdict == two.verdict
     shown = next(f for f in one.findings if f.statistic == RECOVERED)
-    assert shown.artefacts["pattern"].shape == (1, 8, 8) and shown.artefacts["mask"].shape == (8, 8)
+    assert shown.trigger is not None and shown.trigger.success == shown.value
+    assert not shown.trigger.faults((1, 8, 8), 4)
     assert not one.partial and SCANNERS["rnp_vote"].paper
 
 

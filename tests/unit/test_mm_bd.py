@@ -26,7 +26,7 @@ def test_it_needs_nothing_but_the_model() -> None:
     report = scan("mm_bd", planted((2,)), EMPTY, precision="fp32")
     assert report.verdict == "backdoor found" and report.findings[0].classes == (2,)
     assert report.findings[0].p_value is not None and report.findings[0].p_value < 0.01
-    assert report.findings[0].artefacts["pattern"].shape == (1, 8, 8)
+    assert report.findings[0].artefacts["input"].shape == (1, 8, 8)
     assert scan("mm_bd", planted(), EMPTY, precision="fp32").verdict == "no evidence found"
 
 

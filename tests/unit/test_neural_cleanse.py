@@ -13,12 +13,13 @@ from planted import block_data, planted
 from tiny import NAMES, tiny_classifier, tiny_data
 from unbackdoor.engine.row_adam import RowAdam
 from unbackdoor.engine.run import Run
-from unbackdoor.engine.trigger_search import Change, ReachConfig, reach, success
+from unbackdoor.engine.trigger_search import ReachConfig, reach, success
 from unbackdoor.engine.trusted_caller import scan
 from unbackdoor.errors import InputError, MethodFailed
 from unbackdoor.metrics import Rate
 from unbackdoor.registry import SCANNERS
 from unbackdoor.scanners.neural_cleanse import RECOVERED
+from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Classifier, CleanData, Finding, ScanReport
 
 DATA = CleanData.split(replace(block_data(160), labels=None))
@@ -45,12 +46,12 @@ def test_planted_shortcuts_are_found_without_labels(corner: tuple[int, ...], for
     shown = named(report, RECOVERED)
     assert shown.p_value is None and shown.value > 0.75
     assert shown.classes[0] in corner
-    assert shown.artefacts["pattern"].shape == (1, 8, 8) and shown.artefacts["mask"].shape == (8, 8)
-    for tensor in (shown.artefacts["pattern"], shown.artefacts["mask"]):
-        assert float(tensor.min()) >= 0 and float(tensor.max()) <= 1
-    if form == "patch":
+    trigger = shown.trigger
+    assert trigger is not None and (trigger.label, trigger.success) == (shown.classes[0], shown.value)
+    assert not trigger.faults((1, 8, 8), 8) and (trigger.mask is None) == (form == "blend")
+    if trigger.mask is not None:
         where = {2: 0, 5: 7}[shown.classes[0]]  # the corner that decides for the class
-        assert int(shown.artefacts["mask"].flatten().argmax()) == where
+        assert int(trigger.mask.flatten().argmax()) == where
 
 
 def test_without_a_shortcut_nothing_is_claimed_and_two_searches_are_enough() -> None:
@@ -100,13 +101,14 @@ def test_few_images_serve_all_searches_and_few_classes_get_no_verdict() -> None:
 def test_a_change_is_as_large_as_it_says_and_counts_are_those_of_success(form: str) -> None:
     cfg = ReachConfig(steps=60, images=24)
     found = reach(planted((2,)), DATA.fit, cfg, RUN, form=form)  # type: ignore[arg-type]
-    for k, change in enumerate(found.changes):
-        size = change.mask.sum() if form == "patch" else change.content.norm()
-        assert float(size) == pytest.approx(change.size, rel=1e-4)
+    for k, trigger in enumerate(found.triggers):
+        size = trigger.pattern.norm() if trigger.mask is None else trigger.mask.sum()
+        assert (trigger.label, trigger.mask is None) == (k, form == "blend")
+        assert float(size) == pytest.approx(float(found.tried[k]), rel=1e-4)
         if math.isfinite(float(found.sizes[k])):
-            assert change.size == pytest.approx(float(found.sizes[k]))
+            assert float(found.tried[k]) == float(found.sizes[k])
             assert int(found.hits[k]) >= 0.9 * found.images
-            assert success(planted((2,)), change, DATA.fit, RUN).value > 0.6
+            assert success(planted((2,)), trigger, DATA.fit, RUN).value > 0.6
     assert int(found.sizes.argmin()) == 2
 
 
@@ -134,20 +136,11 @@ def test_the_chosen_rows_alone_move() -> None:
     assert torch.allclose(values, torch.tensor([[-0.1, 0.1], [0.0, 0.0], [0.0, -0.1]]), atol=1e-6)
 
 
-def test_stamping_by_hand() -> None:
-    pixels = torch.tensor([[[[0, 100]]]], dtype=torch.uint8)
-    patch = Change(0, "patch", torch.ones(1, 1, 2), torch.tensor([[0.5, 0.0]]), 0.5)
-    assert patch.apply(pixels).tolist() == [[[[128, 100]]]]
-    blend = Change(0, "blend", torch.tensor([[[-0.5, 0.8]]]), torch.ones(1, 2), 1.0)
-    assert blend.apply(pixels).tolist() == [[[[0, 255]]]]
-    assert set(blend.artefacts()) == {"pattern", "mask", "perturbation"}
-
-
 def test_success_counts_images_that_could_be_moved() -> None:
     black = torch.zeros(8, 8)
     black[0, 0] = 1
-    change = Change(2, "patch", torch.zeros(1, 8, 8), black, 1.0)
-    assert success(planted((2,)), change, block_data(16), RUN) == Rate(14, 14)
+    trigger = RecoveredTrigger(2, torch.zeros(1, 8, 8), black)
+    assert success(planted((2,)), trigger, block_data(16), RUN) == Rate(14, 14)
 
 
 def test_what_cannot_be_searched_is_refused() -> None:

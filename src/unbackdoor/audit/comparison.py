@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbackdoor.data.batches import to_float
 from unbackdoor.engine.inference import mode, predict
 from unbackdoor.engine.run import Run
 from unbackdoor.metrics import Rate, agreement
+from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Classifier, Images
 
 
@@ -143,33 +143,17 @@ def changed_tensors(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -
     return out
 
 
-def stamped(images: Images, pattern: Tensor, mask: Tensor | None) -> Images:
-    """Return the images with a recovered trigger on them, rounded to 8 bits.
-
-    Args:
-        images: uint8 (N, C, H, W).
-        pattern: (C, H, W); mixed in by the mask, or added where there is none.
-        mask: (H, W) in [0, 1].
-    """
-    pixels = to_float(images.pixels, "cpu")  # (N, C, H, W)
-    mixed = pixels + pattern if mask is None else (1 - mask) * pixels + mask * pattern
-    out = (mixed * 255).round().clamp(0, 255).to(torch.uint8).contiguous()
-    return Images(out, images.labels, images.class_names, images.name)
-
-
-def trigger_success(
-    model: Classifier, images: Images, label: int, pattern: Tensor, mask: Tensor | None, run: Run
-) -> Rate:
+def trigger_success(model: Classifier, images: Images, trigger: RecoveredTrigger, run: Run) -> Rate:
     """Return the share of images of other classes that the trigger turns into the class.
 
     Where images have no labels, those count that the model itself does not give the class.
     """
     own = images.truth.cpu() if images.labels is not None else _answers(model, images, run)
-    others = images.subset((own != label).nonzero().flatten())
+    others = images.subset((own != trigger.label).nonzero().flatten())
     if not len(others):
         return Rate(0, 0)
-    answers = _answers(model, stamped(others, pattern, mask), run)
-    return agreement(answers, torch.full_like(answers, label))
+    answers = _answers(model, trigger.stamp(others), run)
+    return agreement(answers, torch.full_like(answers, trigger.label))
 
 
 def rate_facts(rate: Rate | None) -> dict[str, Any] | None:

@@ -8,9 +8,10 @@ from typing import Any
 
 from unbackdoor.audit.comparison import Accuracy, TensorChange, rate_facts
 from unbackdoor.audit.purifying import Purification, Residue
-from unbackdoor.audit.scanning import Audit, Checked, ShownTrigger
+from unbackdoor.audit.scanning import Audit, Checked
 from unbackdoor.audit.verification import Verification
 from unbackdoor.files import finite
+from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Finding, ScanReport
 
 
@@ -95,7 +96,7 @@ def change_json(change: TensorChange) -> dict[str, Any]:
     }
 
 
-def trigger_json(trigger: ShownTrigger, class_names: Sequence[str]) -> dict[str, Any]:
+def trigger_json(trigger: RecoveredTrigger, class_names: Sequence[str]) -> dict[str, Any]:
     """Return what is known of a recovered trigger, without its tensors."""
     facts: dict[str, Any] = {
         "class": _class(trigger.label, class_names),

@@ -21,13 +21,13 @@ from unbackdoor.audit.comparison import (
     compare_accuracy,
     trigger_success,
 )
-from unbackdoor.audit.scanning import ShownTrigger
 from unbackdoor.engine import trusted_caller as caller
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError, UnbackdoorError
 from unbackdoor.metrics import Rate
 from unbackdoor.registry import Config, Part
+from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Augmentation, Classifier, CleanData, Images, Progress, Purified, silent
 
 PROOF_FRACTION = 0.3  # of every class, for the proof
@@ -48,7 +48,7 @@ class Residue:
         after: Its success on the repaired model.
     """
 
-    trigger: ShownTrigger
+    trigger: RecoveredTrigger
     before: Rate
     after: Rate
 
@@ -100,7 +100,7 @@ def purify(
     preset: str | None = None,
     options: Mapping[str, Any] | Config | None = None,
     max_accuracy_drop: float | None = None,
-    triggers: tuple[ShownTrigger, ...] = (),
+    triggers: tuple[RecoveredTrigger, ...] = (),
     proof: Images | None = None,
     types: Mapping[str, torch.dtype] | None = None,
     select_fraction: float = 0.3,
@@ -174,8 +174,8 @@ def purify(
     residues = tuple(
         Residue(
             trigger,
-            trigger_success(model, shown, trigger.label, trigger.pattern, trigger.mask, run),
-            trigger_success(purified.model, shown, trigger.label, trigger.pattern, trigger.mask, run),
+            trigger_success(model, shown, trigger, run),
+            trigger_success(purified.model, shown, trigger, run),
         )
         for trigger in triggers
     )

@@ -9,11 +9,10 @@ and not counted.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
-
-from torch import Tensor
 
 from unbackdoor.audit.arguments import clean_data, require_classifier
 from unbackdoor.audit.evidence import Agreement, agreements, holm
@@ -21,8 +20,9 @@ from unbackdoor.engine import trusted_caller as caller
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError, MissingExtra, TooFewImages, UnbackdoorError, UnsupportedModel
-from unbackdoor.registry import SCANNERS
-from unbackdoor.types import Classifier, CleanData, Finding, Images, Progress, ScanReport, Verdict, silent
+from unbackdoor.registry import SCANNERS, near_match
+from unbackdoor.triggers import RecoveredTrigger
+from unbackdoor.types import Classifier, CleanData, Images, Progress, ScanReport, Verdict, silent
 
 T = TypeVar("T")
 LEVEL = 0.05  # accepted probability of a false alarm of the whole scan
@@ -35,7 +35,7 @@ class Check:
     """One look at the model.
 
     Attributes:
-        name: In reports, such as ``neural_cleanse:blend``.
+        name: In reports: that of the scanner, with that of a variant behind a colon.
         scanner: Registered scanner.
         question: What it asks, in words for the report.
         options: What differs from the scanner's defaults.
@@ -45,26 +45,6 @@ class Check:
     scanner: str
     question: str
     options: Mapping[str, Any] = field(default_factory=dict)
-
-
-# Cheapest first. What comes later costs more and sees more.
-CHECKS: tuple[Check, ...] = (
-    Check("weight_statistics", "weight_statistics", "Does one class stand apart in the weights of the head?"),
-    Check("tac", "tac", "Is one class reached by a much shorter shift of the features than the others?"),
-    Check("mm_bd", "mm_bd", "Can one class be made far more certain than the others, by any input at all?"),
-    Check(
-        "neural_cleanse",
-        "neural_cleanse",
-        "Is there a class that an unusually small patch turns all images into?",
-    ),
-    Check(
-        "neural_cleanse:blend",
-        "neural_cleanse",
-        "Is there a class that an unusually faint pattern turns all images into?",
-        {"form": "blend"},
-    ),
-    Check("rnp_vote", "rnp_vote", "Do images fall to one class when the model forgets its task?"),
-)
 
 
 @dataclass(frozen=True)
@@ -114,25 +94,6 @@ class Agreed:
 
 
 @dataclass(frozen=True)
-class ShownTrigger:
-    """A recovered trigger, for looking at.
-
-    Attributes:
-        label: Class that it leads to.
-        pattern: (C, H, W): what is put on, or added if there is no mask.
-        mask: (H, W) in [0, 1], or None for a pattern that is added to the whole image.
-        check: Name of the check that found it.
-        success: Share of images that were not used to find it and that it turns into the class, if measured.
-    """
-
-    label: int
-    pattern: Tensor
-    mask: Tensor | None
-    check: str
-    success: float | None = None
-
-
-@dataclass(frozen=True)
 class Audit:
     """The answer of a scan and everything that it rests on.
 
@@ -153,7 +114,7 @@ class Audit:
     checks: tuple[Checked, ...]
     reasons: tuple[str, ...]
     level: float = LEVEL
-    triggers: tuple[ShownTrigger, ...] = ()
+    triggers: tuple[RecoveredTrigger, ...] = ()
     seconds: float = 0.0
     facts: Mapping[str, Any] = field(default_factory=dict)
     agreed: tuple[Agreed, ...] = ()
@@ -187,10 +148,6 @@ class Audit:
         return any(c.unsuited for c in self.checks) and not any(c.status == "ran" for c in self.checks)
 
 
-# Scanners whose artefacts are triggers; others show inputs that are no change of an image.
-INVERTING = frozenset({"neural_cleanse", "rnp_vote"})
-
-
 class _BudgetSpent(UnbackdoorError):
     """The time of the scan is over; raised inside a check by its progress display."""
 
@@ -213,7 +170,8 @@ def scan(
         model: The classifier; never changed.
         data: Clean images, split already or not, with or without labels; None where there are none, which
             leaves the checks that need none.
-        checks: Which checks, by themselves or by name; None is :data:`CHECKS`.
+        checks: Which checks, by themselves or by the name of any registered scanner, with that of a variant
+            behind a colon; None is :func:`default_checks`.
         level: Accepted probability that the whole scan accuses a clean model, in (0, 1).
         budget: Seconds after which no check is begun or goes on; None is no limit.
         seed: Seed of every draw.
@@ -272,17 +230,39 @@ def scan(
     )
 
 
+def available_checks() -> tuple[Check, ...]:
+    """Return the checks of all registered scanners and their variants, cheapest first."""
+    out = []
+    for part in sorted((SCANNERS[name] for name in SCANNERS), key=lambda part: part.scanning.cost):
+        question = part.scanning.question or part.summary or f"What does {part.name} say?"
+        out.append(Check(part.name, part.name, question))
+        for key, variant in part.scanning.variants.items():
+            out.append(Check(f"{part.name}:{key}", part.name, variant.question, variant.options))
+    return tuple(out)
+
+
+def default_checks() -> tuple[Check, ...]:
+    """Return the checks of a scan for which none are named: of every scanner that declares a question."""
+    return tuple(check for check in available_checks() if SCANNERS[check.scanner].scanning.question)
+
+
 def _planned(checks: Sequence[Check | str] | None) -> tuple[Check, ...]:
     if checks is None:
-        return CHECKS
-    known = {check.name: check for check in CHECKS}
+        return default_checks()
+    known = {check.name: check for check in available_checks()}
     if not checks:
         raise InputError("no check was named", expected="one or more of " + ", ".join(known))
     out = []
     for check in checks:
         if isinstance(check, str) and check not in known:
-            raise InputError(f"unknown check {check!r}", expected="one of " + ", ".join(known))
+            raise InputError(
+                f"unknown check {check!r}{near_match(check, known)}", expected="one of " + ", ".join(known)
+            )
         out.append(known[check] if isinstance(check, str) else check)
+    twice = [name for name, count in Counter(check.name for check in out).items() if count > 1]
+    if twice:
+        # It would be counted twice, and agree with itself.
+        raise InputError("a check is named twice", got=", ".join(twice), remedy="Name each check once")
     return tuple(out)
 
 
@@ -404,32 +384,13 @@ def _weigh(
     )
 
 
-def _triggers(done: Sequence[Checked], suspected: Sequence[int]) -> list[ShownTrigger]:
-    """Return what the inversions found, for suspected classes first, then by p-value."""
-    found: list[tuple[bool, float, ShownTrigger]] = []
+def _triggers(done: Sequence[Checked], suspected: Sequence[int]) -> list[RecoveredTrigger]:
+    """Return the first trigger of each check, those of suspected classes first, then by p-value."""
+    ranked: list[tuple[bool, float, RecoveredTrigger]] = []
     for c in done:
-        findings: tuple[Finding, ...] = c.report.findings if c.report is not None else ()
-        for finding in findings if c.check.scanner in INVERTING else ():
-            if "pattern" not in finding.artefacts or not finding.classes:
-                continue
-            label = finding.classes[0]
-            success = finding.value if finding.statistic.startswith("success") else _success(findings, label)
-            added = finding.artefacts.get("perturbation")
-            shown = ShownTrigger(
-                label,
-                finding.artefacts["pattern"] if added is None else added,
-                finding.artefacts.get("mask") if added is None else None,
-                c.check.name,
-                success,
-            )
+        findings = c.report.findings if c.report is not None else ()
+        trigger = next((finding.trigger for finding in findings if finding.trigger is not None), None)
+        if trigger is not None:
             order = c.adjusted if c.adjusted is not None else 2.0
-            found.append((label not in suspected, order, shown))
-            break
-    return [shown for _, _, shown in sorted(found, key=lambda item: item[:2])]
-
-
-def _success(findings: Sequence[Finding], label: int) -> float | None:
-    for finding in findings:
-        if finding.statistic.startswith("success") and label in finding.classes:
-            return finding.value
-    return None
+            ranked.append((trigger.label not in suspected, order, replace(trigger, check=c.check.name)))
+    return [trigger for _, _, trigger in sorted(ranked, key=lambda item: item[:2])]

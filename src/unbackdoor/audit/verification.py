@@ -21,14 +21,13 @@ from unbackdoor.audit.comparison import (
     trigger_success,
 )
 from unbackdoor.audit.purifying import Residue, split_proof
-from unbackdoor.audit.scanning import LEVEL, Audit, Check, ShownTrigger, scan
+from unbackdoor.audit.scanning import LEVEL, Audit, Check, scan
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import UnsupportedModel
 from unbackdoor.metrics import Rate
+from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Classifier, CleanData, Images, Progress, silent
-
-CHECKS = ("tac", "neural_cleanse", "neural_cleanse:blend")
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,8 @@ def verify(
     after: Classifier,
     images: Images,
     *,
-    triggers: tuple[ShownTrigger, ...] = (),
-    checks: Sequence[Check | str] = CHECKS,
+    triggers: tuple[RecoveredTrigger, ...] = (),
+    checks: Sequence[Check | str] | None = None,
     level: float = LEVEL,
     budget: float | None = None,
     seed: int = 0,
@@ -121,10 +120,7 @@ def verify(
 
     first, second = look(before), look(after)
     known = (*triggers, *first.triggers)
-    residues = tuple(
-        Residue(t, *(trigger_success(m, shown, t.label, t.pattern, t.mask, run) for m in (before, after)))
-        for t in known
-    )
+    residues = tuple(Residue(t, *(trigger_success(m, shown, t, run) for m in (before, after))) for t in known)
     hashes = before.sha256(), after.sha256()
     return Verification(
         hashes[0] == hashes[1],

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from unbackdoor.attacks import AttackTruth, stamped
-from unbackdoor.engine.unlearned_inversion import RecoveredTrigger
 from unbackdoor.errors import InputError
 from unbackdoor.metrics import auroc, average_precision, tpr_at_fpr
+from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Images
 
 FPR = 0.01
@@ -118,8 +118,8 @@ class Resemblance:
     """How much a recovered trigger is like the attacker's.
 
     Attributes:
-        iou: Pixels that the recovered mask covers by half or more and that the attacker's trigger changes,
-            over those that either does.
+        iou: Pixels that the recovered mask covers by half or more (without a mask: that the pattern changes)
+            and that the attacker's trigger changes, over those that either does.
         cosine: Between the mean changes of an image by the two.
     """
 
@@ -138,10 +138,11 @@ def resemblance(found: RecoveredTrigger, truth: AttackTruth, images: Images) -> 
     plain = images.pixels.float() / 255
     ours, theirs = (
         put.float() / 255 - plain  # (N, C, H, W)
-        for put in (found.stamp(images.pixels), stamped(images.pixels, truth))
+        for put in (found.apply_bytes(images.pixels), stamped(images.pixels, truth))
     )
     there = theirs.abs().mean(0).amax(0) >= VISIBLE  # (H, W)
-    covered = found.mask.to(there.device) >= 0.5
+    covered = found.pattern.abs().amax(0) >= VISIBLE if found.mask is None else found.mask >= 0.5
+    covered = covered.to(there.device)  # (H, W)
     either = int((there | covered).sum())
     cosine = torch.cosine_similarity(ours.mean(0).flatten(), theirs.mean(0).flatten(), dim=0)
     return Resemblance(int((there & covered).sum()) / either if either else 0.0, float(cosine))

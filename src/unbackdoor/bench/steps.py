@@ -195,13 +195,14 @@ def scan_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
         precision=run.precision.name,
         progress=run.show,
     )
-    findings = [asdict(replace(one, artefacts={})) for one in report.findings]
+    plain = (asdict(replace(one, artefacts={}, trigger=None)) for one in report.findings)
+    findings = [{name: value for name, value in one.items() if name != "trigger"} for one in plain]
     facts = {"findings": findings, "errors": dict(report.errors), "skipped": dict(report.skipped)}
     write_json(folder / EVIDENCE, finite(facts))
     tensors = {
         f"{n}.{name}": value.contiguous()
         for n, one in enumerate(report.findings)
-        for name, value in one.artefacts.items()
+        for name, value in {**one.artefacts, **(one.trigger.tensors() if one.trigger else {})}.items()
     }
     if tensors:
         with atomic_write(folder / ARTEFACTS) as draft:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,13 +20,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from unbackdoor.audit.purifying import Purification
-    from unbackdoor.audit.scanning import Audit, ShownTrigger
+    from unbackdoor.audit.scanning import Audit
     from unbackdoor.engine.run import Run
     from unbackdoor.opening.open_model import Opened
     from unbackdoor.report.audit import Subject
+    from unbackdoor.triggers import RecoveredTrigger
     from unbackdoor.types import Augmentation, Classifier, Images, Progress
 
-TENSORS = "trigger.safetensors"
 PAGE, RECORD = "report.html", "result.json"
 _NAMED = 10  # suspected classes that a sentence lists; the record has all
 _MODEL, _DATA = "Models without a card", "Data"
@@ -217,40 +216,14 @@ def like(first: Case, told: Told, second: Path) -> Told:
     return replace(told, architecture=told.architecture or first.opened.model.architecture or None)
 
 
-def read_triggers(files: Sequence[Path] | None, model: Classifier) -> tuple[ShownTrigger, ...]:
-    """Read recovered triggers.
+def read_triggers(files: Sequence[Path] | None, model: Classifier) -> tuple[RecoveredTrigger, ...]:
+    """Read recovered triggers, see :func:`unbackdoor.weights.triggers.read_trigger`."""
+    from unbackdoor.weights.triggers import read_trigger
 
-    Raises:
-        InputError: If one cannot be read or does not fit the model.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    from unbackdoor.audit.scanning import ShownTrigger
-
-    out = []
-    for file in files or ():
-        path = file / TENSORS if file.is_dir() else file
-        try:
-            with safe_open(path, framework="pt", device="cpu") as stored:
-                facts = json.loads((stored.metadata() or {})["facts"])
-                pattern = stored.get_tensor("pattern").float()
-                mask = stored.get_tensor("mask").float() if "mask" in stored.keys() else None  # noqa: SIM118
-                label = int(facts["class"])
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-            raise InputError("the trigger cannot be read", got=str(error)[:200], where=path) from error
-        fits = tuple(pattern.shape) == model.input_shape and 0 <= label < model.classes
-        if not fits or (mask is not None and tuple(mask.shape) != model.input_shape[1:]):
-            raise InputError(
-                "the trigger does not fit the model",
-                expected=f"a pattern of shape {model.input_shape} and a class in 0..{model.classes - 1}",
-                got=f"{tuple(pattern.shape)}, class {label}",
-                where=path,
-            )
-        out.append(ShownTrigger(label, pattern, mask, path.name))
-    return tuple(out)
+    return tuple(read_trigger(file, model) for file in files or ())
 
 
-def examples(case: Case, triggers: Sequence[ShownTrigger], *, count: int) -> Images | None:
+def examples(case: Case, triggers: Sequence[RecoveredTrigger], *, count: int) -> Images | None:
     """Return a few images to draw triggers over, of as many classes as there are and not of theirs."""
     import torch
 
@@ -273,10 +246,9 @@ def examples(case: Case, triggers: Sequence[ShownTrigger], *, count: int) -> Ima
 
 
 def answers_for(
-    case: Case, triggers: Sequence[ShownTrigger], few: Images | None, run: Run
+    case: Case, triggers: Sequence[RecoveredTrigger], few: Images | None, run: Run
 ) -> list[list[tuple[int, int]]]:
     """Return, for every trigger, what the model says to the images without and with it."""
-    from unbackdoor.audit.comparison import stamped
     from unbackdoor.engine.inference import predict
 
     if few is None:
@@ -284,8 +256,7 @@ def answers_for(
     model = case.opened.model
     plain = predict(model, few, run).argmax(1).tolist()
     return [
-        list(zip(plain, predict(model, stamped(few, t.pattern, t.mask), run).argmax(1).tolist(), strict=True))
-        for t in triggers
+        list(zip(plain, predict(model, t.stamp(few), run).argmax(1).tolist(), strict=True)) for t in triggers
     ]
 
 

@@ -134,16 +134,13 @@ def _write_report(folder: Path, case: auditor.Case, audit: Any, record: dict[str
     from unbackdoor.files import write_json
     from unbackdoor.report.audit import SHOWN_IMAGES, SHOWN_TRIGGERS, audit_page
     from unbackdoor.report.page import write_page
-    from unbackdoor.report.triggers import remove_trigger, write_trigger
+    from unbackdoor.weights.triggers import write_triggers
 
     shown = audit.triggers[:SHOWN_TRIGGERS]
     few = auditor.examples(case, shown, count=SHOWN_IMAGES)
     answers = auditor.answers_for(case, shown, few, run)
     page = audit_page(auditor.subject(case), audit=audit, images=few, answers=answers)
-    for i, trigger in enumerate(shown):
-        facts = {"class": trigger.label, "check": trigger.check, "model_sha256": audit.facts["model_sha256"]}
-        write_trigger(folder / f"trigger-{i}", trigger.pattern, trigger.mask, facts)
-    for i in range(len(shown), SHOWN_TRIGGERS):
-        remove_trigger(folder / f"trigger-{i}")  # of an earlier scan; it would pass for one of this
+    facts = {"model_sha256": audit.facts["model_sha256"]}
+    write_triggers(folder, audit.triggers, facts, most=SHOWN_TRIGGERS)
     write_json(folder / auditor.RECORD, record)
     write_page(folder / auditor.PAGE, page)

@@ -134,7 +134,7 @@ def unlearn(
     from unbackdoor.engine.repeated_unlearning import ExposureConfig, options_of
     from unbackdoor.engine.trusted_caller import check_inputs
     from unbackdoor.registry import SCANNERS
-    from unbackdoor.report.triggers import PNG, TENSORS
+    from unbackdoor.weights.triggers import PNG, TENSORS
 
     source = options.existing_model(model)
     part = SCANNERS[SCANNER]
@@ -199,7 +199,7 @@ def unlearn(
             result["trigger"] = {
                 **trigger.evidence(),
                 "success": rate_json(trigger.success),
-                "fitted": rate_json(trigger.trigger.fitted),
+                "fitted": rate_json(trigger.fitted),
                 **{name: str(file) for name, file in written.items()},
             }
         if screening is not None:
@@ -314,12 +314,12 @@ def report_json(report: ScanReport) -> dict[str, Any]:
 
 
 def _write(folder: Path | None, found: ExposedTrigger | None, model: Classifier) -> dict[str, Path]:
-    from unbackdoor.report.triggers import write_trigger
+    from unbackdoor.weights.triggers import write_trigger
 
     if folder is None or found is None:
         return {}
     facts = {**found.evidence(), "model_sha256": model.sha256()}
-    return write_trigger(folder, found.trigger.pattern, found.trigger.mask, facts)
+    return write_trigger(folder, found.trigger, facts)
 
 
 def _show_votes(exposure: Exposure, model: Classifier) -> None:
@@ -379,7 +379,7 @@ def _show_trigger(found: ExposedTrigger, model: Classifier, written: dict[str, P
         f"Trigger towards {model.class_names[trigger.label]}",
         ("", ">value", ">95 % interval"),
         [
-            ("success on the unlearned network, images it was fitted to", rate(trigger.fitted), ""),
+            ("success on the unlearned network, images it was fitted to", rate(found.fitted), ""),
             ("success on the model, held-out images", rate(found.success), interval(found.success)),
             ("sum of the mask in pixels", f"{trigger.norms()['mask_l1']:.1f}", ""),
             ("sent there without it by the unlearned network", percent(found.share_before), ""),

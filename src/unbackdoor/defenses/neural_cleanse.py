@@ -27,9 +27,10 @@ import torch
 from unbackdoor.engine.inference import accuracy
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe, train
-from unbackdoor.engine.trigger_search import Change, Form, ReachConfig, reach, success
+from unbackdoor.engine.trigger_search import Form, ReachConfig, reach, success
 from unbackdoor.errors import ConfigError, MethodFailed
 from unbackdoor.registry import defense, option
+from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Classifier, CleanData, Images, Purified
 
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0)  # factors on train_lr, mildest first
@@ -76,13 +77,13 @@ def purify(model: Classifier, data: CleanData, cfg: NeuralCleanseConfig, *, run:
         raise ConfigError("the defense 'neural_cleanse'", [known])
     target, rounds = cfg.target, []
     for number in range(cfg.rounds):
-        easiest, change = _easiest(model, data.fit, cfg, run, number, target)
+        easiest, trigger, size = _easiest(model, data.fit, cfg, run, number, target)
         if number and easiest != target:
             break  # another class is as easy now, as in any clean network
-        target = change.label
-        told: dict[str, Any] = {"size": change.size, "success": _share(model, change, data.select, run)}
+        target = trigger.label
+        told: dict[str, Any] = {"size": size, "success": _share(model, trigger, data.select, run)}
         rounds.append(told)
-        mended = _taught(model, change, data, cfg, run, number, told)
+        mended = _taught(model, trigger, data, cfg, run, number, told)
         if mended is None:
             break
         model = mended
@@ -91,25 +92,26 @@ def purify(model: Classifier, data: CleanData, cfg: NeuralCleanseConfig, *, run:
 
 def _easiest(
     model: Classifier, images: Images, cfg: NeuralCleanseConfig, run: Run, number: int, target: int
-) -> tuple[int, Change]:
-    """Return the class that is reached first, and the change towards the one to repair."""
+) -> tuple[int, RecoveredTrigger, float]:
+    """Return the class that is reached first, and the trigger of the one to repair with its size."""
     # A class that was asked for is waited for, however late it comes.
     enough = None if cfg.target >= 0 and not number else 1
     found = reach(model, images, cfg, run, form=cfg.form, enough=enough, restart=number)
     if not bool(torch.isfinite(found.sizes).any()):
         raise MethodFailed("no change of the allowed sizes sends the images to any class")
     easiest = int(found.sizes.argmin())
-    return easiest, found.changes[easiest if target < 0 else target]
+    repaired = easiest if target < 0 else target
+    return easiest, found.triggers[repaired], float(found.tried[repaired])
 
 
-def _share(model: Classifier, change: Change, images: Images, run: Run) -> float | None:
-    rate = success(model, change, images, run)
+def _share(model: Classifier, trigger: RecoveredTrigger, images: Images, run: Run) -> float | None:
+    rate = success(model, trigger, images, run)
     return rate.value if rate.total else None
 
 
 def _taught(
     model: Classifier,
-    change: Change,
+    trigger: RecoveredTrigger,
     data: CleanData,
     cfg: NeuralCleanseConfig,
     run: Run,
@@ -127,12 +129,12 @@ def _taught(
         step: dict[str, Any] = {"lr": recipe.lr}
         told["trace"].append(step)
         try:
-            out, control = (_tuned(model, change, data, recipe, run, number, on) for on in (True, False))
+            out, control = (_tuned(model, trigger, data, recipe, run, number, on) for on in (True, False))
         except MethodFailed as error:  # it diverged; a larger rate would as well
             step["failed"] = error.problem
             break
         kept, unstamped = (accuracy(one, data.select, run) for one in (out, control))
-        left = _share(out, change, data.select, run)
+        left = _share(out, trigger, data.select, run)
         step |= {"held_out": kept, "control": unstamped, "success": left}
         if kept < min(before, unstamped) - cfg.tolerance - 1e-6:  # the last term is for rounding
             continue  # a mild rate leaves the network half way; a larger one may bring the accuracy back
@@ -144,23 +146,23 @@ def _taught(
 
 def _tuned(
     model: Classifier,
-    change: Change,
+    trigger: RecoveredTrigger,
     data: CleanData,
     recipe: Recipe,
     run: Run,
     number: int,
     stamped: bool,
 ) -> Classifier:
-    out, lesson = model.copy(), _with_twins(data.fit, change, stamped)
+    out, lesson = model.copy(), _with_twins(data.fit, trigger, stamped)
     label = f"unlearning {number + 1}" + ("" if stamped else ", control")
     train(out, lesson, recipe, run, augmentation=data.augmentation, label=label, batch_norm="frozen")
     return out
 
 
-def _with_twins(images: Images, change: Change, stamped: bool) -> Images:
+def _with_twins(images: Images, trigger: RecoveredTrigger, stamped: bool) -> Images:
     """Return the images, and those of other classes once more: with the change, or as they are."""
-    others = images.subset((images.truth != change.label).nonzero().flatten())
-    twins = change.apply(others.pixels) if stamped else others.pixels
+    others = images.subset((images.truth != trigger.label).nonzero().flatten())
+    twins = trigger.stamp(others).pixels if stamped else others.pixels
     return replace(
         images,
         pixels=torch.cat([images.pixels, twins]),  # (N + M, C, H, W)

@@ -35,6 +35,7 @@ from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError, MethodFailed
 from unbackdoor.metrics import Rate
 from unbackdoor.registry import Config, option
+from unbackdoor.triggers import RecoveredTrigger, added, mixed
 from unbackdoor.types import Classifier, Images, require_fit
 
 Form = Literal["patch", "blend"]
@@ -61,40 +62,6 @@ class ReachConfig(Config):
 
 
 @dataclass(frozen=True)
-class Change:
-    """A universal change towards one class.
-
-    Attributes:
-        label: The class.
-        form: ``patch`` or ``blend``.
-        content: The pattern in [0, 1], or the perturbation; (C, H, W).
-        mask: (H, W) in [0, 1]; ones for a blend.
-        size: Sum of the mask, or length of the perturbation.
-    """
-
-    label: int
-    form: Form
-    content: Tensor
-    mask: Tensor
-    size: float
-
-    def apply(self, pixels: Tensor) -> Tensor:
-        """Return uint8 pixels (B, C, H, W) with the change, rounded."""
-        x, content, mask = pixels.float() / 255, self.content.to(pixels.device), self.mask.to(pixels.device)
-        mixed = (1 - mask) * x + mask * content if self.form == "patch" else x + content
-        return (mixed * 255).round().clamp(0, 255).to(torch.uint8)
-
-    def artefacts(self) -> dict[str, Tensor]:
-        """Return pattern (C, H, W) and mask (H, W) as they can be drawn; of a blend also the perturbation."""
-        if self.form == "patch":
-            return {"pattern": self.content, "mask": self.mask}
-        height = self.content.abs().amax(0)  # (H, W)
-        scale = float(height.max()) or 1.0
-        drawn = (0.5 + 0.5 * self.content / scale).clamp(0, 1)
-        return {"pattern": drawn, "mask": height / scale, "perturbation": self.content}
-
-
-@dataclass(frozen=True)
 class Reach:
     """What every class needs.
 
@@ -103,7 +70,8 @@ class Reach:
         limit: Size at which the others were given up, which is a lower bound of theirs.
         losses: (K,) mean loss at the fixed small budget; of classes that were given up before, the last.
         compared: (K,) bool, which classes came as far as the fixed budget.
-        changes: One for each class: the one that reached it, else the last.
+        triggers: One for each class: the one that reached it, else the last.
+        tried: (K,) sizes of these: sum of the mask, or length of the perturbation.
         hits: (K,) images of its own that the change sends to the class, at its size.
         images: Images that each class had.
         steps: Steps that were taken.
@@ -113,7 +81,8 @@ class Reach:
     limit: float
     losses: Tensor
     compared: Tensor
-    changes: tuple[Change, ...]
+    triggers: tuple[RecoveredTrigger, ...]
+    tried: Tensor
     hits: Tensor
     images: int
     steps: int
@@ -191,21 +160,18 @@ def reach(
             active = active[stay]
             if not len(active):
                 break
-    changes = []
     with torch.no_grad():
-        for k in range(classes):
-            mask, content = _FORMS[form].parts(kept[k : k + 1], float(kept_at[k]))
-            changes.append(Change(k, form, content.cpu(), mask.cpu(), float(kept_at[k])))
-    return Reach(sizes, budget * unit, losses, compared, tuple(changes), hits, per_class, step)
+        triggers = [_FORMS[form].trigger(k, kept[k : k + 1], float(kept_at[k])) for k in range(classes)]
+    return Reach(sizes, budget * unit, losses, compared, tuple(triggers), kept_at, hits, per_class, step)
 
 
-def success(model: Classifier, change: Change, images: Images, run: Run) -> Rate:
-    """Return how many of the images that the model does not send to the class the change sends there."""
+def success(model: Classifier, trigger: RecoveredTrigger, images: Images, run: Run) -> Rate:
+    """Return how many of the images that the model does not send to the class the trigger sends there."""
     with mode(model, training=False):
         before = predict(model, images, run).argmax(1)
-        after = predict(model, images, run, transform=change.apply).argmax(1)
-    movable = before != change.label
-    return Rate(int(((after == change.label) & movable).sum()), int(movable.sum()))
+        after = predict(model, images, run, transform=trigger.apply_bytes).argmax(1)
+    movable = before != trigger.label
+    return Rate(int(((after == trigger.label) & movable).sum()), int(movable.sum()))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -242,7 +208,7 @@ def _look(
 class _Form:
     unit: Callable[[tuple[int, int, int]], float]
     change: Callable[[Tensor, Tensor, float], Tensor]
-    parts: Callable[[Tensor, float], tuple[Tensor, Tensor]]
+    trigger: Callable[[int, Tensor, float], RecoveredTrigger]
 
 
 def _mask(raw: Tensor, size: float) -> Tensor:
@@ -264,11 +230,11 @@ def _mask(raw: Tensor, size: float) -> Tensor:
 def _patched(x: Tensor, raw: Tensor, size: float) -> Tensor:
     mask = _mask(raw[:, 0], size)[:, None, None]  # (G, 1, 1, H, W)
     pattern = raw[:, None, 1:].sigmoid()  # (G, 1, C, H, W)
-    return (1 - mask) * x + mask * pattern  # (G, B, C, H, W)
+    return mixed(x, pattern, mask)  # (G, B, C, H, W)
 
 
-def _patch_parts(raw: Tensor, size: float) -> tuple[Tensor, Tensor]:
-    return _mask(raw[:, 0], size)[0], raw[0, 1:].sigmoid()
+def _patch(label: int, raw: Tensor, size: float) -> RecoveredTrigger:
+    return RecoveredTrigger(label, raw[0, 1:].sigmoid().cpu(), _mask(raw[:, 0], size)[0].cpu())
 
 
 def _perturbation(raw: Tensor, size: float) -> Tensor:
@@ -278,17 +244,16 @@ def _perturbation(raw: Tensor, size: float) -> Tensor:
 
 
 def _blended(x: Tensor, raw: Tensor, size: float) -> Tensor:
-    return (x + _perturbation(raw, size)[:, None]).clamp(0, 1)  # (G, B, C, H, W)
+    return added(x, _perturbation(raw, size)[:, None])  # (G, B, C, H, W)
 
 
-def _blend_parts(raw: Tensor, size: float) -> tuple[Tensor, Tensor]:
-    content = _perturbation(raw, size)[0]
-    return torch.ones(content.shape[1:]), content
+def _blend(label: int, raw: Tensor, size: float) -> RecoveredTrigger:
+    return RecoveredTrigger(label, _perturbation(raw, size)[0].cpu(), None)
 
 
 _FORMS: dict[Form, _Form] = {
-    "patch": _Form(lambda shape: float(shape[1] * shape[2]), _patched, _patch_parts),
-    "blend": _Form(lambda shape: math.sqrt(math.prod(shape)), _blended, _blend_parts),
+    "patch": _Form(lambda shape: float(shape[1] * shape[2]), _patched, _patch),
+    "blend": _Form(lambda shape: math.sqrt(math.prod(shape)), _blended, _blend),
 }
 
 

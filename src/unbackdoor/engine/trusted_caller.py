@@ -314,8 +314,8 @@ def check_report(part: Part[Any], returned: object, model: Classifier) -> None:
     """Refuse a report that says nothing usable.
 
     Raises:
-        MethodFailed: If it is no report, names a class that there is none of, or gives a probability outside
-            of 0..1.
+        MethodFailed: If it is no report, names a class that there is none of, gives a probability outside of
+            0..1, or a trigger that does not fit the model.
     """
 
     def failed(problem: str, **facts: Any) -> MethodFailed:
@@ -332,6 +332,10 @@ def check_report(part: Part[Any], returned: object, model: Classifier) -> None:
             raise failed("gave a p-value outside of 0..1", got=finding.p_value, where=finding.statistic)
         if len(finding.per_class) not in (0, model.classes):
             raise failed("gave a table that does not fit the classes", where=finding.statistic)
+        if finding.trigger is not None:
+            faults = finding.trigger.faults(model.input_shape, model.classes)
+            if faults:
+                raise failed("gave a trigger that cannot be used", got=faults[0], where=finding.statistic)
 
 
 def check_screening(part: Part[Any], returned: object, model: Classifier, inputs: Images) -> None:

@@ -28,6 +28,7 @@ from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError, MethodFailed
 from unbackdoor.metrics import Rate
 from unbackdoor.registry import Config, option
+from unbackdoor.triggers import RecoveredTrigger, mixed
 from unbackdoor.types import Classifier, CleanData, Images, require_fit, require_labels
 
 
@@ -50,50 +51,10 @@ class InversionConfig(Config):
     check: int = option(10, "steps between two checks", source="this project", ge=1)
 
 
-@dataclass(frozen=True)
-class RecoveredTrigger:
-    """A universal trigger towards one class.
-
-    Attributes:
-        label: The class.
-        pattern: (C, H, W) in [0, 1].
-        mask: (H, W) in [0, 1].
-        fitted: Images that a step could be taken on and that it sends to the class.
-    """
-
-    label: int
-    pattern: Tensor
-    mask: Tensor
-    fitted: Rate
-
-    def stamp(self, pixels: Tensor) -> Tensor:
-        """Return uint8 pixels (B, C, H, W) with the trigger, rounded."""
-        mask, pattern = self.mask.to(pixels.device), self.pattern.to(pixels.device)
-        mixed = (1 - mask) * (pixels.float() / 255) + mask * pattern  # (B, C, H, W)
-        return (mixed * 255).round().clamp(0, 255).to(torch.uint8)
-
-    def norms(self) -> dict[str, float]:
-        """Return the L1 norm of the mask in pixels, its share of the image, and its largest value."""
-        total = float(self.mask.sum())
-        return {
-            "mask_l1": total,
-            "mask_share": total / self.mask.numel(),
-            "mask_max": float(self.mask.max()),
-        }
-
-    def evidence(self) -> dict[str, Any]:
-        """Return the JSON-ready record without the tensors."""
-        return {
-            "class": self.label,
-            **self.norms(),
-            "fitted": {"hits": self.fitted.hits, "total": self.fitted.total},
-        }
-
-
 def invert(
     model: Classifier, images: Images, classes: Sequence[int], cfg: InversionConfig, run: Run
-) -> list[RecoveredTrigger]:
-    """Return the smallest trigger found towards each of the classes.
+) -> list[tuple[RecoveredTrigger, Rate]]:
+    """Return the smallest trigger found towards each class, and its success on the images that a step used.
 
     Of all checks at which the wanted success was reached, the one with the smallest mask counts; where it
     never was, the last one, so that the success must be looked at.
@@ -131,8 +92,8 @@ def invert(
                 untouched = logits_of(model, pixels, run).argmax(1)  # (B,)
             usable = (truth != labels[:, None]) & (untouched != labels[:, None])  # (G, B)
             mask, pattern = raw.sigmoid().split([1, channels], 1)  # (G, 1, H, W), (G, C, H, W)
-            mixed = (1 - mask[:, None]) * pixels + (mask * pattern)[:, None]  # (G, B, C, H, W)
-            logits = logits_of(model, mixed.flatten(0, 1), run).unflatten(0, (groups, -1))  # (G, B, K)
+            stamped = mixed(pixels, pattern[:, None], mask[:, None])  # (G, B, C, H, W)
+            logits = logits_of(model, stamped.flatten(0, 1), run).unflatten(0, (groups, -1))  # (G, B, K)
             wanted = labels[:, None].expand(usable.shape)
             losses = F.cross_entropy(logits.movedim(2, 1), wanted, reduction="none")  # (G, B)
             fit = (losses * usable).sum(1) / usable.sum(1).clamp_min(1)  # (G,)
@@ -154,8 +115,8 @@ def invert(
     found = judge.best.sigmoid().cpu()
     out = []
     for g, k in enumerate(labels.tolist()):
-        trigger = RecoveredTrigger(k, found[g, 1:].clone(), found[g, 0].clone(), Rate(0, 0))
-        out.append(replace(trigger, fitted=success(model, trigger, images, run)))
+        trigger = RecoveredTrigger(k, found[g, 1:].clone(), found[g, 0].clone())
+        out.append((trigger, success(model, trigger, images, run)))
     return out
 
 
@@ -166,7 +127,7 @@ def success(model: Classifier, trigger: RecoveredTrigger, images: Images, run: R
         return Rate(0, 0)
     with mode(model, training=False):
         before = predict(model, others, run).argmax(1)
-        after = predict(model, others, run, transform=trigger.stamp).argmax(1)
+        after = predict(model, others, run, transform=trigger.apply_bytes).argmax(1)
     movable = before != trigger.label
     return Rate(int(((after == trigger.label) & movable).sum()), int(movable.sum()))
 
@@ -176,13 +137,15 @@ class ExposedTrigger:
     """A trigger that was recovered on an unlearned network and tried on the model itself.
 
     Attributes:
-        trigger: The trigger; ``fitted`` counts on the unlearned network.
+        trigger: The trigger.
+        fitted: Images that a step could be taken on and that it sends to the class, in the unlearned network.
         success: Held-out images of other classes that it sends to the class, in the model itself.
         share_before: Share of the images of other classes that the unlearned network sent there untouched.
         held_out: False where there were too few images to hold any out.
     """
 
     trigger: RecoveredTrigger
+    fitted: Rate
     success: Rate
     share_before: float
     held_out: bool
@@ -190,7 +153,9 @@ class ExposedTrigger:
     def evidence(self) -> dict[str, Any]:
         """Return the JSON-ready record without the tensors."""
         return {
-            **self.trigger.evidence(),
+            "class": self.trigger.label,
+            **self.trigger.norms(),
+            "fitted": {"hits": self.fitted.hits, "total": self.fitted.total},
             "success": {"hits": self.success.hits, "total": self.success.total},
             "share_before": self.share_before,
             "held_out": self.held_out,
@@ -230,9 +195,10 @@ def invert_exposed(
 
     shares = [share(network) for network in exposure.reached()]
     chosen = min(range(len(shares)), key=lambda i: shares[i])
-    (trigger,) = invert(exposure.reached()[chosen], data.fit, [label], cfg, run)
+    ((trigger, fitted),) = invert(exposure.reached()[chosen], data.fit, [label], cfg, run)
     tried = success(model, trigger, data.select, run)
-    return ExposedTrigger(trigger, tried, shares[chosen], not data.select_is_fit)
+    trigger = replace(trigger, success=tried.value if tried.total else None)
+    return ExposedTrigger(trigger, fitted, tried, shares[chosen], not data.select_is_fit)
 
 
 class _Schedule:

@@ -10,13 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from unbackdoor.audit.comparison import stamped
 from unbackdoor.audit.purifying import Purification, Residue
-from unbackdoor.audit.scanning import Audit, Checked, ShownTrigger
+from unbackdoor.audit.scanning import Audit, Checked
 from unbackdoor.audit.verification import Verification
 from unbackdoor.report.page import render
 from unbackdoor.report.pictures import data_png
 from unbackdoor.report.words import duration, percent
+from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Finding, Images
 
 SHOWN_CLASSES = 12  # rows of a chart that are seen at once; the others are folded
@@ -277,7 +277,7 @@ def _views(
         pictures = []
         if images is not None and len(images):
             few = images.subset(list(range(min(SHOWN_IMAGES, len(images)))))
-            after = stamped(few, trigger.pattern, trigger.mask)
+            after = trigger.stamp(few)
             for j in range(len(few)):
                 said = answers[i][j] if i < len(answers) and j < len(answers[i]) else None
                 pictures.append(
@@ -299,7 +299,7 @@ def _views(
     return views
 
 
-def _about(trigger: ShownTrigger) -> str:
+def _about(trigger: RecoveredTrigger) -> str:
     if trigger.mask is not None:
         size = float(trigger.mask.sum())
         share = size / trigger.mask.numel()
@@ -312,7 +312,7 @@ def _about(trigger: ShownTrigger) -> str:
     return told
 
 
-def _pattern(trigger: ShownTrigger) -> Tensor:
+def _pattern(trigger: RecoveredTrigger) -> Tensor:
     if trigger.mask is not None:
         return _bytes(_rgb(trigger.pattern * trigger.mask))
     # A faint pattern around grey, stretched so that it can be seen.

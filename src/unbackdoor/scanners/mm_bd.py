@@ -51,7 +51,14 @@ class MMBDConfig(Config):
     level: float = option(0.05, "largest p-value that counts", source="the paper", gt=0, lt=1)
 
 
-@scanner("mm_bd", config=MMBDConfig, paper="arXiv:2205.06900", needs=set())
+@scanner(
+    "mm_bd",
+    config=MMBDConfig,
+    paper="arXiv:2205.06900",
+    needs=set(),
+    question="Can one class be made far more certain than the others, by any input at all?",
+    cost=30,
+)
 def scan(model: Classifier, data: CleanData, cfg: MMBDConfig, *, run: Run) -> ScanReport:
     """Maximise the margin of every class over inputs, and test the largest one."""
     margins, shown = maximum_margins(model, cfg, run)
@@ -70,7 +77,7 @@ def scan(model: Classifier, data: CleanData, cfg: MMBDConfig, *, run: Run) -> Sc
         p_value=p_value,
         classes=(k,),
         per_class=tuple(margins.tolist()),
-        artefacts={"pattern": shown, "mask": torch.ones(shown.shape[1:])},
+        artefacts={"input": shown},
     )
     if p_value is None:
         skipped = {"outlier test": f"fewer than {FEWEST} classes; the margins are reported"}

@@ -35,8 +35,9 @@ from torch import Tensor
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.statistics.one_outlier import FEWEST
 from unbackdoor.engine.statistics.several_outliers import Extremes, smallest_few
-from unbackdoor.engine.trigger_search import Change, Form, Reach, ReachConfig, reach, success
-from unbackdoor.registry import option, scanner
+from unbackdoor.engine.trigger_search import Form, Reach, ReachConfig, reach, success
+from unbackdoor.registry import Variant, option, scanner
+from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Classifier, CleanData, Finding, Images, ScanReport, Verdict, require_fit
 
 RECOVERED = "success of the recovered trigger"
@@ -85,6 +86,13 @@ class NeuralCleanseConfig(ReachConfig):
     paper="IEEE S&P 2019",
     needs={"images"},
     presets={"blend": {"form": "blend"}},
+    question="Is there a class that an unusually small patch turns all images into?",
+    cost=40,
+    variants={
+        "blend": Variant(
+            "Is there a class that an unusually faint pattern turns all images into?", {"form": "blend"}
+        )
+    },
 )
 def scan(model: Classifier, data: CleanData, cfg: NeuralCleanseConfig, *, run: Run) -> ScanReport:
     """Look for the smallest change towards every class, test the smallest, and try the suspect's trigger."""
@@ -124,8 +132,9 @@ def scan(model: Classifier, data: CleanData, cfg: NeuralCleanseConfig, *, run: R
     ]
     findings.sort(key=lambda finding: 1.0 if finding.p_value is None else finding.p_value)
     best = findings[0]
-    shown = min((s.changes[best.classes[0]] for s in searches), key=lambda change: change.size)
-    findings.append(_tried(model, data, shown, run))
+    suspect = best.classes[0]
+    smallest = min(searches, key=lambda s: float(s.tried[suspect]))
+    findings.append(_tried(model, data, smallest.triggers[suspect], float(smallest.tried[suspect]), run))
     if data.select_is_fit:
         skipped["held-out success"] = (
             "too few images to hold any out; the trigger was tried on those it was made with"
@@ -198,18 +207,18 @@ def _finding(
     )
 
 
-def _tried(model: Classifier, data: CleanData, change: Change, run: Run) -> Finding:
+def _tried(model: Classifier, data: CleanData, trigger: RecoveredTrigger, size: float, run: Run) -> Finding:
     """Return how the recovered trigger does on images that it was not made with."""
-    rate = success(model, change, data.select, run)
+    rate = success(model, trigger, data.select, run)
     return Finding(
         statistic=RECOVERED,
         value=rate.value if rate.total else 0.0,
         direction="large: the change, the same for all, sends held-out images to the class; clean networks "
-        f"have such changes as well, with larger sizes than this one's {change.size:.3g}",
+        f"have such changes as well, with larger sizes than this one's {size:.3g}",
         threshold=math.inf,
         threshold_source="none: it is shown, not judged",
-        classes=(change.label,),
-        artefacts=change.artefacts(),
+        classes=(trigger.label,),
+        trigger=replace(trigger, success=rate.value if rate.total else None),
     )
 
 

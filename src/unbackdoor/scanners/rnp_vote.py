@@ -50,7 +50,14 @@ class RNPVoteConfig(ExposureConfig):
     )
 
 
-@scanner("rnp_vote", config=RNPVoteConfig, paper="arXiv:2305.14876", needs={"images", "labels"})
+@scanner(
+    "rnp_vote",
+    config=RNPVoteConfig,
+    paper="arXiv:2305.14876",
+    needs={"images", "labels"},
+    question="Do images fall to one class when the model forgets its task?",
+    cost=50,
+)
 def scan(model: Classifier, data: CleanData, cfg: RNPVoteConfig, *, run: Run) -> ScanReport:
     """Unlearn again and again, judge the winners of the votes, and show a trigger if asked for."""
     exposure = expose(model, data, cfg, run)
@@ -111,7 +118,7 @@ def recovered(shown: ExposedTrigger) -> Finding:
         threshold=math.inf,
         threshold_source="none: it is shown, not judged",
         classes=(trigger.label,),
-        artefacts={"pattern": trigger.pattern, "mask": trigger.mask},
+        trigger=trigger,
     )
 
 

@@ -45,7 +45,14 @@ class TACScanConfig(Config):
     head: str = option("", "name of the last linear layer; empty: it is searched for", source="this project")
 
 
-@scanner("tac", config=TACScanConfig, paper="arXiv:2511.08944", needs={"images"})
+@scanner(
+    "tac",
+    config=TACScanConfig,
+    paper="arXiv:2511.08944",
+    needs={"images"},
+    question="Is one class reached by a much shorter shift of the features than the others?",
+    cost=20,
+)
 def scan(model: Classifier, data: CleanData, cfg: TACScanConfig, *, run: Run) -> ScanReport:
     """Hold the norm of the shortest latent shift to every class against the others."""
     images = data.all

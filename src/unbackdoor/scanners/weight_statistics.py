@@ -43,7 +43,14 @@ class WeightStatisticsConfig(Config):
     head: str = option("", "name of the last linear layer; empty: it is searched for", source="this project")
 
 
-@scanner("weight_statistics", config=WeightStatisticsConfig, paper="arXiv:2109.02836", needs=set())
+@scanner(
+    "weight_statistics",
+    config=WeightStatisticsConfig,
+    paper="arXiv:2109.02836",
+    needs=set(),
+    question="Does one class stand apart in the weights of the head?",
+    cost=10,
+)
 def scan(model: Classifier, data: CleanData, cfg: WeightStatisticsConfig, *, run: Run) -> ScanReport:
     """Test whether the head treats a few classes unlike the others."""
     if model.classes < FEWEST:

@@ -1,0 +1,128 @@
+"""A recovered trigger as files: what it looks like, and the exact numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from unbackdoor.errors import InputError
+from unbackdoor.files import atomic_write
+from unbackdoor.triggers import RecoveredTrigger
+from unbackdoor.types import Classifier
+
+PNG, TENSORS, FOLDER = "trigger.png", "trigger.safetensors", "trigger-{}"
+_NAMES = ("pattern", "mask")
+
+
+def write_triggers(
+    folder: Path, triggers: Sequence[RecoveredTrigger], facts: Mapping[str, Any], *, most: int
+) -> list[dict[str, Path]]:
+    """Write the first triggers into ``trigger-0``, ``trigger-1`` ... of a folder.
+
+    Args:
+        folder: Made where it is missing.
+        triggers: The most suspicious first.
+        facts: JSON-ready; kept beside class and check of each.
+        most: How many at most. Those of an earlier scan, up to this number, are removed: they would pass for
+            some of this one.
+    """
+    written = [write_trigger(folder / FOLDER.format(i), t, facts) for i, t in enumerate(triggers[:most])]
+    for i in range(len(written), most):
+        remove_trigger(folder / FOLDER.format(i))
+    return written
+
+
+def write_trigger(folder: Path, trigger: RecoveredTrigger, facts: Mapping[str, Any]) -> dict[str, Path]:
+    """Write a trigger into a folder, each file whole or not at all.
+
+    Args:
+        folder: Made where it is missing.
+        trigger: The trigger.
+        facts: JSON-ready; kept in the metadata of the tensors beside its class and check.
+
+    Returns:
+        ``picture``: a PNG, from left to right the pattern, the mask, and the pattern where the mask is, or
+        only the pattern around grey, stretched; and ``tensors``: a safetensors file with both.
+    """
+    tensors_of = {name: t.detach().float().cpu().contiguous() for name, t in trigger.tensors().items()}
+    pattern = tensors_of["pattern"]
+    # A picture has 1 or 3 channels; of other patterns the mean is shown.
+    shown = pattern if len(pattern) in (1, 3) else pattern.mean(0, keepdim=True)
+    if trigger.mask is None:
+        row = 0.5 + shown / (2 * (float(shown.abs().max()) or 1.0))  # (C, H, W)
+    else:
+        mask = tensors_of["mask"]
+        row = torch.cat([shown, mask.expand_as(shown), shown * mask], 2)  # (C, H, 3 W)
+    pixels = (row * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+    picture, tensors = folder / PNG, folder / TENSORS
+    with atomic_write(picture) as draft:
+        Image.fromarray(pixels[:, :, 0] if len(shown) == 1 else pixels).save(draft, format="PNG")
+    told = {**facts, "class": trigger.label, "check": trigger.check}
+    metadata = {"facts": json.dumps(told, sort_keys=True, allow_nan=False)}
+    with atomic_write(tensors) as draft:
+        save_file(tensors_of, draft, metadata=metadata)
+    return {"picture": picture, "tensors": tensors}
+
+
+def read_trigger(path: Path, model: Classifier) -> RecoveredTrigger:
+    """Read a trigger that :func:`write_trigger` wrote.
+
+    Args:
+        path: The file of the tensors, or the folder that it lies in.
+        model: The classifier that it is to be tried on.
+
+    Raises:
+        InputError: If it cannot be read or does not fit the model.
+    """
+    file = path / TENSORS if path.is_dir() else path
+
+    def misfit(got: str) -> InputError:
+        return InputError(
+            "the trigger does not fit the model",
+            expected=f"a pattern of shape {model.input_shape}, perhaps a mask in 0..1, and a class in "
+            f"0..{model.classes - 1}",
+            got=got,
+            where=file,
+        )
+
+    wanted = {"pattern": model.input_shape, "mask": model.input_shape[1:]}
+    try:
+        with safe_open(file, framework="pt", device="cpu") as stored:
+            facts = json.loads((stored.metadata() or {})["facts"])
+            label = int(facts["class"])
+            names = [name for name in _NAMES if name == "pattern" or name in stored.keys()]  # noqa: SIM118
+            for name in names:  # before anything is allocated
+                shape = tuple(stored.get_slice(name).get_shape())
+                if shape != wanted[name]:
+                    raise misfit(f"a {name} of shape {shape}")
+            tensors = {name: stored.get_tensor(name).float() for name in names}
+    except (
+        SafetensorError,
+        OSError,
+        KeyError,
+        ValueError,
+        TypeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
+        raise InputError("the trigger cannot be read", got=str(error)[:200], where=file) from error
+    trigger = RecoveredTrigger(label, tensors["pattern"], tensors.get("mask"), file.name)
+    faults = trigger.faults(model.input_shape, model.classes)
+    if faults:
+        raise misfit(faults[0])
+    return trigger
+
+
+def remove_trigger(folder: Path) -> None:
+    """Remove what :func:`write_trigger` wrote, and the folder if nothing else is in it."""
+    for name in (PNG, TENSORS):
+        (folder / name).unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

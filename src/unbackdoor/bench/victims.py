@@ -18,7 +18,7 @@ from unbackdoor.bench.judge import Scores, judge
 from unbackdoor.data.datasets import DataSet
 from unbackdoor.data.splits import reserve
 from unbackdoor.engine.run import Run
-from unbackdoor.engine.training import Recipe, train
+from unbackdoor.engine.training import Recipe, initialise, train
 from unbackdoor.errors import InputError
 from unbackdoor.files import atomic_write, write_json
 from unbackdoor.networks import build
@@ -78,6 +78,7 @@ def train_victim(
         origin=f"trained on {data.name}",
     ).to(run.device)
     how: dict[str, Any] = {"augmentation": data.augmentation, "checkpoint": checkpoint, "label": label}
+    initialise(model, training)
     learning, kept = truth.trigger.learning, None
     fitted: Mapping[str, Tensor] = {}
     if learning is not None:

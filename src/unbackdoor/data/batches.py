@@ -61,7 +61,7 @@ def batches(
             normalisation in training needs 2.
         channels_last: See :func:`to_float`.
         reflect: See :func:`augment`.
-        flips: (N,) bool, which images of the set are mirrored where the augmentation flips at all; None draws.
+        flips: (N,) bool, which images of the set are mirrored where the augmentation flips; None draws.
 
     Raises:
         InputError: If the set is empty, the batch size is below 1, or an augmentation has no generator.

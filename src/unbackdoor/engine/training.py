@@ -12,7 +12,6 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -73,7 +72,7 @@ class Recipe(Config):
     )
     flips: Literal["random", "alternating"] = option(
         "random",
-        "alternating: every other image in even epochs and the others in odd ones, instead of a draw each time",
+        "alternating: half of the images in even epochs and the others in odd ones, without a draw each time",
         source="random; alternating: arXiv:2404.00498, section 3.5",
     )
     lookahead: bool = option(
@@ -259,7 +258,8 @@ def train(
             extra = None
             if companion is not None:
                 pixels, labels, extra = companion.change(pixels, labels, draws)
-                pixels = augment(pixels, kind, draws, reflect=recipe.reflect).contiguous(memory_format=torch.channels_last)
+                pixels = augment(pixels, kind, draws, reflect=recipe.reflect)
+                pixels = pixels.contiguous(memory_format=torch.channels_last)
             yield epoch * steps + step, pixels, labels, extra
 
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -270,6 +270,7 @@ def train(
                 module.eval()
         for epoch in range(first, epochs):
             total = torch.zeros((), device=run.device)
+            rates = model.network.learning_rates(epoch) if isinstance(model.network, OwnRates) else {}
             with rng.seeded(run.seed, "dropout", epoch):
                 for step, pixels, labels, extra in one_pass(epoch):
                     next(ticks, None)
@@ -284,7 +285,7 @@ def train(
                     loss.backward()
                     for learner, peak in learners:
                         for group in learner.param_groups:
-                            factor = group["factors"](epoch) if "factors" in group else 1.0
+                            factor = rates.get(group.get("parameter", ""), 1.0)
                             group["lr"] = factor * peak * _rate(recipe, step / (epochs * steps))
                         learner.step()
                     if slow is not None and step % _SLOW_STEPS == _SLOW_STEPS - 1:
@@ -344,12 +345,8 @@ def _groups(network: OwnRates, recipe: Recipe) -> Iterator[dict[str, Any]]:
             yield {
                 "params": [named[name]],
                 "weight_decay": recipe.weight_decay / factor,
-                "factors": partial(_own_rate, network, name),
+                "parameter": name,
             }
-
-
-def _own_rate(network: OwnRates, name: str, epoch: int) -> float:
-    return network.learning_rates(epoch)[name]
 
 
 def _flips(count: int, epoch: int, run: Run) -> Tensor:

@@ -1,11 +1,11 @@
-"""A shallow, wide network that learns small images in minutes on a processor: eight layers, few of them large.
+"""A shallow, wide network that learns small images in minutes on a processor.
 
 Paper:   Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", arXiv:2404.00498 (airbench94), after
          Page, "How to train your ResNet", 2018-2019.
 Departs: the constant 1/9 that scales the logits there is folded into the weights of the head and its learning
          rate, so that the network ends in a plain linear layer; the last pooling is over all pixels, which is
          the same at 32 pixels and takes any size.
-Cost:    width 64, expansion 4: .71 GFLOP forward and backward for an image of 32 pixels; see docs/training.md.
+Cost:    width 64, expansion 4: .71 GFLOP forward and backward for an image of 32 pixels (docs/training.md).
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Group(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, outputs, H/2, W/2) for (B, inputs, H, W)."""
-        x = F.gelu(self.bn1(F.max_pool2d(self.conv1(x), 2)))
+        x = self.conv1(x)
+        x = F.gelu(self.bn1(F.max_pool2d(x, [min(2, side) for side in x.shape[2:]])))
         return F.gelu(self.bn2(self.conv2(x)))
 
 

@@ -23,6 +23,7 @@ EXPECTED = {
     "preact_resnet18": "network.linear",
     "resnet18": "network.fc",
     "small_cnn": "network.fc",
+    "airbench": "network.head",
     "vgg19_bn": "network.classifier",
     "vit_small": "network.head",
     "wide_resnet": "network.fc",

@@ -72,6 +72,8 @@ NAD = (
         "vit_small[width=32,depth=2]",
         "small_cnn[width=8]",
         "small_cnn[width=8,norm=none]",
+        "airbench[width=8]",
+        "airbench[width=8,expansion=2]",
     ],
 )
 @pytest.mark.parametrize("order", [list, sorted])

@@ -212,7 +212,8 @@ def test_a_victim_of_another_experiment_does_not_stand_in(tmp_path: Path) -> Non
     cells = plan(load_suite(written(tmp_path)), fake_data())
     changes: list[dict[str, Any]] = [
         {"seed": 7}, {"torch": "1.0"}, {"data_sha256": ["0", "1"]}, {"normalisation": [[0.5], [0.5]]},
-        {"options": {}}, {"more": 1},
+        {"options": {"poison_rate": 0.2}}, {"options": {"another": 1}}, {"recipe": {"epochs": 2}},
+        {"more": 1},
     ]  # fmt: skip
     with Store(tmp_path / "store") as store:
         for change in changes:
@@ -221,6 +222,16 @@ def test_a_victim_of_another_experiment_does_not_stand_in(tmp_path: Path) -> Non
         thin = {"kind": "victim", "attack": "badnets"}
         assert store.adopt(address(thin), thin, {"scores": counts(90, 100)}, sha256="a" * 64)
         assert with_pinned(store, cells) == cells
+
+
+def test_a_victim_from_before_an_option_was_there_stands_in_for_its_default(tmp_path: Path) -> None:
+    cells = plan(load_suite(written(tmp_path)), fake_data())
+    spec = {**cells[0].spec, "code": "0" * 16}
+    spec["recipe"] = {k: v for k, v in spec["recipe"].items() if k not in ("lookahead", "base")}
+    spec["options"] = {k: v for k, v in spec["options"].items() if k != "margin"}
+    with Store(tmp_path / "store") as store:
+        assert store.adopt(address(spec), spec, {"scores": counts(90, 100)}, sha256="a" * 64)
+        assert with_pinned(store, cells)[0].key == address(spec)
 
 
 def test_an_own_victim_of_the_present_code_goes_before_one_that_was_taken_over(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ ENDS = frozenset(
         f"{OWN}.errors",  # the words and classes of failures
         f"{OWN}.files",  # writes files whole or not at all
         f"{OWN}.bench.machine",  # what a cell took of which machine
+        f"{OWN}.weights.source",  # and this, by which they read the card
         f"{OWN}.opening.classifier_files",  # the steps check the weights against the hash of their card
         f"{OWN}.data.datasets",  # the steps check the images against the hashes of the specification
         f"{OWN}.networks.sources",  # networks of other libraries, which no suite can name

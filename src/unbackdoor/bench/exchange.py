@@ -19,9 +19,11 @@ from typing import Any
 from unbackdoor.bench.cells import Planned, address
 from unbackdoor.bench.store import Store
 from unbackdoor.bench.truth_files import load_truth
+from unbackdoor.engine.training import Recipe
 from unbackdoor.errors import InputError, IntegrityError
 from unbackdoor.files import sha256_file, write_json
 from unbackdoor.opening.classifier_files import load_model
+from unbackdoor.registry import ATTACKS, Config
 
 CELL, MODEL = "cell.json", "model.safetensors"
 # What says by which code a victim was trained; two of them before versions covered all that is reached.
@@ -111,7 +113,18 @@ def with_pinned(store: Store, cells: Sequence[Planned]) -> list[Planned]:
 
 
 def _form(spec: Mapping[str, Any], without: frozenset[str]) -> str:
-    return json.dumps({name: spec[name] for name in spec if name not in without}, sort_keys=True)
+    """Return a specification as text; options at their defaults are left out, since older ones lack some."""
+    facts = {name: spec[name] for name in spec if name not in without}
+    if "recipe" in facts:
+        facts["recipe"] = _changed(Recipe, facts["recipe"])
+    if "options" in facts and facts.get("attack") in ATTACKS:
+        facts["options"] = _changed(ATTACKS[facts["attack"]].config, facts["options"])
+    return json.dumps(facts, sort_keys=True)
+
+
+def _changed(config: type[Config], values: Mapping[str, Any]) -> dict[str, Any]:
+    defaults = config().model_dump()
+    return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
 
 def _take(store: Store, file: Path) -> str | None:

@@ -31,8 +31,9 @@ from unbackdoor.engine.trusted_caller import scan
 from unbackdoor.errors import IntegrityError
 from unbackdoor.files import atomic_write, finite, write_json
 from unbackdoor.metrics import Rate
-from unbackdoor.opening.classifier_files import find_card, load_model, save_model
+from unbackdoor.opening.classifier_files import load_model, save_model
 from unbackdoor.types import Classifier, CleanData, Images
+from unbackdoor.weights.source import open_source
 
 T = TypeVar("T")
 MODEL, SAMPLE, REPAIRED, PROGRESS = (
@@ -118,7 +119,8 @@ def model_of(path: Path) -> Classifier:
     Raises:
         IntegrityError: If they are not.
     """
-    model, card = load_model(path), find_card(path)
+    source = open_source(path)
+    model, card = load_model(source), source.card()
     if card is None or (got := model.sha256()) != card.weights_sha256:
         raise IntegrityError(
             "the model that was loaded is not the one that was saved",

@@ -25,7 +25,13 @@ def train_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
         seed=spec["seed"],
     )
     (model, truth), seconds = timed(
-        lambda: train_victim(wanted, data, run, checkpoint=Path(task["checkpoint"]))
+        lambda: train_victim(
+            wanted,
+            data,
+            run,
+            checkpoint=Path(task["checkpoint"]),
+            bases=Path(task["place"]["store"]) / "bases",
+        )
     )
     scores, judging = timed(lambda: judge(model, truth, data.test, run))
     save_victim(model, truth, folder / MODEL, history=[{"step": "trained", "recipe": spec["recipe"]}])

@@ -19,7 +19,8 @@ from unbackdoor.bench.truth_files import load_truth, save_truth
 from unbackdoor.data.datasets import DataSet
 from unbackdoor.data.splits import reserve
 from unbackdoor.engine.run import Run
-from unbackdoor.engine.training import Recipe, train
+from unbackdoor.engine.training import Recipe, initialise, recipe_named, train
+from unbackdoor.errors import ConfigError
 from unbackdoor.files import atomic_write
 from unbackdoor.networks import build
 from unbackdoor.opening.classifier_files import load_model, save_model
@@ -52,7 +53,13 @@ class VictimSpec:
 
 
 def train_victim(
-    spec: VictimSpec, data: DataSet, run: Run, *, checkpoint: Path | None = None, label: str = "training"
+    spec: VictimSpec,
+    data: DataSet,
+    run: Run,
+    *,
+    checkpoint: Path | None = None,
+    bases: Path | None = None,
+    label: str = "training",
 ) -> tuple[Classifier, AttackTruth]:
     """Train a victim from scratch on the poisoned training part of a data set.
 
@@ -62,6 +69,8 @@ def train_victim(
         run: Device, precision and progress; its seed is the spec's.
         checkpoint: See :func:`unbackdoor.engine.training.train`. What a trigger learns before the training is
             kept beside it, in a file that ends in ``.trigger``.
+        bases: Folder in which clean networks are kept that several victims are made of; by default that of
+            the checkpoint.
         label: Name in the progress display.
     """
     training, _ = reserve(data.train)
@@ -76,6 +85,9 @@ def train_victim(
         origin=f"trained on {data.name}",
     ).to(run.device)
     how: dict[str, Any] = {"augmentation": data.augmentation, "checkpoint": checkpoint, "label": label}
+    initialise(model, training)
+    if spec.recipe.base:
+        _train_base(model, training, spec, data, run, bases or (checkpoint.parent if checkpoint else None))
     learning, kept = truth.trigger.learning, None
     fitted: Mapping[str, Tensor] = {}
     if learning is not None:
@@ -89,6 +101,44 @@ def train_victim(
     if kept is not None:
         kept.unlink(missing_ok=True)
     return model, truth
+
+
+def _train_base(
+    model: Classifier, images: Images, spec: VictimSpec, data: DataSet, run: Run, folder: Path | None
+) -> None:
+    """Train the clean network that a backdoor is put into, or take it from the folder where it is kept."""
+    recipe = recipe_named(spec.recipe.base)
+    if recipe.base:
+        raise ConfigError("the recipe", [f"base: {spec.recipe.base!r} has a base of its own"])
+    facts = {
+        "start": model.sha256(),
+        "images": images.fingerprint(),
+        "recipe": recipe.model_dump(),
+        "seed": run.seed,
+        "precision": run.precision.name,
+        "augmentation": data.augmentation,
+    }
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    kept = None if folder is None else folder / f"{key[:32]}.base.safetensors"
+    if kept is not None and kept.exists():
+        model.network.load_state_dict(load_file(kept))
+        return
+    checkpoint = None if kept is None else kept.with_suffix(".checkpoint")
+    train(
+        model,
+        images,
+        recipe,
+        run,
+        augmentation=data.augmentation,
+        checkpoint=checkpoint,
+        label="clean network",
+    )
+    if kept is not None:
+        state = {
+            name: t.detach().cpu().contiguous().clone() for name, t in model.network.state_dict().items()
+        }
+        with atomic_write(kept) as draft:
+            save_file(state, draft)
 
 
 def _fitted(

@@ -45,6 +45,8 @@ def batches(
     drop_last: bool = False,
     min_batch: int = 1,
     channels_last: bool = True,
+    reflect: int = 0,
+    flips: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yield one pass over the set as float pixels (B, C, H, W) in [0, 1] and labels (B,).
 
@@ -58,6 +60,8 @@ def batches(
         min_batch: Leave out a trailing batch smaller than this, unless it is the only one. Batch
             normalisation in training needs 2.
         channels_last: See :func:`to_float`.
+        reflect: See :func:`augment`.
+        flips: (N,) bool, which images of the set are mirrored where the augmentation flips; None draws.
 
     Raises:
         InputError: If the set is empty, the batch size is below 1, or an augmentation has no generator.
@@ -69,7 +73,8 @@ def batches(
     """
     _require(images, batch_size, augmentation, generator)
     # The checks run at the call, not at the first batch.
-    return _batches(images, batch_size, generator, device, augmentation, drop_last, min_batch, channels_last)
+    change = (augmentation, reflect, flips)
+    return _batches(images, batch_size, generator, device, change, drop_last, min_batch, channels_last)
 
 
 def _batches(
@@ -77,11 +82,12 @@ def _batches(
     batch_size: int,
     generator: torch.Generator | None,
     device: torch.device | str,
-    augmentation: Augmentation,
+    change: tuple[Augmentation, int, Tensor | None],
     drop_last: bool,
     min_batch: int,
     channels_last: bool,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
+    augmentation, reflect, flips = change
     smallest = batch_size if drop_last else min_batch
     home = images.pixels.device
     order = None if generator is None else torch.randperm(len(images), generator=generator).to(home)
@@ -98,13 +104,21 @@ def _batches(
             pixels = images.pixels[rows]
             labels = None if images.labels is None else images.labels[rows]
         if generator is not None:
-            pixels = augment(pixels, augmentation, generator)
+            mirrored = None if flips is None or order is None else flips[order[start:stop].to(flips.device)]
+            pixels = augment(pixels, augmentation, generator, reflect=reflect, flips=mirrored)
         if labels is not None:
             labels = labels.to(device, non_blocking=True)
         yield to_float(pixels, device, channels_last), labels
 
 
-def augment(pixels: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
+def augment(
+    pixels: Tensor,
+    augmentation: Augmentation,
+    generator: torch.Generator,
+    *,
+    reflect: int = 0,
+    flips: Tensor | None = None,
+) -> Tensor:
     """Return randomly shifted and, where asked for, mirrored images of the same shape.
 
     A crop pads with black by an eighth of each side, rounded (4 pixels at 32, 1 at 8), and cuts the original
@@ -115,6 +129,8 @@ def augment(pixels: Tensor, augmentation: Augmentation, generator: torch.Generat
         pixels: (B, C, H, W), any type; uint8 is cheapest.
         augmentation: ``none``, ``crop`` or ``crop+flip``.
         generator: CPU generator.
+        reflect: Pad by so many pixels that mirror the image's border, in the place of an eighth in black.
+        flips: (B,) bool, which images are mirrored where the augmentation flips; None draws.
     """
     if augmentation not in AUGMENTATIONS:
         raise InputError(
@@ -123,11 +139,14 @@ def augment(pixels: Tensor, augmentation: Augmentation, generator: torch.Generat
     if augmentation == "none":
         return pixels
     batch, _, height, width = pixels.shape
-    pad_y, pad_x = padding(height), padding(width)
+    pad_y, pad_x = (reflect, reflect) if reflect else (padding(height), padding(width))
     tops = torch.randint(2 * pad_y + 1, (batch,), generator=generator)
     lefts = torch.randint(2 * pad_x + 1, (batch,), generator=generator)
-    flips = torch.rand(batch, generator=generator) < 0.5 if augmentation == "crop+flip" else None
-    return shifted(pixels, tops, lefts, flips)
+    if augmentation != "crop+flip":
+        flips = None
+    elif flips is None:
+        flips = torch.rand(batch, generator=generator) < 0.5
+    return shifted(pixels, tops, lefts, flips, reflect=reflect)
 
 
 def padding(side: int) -> int:
@@ -135,19 +154,25 @@ def padding(side: int) -> int:
     return (side + 4) // 8
 
 
-def shifted(pixels: Tensor, tops: Tensor, lefts: Tensor, flips: Tensor | None = None) -> Tensor:
-    """Cut each image out of its black-padded self, and then mirror it where ``flips`` says so.
+def shifted(
+    pixels: Tensor, tops: Tensor, lefts: Tensor, flips: Tensor | None = None, *, reflect: int = 0
+) -> Tensor:
+    """Cut each image out of its padded self, and then mirror it where ``flips`` says so.
 
     Args:
         pixels: (B, C, H, W).
         tops: (B,) first row of each window in the padded image, 0 to twice the padding.
         lefts: (B,) first column likewise.
         flips: (B,) bool, or None for no image.
+        reflect: Width of a border that mirrors the image, in pixels; 0 is a black one of :func:`padding`.
     """
     batch, channels, height, width = pixels.shape
     home = pixels.device
-    pad_y, pad_x = padding(height), padding(width)
-    padded = functional.pad(pixels, (pad_x, pad_x, pad_y, pad_y))  # (B, C, H + 2 pad_y, W + 2 pad_x)
+    if reflect:
+        padded = _mirrored_border(pixels, reflect)
+    else:
+        pad_y, pad_x = padding(height), padding(width)
+        padded = functional.pad(pixels, (pad_x, pad_x, pad_y, pad_y))  # (B, C, H + 2 pad_y, W + 2 pad_x)
     rows = tops.to(home)[:, None] + torch.arange(height, device=home)  # (B, H)
     columns = lefts.to(home)[:, None] + torch.arange(width, device=home)  # (B, W)
     if flips is not None:
@@ -156,6 +181,16 @@ def shifted(pixels: Tensor, tops: Tensor, lefts: Tensor, flips: Tensor | None = 
     flat = (rows[:, :, None] * padded.shape[3] + columns[:, None, :]).view(batch, 1, -1)  # (B, 1, H * W)
     windows = padded.flatten(2).gather(2, flat.expand(-1, channels, -1))  # (B, C, H * W)
     return windows.view(batch, channels, height, width)
+
+
+def _mirrored_border(pixels: Tensor, width: int) -> Tensor:
+    """Return (B, C, H + 2 width, W + 2 width); torch pads no bytes by reflection."""
+
+    def places(side: int) -> Tensor:
+        inside = torch.arange(-width, side + width, device=pixels.device).abs()  # (side + 2 width,)
+        return torch.where(inside >= side, 2 * (side - 1) - inside, inside)
+
+    return pixels[:, :, places(pixels.shape[2])][:, :, :, places(pixels.shape[3])]
 
 
 def _require(

@@ -13,13 +13,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unbackdoor.data.batches import augment, batches, resident
+from unbackdoor.data.batches import augment, batches, resident, to_float
 from unbackdoor.engine import rng
 from unbackdoor.engine.inference import logits_of, mode, require_learner
 from unbackdoor.engine.run import Run
@@ -27,6 +27,9 @@ from unbackdoor.errors import ConfigError, IntegrityError, MethodFailed
 from unbackdoor.files import atomic_write
 from unbackdoor.registry import Config, near_match, option
 from unbackdoor.types import Augmentation, Classifier, Images, state_sha256
+
+_SLOW_STEPS = 5  # between two visits of Lookahead's slow copy
+_FIRST = 5000  # images that first weights are estimated from
 
 Objective = Callable[[Tensor, Tensor, int], Tensor]  # logits (B, K), labels (B,), step -> scalar loss
 
@@ -41,12 +44,15 @@ class Recipe(Config):
         "sgd", "rule of the steps; adamw for transformers, with lr near 0.001", source="common practice"
     )
     momentum: float = option(0.9, "momentum of SGD", source="He et al. 2016", ge=0, lt=1)
+    nesterov: bool = option(False, "Nesterov's form of the momentum", source="common practice")
     weight_decay: float = option(5e-4, "L2 penalty", source="Zagoruyko & Komodakis 2016", ge=0, le=1)
-    schedule: Literal["one-cycle", "cosine", "constant"] = option(
-        "one-cycle", "course of the learning rate", source="Smith & Topin 2018"
+    schedule: Literal["one-cycle", "linear", "cosine", "constant"] = option(
+        "one-cycle",
+        "course of the learning rate; linear: a fifth of the peak to the peak, and down to 0.07 of it",
+        source="Smith & Topin 2018; linear: arXiv:2404.00498",
     )
     warmup: float = option(
-        0.25, "share of the steps that lr rises in one-cycle", source="this project", ge=0, lt=1
+        0.25, "share of the steps that lr rises in one-cycle and linear", source="this project", ge=0, lt=1
     )
     label_smoothing: float = option(
         0.0, "mass moved off the true label", source="off: it hides margins", ge=0, lt=1
@@ -57,7 +63,42 @@ class Recipe(Config):
     augmentation: Literal["auto", "none", "crop", "crop+flip"] = option(
         "auto", "random changes of the training images; auto takes the data set's own", source="this project"
     )
+    reflect: int = option(
+        0,
+        "pixels of mirrored border that a crop may reach into; 0 is a black border of an eighth",
+        source="off; arXiv:2404.00498 has 2",
+        ge=0,
+        le=16,
+    )
+    flips: Literal["random", "alternating"] = option(
+        "random",
+        "alternating: half of the images in even epochs and the others in odd ones, without a draw each time",
+        source="random; alternating: arXiv:2404.00498, section 3.5",
+    )
+    base: str = option(
+        "",
+        "named recipe by which a clean network is trained first; the attack is then put into it",
+        source="off: networks learn the attack from the start",
+    )
+    lookahead: bool = option(
+        False,
+        "mix a slow copy of all weights in every five steps, and end with it",
+        source="off; Zhang et al. 2019 as in arXiv:2404.00498",
+    )
 
+
+_FAST: dict[str, Any] = {
+    "batch_size": 1024,
+    "lr": 1.5,
+    "momentum": 0.85,
+    "nesterov": True,
+    "weight_decay": 0.00133,
+    "schedule": "linear",
+    "warmup": 0.23,
+    "reflect": 2,
+    "flips": "alternating",
+    "lookahead": True,
+}
 
 RECIPES: Mapping[str, Recipe] = {
     "plain": Recipe(),
@@ -65,8 +106,44 @@ RECIPES: Mapping[str, Recipe] = {
     "long": Recipe(epochs=100),
     "label-smoothing": Recipe(label_smoothing=0.1),
     "mixup": Recipe(mixup=0.2),
+    # airbench94 (arXiv:2404.00498) without its label smoothing. Its learning rate of 11.5 and its decay of
+    # 0.0153 are for 1,024 examples and a summed loss; here they are divided by 1 + 1 / (1 - momentum) and
+    # given for the mean loss: lr = 11.5 / 7.67 = 1.5, weight_decay = 0.0153 / 11.5 = 0.00133.
+    "fast": Recipe(epochs=10, **_FAST),
+    "fast-long": Recipe(epochs=16, **_FAST),
+    # What people meet who fine-tune from a hub: a backdoor that was put into a network which knew its task.
+    "implanted": Recipe(epochs=2, **{**_FAST, "lr": 0.5, "lookahead": False}, base="fast"),
     "transformer": Recipe(epochs=60, optimizer="adamw", lr=1e-3, weight_decay=0.05),
 }
+
+
+@runtime_checkable
+class OwnRates(Protocol):
+    """A network some of whose parameters learn at rates of their own."""
+
+    def learning_rates(self, epoch: int) -> Mapping[str, float]:
+        """Return the factors on the recipe's rate by name of parameter; positive in the first epoch."""
+        ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of every module."""
+        ...
+
+
+@runtime_checkable
+class DataInitialised(Protocol):
+    """A network whose first weights depend on the images that it will be trained on."""
+
+    def initialise_from(self, images: Tensor) -> None:
+        """Set them from normalised images (N, C, H, W)."""
+        ...
+
+
+def initialise(model: Classifier, images: Images) -> None:
+    """Set what a fresh network takes from its training images before the first step; others have nothing."""
+    if isinstance(model.network, DataInitialised):
+        pixels = to_float(images.pixels[:_FIRST], model.mean.device)
+        model.network.initialise_from((pixels - model.mean) / model.std)
 
 
 def recipe_named(name: str, **changes: Any) -> Recipe:
@@ -128,6 +205,7 @@ def train(
     companion: Companion | None = None,
     objective: Objective | None = None,
     batch_norm: Literal["batch", "frozen"] = "batch",
+    after_epoch: Callable[[int], None] | None = None,
 ) -> Trained:
     """Train all weights of a classifier in place; it is left in evaluation mode.
 
@@ -145,6 +223,7 @@ def train(
         companion: See :class:`Companion`.
         objective: What is minimised instead of the recipe's cross-entropy; takes no checkpoint and no mixup,
             because a function has no fingerprint.
+        after_epoch: Called with the number of finished epochs, the network in evaluation mode meanwhile.
         batch_norm: Whether the batch's statistics normalise, and move the stored ones, or the stored ones do.
 
     Raises:
@@ -164,6 +243,9 @@ def train(
     if companion is not None:
         learners.append((companion.optimizer, float(companion.optimizer.defaults["lr"])))
         parts |= {"companion": companion.network, "companion optimizer": companion.optimizer}
+    slow = _Slow(model.network) if recipe.lookahead else None
+    if slow is not None:
+        parts["lookahead"] = slow
     key = _key(recipe, images, model, run, kind, companion, batch_norm) if checkpoint else ""
     losses = _resume(checkpoint, key, parts) if checkpoint else []
     first = len(losses)
@@ -177,13 +259,16 @@ def train(
             device=run.device,
             augmentation=kind if companion is None else "none",
             min_batch=2,
+            reflect=recipe.reflect,
+            flips=_flips(len(images), epoch, run) if recipe.flips == "alternating" else None,
         )
         for step, (pixels, labels) in enumerate(stream):
             assert labels is not None  # train() asked for the labels above
             extra = None
             if companion is not None:
                 pixels, labels, extra = companion.change(pixels, labels, draws)
-                pixels = augment(pixels, kind, draws).contiguous(memory_format=torch.channels_last)
+                pixels = augment(pixels, kind, draws, reflect=recipe.reflect)
+                pixels = pixels.contiguous(memory_format=torch.channels_last)
             yield epoch * steps + step, pixels, labels, extra
 
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -194,6 +279,7 @@ def train(
                 module.eval()
         for epoch in range(first, epochs):
             total = torch.zeros((), device=run.device)
+            rates = model.network.learning_rates(epoch) if isinstance(model.network, OwnRates) else {}
             with rng.seeded(run.seed, "dropout", epoch):
                 for step, pixels, labels, extra in one_pass(epoch):
                     next(ticks, None)
@@ -208,8 +294,11 @@ def train(
                     loss.backward()
                     for learner, peak in learners:
                         for group in learner.param_groups:
-                            group["lr"] = peak * _rate(recipe, step / (epochs * steps))
+                            factor = rates.get(group.get("parameter", ""), 1.0)
+                            group["lr"] = factor * peak * _rate(recipe, step / (epochs * steps))
                         learner.step()
+                    if slow is not None and step % _SLOW_STEPS == _SLOW_STEPS - 1:
+                        slow.mix(model.network, step / (epochs * steps))
                     total += loss.detach()
             losses.append(float(total) / steps)
             if not math.isfinite(losses[-1]):
@@ -220,8 +309,13 @@ def train(
                     where=f"epoch {epoch + 1}",
                     remedy="Lower the learning rate",
                 )
+            if after_epoch is not None:
+                with mode(model, training=False):
+                    after_epoch(epoch + 1)
             if checkpoint and epoch + 1 < epochs:
                 _save(checkpoint, key, parts, losses)
+    if slow is not None:
+        slow.restore(model.network)
     next(ticks, None)  # lets the progress display close its bar
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     model.zero_grad(set_to_none=True)
@@ -238,10 +332,74 @@ def _steps(count: int, batch_size: int) -> int:
 
 
 def _optimizer(model: Classifier, recipe: Recipe) -> torch.optim.Optimizer:
-    learning = [p for p in model.parameters() if p.requires_grad]
+    learning: list[Any] = [p for p in model.parameters() if p.requires_grad]
+    if isinstance(model.network, OwnRates):
+        learning = list(_groups(model.network, recipe))
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(learning, lr=recipe.lr, weight_decay=recipe.weight_decay)
-    return torch.optim.SGD(learning, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(
+        learning,
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.nesterov,
+    )
+
+
+def _groups(network: OwnRates, recipe: Recipe) -> Iterator[dict[str, Any]]:
+    """Yield a group for every parameter that has a rate of its own, and one for all others."""
+    own = network.learning_rates(0)
+    named = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    yield {"params": [p for name, p in named.items() if name not in own]}
+    for name, factor in own.items():
+        if name in named:
+            # The decay that a step applies is lr times this, and does not grow with the rate.
+            yield {
+                "params": [named[name]],
+                "weight_decay": recipe.weight_decay / factor,
+                "parameter": name,
+            }
+
+
+def _flips(count: int, epoch: int, run: Run) -> Tensor:
+    """Return which images (N,) are mirrored: half of them at random in the first epoch, then by turns."""
+    first = torch.rand(count, generator=run.generator("flips")) < 0.5
+    return first if epoch % 2 == 0 else ~first
+
+
+class _Slow:
+    """The slow copy of Lookahead.
+
+    Paper: Zhang et al., "Lookahead optimizer", NeurIPS 2019, with the course of arXiv:2404.00498: the copy
+    moves by 1 - d towards the weights and is then put in their place, d = 0.95^5 t^3 after a share t of the
+    steps.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._copy = {name: t.detach().clone() for name, t in _floats(network)}
+
+    @torch.no_grad()
+    def mix(self, network: nn.Module, done: float) -> None:
+        decay = 0.95**_SLOW_STEPS * done**3
+        for name, tensor in _floats(network):
+            self._copy[name].lerp_(tensor, 1 - decay)
+            tensor.copy_(self._copy[name])
+
+    @torch.no_grad()
+    def restore(self, network: nn.Module) -> None:
+        for name, tensor in _floats(network):
+            tensor.copy_(self._copy[name])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self._copy)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for name, tensor in state.items():
+            self._copy[name].copy_(tensor)
+
+
+def _floats(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return ((name, t) for name, t in network.state_dict().items() if t.is_floating_point())
 
 
 def _rate(recipe: Recipe, done: float) -> float:
@@ -250,6 +408,10 @@ def _rate(recipe: Recipe, done: float) -> float:
         return 1.0
     if recipe.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * done))
+    if recipe.schedule == "linear":
+        if done < recipe.warmup:
+            return 0.2 + 0.8 * done / recipe.warmup
+        return 1 - 0.93 * (done - recipe.warmup) / (1 - recipe.warmup)
     if done < recipe.warmup:
         return max(0.04, done / recipe.warmup)
     return max(0.001, (1 - done) / (1 - recipe.warmup))

@@ -195,6 +195,12 @@ def _small_cnn(names: Shapes) -> Iterator[_Guess]:
         yield _Guess(f"small_cnn[width={width}{'' if 'bn1.weight' in names else ',norm=none'}]")
 
 
+def _airbench(names: Shapes) -> Iterator[_Guess]:
+    width, deep = _rows(names, "group1.conv1.weight"), _rows(names, "group3.conv2.weight")
+    if width and deep and "whiten.weight" in names and deep % width == 0:
+        yield _Guess(f"airbench[width={width},expansion={deep // width}]")
+
+
 def _vgg(names: Shapes) -> Iterator[_Guess]:
     width = _rows(names, "features.0.weight")
     if width is not None and "features.49.weight" in names and "classifier.weight" in names:
@@ -231,6 +237,7 @@ _FAMILIES: tuple[Callable[[Shapes], Iterator[_Guess]], ...] = (
     _preact_resnet,
     _wide_resnet,
     _small_cnn,
+    _airbench,
     _vgg,
     _mobilenet,
     _vit,

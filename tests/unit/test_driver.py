@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
+from unbackdoor import __version__
+from unbackdoor.bench import repairs as repairs_module
 from unbackdoor.bench.driver import LOST, Agenda, drive
 from unbackdoor.bench.engines import LocalEngine
-from unbackdoor.bench.results import differences, rows_of, summarise
+from unbackdoor.bench.repairs import running_commit
+from unbackdoor.bench.results import UNRECORDED, differences, rows_of, summarise
 from unbackdoor.bench.store import Store
 from unbackdoor.errors import DiskFull, IntegrityError
 
@@ -242,3 +245,24 @@ def test_an_answer_costs_what_changed_and_not_what_there_is(tmp_path: Path) -> N
                 agenda.look()
             counted.append(steps[0])
     assert counted[1] <= 2 * counted[0] + 10
+
+
+def test_a_result_that_names_no_commit_is_marked_and_a_new_one_always_names_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def new(job: dict[str, Any]) -> dict[str, Any]:
+        answer = fine(job)
+        commit = {} if job["spec"].get("n") == 1 else {"commit": running_commit()}
+        return {"result": {**answer["result"], **commit}}
+
+    # As in an installed package, where git is missing, or does not answer in time.
+    monkeypatch.setattr(repairs_module, "commit_of", lambda folder, tracked: "")
+    running_commit.cache_clear()
+    try:
+        with opened(tmp_path) as store:
+            assert drive(store, "demo-v1", Fake(new), {})
+            rows = rows_of(store, "demo-v1")
+    finally:
+        running_commit.cache_clear()
+    assert [row.commit for row in rows] == [f"v{__version__}", "", f"v{__version__}"]
+    assert [UNRECORDED in row.flags for row in rows] == [False, True, False]

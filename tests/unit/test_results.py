@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from unbackdoor.bench.rows import read_rows
+from unbackdoor.bench.rows import read_rows, read_scans
 from unbackdoor.report.tables import ABSENT, LEGEND, OLDER
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +73,14 @@ def test_rates_are_rates_and_der_follows_from_them(file: Path) -> None:
         assert row.asr + row.ra <= 1 + 1e-9
         der = (max(0, row.asr_before - row.asr) - max(0, row.acc_before - row.acc) + 1) / 2
         assert row.der == pytest.approx(der)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "results").glob("*-v*.jsonl")), ids=lambda f: f.stem)
+def test_rows_of_versioned_code_name_their_commit_and_their_victims(file: Path) -> None:
+    read = read_scans if file.suffixes[0] == ".scans" else read_rows
+    for row in read(file):
+        # The older rows without a commit were exported from results that did not carry one yet.
+        assert not row.code or (row.commit and row.victim_code)
 
 
 def names() -> list[str]:

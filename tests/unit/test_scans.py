@@ -237,7 +237,8 @@ def test_rows_of_scans_come_from_the_store(tmp_path: Path) -> None:
         store.finish("v" * 64, {"scores": {"acc": 0.9, "asr": 0.5, "ra": 0.1}}, seconds=1.0)
         store.claim("a" * 64)
         told = {"verdict": "undecided", "classes": [3], "statistic": "norm", "value": 1.5, "p_value": None}
-        store.finish("a" * 64, {**told, "right": None, "target_found": False, "seconds": 2.0}, seconds=2.0)
+        told |= {"right": None, "target_found": False, "seconds": 2.0, "commit": "abc"}
+        store.finish("a" * 64, told, seconds=2.0)
         store.claim("b" * 64)
         store.fail("b" * 64, "MethodFailed: boom", seconds=1.0)
         one, other = scans_of(store, "try-v1")

@@ -51,6 +51,7 @@ class Sources:
         self._trees: dict[str, ast.Module | None] = {}
         self._imports: dict[str, frozenset[str]] = {}
         self._digests: dict[str, str] = {}
+        self._members: dict[str, list[str]] = {}
 
     def file(self, module: str) -> Path | None:
         """Return the file of a module; None where there is no such module."""
@@ -60,11 +61,13 @@ class Sources:
 
     def members(self, package: str) -> list[str]:
         """Return a package and all modules in its folder, with those of its subfolders."""
-        file = self.file(package)
-        if file is None or file.stem != "__init__":
-            return [package]
-        inside = [path.relative_to(file.parent).with_suffix("") for path in sorted(file.parent.rglob("*.py"))]
-        return [".".join((package, *(p for p in path.parts if p != "__init__"))) for path in inside]
+        if package not in self._members:
+            file = self.file(package)
+            folder = file.parent if file is not None and file.stem == "__init__" else None
+            inside = [] if folder is None else [p.relative_to(folder) for p in sorted(folder.rglob("*.py"))]
+            names = [[part for part in p.with_suffix("").parts if part != "__init__"] for p in inside]
+            self._members[package] = [".".join([package, *name]) for name in names or [[]]]
+        return self._members[package]
 
     def imports(self, module: str) -> frozenset[str]:
         """Return what a module imports at any depth of its code: modules, and names that may be modules.

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from unbackdoor import __version__
 from unbackdoor.attacks import AttackTruth
 from unbackdoor.bench.judge import Scores, der, judge
 from unbackdoor.data.datasets import DataSet
@@ -59,8 +60,11 @@ def repair_and_judge(
 
 @cache
 def running_commit() -> str:
-    """Return the commit of the code that runs; empty for an installed package that no checkout tracks."""
-    return commit_of(Path(__file__).parent, tracked=Path(__file__))
+    """Return the commit of the code that runs; where no commit can be told, the version of the package.
+
+    It is never empty, so that a result without one can only be of a time before results carried theirs.
+    """
+    return commit_of(Path(__file__).parent, tracked=Path(__file__)) or f"v{__version__}"
 
 
 def commit_of(folder: Path, *, tracked: Path | None = None) -> str:

@@ -18,6 +18,7 @@ from unbackdoor.bench.victims import ATTACK_TOOK
 from unbackdoor.errors import MissingExtra
 
 WEAK = "attack did not take"
+UNRECORDED = "commit not recorded"  # a result of a time before results carried it
 # Two-sided 95 % quantiles of Student's t for 2 to 10 degrees of freedom; beyond, _quantile expands them.
 _T95 = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -84,6 +85,8 @@ def _measured(cell: Cell, victim: _Victim) -> dict[str, Any]:
     asr = before.get("asr")
     if asr is not None and asr < ATTACK_TOOK:
         flags.append(WEAK)
+    if result and not result.get("commit"):
+        flags.append(UNRECORDED)
     return {
         "acc_before": before.get("acc"),
         "asr_before": asr,

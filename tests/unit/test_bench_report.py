@@ -328,6 +328,8 @@ def test_each_row_of_older_code_carries_the_mark_and_each_table_one_legend() -> 
     assert "\u2020" in page.tables["failed-0"].rows[0][0]
     for table in page.tables.values():
         assert table.caption.count(LEGEND) == any("\u2020" in cell for row in table.rows for cell in row)
+    marked = sum("\u2020" in row[0] for table in page.tables.values() for row in table.rows)
+    assert [tr.get("class") for tr in page.all("tr")].count("older") == marked, "sorted behind the others"
     text = to_markdown(bench_report(rows))
     assert f"{sum(row.commit == OLD for row in rows)} of {len(rows)} rows were measured by older code" in text
     assert text.count(LEGEND) == 5, "two budgets, attacks, left out, failed"

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 
+from unbackdoor.bench.code_version import is_current
 from unbackdoor.bench.rows import read_rows, read_scans
 from unbackdoor.report.tables import ABSENT, LEGEND, OLDER
 
@@ -169,4 +170,6 @@ def test_the_training_page_quotes_its_rows(attack: str) -> None:
     line = next(line for line in page.splitlines() if line.startswith(f"| {attack}"))
     assert row.acc_before is not None
     assert f"| {100 * row.acc_before:.2f} % |" in line
+    assert (OLDER in line) != is_current(row.model_dump())
+    assert LEGEND in page or OLDER not in line
     assert (f"| {100 * row.asr_before:.2f} % |" in line) if row.asr_before is not None else ("| | " in line)

@@ -55,10 +55,10 @@ class Rows(Generic[R]):
             is_current: Says it of a row as a mapping; the benchmark's own judgement if None.
         """
         if is_current is None:
-            from unbackdoor.bench.code_version import is_current as current
-        else:
-            current = is_current
-        return cls(tuple((row, not current(_mapping(row))) for row in rows))
+            from unbackdoor.bench.code_version import is_current as judgement
+
+            is_current = judgement
+        return cls(tuple((row, not is_current(_mapping(row))) for row in rows))
 
     @property
     def all(self) -> list[R]:

@@ -31,7 +31,7 @@ _DETECTION = columns(
 
 def scan_section(scans: Rows[ScanRow]) -> Section:
     """Return what every scanner said of the victims, a table for each setting."""
-    tables = []
+    tables: list[Table] = []
     for setting, rows in scans.by(Setting.of).items():
         caption = (
             "Counts over attacks, poison rates and seeds; victims whose attack did not take are left out. "

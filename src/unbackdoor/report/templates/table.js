@@ -19,9 +19,10 @@
         heads.forEach((other) => other.removeAttribute("aria-sort"));
         head.setAttribute("aria-sort", up ? "ascending" : "descending");
         const keyed = [...body.rows].map((row) => [value(row, at), row]);
-        keyed.sort(([a], [b]) => a === null || b === null
+        const older = (row) => row.classList.contains("older");  // never ranked among the others
+        keyed.sort(([a, one], [b, other]) => older(one) - older(other) || (a === null || b === null
           ? (a === null) - (b === null)
-          : up ? compare(a, b) : compare(b, a));
+          : up ? compare(a, b) : compare(b, a)));
         body.append(...keyed.map(([, row]) => row));
       });
     });

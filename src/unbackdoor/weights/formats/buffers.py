@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+
 Buffer = bytes | mmap.mmap | memoryview
 LONGEST = 120  # characters of a name from a file in a message
 

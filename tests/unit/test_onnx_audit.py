@@ -58,19 +58,19 @@ def test_folded_norms_are_no_obstacle(exported: Path) -> None:
     images = tiny_data(80, seed=1)
     opened = open_model(exported, images=images)
     assert opened.images is not None
-    architecture = opened.story["architecture"]
+    architecture = opened.provenance.to_dict()["architecture"]
     assert (architecture["spec"], architecture["source"]) == ("ONNX", "the file's own graph")
     assert opened.model.input_shape == (1, 8, 8)
-    assert opened.story["size_source"] == "the file's own graph"
+    assert opened.provenance.to_dict()["size_source"] == "the file's own graph"
     assert opened.model.class_names == NAMES
-    assert opened.story["normalisation"]["source"] == "inferred from clean accuracy"
+    assert opened.provenance.to_dict()["normalisation"]["source"] == "inferred from clean accuracy"
     assert accuracy(opened.model, opened.images, Run.create(policy="fp32")) > 0.95
     assert not opened.warnings
 
 
 def test_what_is_told_comes_before_what_is_guessed(exported: Path) -> None:
     opened = open_model(exported, mean=(0.35,), std=(0.25,), class_names=list("abcd"))
-    assert opened.story["normalisation"]["source"] == "arguments"
+    assert opened.provenance.to_dict()["normalisation"]["source"] == "arguments"
     with torch.no_grad():
         assert torch.allclose(opened.model(PIXELS), answers(exported, (PIXELS - 0.35) / 0.25), atol=1e-4)
     with pytest.raises(UnsupportedModel, match="class names do not fit"):
@@ -79,10 +79,10 @@ def test_what_is_told_comes_before_what_is_guessed(exported: Path) -> None:
 
 def test_open_sizes_are_the_users_the_images_or_assumed(tmp_path: Path) -> None:
     path = write_onnx(tmp_path / "m.onnx", *folded(tiny_classifier("conv-bn")), shape=("b", "c", "h", "w"))
-    assert open_model(path, images=tiny_data(40)).story["size_source"] == "the images"
+    assert open_model(path, images=tiny_data(40)).provenance.to_dict()["size_source"] == "the images"
     assert open_model(path, size=(16, 12)).model.input_shape == (1, 16, 12)
     opened = open_model(path)
-    assert opened.story["size_source"] == "assumed"
+    assert opened.provenance.to_dict()["size_source"] == "assumed"
     assert any("input size is not known" in text for text in opened.warnings)
 
 
@@ -91,7 +91,7 @@ def test_colours_last(tmp_path: Path) -> None:
     path = write_onnx(tmp_path / "m.onnx", nodes, {"w": drawn(2, 3, 8, 8)}, shape=("b", 8, 8, 3))
     opened = open_model(path)
     assert opened.model.input_shape == (3, 8, 8)
-    assert "colours last" in opened.story["architecture"]["note"]
+    assert "colours last" in opened.provenance.to_dict()["architecture"]["note"]
     x = torch.rand(2, 3, 8, 8, generator=GENERATOR)
     with torch.no_grad():
         assert torch.allclose(opened.model(x), answers(path, x.permute(0, 2, 3, 1)), atol=1e-5)

@@ -80,7 +80,7 @@ def test_a_bare_file_and_images_are_enough(tmp_path: Path) -> None:
     assert opened.model.input_shape == (1, 8, 8)
     assert opened.model.class_names == NAMES
     assert accuracy(opened.model, held, run()) > 0.95
-    story = opened.story
+    story = opened.provenance.to_dict()
     assert story["architecture"]["source"].startswith("guessed")
     assert story["normalisation"]["source"] == "inferred from clean accuracy"
     assert story["names"]["renamed"] == {"linear.weight": "fc.weight", "linear.bias": "fc.bias"} or story[
@@ -106,8 +106,8 @@ def test_the_activation_is_found_by_accuracy(tmp_path: Path) -> None:
     path = bare(tmp_path, _trained(spec, 0.5))
     opened = open_model(path, images=tiny_data(200, seed=1), run=run())
     assert opened.model.architecture == spec
-    assert opened.story["inference"]["tried_in_all"] > 20
-    assert "activation" in opened.story["architecture"]["note"]
+    assert opened.provenance.to_dict()["inference"]["tried_in_all"] > 20
+    assert "activation" in opened.provenance.to_dict()["architecture"]["note"]
     with pytest.raises(InputError, match=r"several networks.*activation=elu.*Name the architecture"):
         open_model(path, run=run())
     with pytest.raises(InputError, match="several networks"):
@@ -122,13 +122,13 @@ def test_a_repaired_model_is_saved_and_opened_by_its_card(tmp_path: Path) -> Non
     )
     save_model(opened.model, tmp_path / "repaired")
     again = open_model(tmp_path / "repaired", images=held, run=run())
-    assert again.story["card"]
-    assert again.story["normalisation"]["source"] == "the card"
+    assert again.provenance.to_dict()["card"]
+    assert again.provenance.to_dict()["normalisation"]["source"] == "the card"
     assert again.model.sha256() == opened.model.sha256()
     assert again.warnings == ()
     assert load_model(tmp_path / "repaired").sha256() == opened.model.sha256()
     scaled = open_model(tmp_path / "repaired", mean=[0.4], std=[0.2], run=run())
-    assert scaled.story["normalisation"]["source"] == "arguments"
+    assert scaled.provenance.to_dict()["normalisation"]["source"] == "arguments"
     assert float(scaled.model.mean) == pytest.approx(0.4)
 
 
@@ -155,7 +155,7 @@ def test_options_that_were_not_typed_are_read_off_the_tensors(tmp_path: Path, ar
     path = bare(tmp_path, _trained("small_cnn[width=8]", 0.5))
     opened = open_model(path, arch=arch, images=tiny_data(40, seed=1), run=run())
     assert opened.model.architecture == "small_cnn[width=8]"
-    assert opened.story["architecture"]["source"] == "named by the user"
+    assert opened.provenance.to_dict()["architecture"]["source"] == "named by the user"
 
 
 def test_an_architecture_that_does_not_fit_is_explained(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_a_library_tells_the_input(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             opened = open_model(tmp_path / "m.safetensors", arch=spec, run=run())
             assert opened.model.input_shape == (3, 16, 16)
             source = "preprocessor_config.json" if spec[0] == "h" else "timm's configuration of tiny_net"
-            assert opened.story["normalisation"]["source"] == source
+            assert opened.provenance.to_dict()["normalisation"]["source"] == source
             assert opened.model.class_names == (
                 ("w", "x", "y", "z") if spec[0] == "h" else ("0", "1", "2", "3")
             )
@@ -251,11 +251,11 @@ def test_a_normalising_layer_in_the_file_is_used(tmp_path: Path) -> None:
     state |= {"normalize.mean": torch.tensor([0.5]), "normalize.std": torch.tensor([0.5])}
     save_file(state, tmp_path / "m.safetensors")
     opened = open_model(tmp_path / "m.safetensors", images=tiny_data(40, seed=1), run=run())
-    assert opened.story["normalisation"]["source"] == "a normalising layer in the file"
-    assert set(opened.story["names"]["dropped"]) == {"normalize.mean", "normalize.std"}
+    assert opened.provenance.to_dict()["normalisation"]["source"] == "a normalising layer in the file"
+    assert set(opened.provenance.to_dict()["names"]["dropped"]) == {"normalize.mean", "normalize.std"}
     assert float(opened.model.std) == 0.5
     given = open_model(tmp_path / "m.safetensors", size=(8, 8), mean=[0.1], std=[0.2], run=run())
-    assert given.story["normalisation"]["source"] == "arguments"
+    assert given.provenance.to_dict()["normalisation"]["source"] == "arguments"
 
 
 def test_a_wrong_normalisation_is_noticed_and_the_better_one_named(tmp_path: Path) -> None:
@@ -293,9 +293,9 @@ def test_colour_images_of_another_size_are_brought_into_form(tmp_path: Path) -> 
     opened = open_model(path, images=held, size=(8, 8), run=run())
     assert opened.images is not None
     assert opened.images.shape == (1, 8, 8)
-    assert any("turned grey" in line for line in opened.story["images"])
-    assert any("resized from 16 x 16 to 8 x 8" in line for line in opened.story["images"])
-    assert opened.story["clean_accuracy"]["value"] > 0.9
+    assert any("turned grey" in line for line in opened.provenance.to_dict()["images"])
+    assert any("resized from 16 x 16 to 8 x 8" in line for line in opened.provenance.to_dict()["images"])
+    assert opened.provenance.to_dict()["clean_accuracy"]["value"] > 0.9
 
 
 @pytest.mark.parametrize("indices", [True, False])
@@ -314,7 +314,7 @@ def test_a_folder_with_some_of_the_classes(tmp_path: Path, indices: bool) -> Non
         assert opened.model.class_names == NAMES
     assert opened.images is not None
     assert set(opened.images.truth.tolist()) == {0, 2, 3}
-    assert opened.story["clean_accuracy"]["value"] > 0.9
+    assert opened.provenance.to_dict()["clean_accuracy"]["value"] > 0.9
 
 
 def test_images_of_many_sizes_take_the_size_that_was_given(tmp_path: Path) -> None:
@@ -334,7 +334,7 @@ def test_a_card_with_a_transformer_is_opened_as_it_is(tmp_path: Path) -> None:
     save_model(model, tmp_path / "m")
     opened = open_model(tmp_path / "m", images=tiny_data(40, seed=1), run=run())
     assert opened.model.sha256() == model.sha256()
-    assert opened.story["clean_accuracy"]["value"] > 0.9
+    assert opened.provenance.to_dict()["clean_accuracy"]["value"] > 0.9
 
 
 # Other people's checkpoints ---------------------------------------------------------------------------
@@ -361,7 +361,7 @@ def test_published_checkpoints_open_without_a_hint(name: str, architecture: str,
     held = test.subset(torch.randperm(len(test), generator=torch.Generator().manual_seed(7))[:256])
     opened = open_model(folder / facts["file"], images=held, run=Run.create())
     assert architecture in opened.model.architecture
-    accuracy = opened.story["clean_accuracy"]
+    accuracy = opened.provenance.to_dict()["clean_accuracy"]
     assert accuracy["interval"][0] <= facts["measured"]["acc"] <= accuracy["interval"][1]
-    assert bool(opened.story["normalisation"]["mean"]) == normalised
+    assert bool(opened.provenance.to_dict()["normalisation"]["mean"]) == normalised
     assert opened.warnings == ()

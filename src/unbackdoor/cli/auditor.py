@@ -170,7 +170,7 @@ def open_case(source: Path, told: Told, run: Run, progress: Progress, *, quiet: 
         size=_size(told.size),
         run=run,
     )
-    for text in opened.story["images"]:
+    for text in opened.provenance.images:
         note(text, quiet=quiet)
     for warning in opened.warnings:
         note(f"mind: {warning}", quiet=quiet)
@@ -270,7 +270,7 @@ def subject(case: Case, *, title: str | None = None) -> Subject:
 
     model = case.opened.model
     digest = sha256_file(case.source)
-    facts = [("model", case.source.name), ("SHA-256 of the file", digest), *told(case.opened.story)]
+    facts = [("model", case.source.name), ("SHA-256 of the file", digest), *case.opened.provenance.in_words()]
     if case.images is not None:
         labels = "with labels" if case.images.labels is not None else "without labels"
         facts.append(("clean images", f"{len(case.images)}, {labels}"))
@@ -282,20 +282,6 @@ def subject(case: Case, *, title: str | None = None) -> Subject:
         command_line(),
         f"Made by unbackdoor {__version__} with torch {torch.__version__}.",
     )
-
-
-def told(story: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return how a model was opened as terms and texts."""
-    architecture, scale = story["architecture"], story["normalisation"]
-    height_width = " x ".join(map(str, story["input_shape"][1:]))
-    out = [
-        ("architecture", f"{architecture['spec']} ({architecture['source']})"),
-        ("input", f"{height_width}, {story['input_shape'][0]} channels ({story['size_source']})"),
-        ("normalisation", f"{scale['name']} ({scale['source']})"),
-        ("classes", f"{story['classes']} (names: {story['class_names_source']})"),
-    ]
-    out += [("names", text) for text in story["names"].get("changes", ())]
-    return out
 
 
 def stored_types(case: Case) -> dict[str, torch.dtype]:
@@ -394,7 +380,7 @@ def write_repair(case: Case, done: Purification, out: Path, patch: Path | None) 
         "clean_images": done.facts["images_for_the_method"],
         "source_file_sha256": sha256_file(case.source),
         **purification_json(done, case.opened.model.class_names),
-        "opened": case.opened.story,
+        "opened": case.opened.provenance.to_dict(),
     }
     method = dict(done.purified.method)
     step = {

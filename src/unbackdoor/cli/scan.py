@@ -103,7 +103,7 @@ def scan(
             "model": str(case.source),
             "file_sha256": digest,
             **audit_json(audit, names),
-            "opened": case.opened.story,
+            "opened": case.opened.provenance.to_dict(),
         }
     try:
         if report is not None:

@@ -85,7 +85,10 @@ def verify(
             "before": str(first.source),
             "after": str(second.source),
             "comparison": verification_json(done, names),
-            "opened": {"before": first.opened.story, "after": second.opened.story},
+            "opened": {
+                "before": first.opened.provenance.to_dict(),
+                "after": second.opened.provenance.to_dict(),
+            },
         }
     try:
         if report is not None:

@@ -2,7 +2,7 @@
 
 Nothing in the file is executed. What the file does not say is taken, in this order, from the arguments, from
 a card beside it, from the configuration of the architecture's source, and last from clean images: whichever
-way to read them makes the model most accurate. The story tells which of these it was, for each fact.
+way to read them makes the model most accurate. Its provenance tells which of these it was, for each fact.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,6 +27,7 @@ from unbackdoor.opening.classifier_files import load_model
 from unbackdoor.opening.cost_limits import outputs_of
 from unbackdoor.opening.load_tensors import Filled, fill, require_finite
 from unbackdoor.opening.normalisation_guess import Convention, Inferred, infer, usual
+from unbackdoor.opening.provenance import ArchitectureOrigin, NameChanges, NormalisationOrigin, Provenance
 from unbackdoor.opening.recognise_architecture import ends
 from unbackdoor.opening.rename_tensors import Adapted, Difference
 from unbackdoor.types import Classifier, Images, Progress, silent
@@ -54,7 +54,7 @@ class Opened:
     Attributes:
         model: The classifier, in evaluation mode on the CPU.
         images: The clean images in the model's form, or None where none were given.
-        story: JSON-ready: what was assumed and why; its ``warnings`` are to be shown loudly.
+        provenance: What was assumed and why; its ``warnings`` are to be shown loudly.
         names: The file's name of every tensor by the network's name, so that a repaired model can be written
             under the names its owner knows.
         places: Of a network that is the file's own graph: where each of its tensors stands there; else None.
@@ -63,7 +63,7 @@ class Opened:
 
     model: Classifier
     images: Images | None
-    story: Mapping[str, Any]
+    provenance: Provenance
     names: Mapping[str, str] = field(default_factory=dict)
     places: Mapping[str, Place] | None = None
     source: Source | None = None
@@ -71,7 +71,7 @@ class Opened:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What should not be overlooked."""
-        return tuple(self.story["warnings"])
+        return self.provenance.warnings
 
 
 def open_model(
@@ -96,7 +96,7 @@ def open_model(
             from the tensors of others. Options of our own families that are not typed are read off the
             tensors.
         images: Clean images, at best labelled, or where to load them from. Without any, an architecture or a
-            normalisation that the file does not show is assumed, and the story warns of it.
+            normalisation that the file does not show is assumed, with a warning.
         class_names: K names, in logit order.
         mean: Per-channel mean; empty for no normalisation; None for not known.
         std: Per-channel deviation, likewise.
@@ -105,7 +105,7 @@ def open_model(
         progress: Shows how far loading has come.
 
     Returns:
-        The classifier, the images in its form, and the story.
+        The classifier, the images in its form, and its provenance.
 
     Raises:
         InputError: If a file cannot be used, or several networks fit and nothing decides.
@@ -182,23 +182,18 @@ def _with_card(
     mean, std = normalisation(model)
     scale = given.convention or Convention("the card's", mean, std)
     inferred = _judge({model.architecture: model.network}, held, [scale], None, run)
-    story = {
-        "file": path.name,
-        "card": True,
-        "architecture": {
-            "spec": model.architecture,
-            "source": "named by the user" if given.arch else "the card",
-            "note": "",
-            "fitting": [],
-        },
-        "names": _names_story(None),
-        "normalisation": _scale_story(scale, "arguments" if given.convention else "the card"),
-        "input_shape": list(model.input_shape),
-        "size_source": "arguments" if given.size else "the card",
-        "classes": model.classes,
-        "class_names_source": "arguments" if given.class_names else "the card",
-    }
-    return Opened(model, held, _finished(story, told, inferred, []), source=source)
+    provenance = Provenance(
+        path.name,
+        True,
+        ArchitectureOrigin(model.architecture, "named by the user" if given.arch else "the card"),
+        NameChanges(),
+        NormalisationOrigin.of(scale, "arguments" if given.convention else "the card"),
+        model.input_shape,
+        "arguments" if given.size else "the card",
+        model.classes,
+        "arguments" if given.class_names else "the card",
+    )
+    return Opened(model, held, provenance.measured(told, inferred, []), source=source)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -247,8 +242,8 @@ def _own_graph(
         path, lambda *_: {_GRAPH: filled}, given, Known(), raw, shape, size_source, names, run, progress
     )
     warnings = [_assumed_size(shape)] if size_source == _ASSUMED_SIZE else []
-    architecture = {"spec": "ONNX", "source": _GRAPH, "note": "; ".join(network.meta["notes"]), "fitting": []}
-    opened = _told(source, attempt, architecture, names_source, warnings)
+    architecture = ArchitectureOrigin("ONNX", _GRAPH, "; ".join(network.meta["notes"]))
+    opened = _with_provenance(source, attempt, architecture, names_source, warnings)
     return replace(opened, places=network.meta["places"])
 
 
@@ -302,42 +297,44 @@ def _by_names(
     attempt = max(attempts, key=lambda a: a.inferred.interval.low if a.inferred is not None else 0.0)
     if given.size is None and raw is None and attempt.size_source == _ASSUMED_SIZE:
         warnings.append(_assumed_size(attempt.shape))
-    architecture = {
-        "spec": attempt.model.architecture,
-        "source": variants.source,
-        "note": variants.note,
-        "fitting": [candidate.spec for candidate in variants.candidates],
-    }
-    return _told(source, attempt, architecture, names_source, warnings)
+    architecture = ArchitectureOrigin(
+        attempt.model.architecture,
+        variants.source,
+        variants.note,
+        tuple(candidate.spec for candidate in variants.candidates),
+    )
+    return _with_provenance(source, attempt, architecture, names_source, warnings)
 
 
 def _assumed_size(shape: Shape) -> str:
     return f"The input size is not known; {shape[1]} x {shape[2]} was assumed. Give the size"
 
 
-def _told(
-    source: Source, attempt: _Attempt, architecture: Mapping[str, Any], names_source: str, warnings: list[str]
+def _with_provenance(
+    source: Source,
+    attempt: _Attempt,
+    architecture: ArchitectureOrigin,
+    names_source: str,
+    warnings: list[str],
 ) -> Opened:
-    """Return what was opened with its story."""
-    story = {
-        "file": source.path.name,
-        "card": False,
-        "architecture": dict(architecture),
-        "names": _names_story(attempt.filled),
-        "normalisation": _scale_story(attempt.scale, attempt.scale_source),
-        "input_shape": list(attempt.shape),
-        "size_source": attempt.size_source,
-        "classes": attempt.model.classes,
-        "class_names_source": names_source,
-    }
-    finished = _finished(story, attempt.told, attempt.inferred, [*warnings, *attempt.warnings])
+    provenance = Provenance(
+        source.path.name,
+        False,
+        architecture,
+        NameChanges.of(attempt.filled.adapted),
+        NormalisationOrigin.of(attempt.scale, attempt.scale_source),
+        attempt.shape,
+        attempt.size_source,
+        attempt.model.classes,
+        names_source,
+    ).measured(attempt.changes, attempt.inferred, [*warnings, *attempt.warnings])
     translated = attempt.filled.adapted.renamed
     file_names = {
         name: translated.get(name, name)
         for name in attempt.model.network.state_dict()
         if name not in attempt.filled.adapted.filled
     }
-    return Opened(attempt.model, attempt.images, finished, file_names, source=source)
+    return Opened(attempt.model, attempt.images, provenance, file_names, source=source)
 
 
 def _names_misfit(outputs: int | None, names: Sequence[str], path: Path) -> UnsupportedModel:
@@ -359,7 +356,7 @@ class _Attempt:
     scale: Convention
     scale_source: str
     inferred: Inferred | None
-    told: tuple[str, ...]
+    changes: tuple[str, ...]
     warnings: tuple[str, ...]
 
     @property
@@ -662,48 +659,6 @@ def _second_thoughts(
 
 def _listed(values: Sequence[float]) -> str:
     return ",".join(f"{value:g}" for value in values)  # as --mean and --std take them
-
-
-# ---------------------------------------------------------------------------------------------------
-# The story
-
-
-def _names_story(filled: Filled | None) -> dict[str, Any]:
-    if filled is None:
-        return {"changes": [], "renamed": {}, "dropped": {}, "filled": [], "folded": []}
-    adapted = filled.adapted
-    return {
-        "changes": adapted.story(),
-        "renamed": {old: new for new, old in adapted.renamed.items()},
-        "dropped": dict(adapted.dropped),
-        "filled": list(adapted.filled),
-        "folded": list(adapted.folded),
-    }
-
-
-def _scale_story(scale: Convention, source: str) -> dict[str, Any]:
-    return {"name": scale.name, "mean": list(scale.mean), "std": list(scale.std), "source": source}
-
-
-def _finished(
-    story: dict[str, Any], told: tuple[str, ...], inferred: Inferred | None, warnings: list[str]
-) -> dict[str, Any]:
-    accuracy = None
-    if inferred is not None:
-        warnings = [*([inferred.warning] if inferred.warning else []), *warnings]
-        if inferred.by_labels:
-            accuracy = {
-                "value": inferred.best.accuracy,
-                "interval": list(inferred.interval),
-                "images": inferred.best.total,
-            }
-    return {
-        **story,
-        "images": [*told, *(inferred.notes if inferred is not None else ())],
-        "clean_accuracy": accuracy,
-        "inference": inferred.facts() if inferred is not None else None,
-        "warnings": warnings,
-    }
 
 
 def executes_code(arch: str | None) -> bool:

@@ -1,0 +1,179 @@
+"""How a model was opened: what its file says, what was assumed, and who said so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from unbackdoor.opening.normalisation_guess import Convention, Inferred
+from unbackdoor.opening.rename_tensors import Adapted
+
+
+@dataclass(frozen=True)
+class ArchitectureOrigin:
+    """Which network was built.
+
+    Attributes:
+        spec: Text that builds it, or ``ONNX``.
+        source: Who named it.
+        note: What no tensor shows, in words.
+        fitting: All specs that fit the tensors.
+    """
+
+    spec: str
+    source: str
+    note: str = ""
+    fitting: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class NameChanges:
+    """How the file's names became the network's.
+
+    Attributes:
+        changes: In words.
+        renamed: The network's name by the file's.
+        dropped: Tensors of the file that the network does not have, and why.
+        filled: Tensors of the network that the file does not have.
+        folded: Tensors that were computed from several of the file.
+    """
+
+    changes: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    filled: tuple[str, ...] = ()
+    folded: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, adapted: Adapted) -> NameChanges:
+        """Return the changes of a translation."""
+        return cls(
+            tuple(adapted.story()),
+            {old: new for new, old in adapted.renamed.items()},
+            dict(adapted.dropped),
+            tuple(adapted.filled),
+            tuple(adapted.folded),
+        )
+
+
+@dataclass(frozen=True)
+class NormalisationOrigin:
+    """How pixels in [0, 1] are scaled before the network.
+
+    Attributes:
+        name: What it is called.
+        mean: Per channel; empty for none.
+        std: Likewise.
+        source: Who said so.
+    """
+
+    name: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    source: str
+
+    @classmethod
+    def of(cls, convention: Convention, source: str) -> NormalisationOrigin:
+        """Return a convention with its source."""
+        return cls(convention.name, tuple(convention.mean), tuple(convention.std), source)
+
+
+@dataclass(frozen=True)
+class MeasuredAccuracy:
+    """Clean accuracy of the model as it was opened.
+
+    Attributes:
+        value: In 0..1.
+        interval: Its 95 % interval.
+        images: Number of images.
+    """
+
+    value: float
+    interval: tuple[float, float]
+    images: int
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How a model was opened.
+
+    Attributes:
+        file: Name of the file.
+        card: Whether a card beside it told the rest.
+        architecture: Which network was built.
+        names: How the file's names became the network's.
+        normalisation: How pixels are scaled.
+        input_shape: (C, H, W).
+        size_source: Who said how large images are.
+        classes: Number of classes K.
+        class_names_source: Who named them.
+        images: What was done to the images and observed on them, in words.
+        clean_accuracy: None without labelled images.
+        inference: JSON-ready: what was tried on the images; None where nothing was.
+        warnings: What is to be shown loudly.
+    """
+
+    file: str
+    card: bool
+    architecture: ArchitectureOrigin
+    names: NameChanges
+    normalisation: NormalisationOrigin
+    input_shape: tuple[int, int, int]
+    size_source: str
+    classes: int
+    class_names_source: str
+    images: tuple[str, ...] = ()
+    clean_accuracy: MeasuredAccuracy | None = None
+    inference: Mapping[str, Any] | None = None
+    warnings: tuple[str, ...] = ()
+
+    def measured(
+        self, changes: tuple[str, ...], inferred: Inferred | None, warnings: list[str]
+    ) -> Provenance:
+        """Return it with what the images showed.
+
+        Args:
+            changes: What was done to the images, in words.
+            inferred: What was found on them; None where there are none.
+            warnings: What is to be shown loudly beside its own warning.
+        """
+        if inferred is None:
+            return replace(self, images=changes, warnings=tuple(warnings))
+        best = inferred.best
+        accuracy = None
+        if inferred.by_labels:
+            low, high = inferred.interval
+            accuracy = MeasuredAccuracy(best.accuracy, (low, high), best.total)
+        own = [inferred.warning] if inferred.warning else []
+        return replace(
+            self,
+            images=(*changes, *inferred.notes),
+            clean_accuracy=accuracy,
+            inference=inferred.facts(),
+            warnings=(*own, *warnings),
+        )
+
+    def in_words(self) -> list[tuple[str, str]]:
+        """Return it as terms and texts."""
+        channels, *sides = self.input_shape
+        architecture, scale = self.architecture, self.normalisation
+        out = [
+            ("architecture", f"{architecture.spec} ({architecture.source})"),
+            ("input", f"{' x '.join(map(str, sides))}, {channels} channels ({self.size_source})"),
+            ("normalisation", f"{scale.name} ({scale.source})"),
+            ("classes", f"{self.classes} (names: {self.class_names_source})"),
+        ]
+        return out + [("names", text) for text in self.names.changes]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain values for JSON."""
+        plain = _plain(asdict(self))
+        assert isinstance(plain, dict)
+        return plain
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value

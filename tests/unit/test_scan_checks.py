@@ -12,7 +12,8 @@ import torch
 
 import unbackdoor.audit
 from tiny import tiny_classifier, tiny_data
-from unbackdoor.audit.scanning import available_checks, default_checks, scan
+from unbackdoor.audit.checks import available_checks, default_checks
+from unbackdoor.audit.scanning import scan
 from unbackdoor.errors import ConfigError, InputError
 from unbackdoor.registry import SCANNERS, SCREENERS, Config, Variant, option, scanner
 from unbackdoor.triggers import RecoveredTrigger

@@ -22,7 +22,18 @@ def audit_json(audit: Audit, class_names: Sequence[str]) -> dict[str, Any]:
         "classes": [_class(k, class_names) for k in audit.classes],
         "reasons": list(audit.reasons),
         "partial": audit.partial,
+        "interrupted": audit.interrupted,
         "level": audit.level,
+        "corrected_for": audit.corrected_for,
+        "left_out": list(audit.left_out),
+        "noticed": [
+            {
+                "checks": list(n.checks),
+                "classes": [_class(k, class_names) for k in n.classes],
+                "adjusted_p_value": n.adjusted,
+            }
+            for n in audit.noticed
+        ],
         "checks": [_check(c, class_names) for c in audit.checks],
         "agreed": [
             {"class": _class(a.label, class_names), "checks": list(a.checks), "adjusted_p_value": a.adjusted}

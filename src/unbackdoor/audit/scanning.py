@@ -9,42 +9,28 @@ and not counted.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 from unbackdoor.audit.arguments import clean_data, require_classifier
+from unbackdoor.audit.checks import Check, default_checks, plan_checks
 from unbackdoor.audit.evidence import Agreement, agreements, holm
 from unbackdoor.engine import trusted_caller as caller
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError, MissingExtra, TooFewImages, UnbackdoorError, UnsupportedModel
-from unbackdoor.registry import SCANNERS, near_match
+from unbackdoor.registry import SCANNERS
 from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Classifier, CleanData, Images, Progress, ScanReport, Verdict, silent
 
 T = TypeVar("T")
 LEVEL = 0.05  # accepted probability of a false alarm of the whole scan
 GREY = 4.0  # times the level: up to there an adjusted p-value is neither evidence nor silence
-Status = Literal["ran", "skipped", "failed", "out of budget"]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One look at the model.
-
-    Attributes:
-        name: In reports: that of the scanner, with that of a variant behind a colon.
-        scanner: Registered scanner.
-        question: What it asks, in words for the report.
-        options: What differs from the scanner's defaults.
-    """
-
-    name: str
-    scanner: str
-    question: str
-    options: Mapping[str, Any] = field(default_factory=dict)
+Status = Literal["ran", "skipped", "failed", "out of budget", "interrupted"]
+LOST: tuple[Status, ...] = ("failed", "out of budget", "interrupted")  # begun or planned, and not ended
+_NAMED = 10  # classes that a sentence lists; the checks have all
+_NAME = 60  # characters of a class name, which comes from a file
 
 
 @dataclass(frozen=True)
@@ -94,6 +80,21 @@ class Agreed:
 
 
 @dataclass(frozen=True)
+class Noticed:
+    """What comes near to evidence, or is evidence.
+
+    Attributes:
+        checks: Names of the checks: one, or several that noticed the same class.
+        classes: The classes that they point to.
+        adjusted: p-value, corrected for all checks of the scan.
+    """
+
+    checks: tuple[str, ...]
+    classes: tuple[int, ...]
+    adjusted: float
+
+
+@dataclass(frozen=True)
 class Audit:
     """The answer of a scan and everything that it rests on.
 
@@ -107,6 +108,8 @@ class Audit:
         agreed: Classes that several checks noticed, strongest first.
         seconds: Wall time of the scan.
         facts: JSON-ready: hashes, seed, precision, numbers of images.
+        left_out: Usual checks that were not asked for. What is corrected for fewer checks is corrected less.
+        interrupted: True where Ctrl-C or SIGTERM ended the scan; the checks that had ended count.
     """
 
     verdict: Verdict
@@ -118,14 +121,23 @@ class Audit:
     seconds: float = 0.0
     facts: Mapping[str, Any] = field(default_factory=dict)
     agreed: tuple[Agreed, ...] = ()
+    left_out: tuple[str, ...] = ()
+    interrupted: bool = False
 
     @property
     def partial(self) -> bool:
-        """True where a planned check failed or was out of budget, so that silence proves less."""
-        return any(
-            c.status in ("failed", "out of budget") or (c.report is not None and c.report.partial)
-            for c in self.checks
-        )
+        """True where a planned check did not come to its end, so that silence proves less."""
+        return any(c.status in LOST or (c.report is not None and c.report.partial) for c in self.checks)
+
+    @property
+    def corrected_for(self) -> int:
+        """Number of checks that the p-values are corrected for: those that gave one."""
+        return sum(c.p_value is not None for c in self.checks)
+
+    @property
+    def noticed(self) -> tuple[Noticed, ...]:
+        """What is no silence: all whose corrected p-value is within four times the level, smallest first."""
+        return tuple(n for n in _ranked(self.checks, self.agreed) if n.adjusted <= GREY * self.level)
 
     @property
     def guilty(self) -> tuple[Checked, ...]:
@@ -146,6 +158,9 @@ class Audit:
     def unsupported(self) -> bool:
         """True where no check ran, and those that could have run cannot work on such a model."""
         return any(c.unsuited for c in self.checks) and not any(c.status == "ran" for c in self.checks)
+
+
+BEFORE_IT_BEGAN = "the scan was interrupted before it began"
 
 
 class _BudgetSpent(UnbackdoorError):
@@ -196,74 +211,83 @@ def scan(
         raise InputError("the level does not fit", expected="a probability in (0, 1)", got=level)
     require_classifier(model)
     Run.create(seed=seed, device=device, policy=precision)  # a missing device is told once, not by each check
-    planned = _planned([checks] if isinstance(checks, str) else checks)
+    planned = plan_checks([checks] if isinstance(checks, str) else checks)
     given = clean_data(data, seed)
     owned = given if given is not None else CleanData.empty(model.input_shape, model.class_names)
+    facts = {
+        "model_sha256": model.sha256(),
+        "architecture": model.architecture,
+        "model_classes": model.classes,
+        "images": len(owned),
+        "images_sha256": owned.fingerprint() if len(owned) else None,
+        "labelled": bool(len(owned)) and owned.fit.labels is not None,
+        "seed": seed,
+        "budget": budget,
+    }
     start = time.monotonic()
     deadline = None if budget is None else start + budget
-    done = []
-    for check in planned:
-        done.append(
-            _look(check, model, owned, deadline, seed=seed, device=device, precision=precision, show=progress)
-        )
+    done: list[Checked] = []
+    begun, interrupted = start, False
+    try:
+        for check in planned:
+            begun = time.monotonic()
+            done.append(
+                _look(
+                    check,
+                    model,
+                    owned,
+                    deadline,
+                    seed=seed,
+                    device=device,
+                    precision=precision,
+                    show=progress,
+                )
+            )
+    except KeyboardInterrupt:
+        interrupted = True
+        left = planned[len(done) :]
+        seconds = time.monotonic() - begun
+        done += [Checked(c, "interrupted", "it was interrupted", seconds=seconds) for c in left[:1]]
+        done += [Checked(c, "interrupted", BEFORE_IT_BEGAN) for c in left[1:]]
+    return _concluded(
+        done, level, facts, model.class_names, seconds=time.monotonic() - start, interrupted=interrupted
+    )
+
+
+def unscanned(model: Classifier, planned: Sequence[Check], level: float) -> Audit:
+    """Return a scan that was interrupted before any of its checks began."""
+    done = [Checked(check, "interrupted", BEFORE_IT_BEGAN) for check in planned]
+    return _concluded(
+        done, level, {"model_sha256": model.sha256()}, model.class_names, seconds=0.0, interrupted=True
+    )
+
+
+def _concluded(
+    done: Sequence[Checked],
+    level: float,
+    facts: Mapping[str, Any],
+    class_names: Sequence[str],
+    *,
+    seconds: float,
+    interrupted: bool,
+) -> Audit:
     judged, agreed = _adjusted(done)
-    verdict, classes, reasons = _weigh(judged, agreed, level)
+    names = {c.check.name for c in done}
+    left_out = tuple(check.name for check in default_checks() if check.name not in names)
+    verdict, classes, reasons = _weigh(judged, agreed, level, class_names)
     return Audit(
         verdict,
         classes,
         tuple(judged),
-        tuple(reasons),
+        (*reasons, *_correction(judged, left_out)),
         level,
         tuple(_triggers(judged, classes)),
-        time.monotonic() - start,
-        {
-            "model_sha256": model.sha256(),
-            "architecture": model.architecture,
-            "model_classes": model.classes,
-            "images": len(owned),
-            "images_sha256": owned.fingerprint() if len(owned) else None,
-            "labelled": bool(len(owned)) and owned.fit.labels is not None,
-            "seed": seed,
-            "budget": budget,
-        },
+        seconds,
+        facts,
         tuple(agreed),
+        left_out,
+        interrupted,
     )
-
-
-def available_checks() -> tuple[Check, ...]:
-    """Return the checks of all registered scanners and their variants, cheapest first."""
-    out = []
-    for part in sorted((SCANNERS[name] for name in SCANNERS), key=lambda part: part.scanning.cost):
-        question = part.scanning.question or part.summary or f"What does {part.name} say?"
-        out.append(Check(part.name, part.name, question))
-        for key, variant in part.scanning.variants.items():
-            out.append(Check(f"{part.name}:{key}", part.name, variant.question, variant.options))
-    return tuple(out)
-
-
-def default_checks() -> tuple[Check, ...]:
-    """Return the checks of a scan for which none are named: of every scanner that declares a question."""
-    return tuple(check for check in available_checks() if SCANNERS[check.scanner].scanning.question)
-
-
-def _planned(checks: Sequence[Check | str] | None) -> tuple[Check, ...]:
-    if checks is None:
-        return default_checks()
-    known = {check.name: check for check in available_checks()}
-    if not checks:
-        raise InputError("no check was named", expected="one or more of " + ", ".join(known))
-    out = []
-    for check in checks:
-        if isinstance(check, str) and check not in known:
-            raise InputError(
-                f"unknown check {check!r}{near_match(check, known)}", expected="one of " + ", ".join(known)
-            )
-        out.append(known[check] if isinstance(check, str) else check)
-    twice = [name for name, count in Counter(check.name for check in out).items() if count > 1]
-    if twice:
-        # It would be counted twice, and agree with itself.
-        raise InputError("a check is named twice", got=", ".join(twice), remedy="Name each check once")
-    return tuple(out)
 
 
 def _look(
@@ -285,11 +309,19 @@ def _look(
     if deadline is not None and time.monotonic() >= deadline:
         return Checked(check, "out of budget", "the budget was spent before it began")
 
+    spent = False
+
     def limited(items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
+        nonlocal spent
         for item in show(items, f"{check.name}: {label}", total):
             if deadline is not None and time.monotonic() >= deadline:
-                raise _BudgetSpent("the budget was spent while it ran")
+                spent = True
+                raise _BudgetSpent("the time of the scan is over")
             yield item
+
+    def lost() -> Checked:
+        reason = "the budget was spent while it ran"
+        return Checked(check, "out of budget", reason, seconds=time.monotonic() - start)
 
     start = time.monotonic()
     try:
@@ -303,15 +335,20 @@ def _look(
             precision=precision,
             progress=limited,
         )
-    except _BudgetSpent as error:
-        return Checked(check, "out of budget", error.problem, seconds=time.monotonic() - start)
+    except _BudgetSpent:
+        return lost()
     except (UnsupportedModel, MissingExtra) as error:
         unsuited = isinstance(error, UnsupportedModel)
         return Checked(check, "skipped", str(error), seconds=time.monotonic() - start, unsuited=unsuited)
     except TooFewImages as error:
         return Checked(check, "skipped", str(error), seconds=time.monotonic() - start)
     except UnbackdoorError as error:
+        # A scanner may have put the end of its time into other words, or gone on without what it lacked.
+        if spent:
+            return lost()
         return Checked(check, "failed", str(error), seconds=time.monotonic() - start)
+    if spent:
+        return lost()
     return Checked(check, "ran", "", report, _p_value(report), seconds=time.monotonic() - start)
 
 
@@ -342,46 +379,70 @@ def _adjusted(done: Sequence[Checked]) -> tuple[list[Checked], list[Agreed]]:
     return [replace(c, adjusted=by_place.get(i)) for i, c in enumerate(done)], [named(a) for a in together]
 
 
+def _ranked(done: Sequence[Checked], agreed: Sequence[Agreed]) -> list[Noticed]:
+    """Return all that was counted, smallest corrected p-value first; an agreement before its checks."""
+    out = [Noticed(a.checks, (a.label,), a.adjusted) for a in agreed]
+    out += [Noticed((c.check.name,), c.classes, c.adjusted) for c in done if c.adjusted is not None]
+    return sorted(out, key=lambda noticed: noticed.adjusted)
+
+
 def _weigh(
-    done: Sequence[Checked], agreed: Sequence[Agreed], level: float
+    done: Sequence[Checked], agreed: Sequence[Agreed], level: float, names: Sequence[str]
 ) -> tuple[Verdict, tuple[int, ...], list[str]]:
     """Return the verdict, the suspected classes and the reasons in words."""
-    counted = sorted((c for c in done if c.adjusted is not None), key=lambda c: c.adjusted or 0.0)
-    guilty = [c for c in counted if c.adjusted is not None and c.adjusted <= level]
-    joint = [a for a in agreed if a.adjusted <= level]
-    if guilty or joint:
-        suspects = [(a.adjusted, (a.label,)) for a in joint] + [
-            (c.adjusted or 0.0, c.classes) for c in guilty
-        ]
-        classes = tuple(dict.fromkeys(k for _, own in sorted(suspects, key=lambda s: s[0]) for k in own))
-        told = [f"{c.check.name}: adjusted p = {c.adjusted:.2g}" for c in guilty]
-        told += [
-            f"{' and '.join(a.checks)} together, on class {a.label}: adjusted p = {a.adjusted:.2g}"
-            for a in joint
-        ]
-        return "backdoor found", classes, ["Evidence of a backdoor in " + "; ".join(told) + "."]
-    if not counted:
-        return "undecided", (), ["No check came to a calibrated result."]
-    reasons = []
-    lost = [c for c in done if c.status in ("failed", "out of budget")]
+    ranked = _ranked(done, agreed)
+    guilty = [one for one in ranked if one.adjusted <= level]
+    if guilty:
+        classes = tuple(dict.fromkeys(k for one in guilty for k in one.classes))
+        told = "; ".join(_sentence(one, names) for one in guilty)
+        return "backdoor found", classes, [f"Evidence of a backdoor in {told}."]
+    reasons = [] if ranked else ["No check came to a calibrated result."]
+    lost = [c for c in done if c.status in LOST]
     if lost:
-        told = [f"{c.check.name} ({c.reason.rstrip('.')})" for c in lost]
-        reasons.append("Not all checks came to their end: " + "; ".join(told) + ".")
-    missing = [c for c in done if c.status == "skipped" and "clean images" in c.reason]
-    if missing:
+        told = "; ".join(f"{c.check.name} ({c.reason.rstrip('.')})" for c in lost)
+        reasons.append(f"Not all checks came to their end: {told}.")
+    if any(c.status == "skipped" and "clean images" in c.reason for c in done):
         reasons.append("Most checks need clean images, and there are none.")
-    lowest, who = counted[0].adjusted or 0.0, counted[0].check.name
-    if agreed and agreed[0].adjusted < lowest:
-        lowest, who = agreed[0].adjusted, " and ".join(agreed[0].checks) + " together"
-    if lowest <= GREY * level:
-        reasons.append(f"What {who} noticed is no evidence yet (adjusted p = {lowest:.2g}).")
+    near = [one for one in ranked if one.adjusted <= GREY * level]
+    if near:
+        told = "; ".join(_sentence(one, names) for one in near)
+        reasons.append(f"What was noticed is no evidence yet: {told}.")
     if reasons:
         return "undecided", (), reasons
-    return (
-        "no evidence found",
-        (),
-        [f"No check sees a class that stands apart (smallest adjusted p = {lowest:.2g})."],
-    )
+    lowest = [one for one in ranked if one.adjusted == ranked[0].adjusted]
+    told = f"smallest adjusted p = {lowest[0].adjusted:.2g}"
+    if lowest[0].adjusted < 1:
+        told = "the smallest p-value: " + "; ".join(_sentence(one, names) for one in lowest)
+    return "no evidence found", (), [f"No check sees a class that stands apart ({told})."]
+
+
+def _sentence(noticed: Noticed, names: Sequence[str]) -> str:
+    """Return who noticed which classes, and the p-value."""
+    who = " and ".join(noticed.checks) + (" together" if len(noticed.checks) > 1 else "")
+    aims = [_class(k, names) for k in noticed.classes[:_NAMED]]
+    if len(noticed.classes) > _NAMED:
+        aims.append(f"{len(noticed.classes) - _NAMED} more")
+    towards = " and ".join(aims) or "no single class"
+    return f"{who}, towards {towards}: adjusted p = {noticed.adjusted:.2g}"
+
+
+def _class(label: int, names: Sequence[str]) -> str:
+    name = names[label][:_NAME]
+    return f"class {label}" if name == str(label) else f"{name} (class {label})"
+
+
+def _correction(done: Sequence[Checked], left_out: Sequence[str]) -> list[str]:
+    """Return how many checks the p-values are corrected for, where they are fewer than usual."""
+    count = sum(c.p_value is not None for c in done)
+    told = []
+    if count:
+        checks = "1 check that gave a p-value" if count == 1 else f"{count} checks that gave a p-value"
+        told.append(f"The p-values are corrected for the {checks}.")
+    if left_out:
+        told.append(
+            f"Not asked for: {', '.join(left_out)}. A scan of all usual checks corrects for more of them."
+        )
+    return told
 
 
 def _triggers(done: Sequence[Checked], suspected: Sequence[int]) -> list[RecoveredTrigger]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from unbackdoor.audit.arguments import require_classifier, require_images
+from unbackdoor.audit.checks import Check, plan_checks
 from unbackdoor.audit.comparison import (
     Accuracy,
     TensorChange,
@@ -21,7 +22,7 @@ from unbackdoor.audit.comparison import (
     trigger_success,
 )
 from unbackdoor.audit.purifying import Residue, split_proof
-from unbackdoor.audit.scanning import LEVEL, Audit, Check, scan
+from unbackdoor.audit.scanning import LEVEL, Audit, scan, unscanned
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import UnsupportedModel
@@ -57,6 +58,11 @@ class Verification:
     seconds: float = 0.0
     facts: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def interrupted(self) -> bool:
+        """True where Ctrl-C or SIGTERM ended one of the scans; what had been found counts."""
+        return self.before.interrupted or self.after.interrupted
+
 
 def verify(
     before: Classifier,
@@ -79,7 +85,9 @@ def verify(
         after: What is said to be its repair; of the same input and classes.
         images: Clean images, with or without labels; a part is kept for trying the triggers.
         triggers: Known triggers to try beside the recovered ones.
-        checks: Which scanners look at both.
+        checks: Which checks look at both; None is :func:`unbackdoor.audit.checks.default_checks`, so that
+            whatever a scan may accuse the original of is looked for in its repair. On the repair, those that
+            accuse the original come first: they are repeated even where the budget ends the others.
         level: Accepted probability of a false alarm in each scan.
         budget: Seconds for both scans together; None is no limit.
         seed: Seed of every draw.
@@ -104,12 +112,14 @@ def verify(
     data = CleanData.split(given, seed=seed)
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
 
-    def look(model: Classifier) -> Audit:
+    planned = plan_checks([checks] if isinstance(checks, str) else checks)
+
+    def look(model: Classifier, order: Sequence[Check]) -> Audit:
         left = None if budget is None else budget / 2
         return scan(
             model,
             data,
-            checks=checks,
+            checks=order,
             level=level,
             budget=left,
             seed=seed,
@@ -118,7 +128,10 @@ def verify(
             progress=progress,
         )
 
-    first, second = look(before), look(after)
+    first = look(before, planned)
+    second = unscanned(after, planned, level) if first.interrupted else look(after, _accusers_first(first))
+    places = {check.name: place for place, check in enumerate(planned)}
+    second = replace(second, checks=tuple(sorted(second.checks, key=lambda c: places[c.check.name])))
     known = (*triggers, *first.triggers)
     residues = tuple(Residue(t, *(trigger_success(m, shown, t, run) for m in (before, after))) for t in known)
     hashes = before.sha256(), after.sha256()
@@ -139,3 +152,8 @@ def verify(
             "seed": seed,
         },
     )
+
+
+def _accusers_first(audit: Audit) -> list[Check]:
+    """Return the checks of a scan, those that are evidence before the others."""
+    return [c.check for c in sorted(audit.checks, key=lambda c: not audit.accuses(c))]

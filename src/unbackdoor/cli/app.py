@@ -46,6 +46,8 @@ EPILOG = """\
   3    the model is of a kind that the method cannot work on
   130  interrupted with Ctrl-C or SIGTERM; no half-written file is left behind
 
+Interrupted, scan and verify print and write the checks that had ended.
+
 Results go to standard output; progress and errors go to standard error."""
 
 

@@ -56,7 +56,8 @@ def scan(
     is said is "backdoor found", "no evidence found" or "undecided", and never "clean".
 
     Exit codes: 0 no evidence found, 1 backdoor found, 2 an error, or the scan could not decide or did not
-    finish, 3 the model is of a kind that no check can work on.
+    finish, 3 the model is of a kind that no check can work on, 130 interrupted with Ctrl-C or SIGTERM: what
+    had ended by then is printed and written all the same.
     """
     from unbackdoor.audit.json_records import audit_json
     from unbackdoor.audit.scanning import scan as look
@@ -118,6 +119,8 @@ def scan(
             auditor.show_audit(audit, names)
     if report is not None and not as_json:
         say(f"Report: {report / auditor.PAGE}")
+    if audit.interrupted:
+        raise KeyboardInterrupt  # everything is written; the exit code and the word are those of any command
     if audit.verdict == "backdoor found":
         raise typer.Exit(FOUND)
     if audit.unsupported and not audit.partial:

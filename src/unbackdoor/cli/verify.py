@@ -107,6 +107,8 @@ def verify(
             _show(done, names)
     if report is not None and not as_json:
         say(f"Report: {report / auditor.PAGE}")
+    if done.interrupted:
+        raise KeyboardInterrupt  # everything is written; the exit code and the word are those of any command
     code = outcome(done)
     if code:
         raise typer.Exit(code)

@@ -199,7 +199,13 @@ def _compared(done: Verification) -> tuple[Tone, str]:
 
 
 def _check(checked: Checked, subject: Subject) -> dict[str, Any]:
-    results = {"ran": "", "skipped": "not run", "failed": "failed", "out of budget": "out of time"}
+    results = {
+        "ran": "",
+        "skipped": "not run",
+        "failed": "failed",
+        "out of budget": "out of time",
+        "interrupted": "interrupted",
+    }
     classes = ", ".join(subject.name(k) for k in checked.classes[:3])
     if len(checked.classes) > 3:
         classes += f" and {len(checked.classes) - 3} more"

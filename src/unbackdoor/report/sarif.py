@@ -20,8 +20,8 @@ def sarif(audit: Audit, model: Path, class_names: Sequence[str], *, file_sha256:
     """Return a scan as a SARIF log with one run.
 
     A check with evidence is a result of level ``error``, and so is a class that several checks noticed; an
-    undecided scan is one ``warning``; a scan without evidence has no result. Checks that failed or were out
-    of budget are notifications, and the invocation is then marked as unsuccessful.
+    undecided scan is one ``warning``; a scan without evidence has no result. Checks that did not come to
+    their end are notifications, and the invocation is then marked as unsuccessful.
 
     Args:
         audit: The scan.
@@ -80,7 +80,12 @@ def sarif(audit: Audit, model: Path, class_names: Sequence[str], *, file_sha256:
                 ],
                 "artifacts": [{"location": {"uri": quote(model.name)}, "hashes": {"sha-256": file_sha256}}],
                 "results": results,
-                "properties": {"verdict": audit.verdict, "level": audit.level, "partial": audit.partial},
+                "properties": {
+                    "verdict": audit.verdict,
+                    "level": audit.level,
+                    "partial": audit.partial,
+                    "interrupted": audit.interrupted,
+                },
             }
         ],
     }

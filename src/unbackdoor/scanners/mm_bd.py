@@ -51,7 +51,13 @@ class MMBDConfig(Config):
     level: float = option(0.05, "largest p-value that counts", source="the paper", gt=0, lt=1)
 
 
-@scanner("mm_bd", config=MMBDConfig, paper="arXiv:2205.06900", needs=set())
+@scanner(
+    "mm_bd",
+    config=MMBDConfig,
+    paper="arXiv:2205.06900",
+    needs=set(),
+    quick={"steps": 20, "starts": 2},
+)
 def scan(model: Classifier, data: CleanData, cfg: MMBDConfig, *, run: Run) -> ScanReport:
     """Maximise the margin of every class over inputs, and test the largest one."""
     margins, shown = maximum_margins(model, cfg, run)

@@ -85,6 +85,7 @@ class NeuralCleanseConfig(ReachConfig):
     paper="IEEE S&P 2019",
     needs={"images"},
     presets={"blend": {"form": "blend"}},
+    quick={"steps": 30, "images": 8},
 )
 def scan(model: Classifier, data: CleanData, cfg: NeuralCleanseConfig, *, run: Run) -> ScanReport:
     """Look for the smallest change towards every class, test the smallest, and try the suspect's trigger."""

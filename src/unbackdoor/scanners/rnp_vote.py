@@ -50,7 +50,13 @@ class RNPVoteConfig(ExposureConfig):
     )
 
 
-@scanner("rnp_vote", config=RNPVoteConfig, paper="arXiv:2305.14876", needs={"images", "labels"})
+@scanner(
+    "rnp_vote",
+    config=RNPVoteConfig,
+    paper="arXiv:2305.14876",
+    needs={"images", "labels"},
+    quick={"repeats": 2, "batch_size": 32, "max_steps": 40, "unlearn_lr": 0.1},
+)
 def scan(model: Classifier, data: CleanData, cfg: RNPVoteConfig, *, run: Run) -> ScanReport:
     """Unlearn again and again, judge the winners of the votes, and show a trigger if asked for."""
     exposure = expose(model, data, cfg, run)

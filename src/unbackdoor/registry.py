@@ -25,6 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from unbackdoor.errors import ConfigError, InputError
 
 F = TypeVar("F", bound=Callable[..., Any])
+# Convolutions with batch normalisation, convolutions without, and attention.
+FAMILIES = frozenset({"conv-bn", "conv", "transformer"})
 
 
 def option(
@@ -156,6 +158,8 @@ class Part(Generic[F]):
     traits: frozenset[str] = frozenset()
     version: int = 1
     scanning: ScannerFacts = ScannerFacts()
+    quick: Mapping[str, Any] = field(default_factory=dict)  # options that make it quick on a tiny network
+    families: frozenset[str] = FAMILIES
 
     @property
     def summary(self) -> str:
@@ -222,8 +226,23 @@ class Registry(Generic[F]):
         traits: set[str] | frozenset[str] = frozenset(),
         version: int = 1,
         scanning: ScannerFacts | None = None,
+        quick: Mapping[str, Any] | None = None,
+        families: set[str] | frozenset[str] = FAMILIES,
     ) -> Callable[[F], F]:
-        """Return a decorator that enters a function under ``name``; a second owner of a name is refused."""
+        """Return a decorator that enters a function under ``name``; a second owner of a name is refused.
+
+        Args:
+            name: What users call it.
+            config: Its options.
+            paper: Where it comes from, or what it is.
+            needs: What it must be given: ``images``, ``labels``, :data:`ONE_A_CLASS`, :data:`INPUT_LABELS`.
+            presets: Named options that differ from the defaults.
+            traits: Properties that other parts of the package ask for, such as ``control``.
+            version: Raised whenever its results change.
+            quick: Options with which it takes a second on a tiny network; its mathematics stays the same.
+                The contract suite of :mod:`unbackdoor.testing` runs it with them.
+            families: Families of networks it works on, of :data:`FAMILIES`.
+        """
 
         def enter(function: F) -> F:
             if name in self._parts and self._parts[name].function.__module__ != function.__module__:
@@ -239,6 +258,8 @@ class Registry(Generic[F]):
                 traits=frozenset(traits),
                 version=version,
                 scanning=scanning or ScannerFacts(),
+                quick=MappingProxyType(dict(quick or {})),
+                families=frozenset(families),
             )
             return function
 

@@ -22,20 +22,17 @@ from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe
 from unbackdoor.errors import ConfigError, InputError, IntegrityError
 from unbackdoor.networks import build
+from unbackdoor.registry import ATTACKS
 from unbackdoor.types import Classifier, T, state_sha256
 
 RUN = Run.create(seed=3, policy="fp32")
 DATA = DataSet("tiny", tiny_data(160), tiny_data(40, seed=1), "crop", (), ())
-QUICK: dict[str, dict[str, Any]] = {
-    "trojannn": {"steps": 20, "surrogate_width": 4, "surrogate_epochs": 2},
-    "input_aware": {"mask_epochs": 2, "width": 2, "mask_weight": 5.0},
-}
-LEARNED = sorted(QUICK)
+LEARNED = [name for name in ATTACKS if "learned trigger" in ATTACKS[name].traits]
 
 
 def spec(attack: str, **options: Any) -> VictimSpec:
     recipe = Recipe(epochs=3, batch_size=32, lr=0.02)
-    options = {**QUICK[attack], **options}
+    options = {**ATTACKS[attack].quick, **options}
     return VictimSpec("tiny", "small_cnn[width=4]", recipe, attack=attack, options=options, seed=3)
 
 
@@ -190,7 +187,7 @@ def test_the_patch_raises_the_neurons_and_stays_in_its_corner() -> None:
     by_chance = [mean_with(torch.rand(1, 3, 3, generator=draws)) for _ in range(20)]
     assert mean_with(patch) > max(by_chance)
 
-    _, truth = poison(DATA.train, "trojannn", {**QUICK["trojannn"], "size": 3, "margin": 1}, seed=0)
+    _, truth = poison(DATA.train, "trojannn", {**ATTACKS["trojannn"].quick, "size": 3, "margin": 1}, seed=0)
     moved = (stamped(DATA.test.pixels, truth) != DATA.test.pixels).any(0)[0]  # (8, 8)
     outside = torch.ones(8, 8, dtype=torch.bool)
     outside[4:7, 4:7] = False

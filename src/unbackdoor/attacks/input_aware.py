@@ -136,6 +136,7 @@ def diversity_loss(pixels: Tensor, drawn: Tensor) -> Tensor:
     config=InputAwareConfig,
     paper="arXiv:2010.08138",
     traits={"learned trigger", "controls training"},
+    quick={"mask_epochs": 2, "width": 2, "mask_weight": 5.0},
 )
 def input_aware(cfg: InputAwareConfig, *, shape: tuple[int, int, int], classes: int, seed: int) -> Trigger:
     """Return a trigger of two generators: that of masks learns first, that of patterns with the victim."""

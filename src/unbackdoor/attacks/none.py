@@ -1,6 +1,7 @@
 """No attack: the clean control, which is an attack setting like any other.
 
 Paper:   none.
+Departs: in nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ class NoneConfig(AttackConfig):
     poison_rate: float = option(0.0, "always 0", source="a clean control", ge=0, le=0)
 
 
-@attack("none", config=NoneConfig)
+@attack("none", config=NoneConfig, paper="a control")
 def none(cfg: NoneConfig, *, shape: tuple[int, int, int], classes: int, seed: int) -> Trigger:
     """Return a trigger that changes nothing."""
     return Trigger(stamp=lambda pixels: pixels.clone(), mapping="none")

@@ -2,6 +2,7 @@
 
 Paper:   Barni, Kallas & Tondi, "A new backdoor attack in CNNs by training set corruption without label
          poisoning", ICIP 2019.
+Departs: in nothing known.
 """
 
 from __future__ import annotations

@@ -54,7 +54,13 @@ class TrojanNNConfig(AttackConfig):
     )
 
 
-@attack("trojannn", config=TrojanNNConfig, paper="NDSS 2018", traits={"learned trigger"})
+@attack(
+    "trojannn",
+    config=TrojanNNConfig,
+    paper="NDSS 2018",
+    traits={"learned trigger"},
+    quick={"steps": 20, "surrogate_width": 4, "surrogate_epochs": 2},
+)
 def trojannn(cfg: TrojanNNConfig, *, shape: tuple[int, int, int], classes: int, seed: int) -> Trigger:
     """Return the place of the patch; its pixels are learned from the clean training images."""
     _, height, width = shape

@@ -37,7 +37,13 @@ class FPConfig(Config):
     batch_size: int = option(256, "images a step", source="BackdoorBench, fp", ge=2)
 
 
-@defense("fp", config=FPConfig, paper="arXiv:1805.12185", needs={"images", "labels"})
+@defense(
+    "fp",
+    config=FPConfig,
+    paper="arXiv:1805.12185",
+    needs={"images", "labels"},
+    quick={"epochs": 1, "step": 0.1},
+)
 def purify(model: Classifier, data: CleanData, cfg: FPConfig, *, run: Run) -> Purified:
     """Prune dormant features while the held-out accuracy holds, then fine-tune."""
     head = find_head(model)

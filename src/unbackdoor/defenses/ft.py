@@ -26,7 +26,14 @@ class FTConfig(Config):
     weight_decay: float = option(5e-4, "L2 penalty", source="BackdoorBench, ft", ge=0, le=1)
 
 
-@defense("ft", config=FTConfig, paper="arXiv:1805.12185", needs={"images", "labels"}, traits={"control"})
+@defense(
+    "ft",
+    config=FTConfig,
+    paper="arXiv:1805.12185",
+    needs={"images", "labels"},
+    traits={"control"},
+    quick={"epochs": 2, "lr": 0.001},  # at 0.01 two epochs may undo a tiny transformer
+)
 def purify(model: Classifier, data: CleanData, cfg: FTConfig, *, run: Run) -> Purified:
     """Fine-tune all weights by SGD with a cosine schedule."""
     recipe = Recipe(**cfg.model_dump(), schedule="cosine")

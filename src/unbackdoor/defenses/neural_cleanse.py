@@ -12,7 +12,7 @@ Departs: the paper unlearns once, by one pass over a tenth of the training data 
          the rate is the mildest at which the change stops working on held-out images, as long as their
          accuracy holds beside that of the same fine-tuning without the change, because of images that the
          network was trained on any fine-tuning forgets some. No outlier test stands before it: ``scan`` says
-         whether there is something to remove.
+         whether there is something to remove. Preset ``blend`` looks for a blended image, not a patch.
 Cost:    rounds x (search for the first class + rates x 2 trainings of epochs x 2 x the set).
 Blind:   triggers that differ from image to image, and all-to-all attacks.
 """
@@ -69,6 +69,7 @@ class NeuralCleanseConfig(ReachConfig):
     paper="IEEE S&P 2019",
     needs={"images", "labels"},
     presets={"blend": {"form": "blend"}},
+    quick={"steps": 40, "images": 8, "rounds": 2, "epochs": 2},
 )
 def purify(model: Classifier, data: CleanData, cfg: NeuralCleanseConfig, *, run: Run) -> Purified:
     """Recover a trigger and unlearn it, round by round."""

@@ -34,6 +34,7 @@ class RandomPruneConfig(Config):
     paper="a control",
     needs={"images", "labels"},
     traits={"control"},
+    quick={"step": 0.1},
 )
 def purify(model: Classifier, data: CleanData, cfg: RandomPruneConfig, *, run: Run) -> Purified:
     """Cut ever more channels in a random order while the held-out accuracy holds."""

@@ -112,6 +112,7 @@ class RNPConfig(Config):
         "ensemble": {"runs": 5},
         "robust": {"criterion": "agreement", "tolerance": 0.08},
     },
+    quick={"recover_epochs": 3, "batch_size": 32, "step": 0.2, "max_steps": 40, "unlearn_lr": 0.1},
 )
 def purify(model: Classifier, data: CleanData, cfg: RNPConfig, *, run: Run) -> Purified:
     """Unlearn, recover channel masks, prune the original network."""

@@ -7,11 +7,11 @@ whatever a trigger adds along s no longer decides.
 Paper:   Iwahana, Yamasaki, Ito, Miura & Shibahara, arXiv 2511.08944. Loss, outlier test and settings are
          our reading: the formulas of the paper were not at hand, and no code is public.
 Needs:   clean images and labels.          Changes: all weights but the head's (``train=all``: all).
-Departs: in the default, stored batch statistics normalise, because a few hundred images move them to worse
-         ones; images of the class itself stay in the second term, unshifted, because without them the
-         network gives the class up, and the backdoor goes with the class; the weight beta climbs a ladder
-         while held-out accuracy and the class's own accuracy hold; without a finding the likeliest class
-         is repaired. Preset ``reference`` does none of these four.
+Departs: in the default (``robust``), stored batch statistics normalise, because a few hundred images move
+         them to worse ones; images of the class itself stay in the second term, unshifted, because without
+         them the network gives the class up, and the backdoor goes with the class; the weight beta climbs a
+         ladder while held-out accuracy and the class's own accuracy hold; without a finding the likeliest
+         class is repaired. Preset ``reference`` does none of these four.
 Cost:    detection, then epochs x (1 forward + 1 backward) over the clean set for each rung of the ladder.
 """
 
@@ -107,6 +107,7 @@ class TACConfig(Config):
             "when_undecided": "leave",
         },
     },
+    quick={"epochs": 2},
 )
 def purify(model: Classifier, data: CleanData, cfg: TACConfig, *, run: Run) -> Purified:
     """Find the suspected class, then fine-tune against the shift to it."""

@@ -73,6 +73,7 @@ class UnlearnedPruneConfig(UnlearningConfig):
     paper="arXiv:2305.14876",
     needs={"images", "labels", ONE_A_CLASS},
     presets={name: {"score": name} for name in ("lipschitz", "activation", "recovery")},
+    quick={"batch_size": 32, "step": 0.1, "max_steps": 40, "unlearn_lr": 0.1},
 )
 def purify(model: Classifier, data: CleanData, cfg: UnlearnedPruneConfig, *, run: Run) -> Purified:
     """Unlearn, score the channels, prune the original network in that order."""

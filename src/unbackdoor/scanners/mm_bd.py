@@ -58,6 +58,7 @@ class MMBDConfig(Config):
     needs=set(),
     question="Can one class be made far more certain than the others, by any input at all?",
     cost=30,
+    quick={"steps": 20, "starts": 2},
 )
 def scan(model: Classifier, data: CleanData, cfg: MMBDConfig, *, run: Run) -> ScanReport:
     """Maximise the margin of every class over inputs, and test the largest one."""

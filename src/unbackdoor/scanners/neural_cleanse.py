@@ -93,6 +93,7 @@ class NeuralCleanseConfig(ReachConfig):
             "Is there a class that an unusually faint pattern turns all images into?", {"form": "blend"}
         )
     },
+    quick={"steps": 30, "images": 8},
 )
 def scan(model: Classifier, data: CleanData, cfg: NeuralCleanseConfig, *, run: Run) -> ScanReport:
     """Look for the smallest change towards every class, test the smallest, and try the suspect's trigger."""

@@ -57,6 +57,7 @@ class RNPVoteConfig(ExposureConfig):
     needs={"images", "labels"},
     question="Do images fall to one class when the model forgets its task?",
     cost=50,
+    quick={"repeats": 2, "batch_size": 32, "max_steps": 40, "unlearn_lr": 0.1},
 )
 def scan(model: Classifier, data: CleanData, cfg: RNPVoteConfig, *, run: Run) -> ScanReport:
     """Unlearn again and again, judge the winners of the votes, and show a trigger if asked for."""

@@ -16,7 +16,13 @@ from unbackdoor.scanners.rnp_screen import ScreenConfig, screen_inputs
 from unbackdoor.types import Classifier, CleanData, Images, Screening
 
 
-@screener("rnp", config=ScreenConfig, paper="arXiv:2305.14876", needs={"images", "labels"})
+@screener(
+    "rnp",
+    config=ScreenConfig,
+    paper="arXiv:2305.14876",
+    needs={"images", "labels"},
+    quick={"repeats": 2, "batch_size": 32, "max_steps": 40, "unlearn_lr": 0.1},
+)
 def screen(model: Classifier, data: CleanData, inputs: Images, cfg: ScreenConfig, *, run: Run) -> Screening:
     """Unlearn the network again and again, and score inputs by how they keep their class."""
     found = screen_inputs(model, data, inputs, cfg, run=run)

@@ -33,7 +33,13 @@ class StripConfig(ScreenerConfig):
     )
 
 
-@screener("strip", config=StripConfig, paper="arXiv:1902.06531", needs={"images"})
+@screener(
+    "strip",
+    config=StripConfig,
+    paper="arXiv:1902.06531",
+    needs={"images"},
+    quick={"overlays": 5},
+)
 def screen(model: Classifier, data: CleanData, inputs: Images, cfg: StripConfig, *, run: Run) -> Screening:
     """Score inputs by how sure the network stays under clean images laid over them."""
     require_fit(model, inputs)

@@ -8,14 +8,15 @@ Paper:   Chai & Chen, "One-shot neural backdoor erasing via adversarial weight m
          arXiv 2207.04497.
 Needs:   clean images and labels, one of each class at the least.
 Changes: convolution weights (linear ones if asked for), multiplied by masks in [0, 1].
-Departs: the default mends what stalls in the released code (preset ``reference``): the search climbs a
+Departs: the default (``robust``) mends what stalls in the released code (preset ``reference``, and with its
+         settings for one image a class ``reference-one-shot``): the search climbs a
          margin of logits in steps of fixed length, where a cross-entropy vanishes on a confident network;
          the L1 bound holds at every step; few images still make several steps; when the rounds end, and how
          strongly the masks act, is chosen on clean images they were not learned on. In all presets the L1
          bound grows with the image (equal at 3 x 32 x 32), few images get views that their domain allows (the
          code: crops), and a search that moves no label is an error (the code goes on in silence). The search
          leaves the masked network's own labels, as in the code (option ``search_labels``: the true ones, as
-         in the paper).
+         in the paper). Preset ``targeted`` searches one perturbation towards each class.
 Cost:    rounds x N x (passes x (3 forward + 3 backward) + 2 forward), and by default the rounds end early;
          thrice with nothing held out.
 """
@@ -109,6 +110,7 @@ _ONE_SHOT = {
         "reference-one-shot": {**_REFERENCE, **_ONE_SHOT},
         "targeted": {"targeted": True},
     },
+    quick={"rounds": 3, "passes": 2, "tau": 3000.0},
 )
 def purify(model: Classifier, data: CleanData, cfg: AWMConfig, *, run: Run) -> Purified:
     """Alternate between a universal perturbation and soft weight masks; return the masked weights."""

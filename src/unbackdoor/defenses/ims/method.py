@@ -13,9 +13,10 @@ Departs: losses are computed in log-space (1 - O in fp32 loses a saturated model
          perturbation has a budget that is adapted until most predictions flip, stays in the image range, and
          goes on where it stopped, in 4 steps instead of 20; smaller batches, half the rounds at twice the
          step; no weight decay, fixed rounds, the mean of the last gates, and a clean term that weighs more
-         while predictions change. Preset ``reference``: none of these but the first two. Transformers: a gate
-         on the residual stream cannot be folded into weights, so what the later layer norms let through is
-         gated (engine/gates.py); ``reference-vit`` sets lambda to 0 as the released configuration does.
+         while predictions change (``robust`` is this default). Preset ``reference``: none of these but the
+         first two. Transformers: a gate on the residual stream cannot be folded into weights, so what the
+         later layer norms let through is gated (gates.py); ``reference-vit`` sets lambda to 0 as the released
+         configuration does.
 Cost:    of each image of a round 2 forward + 2 backward in the first stage, then 5 + 2 x steps forward and
          4 + 2 x steps backward; by default 333,000 forward-equivalents of one image, in all.
 """
@@ -95,6 +96,7 @@ REFERENCE: dict[str, Any] = {
     paper="arXiv:2509.15497",
     needs={"images", ONE_A_CLASS},
     presets={"robust": {}, "reference": REFERENCE, "reference-vit": {**REFERENCE, "sparsity": 0.0}},
+    quick={"start_rounds": 3, "free_rounds": 3, "sparse_rounds": 3, "steps": 2, "batch_size": 32},
 )
 def purify(model: Classifier, data: CleanData, cfg: IMSConfig, *, run: Run) -> Purified:
     """Play the three stages and fold the forward gates into the weights."""

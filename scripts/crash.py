@@ -43,8 +43,8 @@ from unbackdoor.opening.classifier_files import load_model
 
 _MARK = "UNBACKDOOR_CRASH_RUN"  # in the environment of the driver and so of all that it starts
 _LOOK = 0.0005  # seconds between two looks for a moment that lasts milliseconds
-_PATIENCE = 60.0  # seconds after which a moment that was aimed at is given up
-_MUST_DIE = 60.0  # seconds that the driver's processes have to follow it; a starting server imports first
+_PATIENCE = 600.0  # seconds after which a moment that was aimed at is given up
+_MUST_DIE = 600.0  # seconds that the driver's processes have to follow it; a starting server imports first
 _AIMS = (("any", 0.6), ("publish", 0.15), ("commit", 0.15), ("start", 0.1))
 _OWN_TIME = {"seconds", "peak_mb", "commit"}  # the columns that two runs may differ in
 

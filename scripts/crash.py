@@ -36,6 +36,7 @@ from safetensors import safe_open
 from unbackdoor.bench.results import rows_of
 from unbackdoor.bench.steps import MODEL, REPAIRED
 from unbackdoor.bench.store import Store
+from unbackdoor.bench.suites import SHIPPED
 from unbackdoor.bench.victims import load_truth
 from unbackdoor.data.decode import processors
 from unbackdoor.files import sha256_file
@@ -328,7 +329,7 @@ def main() -> int:
     words.add_argument("--only", help="run only what matches; see unbackdoor bench run --help")
     # One thread each: two threads that wait for each other on a busy machine take many times as long.
     words.add_argument("--workers", type=int, default=processors())
-    words.add_argument("--suites", type=Path, default=Path("suites"))
+    words.add_argument("--suites", type=Path, default=SHIPPED)
     words.add_argument("--folder", type=Path, help="where the stores are made and kept; default: nowhere")
     given = words.parse_args()
     command = [

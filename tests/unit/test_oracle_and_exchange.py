@@ -15,7 +15,7 @@ from unbackdoor.bench import work
 from unbackdoor.bench.cells import EPOCH, address, code_version, plan
 from unbackdoor.bench.exchange import give, take
 from unbackdoor.bench.store import Store, artefact_folder
-from unbackdoor.bench.suites import load_suite
+from unbackdoor.bench.suites import SHIPPED, load_suite
 from unbackdoor.bench.victims import save_victim
 from unbackdoor.errors import ConfigError, InputError, IntegrityError, UnbackdoorError
 from unbackdoor.opening.classifier_files import load_model
@@ -165,7 +165,7 @@ def test_the_committed_victims_are_whole_and_those_of_the_suite(tmp_path: Path) 
     with Store(tmp_path) as store:
         keys = take(store, COMMITTED)
         assert len(keys) == len(list(COMMITTED.glob("*/cell.json"))) >= 6
-        suite = load_suite(COMMITTED.parents[1] / "suites" / "cifar10-small-v1.toml")
+        suite = load_suite(SHIPPED / "cifar10-small-v1.toml")
         attacks = {attack.name for attack in suite.attack}
         for key in keys:
             cell = store.get(key)

@@ -36,6 +36,7 @@ from safetensors import safe_open
 from unbackdoor.bench.results import rows_of
 from unbackdoor.bench.steps import MODEL, REPAIRED
 from unbackdoor.bench.store import Store
+from unbackdoor.bench.suites import SHIPPED
 from unbackdoor.bench.truth_files import load_truth
 from unbackdoor.data.decode import processors
 from unbackdoor.files import sha256_file
@@ -43,8 +44,8 @@ from unbackdoor.opening.classifier_files import load_model
 
 _MARK = "UNBACKDOOR_CRASH_RUN"  # in the environment of the driver and so of all that it starts
 _LOOK = 0.0005  # seconds between two looks for a moment that lasts milliseconds
-_PATIENCE = 60.0  # seconds after which a moment that was aimed at is given up
-_MUST_DIE = 60.0  # seconds that the driver's processes have to follow it; a starting server imports first
+_PATIENCE = 600.0  # seconds after which a moment that was aimed at is given up
+_MUST_DIE = 600.0  # seconds that the driver's processes have to follow it; a starting server imports first
 _AIMS = (("any", 0.6), ("publish", 0.15), ("commit", 0.15), ("start", 0.1))
 _OWN_TIME = {"seconds", "peak_mb", "commit"}  # the columns that two runs may differ in
 
@@ -328,7 +329,7 @@ def main() -> int:
     words.add_argument("--only", help="run only what matches; see unbackdoor bench run --help")
     # One thread each: two threads that wait for each other on a busy machine take many times as long.
     words.add_argument("--workers", type=int, default=processors())
-    words.add_argument("--suites", type=Path, default=Path("suites"))
+    words.add_argument("--suites", type=Path, default=SHIPPED)
     words.add_argument("--folder", type=Path, help="where the stores are made and kept; default: nowhere")
     given = words.parse_args()
     command = [

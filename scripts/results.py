@@ -16,7 +16,7 @@ from typing import Any
 from unbackdoor.bench.detection import COMBINED
 from unbackdoor.bench.results import WEAK
 from unbackdoor.bench.rows import Row, ScanRow, read_rows, read_scans
-from unbackdoor.bench.suites import find_suite, load_suite
+from unbackdoor.bench.suites import SHIPPED, find_suite, load_suite
 from unbackdoor.files import atomic_write
 from unbackdoor.report.benchmark import bench_report
 from unbackdoor.report.benchmark.cells import percent
@@ -37,7 +37,6 @@ from unbackdoor.report.tables import OLDER, Document, Section, Table, Verbatim
 from unbackdoor.report.words import duration
 
 ROOT = Path(__file__).parents[1]
-SUITES = ROOT / "suites"
 RESULTS, PAGES, GUIDE = ROOT / "results", ROOT / "docs" / "results", ROOT / "docs" / "auditing.md"
 BEGIN, END = "<!-- methods: made by scripts/results.py -->", "<!-- end of methods -->"
 FOUR, SHORT, BESIDE = "four-systems-v1", "four-systems-short-v1", "trigger-unlearning-v1"
@@ -90,7 +89,7 @@ def suite(label: str, is_current: IsCurrent | None = None) -> Document:
     if label in ABOUT:
         about, how = ABOUT[label], ""
     else:
-        about = load_suite(find_suite(label, SUITES)).about
+        about = load_suite(find_suite(label, SHIPPED)).about
         how = f"; measured by `unbackdoor bench run {label}`"
     made = bench_report(
         rows,

@@ -127,8 +127,9 @@ def _trained(family: str) -> Classifier:
         std=(0.25,),
         seed=0,
     )
-    epochs = 16 if family == "transformer" else 8
-    recipe = Recipe(epochs=epochs, batch_size=32, optimizer="adamw", lr=0.003)
+    # The transformer learns with every seed at this rate; at three times of it one seed in three stays poor.
+    epochs, lr = (24, 0.001) if family == "transformer" else (8, 0.003)
+    recipe = Recipe(epochs=epochs, batch_size=32, optimizer="adamw", lr=lr)
     train(model, tiny_data(320), recipe, Run.create(seed=0, policy="fp32"))
     assert accuracy(model, tiny_data(80, seed=1), Run.create(policy="fp32")) > 0.95
     return model

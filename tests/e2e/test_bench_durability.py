@@ -102,7 +102,7 @@ def test_asked_to_stop_it_puts_back_what_runs_and_resumes(
         assert err.splitlines()[-1] == "interrupted"
         assert left_behind(store) == [] or all("checkpoints" in file for file in left_behind(store))
         with pytest.raises(ProcessLookupError):  # nothing of its group is left, after a moment
-            for _ in range(500):
+            for _ in range(PATIENCE * 50):
                 os.killpg(driver.pid, 0)
                 time.sleep(0.02)
         assert states(store)["running"] == 0

@@ -13,7 +13,6 @@ from unbackdoor.bench.rows import read_rows, write_rows
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn (extra: digits)")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * PATIENCE)]
-SUITES = Path(__file__).parents[2] / "suites"
 SUITE = "smoke-v1"
 CUT = "*/badnets/[nf][ot]*"  # none and ft, each at two budgets with two draws
 REPAIRS = 8
@@ -23,7 +22,7 @@ REPAIRS = 8
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store in which the cut has been run."""
     store = tmp_path_factory.mktemp("smoke")
-    words = ("run", SUITE, "--suites", SUITES, "--store", store, "--only", CUT, "--quiet", "--json")
+    words = ("run", SUITE, "--store", store, "--only", CUT, "--quiet", "--json")
     out, err = bench(*words)
     told = json.loads(out)
     assert (told["suite"], told["finished"], err) == (SUITE, True, "")
@@ -33,7 +32,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_second_run_has_nothing_to_do(store: Path) -> None:
-    bench("run", SUITE, "--suites", SUITES, "--store", store, "--only", CUT, "--quiet")
+    bench("run", SUITE, "--store", store, "--only", CUT, "--quiet")
     assert sum(cell.tries for cell in cells(store, SUITE)) == 1 + REPAIRS
 
 

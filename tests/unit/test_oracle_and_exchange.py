@@ -19,7 +19,7 @@ from unbackdoor.bench.driver import Agenda
 from unbackdoor.bench.exchange import give, take, with_pinned
 from unbackdoor.bench.results import rows_of
 from unbackdoor.bench.store import Store, artefact_folder
-from unbackdoor.bench.suites import load_suite
+from unbackdoor.bench.suites import SHIPPED, load_suite
 from unbackdoor.bench.victims import save_victim
 from unbackdoor.errors import ConfigError, InputError, IntegrityError, UnbackdoorError
 from unbackdoor.opening.classifier_files import load_model
@@ -282,7 +282,7 @@ def test_the_committed_victims_are_whole_and_those_of_the_suite(
     with Store(tmp_path) as store:
         keys = take(store, COMMITTED)
         assert len(keys) == len(list(COMMITTED.glob("*/cell.json"))) >= 6
-        suite = load_suite(COMMITTED.parents[1] / "suites" / "cifar10-small-v1.toml")
+        suite = load_suite(SHIPPED / "cifar10-small-v1.toml")
         spec = next(iter(store.pinned().values()))
         # CIFAR-10 is not here; images that are quickly made pass for it.
         hashes = dict(zip((12000, 40), spec["data_sha256"], strict=True))

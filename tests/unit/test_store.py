@@ -75,16 +75,17 @@ def _claims_and_waits(folder: str, ready: Any) -> None:
     store = Store(Path(folder))
     store.claim(KEYS[0])
     ready.set()
-    time.sleep(60)
+    while True:  # until it is killed
+        time.sleep(1)
 
 
 def test_the_cells_of_a_killed_driver_come_back(tmp_path: Path) -> None:
     opened(tmp_path).close()
     context = multiprocessing.get_context("spawn")
     ready = context.Event()
-    process = context.Process(target=_claims_and_waits, args=(str(tmp_path), ready))
+    process = context.Process(target=_claims_and_waits, args=(str(tmp_path), ready), daemon=True)
     process.start()
-    assert ready.wait(60)
+    assert ready.wait(600)
     with Store(tmp_path) as store:
         assert store.reclaim() == 0
         assert process.pid is not None

@@ -11,18 +11,16 @@ from small_suite import TEXT, fake_data, written
 from unbackdoor.attacks import poison
 from unbackdoor.bench.cells import plan
 from unbackdoor.bench.code_version import repair_version
-from unbackdoor.bench.suites import Suite, check_lock, find_suite, load_suite
+from unbackdoor.bench.suites import SHIPPED, Suite, check_lock, find_suite, load_suite
 from unbackdoor.data.splits import reserve
 from unbackdoor.errors import ConfigError, InputError, IntegrityError
 from unbackdoor.registry import DEFENSES
 
-FOLDER = Path(__file__).parents[2] / "suites"
 
-
-@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.toml")), ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", sorted(SHIPPED.glob("*.toml")), ids=lambda f: f.stem)
 def test_the_shipped_suites_are_sound_and_locked(file: Path) -> None:
     suite = load_suite(file)
-    check_lock(suite, FOLDER, write=False)
+    check_lock(suite, SHIPPED, write=False)
     assert suite.about
     # What every result is held against: doing nothing, tuning only, pruning at random.
     assert {"none", "ft", "random_prune"} <= {defense.name for defense in suite.defense}

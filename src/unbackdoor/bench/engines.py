@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -17,7 +18,8 @@ from unbackdoor.bench import isolate
 from unbackdoor.bench.work import execute
 from unbackdoor.errors import EngineFailed, InputError, MissingExtra
 
-_CONNECT_SECONDS = 30
+_CONNECT_SECONDS = 60.0
+_LOOK_SECONDS = 0.05  # between two looks at a scheduler file
 Job = dict[str, Any]
 Answer = dict[str, Any]
 
@@ -74,7 +76,7 @@ class DaskEngine:
     Args:
         workers: Worker processes of a cluster of its own; cells at a time on an existing one.
         address: Scheduler such as ``tcp://host:8786``, the JSON file in which it wrote its address, or None
-            for a cluster of its own.
+            for a cluster of its own. The file is waited for: a scheduler makes it before it fills it.
         resources: What a worker must have free for a cell, such as ``{"GPU": 1}``; until there is such a
             worker the cell waits.
 
@@ -84,6 +86,7 @@ class DaskEngine:
 
     Raises:
         MissingExtra: Without distributed.
+        InputError: If the scheduler file does not name an address in time.
         EngineFailed: If the scheduler cannot be reached.
     """
 
@@ -158,10 +161,31 @@ class DaskEngine:
 
 
 def _address(text: str) -> str:
-    """Return the address of a scheduler, read from its file where a file was given."""
+    """Return the address of a scheduler; where a file was given, once the scheduler has written it there.
+
+    A scheduler that is just being started makes its file empty and fills it later, in pieces, so that a file
+    that is missing or is no JSON yet may be whole a moment later.
+
+    Raises:
+        InputError: If it is not within the time that a connection may take.
+    """
     if not text.endswith(".json"):
         return text
-    try:
-        return str(json.loads(Path(text).read_text(encoding="utf-8"))["address"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError("the scheduler file cannot be read", got=error, where=text) from error
+    end = time.monotonic() + _CONNECT_SECONDS
+    while True:
+        try:
+            address = json.loads(Path(text).read_text(encoding="utf-8"))["address"]
+            if not isinstance(address, str) or not address:
+                raise ValueError(f"its address is {address!r}")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            if time.monotonic() >= end:
+                raise InputError(
+                    "the scheduler file cannot be read",
+                    expected='a JSON object with an "address"',
+                    got=f"{type(error).__name__}: {error}, after {_CONNECT_SECONDS:g} s",
+                    where=text,
+                    remedy="Start the scheduler with: dask scheduler --scheduler-file FILE",
+                ) from error
+            time.sleep(_LOOK_SECONDS)
+        else:
+            return address

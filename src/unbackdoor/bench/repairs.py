@@ -77,7 +77,7 @@ def commit_of(folder: Path, *, tracked: Path | None = None) -> str:
 
     def git(*words: str) -> str:
         done = subprocess.run(
-            ["git", *words], check=True, cwd=folder, capture_output=True, text=True, timeout=10
+            ["git", *words], check=True, cwd=folder, capture_output=True, text=True, timeout=120
         )
         return done.stdout.strip()
 

@@ -23,6 +23,7 @@ from unbackdoor.files import write_json
 from unbackdoor.networks.build import configure
 from unbackdoor.registry import ATTACKS, DEFENSES, SCANNERS, Registry, near_match
 
+SHIPPED = Path(__file__).parent / "suite_files"  # the suites that come with the package
 LOCK = "LOCK.json"  # beside the suites: the hash of every version that was ever run
 Metric = Literal["acc", "asr", "ra", "der"]
 Selection = Literal["held-out clean", "oracle"]

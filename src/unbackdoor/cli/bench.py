@@ -43,8 +43,16 @@ class Format(StrEnum):
 
 SuiteName = Annotated[str, typer.Argument(help="Label of a suite such as smoke-v1, or a .toml file.")]
 StoreFolder = Annotated[Path, typer.Option("--store", help="Folder of the results.", rich_help_panel="Data")]
-SuiteFolder = Annotated[Path, typer.Option("--suites", help="Folder of the suites.", rich_help_panel="Data")]
-STORE, SUITES = Path("runs/bench"), Path("suites")
+SuiteFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--suites",
+        help="Folder of suites of your own; default: those that come with unbackdoor.",
+        show_default=False,
+        rich_help_panel="Data",
+    ),
+]
+STORE = Path("runs/bench")
 _SCANS = ".scans"  # before the ending of the file that holds a suite's scans
 
 
@@ -76,7 +84,7 @@ def run(
     ] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Try failed cells again.")] = False,
     store: StoreFolder = STORE,
-    suites: SuiteFolder = SUITES,
+    suites: SuiteFolder = None,
     data_root: options.DataRoot = None,
     device: options.Device = "cpu",
     as_json: options.AsJson = False,
@@ -134,7 +142,7 @@ def resume(
     workers: Annotated[int, typer.Option(min=0, help="Cells at a time; 0 for one for each processor.")] = 0,
     retry: Annotated[bool, typer.Option("--retry", help="Try failed cells again.")] = False,
     store: StoreFolder = STORE,
-    suites: SuiteFolder = SUITES,
+    suites: SuiteFolder = None,
     data_root: options.DataRoot = None,
     device: options.Device = "cpu",
     quiet: options.Quiet = False,
@@ -303,13 +311,13 @@ def clean(
 # ---------------------------------------------------------------------------------------------------
 
 
-def _planned(name: str, folder: Path, data_root: Path | None) -> tuple[Suite, list[Any], str]:
+def _planned(name: str, folder: Path | None, data_root: Path | None) -> tuple[Suite, list[Any], str]:
     from unbackdoor.bench.cells import plan
-    from unbackdoor.bench.suites import check_lock, find_suite, load_suite
+    from unbackdoor.bench.suites import SHIPPED, check_lock, find_suite, load_suite
     from unbackdoor.cli.progress import Display
     from unbackdoor.data.datasets import load_dataset
 
-    file = find_suite(name, folder)
+    file = find_suite(name, folder or SHIPPED)
     suite = load_suite(file)
     check_lock(suite, file.parent)
     with Display() as display:

@@ -4,7 +4,8 @@ Paper:   Liu, Dolan-Gavitt & Garg, "Fine-Pruning", RAID 2018, arXiv 1805.12185.
 Needs:   clean images and labels.          Changes: columns of the last linear layer, then all weights.
 Departs: how far to prune is decided on held-out clean images (the public code looks at the test set), and
          the last step that was still acceptable is kept (the public code keeps the one after it). The cut
-         columns stay cut during the fine-tuning.
+         columns stay cut during the fine-tuning, whose learning rate is lowered where it destroys the network
+         (engine/fine_tuning.py).
 Cost:    1 forward over the clean set, at most 1/step forwards over the held-out images, then as ``ft``.
 """
 
@@ -14,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from unbackdoor.engine.fine_tuning import fine_tune
 from unbackdoor.engine.heads import Head, find_head
 from unbackdoor.engine.inference import predict
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.selection import harshest_within
-from unbackdoor.engine.training import Recipe, train
+from unbackdoor.engine.training import Recipe
 from unbackdoor.registry import Config, defense, option
 from unbackdoor.types import Classifier, CleanData, Images, Purified
 
@@ -57,12 +59,13 @@ def purify(model: Classifier, data: CleanData, cfg: FPConfig, *, run: Run) -> Pu
     levels = [float(level) for level in np.arange(cfg.step, 1.0, cfg.step)]
     choice = harshest_within(model, levels, pruned, data, run, tolerance=cfg.tolerance)
     out, cut = choice.model, order[: round((choice.level or 0.0) * head.features)]
+    evidence = {"features": head.features, "cut": len(cut), "choice": choice.evidence()}
     if cfg.epochs:
-        out = out.copy()
         recipe = Recipe(epochs=cfg.epochs, lr=cfg.lr, batch_size=cfg.batch_size, schedule="cosine")
-        train(out, data.all, recipe, run, augmentation=data.augmentation, label="fine-tuning")
+        tuned = fine_tune(out, data.all, recipe, run, augmentation=data.augmentation)
+        out, evidence["lr"] = tuned.model, tuned.lr
         cut_features(out, head.name, cut)
-    return Purified(out, {"features": head.features, "cut": len(cut), "choice": choice.evidence()})
+    return Purified(out, evidence)
 
 
 @torch.no_grad()

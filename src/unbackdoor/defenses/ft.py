@@ -2,14 +2,16 @@
 
 Paper:   the baseline of Liu, Dolan-Gavitt & Garg, RAID 2018, arXiv 1805.12185; settings of BackdoorBench.
 Needs:   clean images and labels.          Changes: all weights and the stored batch statistics.
-Departs: the held-out images are trained on as well, since nothing is selected.
+Departs: the held-out images are trained on as well, since nothing is selected. A learning rate that destroys
+         the network, as this one does with many transformers, is lowered tenfold (engine/fine_tuning.py).
 Cost:    epochs x (1 forward + 1 backward) over the clean set.
 """
 
 from __future__ import annotations
 
+from unbackdoor.engine.fine_tuning import fine_tune
 from unbackdoor.engine.run import Run
-from unbackdoor.engine.training import Recipe, train
+from unbackdoor.engine.training import Recipe
 from unbackdoor.registry import Config, defense, option
 from unbackdoor.types import Classifier, CleanData, Purified
 
@@ -37,5 +39,5 @@ class FTConfig(Config):
 def purify(model: Classifier, data: CleanData, cfg: FTConfig, *, run: Run) -> Purified:
     """Fine-tune all weights by SGD with a cosine schedule."""
     recipe = Recipe(**cfg.model_dump(), schedule="cosine")
-    trained = train(model, data.all, recipe, run, augmentation=data.augmentation, label="fine-tuning")
-    return Purified(model, {"losses": list(trained.losses)})
+    tuned = fine_tune(model, data.all, recipe, run, augmentation=data.augmentation)
+    return Purified(tuned.model, {"lr": tuned.lr, "losses": list(tuned.losses)})

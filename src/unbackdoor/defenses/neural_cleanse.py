@@ -11,8 +11,9 @@ Departs: the paper unlearns once, by one pass over a tenth of the training data 
          Here every image has a stamped twin, because few images carry little; there are several rounds; and
          the rate is the mildest at which the change stops working on held-out images, as long as their
          accuracy holds beside that of the same fine-tuning without the change, because of images that the
-         network was trained on any fine-tuning forgets some. No outlier test stands before it: ``scan`` says
-         whether there is something to remove. Preset ``blend`` looks for a blended image, not a patch.
+         network was trained on any fine-tuning forgets some (up to 0.1 of the accuracy is excused). No
+         outlier test stands before it: ``scan`` says whether there is something to remove. Preset ``blend``
+         looks for a blended image, not a patch.
 Cost:    rounds x (search for the first class + rates x 2 trainings of epochs x 2 x the set).
 Blind:   triggers that differ from image to image, and all-to-all attacks.
 """
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 
+from unbackdoor.engine.fine_tuning import TOLERANCE
 from unbackdoor.engine.inference import accuracy
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe, train
@@ -137,7 +139,9 @@ def _taught(
         kept, unstamped = (accuracy(one, data.select, run) for one in (out, control))
         left = _share(out, trigger, data.select, run)
         step |= {"held_out": kept, "control": unstamped, "success": left}
-        if kept < min(before, unstamped) - cfg.tolerance - 1e-6:  # the last term is for rounding
+        # A rate that destroys the network without the change too excuses nothing.
+        excused = max(min(before, unstamped), before - TOLERANCE)
+        if kept < excused - cfg.tolerance - 1e-6:  # the last term is for rounding
             continue  # a mild rate leaves the network half way; a larger one may bring the accuracy back
         best = out
         if left is None or left <= GONE:

@@ -1,0 +1,82 @@
+"""Fine-tune all weights, at a learning rate that the network bears.
+
+The published rates are for networks that SGD trained. One that AdamW trained, as transformers are, often lies
+in a minimum too sharp for them: the loss rises from the first steps on, and the network falls to chance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from unbackdoor.engine.inference import accuracy
+from unbackdoor.engine.run import Run
+from unbackdoor.engine.training import Recipe, train
+from unbackdoor.errors import MethodFailed
+from unbackdoor.types import Augmentation, Classifier, Images
+
+LOWER = 0.1  # factor from one learning rate to the next
+TRIES = 4
+TOLERANCE = 0.1  # largest fall of the accuracy on the very images that are trained on, in 0..1
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """A fine-tuned model and the learning rate that it bore.
+
+    Attributes:
+        model: A copy; what was given is as it was.
+        lr: Peak learning rate that was used.
+        losses: Mean training loss of each epoch.
+    """
+
+    model: Classifier
+    lr: float
+    losses: tuple[float, ...]
+
+
+def fine_tune(
+    model: Classifier, images: Images, recipe: Recipe, run: Run, *, augmentation: Augmentation = "none"
+) -> FineTuned:
+    """Train all weights of a copy, and start again at a tenth of the learning rate where that destroyed it.
+
+    Destroyed means that the loss stopped being finite, or that fewer of the very images that were trained on
+    are classified rightly than before, by more than ``TOLERANCE``. Nothing but these images is looked at, and
+    where the recipe's own rate is borne, the weights are those of :func:`unbackdoor.engine.training.train`.
+
+    Args:
+        model: On the run's device.
+        images: Labelled.
+        recipe: Its ``lr`` is tried first.
+        run: Seed, device, precision and progress.
+        augmentation: What ``auto`` in the recipe stands for.
+
+    Raises:
+        MethodFailed: If no learning rate is borne.
+    """
+    before = accuracy(model, images, run)
+    tried = []
+    for attempt in range(TRIES):
+        rate = recipe.lr * LOWER**attempt
+        out = model.copy()
+        try:
+            trained = train(
+                out,
+                images,
+                recipe.model_copy(update={"lr": rate}),
+                run,
+                augmentation=augmentation,
+                label="fine-tuning" if attempt == 0 else f"fine-tuning at {rate:g}",
+            )
+        except MethodFailed as error:  # it diverged
+            tried.append(f"{rate:g}: {error.problem}")
+            continue
+        after = accuracy(out, images, run)
+        if after >= before - TOLERANCE - 1e-6:  # the last term is for rounding
+            return FineTuned(out, rate, trained.losses)
+        tried.append(f"{rate:g}: accuracy {after:.3f}")
+    raise MethodFailed(
+        "fine-tuning destroys the network at every learning rate",
+        expected=f"at least {before - TOLERANCE:.3f} of the images trained on classified rightly",
+        got="; ".join(tried),
+        remedy="Set a lower learning rate, or more epochs",
+    )

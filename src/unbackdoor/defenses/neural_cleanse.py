@@ -1,7 +1,7 @@
 """Neural Cleanse: recover the trigger of the class that needs the smallest one, and teach it away.
 
 A universal change towards every class is looked for under a budget that rises for all alike; the first class
-that is reached is the suspect (engine/reach.py). Fine-tuning then sees clean images, and the same ones with
+that is reached is the suspect (engine/trigger_search.py). Fine-tuning then sees clean images, and the same ones with
 the change and their true labels. A change found once is one of many that call a backdoor, so the search and
 the teaching are repeated on the mended network until another class is the easiest.
 
@@ -71,7 +71,7 @@ class NeuralCleanseConfig(ReachConfig):
     paper="IEEE S&P 2019",
     needs={"images", "labels"},
     presets={"blend": {"form": "blend"}},
-    quick={"steps": 40, "images": 8, "rounds": 2, "epochs": 2},
+    quick={"steps": 120, "images": 8, "rounds": 2, "epochs": 2},
 )
 def purify(model: Classifier, data: CleanData, cfg: NeuralCleanseConfig, *, run: Run) -> Purified:
     """Recover a trigger and unlearn it, round by round."""

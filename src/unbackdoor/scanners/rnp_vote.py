@@ -17,7 +17,7 @@ Paper:   Li et al., ICML 2023, arXiv 2305.14876, backdoor-label detection; EBYD,
 Needs:   clean images and labels.
 Departs: the papers read one network at one depth, and hold the variance of its votes against 0.01, which
          clean networks exceed.
-Cost:    see engine/exposure.py.
+Cost:    see engine/repeated_unlearning.py.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Masks m act with strength s as 1 - s (1 - m): nothing at 0, all of them at 1. As everywhere, the choice sees
 no trigger, no target class and no test image. The images that decide are labelled as the model itself sees
-them (engine/passes.py, ``as_seen``), so that what counts is the share of predictions that change.
+them (engine/inference.py, ``as_seen``), so that what counts is the share of predictions that change.
 """
 
 from __future__ import annotations

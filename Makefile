@@ -1,11 +1,13 @@
-# make demo   install what is missing, then plant and remove a backdoor and write demo-report/index.html
-# make test   install what is missing, then run every check; continuous integration calls exactly this
-# make lint   the style and type checks alone
-# make clean  remove everything that was made here
+# make demo       install what is missing, then plant and remove a backdoor and write demo-report/index.html
+# make test       install what is missing, then run what every push needs; continuous integration calls exactly this
+# make test-all   the same, and the tests marked slow
+# make test-busy  make test again and again while every core is busy elsewhere, and the time of each
+# make lint       the style and type checks alone
+# make clean      remove everything that was made here
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-all test-busy lint clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -27,9 +29,15 @@ demo: $(READY)
 	$(BIN)/unbackdoor demo --out demo-report
 
 # One thread for each of the two test processes; more would only get in each other's way.
-test: export OMP_NUM_THREADS = 1
+test test-all test-busy: export OMP_NUM_THREADS = 1
 test: lint
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: lint
 	$(BIN)/python -m pytest -n 2
+
+test-busy: $(READY)
+	$(BIN)/python scripts/busy_machine.py --runs 5 --loops 4 -- $(BIN)/python -m pytest -n 2 -m "not slow"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -30,7 +30,7 @@ from benching import (
 )
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn (extra: digits)")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * PATIENCE)]
+pytestmark = pytest.mark.timeout(2 * PATIENCE)
 CRASH = Path(__file__).parents[2] / "scripts" / "crash.py"
 
 
@@ -49,6 +49,7 @@ def undisturbed(suites: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return store
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_ends_with_the_same_bytes(suites: Path, tmp_path: Path) -> None:
     """Eight kills; ``scripts/crash.py smoke-v1 --kills 50`` is the long form of this test."""
     done = subprocess.run(
@@ -65,6 +66,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(suites: Path, tmp_pa
     assert verdict["kills"] >= 8 and verdict["cells"] == CELLS
 
 
+@pytest.mark.slow
 def test_two_drivers_share_a_store_and_do_each_cell_once(
     suites: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -77,9 +79,26 @@ def test_two_drivers_share_a_store_and_do_each_cell_once(
     assert left_behind(tmp_path) == []
 
 
+def test_killed_once_it_ends_with_the_same_rows(suites: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """The short form of the above for every push."""
+    words = ("run", LABEL, "--suites", suites, "--store", tmp_path, "--workers", "2", "--quiet")
+    driver = start(*words)
+    while driver.poll() is None and not [*tmp_path.glob("work/*/task.json")]:
+        time.sleep(0.01)
+    driver.kill()
+    driver.communicate()
+    assert driver.returncode == -signal.SIGKILL
+    assert states(tmp_path)["done"] < CELLS
+    bench(*words)
+    assert rows(tmp_path) == rows(undisturbed)
+    assert left_behind(tmp_path) == []
+    assert database_is_sound(tmp_path)
+
+
 # -- asked to stop ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_asked_to_stop_it_puts_back_what_runs_and_resumes(
     suites: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -167,6 +186,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
         disk.unmount()
 
 
+@pytest.mark.slow
 def test_on_a_full_disk_it_stops_with_one_sentence_and_goes_on_with_room(
     suites: Path, undisturbed: Path, disk: Disk
 ) -> None:

@@ -78,6 +78,7 @@ def test_a_scan_writes_a_page_a_record_and_a_log(case: tuple[Path, Path], tmp_pa
     assert again.code == 2 and "the file exists" in again.err
 
 
+@pytest.mark.slow
 def test_purify_verify_and_patch(case: tuple[Path, Path], tmp_path: Path) -> None:
     model, data = case
     out, patch = tmp_path / "repaired.pth", tmp_path / "repair.patch"
@@ -106,6 +107,7 @@ def test_purify_verify_and_patch(case: tuple[Path, Path], tmp_path: Path) -> Non
     assert {c["check"] for c in checked["after"]["checks"]} >= {"tac", "neural_cleanse"}
 
 
+@pytest.mark.slow
 def test_what_is_no_part_of_the_network_is_kept_and_the_patch_fits_the_file(
     case: tuple[Path, Path], tmp_path: Path
 ) -> None:

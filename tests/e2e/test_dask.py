@@ -32,7 +32,7 @@ pytest.importorskip("sklearn", reason="the digits come with scikit-learn (extra:
 cloudpickle = pytest.importorskip("cloudpickle")
 psutil = pytest.importorskip("psutil")
 # Dask draws the pauses of its connections from the global generator.
-pytestmark = [pytest.mark.slow, pytest.mark.leaves_traces, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.leaves_traces, pytest.mark.timeout(1800)]
 
 EPOCHS = 100  # seconds of training, written down after each epoch: time enough to lose a worker in
 BATCH = 64
@@ -189,6 +189,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         yield Cluster(tmp_path, processes)
 
 
+@pytest.mark.slow
 def test_its_own_cluster_is_the_local_engine_on_loopback_only(tmp_path: Path, local: list[Row]) -> None:
     engine = Recording(DaskEngine(2))
     try:
@@ -203,6 +204,7 @@ def test_its_own_cluster_is_the_local_engine_on_loopback_only(tmp_path: Path, lo
         assert json.loads(json.dumps(answer.result(), allow_nan=False)) == answer.result()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_an_epoch_and_no_row(
     tmp_path: Path, local: list[Row], cluster: Cluster
 ) -> None:
@@ -248,6 +250,7 @@ def told(store: Path) -> list[int]:
     return totals
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_vanishes_ends_the_run_and_loses_nothing(tmp_path: Path, cluster: Cluster) -> None:
     cluster.worker()
     store = tmp_path / "store"

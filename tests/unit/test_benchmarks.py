@@ -44,9 +44,10 @@ def test_the_comparison_with_released_code_asks_for_a_checkout(tmp_path: Path) -
     assert done.stderr.splitlines()[-1].endswith("name at least one checkout")
 
 
-@pytest.mark.parametrize(
-    "name", ["training", "loading", "rnp", "awm", "ims", "tac", "tac_repair", "bench_scale", "bench_overhead"]
-)
+SLOW = ["training", "rnp", "awm", "ims", "tac", "tac_repair", "bench_scale", "bench_overhead"]
+
+
+@pytest.mark.parametrize("name", ["loading", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_it_runs_and_prints_ratios(name: str, tmp_path: Path) -> None:
     """In a process of its own, with no data set at hand, because ``--quick`` makes its images up."""
     if name == "loading":

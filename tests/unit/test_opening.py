@@ -341,6 +341,7 @@ def test_a_card_with_a_transformer_is_opened_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.shared
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "architecture", "normalised"),
     [

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from unbackdoor.bench import isolate
+from unbackdoor.bench.jobs import Answer, Job
 from unbackdoor.bench.work import execute
 from unbackdoor.errors import EngineFailed, InputError, MissingExtra
 
 _CONNECT_SECONDS = 30
-Job = dict[str, Any]
-Answer = dict[str, Any]
 
 
 class Engine(Protocol):

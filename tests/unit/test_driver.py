@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,12 +13,15 @@ import pytest
 
 from unbackdoor import __version__
 from unbackdoor.bench import repairs as repairs_module
+from unbackdoor.bench.code_version import repair_version, victim_version
 from unbackdoor.bench.driver import LOST, Agenda, drive
 from unbackdoor.bench.engines import LocalEngine
+from unbackdoor.bench.jobs import make_job, read_job
 from unbackdoor.bench.repairs import running_commit
 from unbackdoor.bench.results import UNRECORDED, differences, rows_of, summarise
-from unbackdoor.bench.store import Store
-from unbackdoor.errors import DiskFull, IntegrityError
+from unbackdoor.bench.store import Cell, Store
+from unbackdoor.bench.work import execute
+from unbackdoor.errors import DiskFull, EngineFailed, IntegrityError
 
 RATES = {"acc": 0.9, "asr": 1.0, "ra": 0.0}
 LABELS = {
@@ -266,3 +270,43 @@ def test_a_result_that_names_no_commit_is_marked_and_a_new_one_always_names_one(
         running_commit.cache_clear()
     assert [row.commit for row in rows] == [f"v{__version__}", "", f"v{__version__}"]
     assert [UNRECORDED in row.flags for row in rows] == [False, True, False]
+
+
+def test_a_job_is_built_and_read_in_one_form() -> None:
+    victim = cell("victim", {"attack": "sig", "architecture": "small_cnn[width=8]", "code": VICTIM})
+    repair = cell("repair", {"defense": "ft", "code": REPAIR, "victim": victim.key}, parent=victim.key)
+    for one, parent in ((victim, None), (repair, victim)):
+        job = make_job(one, parent, owner="me", place={"store": "s"})
+        assert job["work"].startswith("me-")
+        assert json.loads(json.dumps(job)) == job
+        assert read_job(json.loads(json.dumps(job))) == job
+
+
+@pytest.mark.parametrize("kind", ["victim", "repair", "scan"])
+def test_a_worker_with_other_code_is_refused_whatever_the_cell(kind: str) -> None:
+    victim = cell("victim", {"attack": "sig", "architecture": "small_cnn[width=8]", "code": "0" * 16})
+    spec = {"defense": "ft", "scanner": "tac", "code": "0" * 16}
+    job = make_job(
+        victim if kind == "victim" else cell(kind, spec, parent=victim.key),
+        None if kind == "victim" else victim,
+        owner="me",
+        place={"store": "s"},
+    )
+    with pytest.raises(EngineFailed, match="other code than the cell was planned with"):
+        execute(job)
+
+
+@pytest.mark.parametrize("missing", ["key", "kind", "spec", "victim", "work", "place"])
+def test_a_job_of_another_form_is_refused(missing: str) -> None:
+    job = dict(make_job(cell("victim", {}), None, owner="me", place={"store": "s"}))
+    del job[missing]
+    with pytest.raises(EngineFailed, match=f"wrong or missing: {missing}"):
+        execute(job)
+
+
+def cell(kind: str, spec: dict[str, Any], parent: str | None = None) -> Cell:
+    """Return a cell that waits."""
+    return Cell(kind[0] * 64, kind, spec, parent, "waiting", 0, None, None, None, None)
+
+
+VICTIM, REPAIR = victim_version("sig", "small_cnn"), repair_version("ft", "sig", "small_cnn")

@@ -11,7 +11,7 @@ import ast
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -206,7 +206,7 @@ def is_current(row: Any) -> bool:
         row: A row of a repair or a scan, or the same as a mapping. A row without a version was measured by
             older code, and so was one whose method, attack or architecture is not there any more.
     """
-    of = row.get if isinstance(row, Mapping) else lambda name: getattr(row, name, None)
+    of: Callable[[str], Any] = row.get if isinstance(row, Mapping) else lambda name: getattr(row, name, None)
     code, victim = of("code"), of("victim_code")
     if not code or not victim:
         return False

@@ -6,7 +6,6 @@ Everything that makes a run resumable is here and in the store; an engine may lo
 from __future__ import annotations
 
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -15,7 +14,8 @@ from fnmatch import fnmatchcase
 from heapq import heappop, heappush
 from typing import Any
 
-from unbackdoor.bench.engines import Answer, Engine
+from unbackdoor.bench.engines import Engine
+from unbackdoor.bench.jobs import Answer, make_job
 from unbackdoor.bench.store import Cell, State, Store
 from unbackdoor.errors import DiskFull, IntegrityError
 
@@ -222,7 +222,8 @@ def _start(
             )
         if not claimed:
             continue  # another driver was faster; the next look says so
-        job = _job(store, cell, place)
+        parent = store.get(cell.parent) if cell.parent is not None else None
+        job = make_job(cell, parent, owner=store.owner, place=place)
         running[engine.submit(job)] = cell
         progress.running[key] = (agenda.names[key], job["work"], time.monotonic())
     agenda.look()
@@ -253,18 +254,6 @@ def _asked(members: Iterable[tuple[str, str | None, str]], only: str | None) -> 
                 keys.setdefault(parent)
             keys.setdefault(key)
     return list(keys)
-
-
-def _job(store: Store, cell: Cell, place: Mapping[str, Any]) -> dict[str, Any]:
-    parent = store.get(cell.parent) if cell.parent is not None else None
-    return {
-        "key": cell.key,
-        "kind": cell.kind,
-        "spec": dict(cell.spec),
-        "victim": None if parent is None or parent.result is None else dict(parent.result),
-        "work": f"{store.owner}-{uuid.uuid4().hex}",
-        "place": dict(place),
-    }
 
 
 def _record(store: Store, cell: Cell, answer: Answer, progress: Progress) -> None:

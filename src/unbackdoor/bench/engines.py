@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from unbackdoor.bench import isolate
+from unbackdoor.bench.jobs import Answer, Job
 from unbackdoor.bench.work import execute
 from unbackdoor.errors import EngineFailed, InputError, MissingExtra
 
 _CONNECT_SECONDS = 60.0
-_LOOK_SECONDS = 0.05  # between two looks at a scheduler file
-Job = dict[str, Any]
-Answer = dict[str, Any]
+_POLL_SECONDS = 0.05  # between two readings of a scheduler file
 
 
 class Engine(Protocol):
@@ -186,6 +185,6 @@ def _address(text: str) -> str:
                     where=text,
                     remedy="Start the scheduler with: dask scheduler --scheduler-file FILE",
                 ) from error
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
         else:
             return address

@@ -91,7 +91,9 @@ def data_of(task: Mapping[str, Any], *parts: Literal["train", "test"]) -> DataSe
     cache = Path(place["cache"]) if place.get("cache") else None
     data = load_dataset(str(spec["dataset"]), root=root, cache=cache)
     hashes = dict(zip(("train", "test"), spec["data_sha256"], strict=True))
-    found = {part: (hashes[part], getattr(data, part).fingerprint()) for part in parts}
+    found: dict[str, tuple[Any, Any]] = {
+        part: (hashes[part], getattr(data, part).fingerprint()) for part in parts
+    }
     facts = facts_of(data)
     found |= {name: (spec[name], facts[name]) for name in facts if name in spec}
     for what, (expected, got) in found.items():

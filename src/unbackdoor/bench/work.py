@@ -20,6 +20,7 @@ from unbackdoor.bench import steps
 from unbackdoor.bench.cells import address
 from unbackdoor.bench.code_version import sample_version
 from unbackdoor.bench.isolate import SCRATCH, Limits, call, log_of
+from unbackdoor.bench.jobs import Answer, Job, read_job
 from unbackdoor.bench.judge import der, judge_scan
 from unbackdoor.bench.repairs import running_commit
 from unbackdoor.bench.steps import scores_from
@@ -50,18 +51,19 @@ _TOLD: dict[str, dict[str, tuple[type, ...]]] = {
 }
 
 
-def execute(job: dict[str, Any]) -> dict[str, Any]:
-    """Do a cell and return ``{"result": ...}`` or ``{"error": ...}``, with seconds and the end of its log.
-
-    An answer with ``halt`` is about the machine and not about the cell: the disk is full.
+def execute(told: Mapping[str, Any]) -> Answer:
+    """Do a cell and return its result or its error, with seconds and the end of its log.
 
     Args:
-        job: ``key``, ``kind``, ``spec``, ``victim`` (the result of the parent, or None), ``work`` (name of
-            the folder to work in) and ``place``: the store's folder, data root, cache, device and limits.
+        told: A :class:`~unbackdoor.bench.jobs.Job`.
+
+    Raises:
+        EngineFailed: If it cannot be done here, whatever the cell.
     """
     start = time.perf_counter()
+    job = read_job(told)
     logs: list[str] = []
-    answer: dict[str, Any]
+    answer: Answer
     try:
         with _folder(Path(job["place"]["store"]), job["work"]) as folder:
             work = _Work(job, folder, logs)
@@ -74,7 +76,9 @@ def execute(job: dict[str, Any]) -> dict[str, Any]:
         answer = {"error": f"{type(error).__name__}: {error}"}
         if is_disk_full(error):
             answer["halt"] = str(error)
-    return {**answer, "seconds": time.perf_counter() - start, "log": "\n".join(filter(None, logs))[-20_000:]}
+    answer["seconds"] = time.perf_counter() - start
+    answer["log"] = "\n".join(filter(None, logs))[-20_000:]
+    return answer
 
 
 @dataclass(frozen=True)
@@ -88,15 +92,14 @@ class _Work:
         times: Seconds of its steps and of their parts so far; of steps that are repeated, their sums.
     """
 
-    job: dict[str, Any]
+    job: Job
     folder: Path
     logs: list[str]
     times: dict[str, float] = field(default_factory=dict)
 
     @property
     def spec(self) -> dict[str, Any]:
-        spec: dict[str, Any] = self.job["spec"]
-        return spec
+        return self.job["spec"]
 
     @property
     def store(self) -> Path:
@@ -131,7 +134,9 @@ class _Work:
             "spec": {**told, "options": dict(options)},
             "place": {"device": self.job["place"].get("device", "cpu")},
         }
-        private = [self.store, *places_of_data(self._path("data_root"), self._path("cache"))]
+        root, cache = (self.job["place"].get(name) for name in ("data_root", "cache"))
+        places = places_of_data(Path(str(root)) if root else None, Path(str(cache)) if cache else None)
+        private = [self.store, *places]
         try:
             answer = self._call(name, task, self.folder, private)
             _require_answer(answer, _TOLD[name])
@@ -174,10 +179,6 @@ class _Work:
     def _spent(self, part: str, seconds: float) -> None:
         self.times[part] = round(self.times.get(part, 0.0) + seconds, 3)
 
-    def _path(self, name: str) -> Path | None:
-        place = self.job["place"].get(name)
-        return Path(place) if place else None
-
 
 def sample_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Return all that a defender's sample depends on, out of the specification of a repair or a scan."""
@@ -192,6 +193,7 @@ def _victim(work: _Work) -> dict[str, Any]:
 
 
 def _repair(work: _Work) -> dict[str, Any]:
+    assert work.job["victim"] is not None  # a repair is planned with its victim, and runs after it
     before = scores_from(work.job["victim"]["scores"])
     tries: list[dict[str, Any]] = []
     # One try, or one for each choice of an oracle, of which the judge then keeps the best.

@@ -1,8 +1,8 @@
 """TAC: harden the network against the shortest latent shift to the class that it gives away.
 
 The class whose boundary the features of all clean images reach by the shortest shift s is the suspected
-target (engine/latent_shift.py). Fine-tuning then asks for the right labels with s added to the features, so that
-whatever a trigger adds along s no longer decides.
+target (engine/latent_shift.py). Fine-tuning then asks for the right labels with s added to the features, so
+that whatever a trigger adds along s no longer decides.
 
 Paper:   Iwahana, Yamasaki, Ito, Miura & Shibahara, arXiv 2511.08944. Loss, outlier test and settings are
          our reading: the formulas of the paper were not at hand, and no code is public.

@@ -1,8 +1,8 @@
 """Neural Cleanse: the class that a far smaller change sends all images to is the suspect.
 
 A universal change towards every class is looked for in one batch, under a budget that rises for all of them
-alike (engine/trigger_search.py). Two numbers of a class are tested for a few that are too small: the logarithm of the
-loss at one small budget, and the logarithm of the size at which the class is reached. Classes that were
+alike (engine/trigger_search.py). Two numbers of a class are tested for a few that are too small: the
+logarithm of the loss at one small budget, and the logarithm of the size at which the class is reached. Classes that were
 given up enter the test as "larger than all others". Normal numbers are the null law, all other classes tell
 its centre and spread, and there may be several targets.
 

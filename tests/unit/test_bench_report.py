@@ -22,7 +22,7 @@ from unbackdoor.bench.rows import Row, ScanRow, write_rows
 from unbackdoor.cli import app
 from unbackdoor.errors import InputError
 from unbackdoor.report import benchmark
-from unbackdoor.report.benchmark import plots
+from unbackdoor.report.benchmark import charts, plots
 from unbackdoor.report.benchmark.groups import Rows
 from unbackdoor.report.benchmark.matrix import asr_matrix, paired_table
 from unbackdoor.report.benchmark.ranges import range_table
@@ -354,6 +354,25 @@ def test_older_rows_are_drawn_hollow_and_choices_by_the_truth_half_filled() -> N
     assert "rnp \u2020" in text and "Hollow marks \u2020" in text
     fresh = to_html(bench_report(made()))
     assert "rnp \u2020" not in fresh
+
+
+def test_a_point_of_a_chart_is_a_mean_of_one_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[dict[str, tuple[float, float]]] = []
+    lines: list[dict[str, list[tuple[int, float]]]] = []
+
+    def scattered(points: dict[plots.Mark, Any], **_: str) -> str:
+        return drawn.append({mark.name: point for mark, point in points.items()}) or ""
+
+    def over(found: dict[plots.Mark, Any], **_: str) -> str:
+        return lines.append({mark.name: line for mark, line in found.items()}) or ""
+
+    monkeypatch.setattr(charts, "scatter", scattered)
+    monkeypatch.setattr(charts, "over_budgets", over)
+    bench_report([*made(), *aged(made())])
+    assert drawn[0]["rnp"] == pytest.approx((0.125, 0.91))
+    assert drawn[0]["rnp \u2020"] == pytest.approx((0.5, 0.5))
+    assert [point[1] for point in lines[0]["rnp"]] == pytest.approx([0.125, 0.0625])
+    assert [point[1] for point in lines[0]["rnp \u2020"]] == pytest.approx([0.5, 0.5])
 
 
 def test_published_numbers_stand_beside_means_of_one_code(tmp_path: Path) -> None:

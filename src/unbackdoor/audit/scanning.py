@@ -16,7 +16,9 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor
 
 from unbackdoor.audit.arguments import clean_data, require_classifier
+from unbackdoor.audit.cases import Case
 from unbackdoor.audit.evidence import Agreement, agreements, holm
+from unbackdoor.audit.result import Result
 from unbackdoor.engine import trusted_caller as caller
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
@@ -133,7 +135,7 @@ class ShownTrigger:
 
 
 @dataclass(frozen=True)
-class Audit:
+class Audit(Result):
     """The answer of a scan and everything that it rests on.
 
     Attributes:
@@ -146,6 +148,7 @@ class Audit:
         agreed: Classes that several checks noticed, strongest first.
         seconds: Wall time of the scan.
         facts: JSON-ready: hashes, seed, precision, numbers of images.
+        case: The model and the images as they were brought.
     """
 
     verdict: Verdict
@@ -157,6 +160,7 @@ class Audit:
     seconds: float = 0.0
     facts: Mapping[str, Any] = field(default_factory=dict)
     agreed: tuple[Agreed, ...] = ()
+    case: Case | None = field(default=None, repr=False)
 
     @property
     def partial(self) -> bool:

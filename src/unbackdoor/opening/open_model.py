@@ -229,7 +229,7 @@ def _own_graph(
     path = source.path
     require_finite(network.state_dict(), path)
     stated = network.meta["input_shape"]
-    raw = _raw_images(images, given.size or (stated[1:] if stated else None), progress)
+    raw = load_images_of(images, given.size or (stated[1:] if stated else None), progress)
     channels = network.meta["channels"] or (raw.shape[0] if raw is not None else _channels(network))
     facts = Known(size=stated[1:], size_fixed=True, source=_GRAPH) if stated else Known()
     size, size_source = _sizes(given, facts, None, raw.shape[1:] if raw is not None else None)[0]
@@ -257,7 +257,7 @@ def _by_names(
     """Open a file as a network that has its tensors: the named one, or a known one."""
     path, state = source.path, source.state()
     facts = known(given.arch) if given.arch is not None else Known()
-    raw = _raw_images(images, given.size or facts.size, progress)
+    raw = load_images_of(images, given.size or facts.size, progress)
     channels, classes = ends(state)
     channels = channels or (raw.shape[0] if raw is not None else 3)
     warnings = [facts.note] if facts.note else []
@@ -586,7 +586,7 @@ def _numbered(classes: int) -> tuple[str, ...]:
 # Images
 
 
-def _raw_images(
+def load_images_of(
     images: Images | Path | str | None, size: tuple[int, int] | None, progress: Progress
 ) -> Images | None:
     """Return the images in their own size; in the model's, where theirs differ among themselves."""
@@ -606,7 +606,7 @@ def _fitting_images(
     names: tuple[str, ...],
     progress: Progress,
 ) -> tuple[Images | None, tuple[str, ...]]:
-    raw = _raw_images(images, shape[1:], progress)
+    raw = load_images_of(images, shape[1:], progress)
     if raw is None:
         return None, ()
     return conform(raw, input_shape=shape, class_names=names, progress=progress)

@@ -21,18 +21,24 @@ from unbackdoor.errors import (
 
 if TYPE_CHECKING:
     from unbackdoor.attacks import AttackTruth
-    from unbackdoor.audit.purifying import Purification, purify
-    from unbackdoor.audit.scanning import Audit, scan
+    from unbackdoor.audit.json_records import record
+    from unbackdoor.audit.purifying import PromiseBroken, Purification
+    from unbackdoor.audit.scanning import Audit
     from unbackdoor.audit.unlearning import Unlearning, unlearn
-    from unbackdoor.audit.verification import Verification, verify
+    from unbackdoor.audit.verbs import purify, scan, verify
+    from unbackdoor.audit.verification import Verification
     from unbackdoor.data.datasets import load_dataset
     from unbackdoor.data.loaders import load_images
     from unbackdoor.engine.trusted_caller import run, screen
     from unbackdoor.networks import build
+    from unbackdoor.opening import patching as patch
     from unbackdoor.opening.classifier_files import load_model, save_model
     from unbackdoor.opening.inspection import Inspection, inspect
     from unbackdoor.opening.open_model import Opened, open_model
+    from unbackdoor.opening.provenance import Provenance
+    from unbackdoor.report.saving import save_report, save_sarif
     from unbackdoor.types import Classifier, CleanData, Finding, Images, Purified, ScanReport, Screening
+    from unbackdoor.weights.source import Source, open_source
 
 __version__ = "0.1.0"
 
@@ -50,10 +56,13 @@ __all__ = [
     "MethodFailed",
     "MissingExtra",
     "Opened",
+    "PromiseBroken",
+    "Provenance",
     "Purification",
     "Purified",
     "ScanReport",
     "Screening",
+    "Source",
     "UnbackdoorError",
     "Unlearning",
     "UnsafeFile",
@@ -66,9 +75,14 @@ __all__ = [
     "load_images",
     "load_model",
     "open_model",
+    "open_source",
+    "patch",
     "purify",
+    "record",
     "run",
     "save_model",
+    "save_report",
+    "save_sarif",
     "scan",
     "screen",
     "unlearn",
@@ -96,17 +110,32 @@ _HOMES = {
     "load_images": "unbackdoor.data.loaders",
     "load_model": "unbackdoor.opening.classifier_files",
     "open_model": "unbackdoor.opening.open_model",
-    "purify": "unbackdoor.audit.purifying",
+    "PromiseBroken": "unbackdoor.audit.purifying",
+    "Provenance": "unbackdoor.opening.provenance",
+    "Source": "unbackdoor.weights.source",
+    "open_source": "unbackdoor.weights.source",
+    "purify": "unbackdoor.audit.verbs",
+    "record": "unbackdoor.audit.json_records",
+    "save_report": "unbackdoor.report.saving",
+    "save_sarif": "unbackdoor.report.saving",
     "run": "unbackdoor.engine.trusted_caller",
     "save_model": "unbackdoor.opening.classifier_files",
-    "scan": "unbackdoor.audit.scanning",
+    "scan": "unbackdoor.audit.verbs",
     "screen": "unbackdoor.engine.trusted_caller",
     "unlearn": "unbackdoor.audit.unlearning",
-    "verify": "unbackdoor.audit.verification",
+    "verify": "unbackdoor.audit.verbs",
 }
 
 
+# Verbs that are several functions.
+_MODULES = {"patch": "unbackdoor.opening.patching"}
+
+
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        from importlib import import_module
+
+        return import_module(_MODULES[name])
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -158,3 +158,44 @@ def _explained(error: OSError, path: Path) -> InputError | None:
             remedy="Choose a folder that you may write to",
         )
     return None
+
+
+def require_writable(files: Sequence[Path], *, force: bool, inputs: Sequence[Path] = ()) -> None:
+    """Check before any work is done that all files can be written, and that nothing is lost by it.
+
+    Args:
+        files: What is to be written.
+        force: Whether existing files may be replaced.
+        inputs: Files that are not replaced even then.
+
+    Raises:
+        InputError: If a file stands twice, is an input, exists, or cannot be written.
+    """
+    kept = {path.resolve() for path in inputs}
+    taken: set[Path] = set()
+    for file in files:
+        place = file.resolve()
+        if place in kept:
+            raise InputError(
+                "the output would replace an input", where=file, remedy="Choose another name for the output"
+            )
+        if place in taken:
+            raise InputError(
+                "two outputs have the same name", where=file, remedy="Choose another name for one of them"
+            )
+        taken.add(place)
+        folder = file.parent
+        while not folder.exists():  # the missing folders are made when the file is written
+            folder = folder.parent
+        if not folder.is_dir():
+            raise InputError("this is no folder", where=folder, remedy="Name a folder")
+        if file.is_dir():
+            raise InputError("there is a folder of that name", where=file, remedy="Name a file")
+        if file.exists() and not force:
+            raise InputError(
+                "the file exists",
+                where=file,
+                remedy="Choose another place, or replace it with --force (force=True)",
+            )
+        if not os.access(folder, os.W_OK):
+            raise InputError("the folder cannot be written", where=folder, remedy="Choose another place")

@@ -196,3 +196,63 @@ def test_nothing_to_judge_by() -> None:
         infer({}, images(), run())
     with pytest.raises(InputError, match="labels do not fit"):
         infer({"net": nn.Sequential(nn.Flatten(), nn.Linear(64, 2))}, images(), run())
+
+
+class Scripted(nn.Module):
+    """Answers by a script for each convention, which it knows by the scale of a white corner."""
+
+    def __init__(self, scripts: dict[float, Tensor]) -> None:
+        super().__init__()
+        self.scripts = scripts  # by scale: logits (N, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = x[:, 0, 0, 0]
+        number = (x[:, 0, 1, 1] / scale * 255).round().long()
+        return self.scripts[round(float(scale[0]), 3)][number]
+
+
+def script(right: int, certainty: float) -> Tensor:
+    """Return logits (80, 4) that are right on the first images, as certainly as that, and hardly wrong."""
+    truth = torch.arange(80) % 4
+    out = torch.zeros(80, 4)
+    out[torch.arange(80), truth] = certainty
+    out[torch.arange(right, 80), truth[right:]] = 0.0
+    out[torch.arange(right, 80), (truth[right:] + 1) % 4] = 0.01
+    return out
+
+
+@pytest.mark.parametrize(
+    ("hits", "preferred", "taken"),
+    [
+        # Right on 78 against 75: three images are no evidence, so that the loss decides.
+        ((78, 75), None, "sure"),
+        # Five against none are (p = 1/32): the most accurate is taken, whatever its loss.
+        ((79, 74), None, "most accurate"),
+        # What the architecture's library states wins over all that cannot be told from the best ...
+        ((78, 75), "most accurate", "most accurate"),
+        ((75, 78), "most accurate", "most accurate"),
+        # ... and over nothing that is clearly better.
+        ((74, 79), "most accurate", "sure"),
+    ],
+)
+def test_the_most_accurate_is_taken_only_over_what_it_clearly_beats(
+    hits: tuple[int, int], preferred: str | None, taken: str
+) -> None:
+    conventions = {
+        "most accurate": Convention("most accurate", (0.0,), (1.0,)),
+        "sure": Convention("sure", (0.0,), (0.5,)),
+    }
+    network = Scripted({1.0: script(hits[0], 0.1), 2.0: script(hits[1], 5.0)})
+    pixels = torch.arange(80, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 1, 8, 8)
+    pixels[:, :, 0, 0] = 255
+    held = Images(pixels, torch.arange(80) % 4, ("a", "b", "c", "d"))
+    found = infer(
+        {"net": network},
+        held,
+        run(),
+        conventions=list(conventions.values()),
+        prefer=None if preferred is None else conventions[preferred],
+    )
+    assert found.best.convention.name == taken
+    told_apart = abs(hits[0] - hits[1]) > 4
+    assert bool(found.alternatives) is not told_apart

@@ -55,7 +55,7 @@ def test_a_good_file(tmp_path: Path) -> None:
     assert found.normalisation is not None
     assert found.normalisation.mean == pytest.approx((0.5, 0.4, 0.3))
     assert "normalize.mean" in found.normalisation.source
-    assert json.loads(json.dumps(found.to_json(), allow_nan=False))["sha256"] == found.sha256
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["sha256"] == found.sha256
 
 
 def test_the_card_tells_the_normalisation(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_weights_that_are_not_finite_are_counted(tmp_path: Path, value: float) -
     found = inspect(tmp_path / "m.pt")
     assert found.not_finite == 2
     assert [tensor.not_finite for tensor in found.tensors] == [2, 0]
-    json.dumps(found.to_json(), allow_nan=False)
+    json.dumps(found.to_dict(), allow_nan=False)
 
 
 def test_a_dangerous_file_is_told_with_its_tensors(tmp_path: Path) -> None:

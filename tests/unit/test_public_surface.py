@@ -27,10 +27,13 @@ SURFACE = {
     "MethodFailed",
     "MissingExtra",
     "Opened",
+    "PromiseBroken",
+    "Provenance",
     "Purification",
     "Purified",
     "ScanReport",
     "Screening",
+    "Source",
     "UnbackdoorError",
     "Unlearning",
     "UnsafeFile",
@@ -43,9 +46,14 @@ SURFACE = {
     "load_images",
     "load_model",
     "open_model",
+    "open_source",
+    "patch",
     "purify",
+    "record",
     "run",
     "save_model",
+    "save_report",
+    "save_sarif",
     "scan",
     "screen",
     "unlearn",
@@ -79,7 +87,7 @@ def test_an_unknown_name_is_refused_as_in_any_module() -> None:
 def test_every_error_is_an_unbackdoor_error() -> None:
     errors = [getattr(unbackdoor, name) for name in SURFACE]
     errors = [e for e in errors if isinstance(e, type) and issubclass(e, Exception)]
-    assert len(errors) == 8
+    assert len(errors) == 9
     assert all(issubclass(error, unbackdoor.UnbackdoorError) for error in errors)
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from unbackdoor.audit.cases import Case
 from unbackdoor.audit.comparison import Accuracy, TensorChange, rate_facts
 from unbackdoor.audit.purifying import Purification, Residue
 from unbackdoor.audit.scanning import Audit, Checked
@@ -13,6 +14,52 @@ from unbackdoor.audit.verification import Verification
 from unbackdoor.files import finite
 from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Finding, ScanReport
+
+
+def record(result: Audit | Purification | Verification) -> dict[str, Any]:
+    """Return what a verb returned as JSON, with what it is about."""
+    if isinstance(result, Audit):
+        names = _names(result.case)
+        return {
+            **_subject(result.case, "model", "file_sha256"),
+            **audit_json(result, names),
+            **_opened(result.case),
+        }
+    if isinstance(result, Purification):
+        return {
+            **result.written,
+            "sha256": result.facts["after_sha256"],
+            **_subject(result.case, "source", "source_file_sha256"),
+            "source_sha256": result.facts["before_sha256"],
+            "clean_images": result.facts["images_for_the_method"],
+            **purification_json(result, _names(result.case)),
+            **_opened(result.case),
+        }
+    cases = result.cases
+    before, after = (None, None) if cases is None else cases
+    return {
+        **_subject(before, "before", "before_file_sha256"),
+        **_subject(after, "after", "after_file_sha256"),
+        "comparison": verification_json(result, _names(before)),
+        "opened": {"before": _opened(before)["opened"], "after": _opened(after)["opened"]},
+    }
+
+
+def _subject(case: Case | None, path: str, digest: str) -> dict[str, Any]:
+    source = case.source if case is not None else None
+    if source is None:
+        return {path: None, digest: None}
+    others = {file.path.name: file.sha256 for file in source.files[1:]}
+    return {path: str(source.path), digest: source.sha256, f"{path}_other_files": others}
+
+
+def _opened(case: Case | None) -> dict[str, Any]:
+    opened = case.opened if case is not None else None
+    return {"opened": None if opened is None else opened.provenance.to_dict()}
+
+
+def _names(case: Case | None) -> Sequence[str]:
+    return case.model.class_names if case is not None else ()
 
 
 def audit_json(audit: Audit, class_names: Sequence[str]) -> dict[str, Any]:
@@ -52,6 +99,8 @@ def purification_json(done: Purification, class_names: Sequence[str]) -> dict[st
         "seconds": round(done.purified.seconds, 3),
         "accuracy": accuracy_json(done.accuracy),
         "accuracy_on_the_method's_images": done.proof_is_fit,
+        "accuracy_flattered_because": list(done.flattered),
+        "promise": None if done.promise is None else done.promise.to_dict(),
         "changes": [change_json(c) for c in done.changes],
         "residual_triggers": [_residue(r, class_names) for r in done.residues],
         "evidence": finite(dict(done.purified.evidence)),

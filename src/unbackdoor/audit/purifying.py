@@ -9,33 +9,107 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 
 from unbackdoor.audit.arguments import require_classifier, require_images
+from unbackdoor.audit.cases import Case
 from unbackdoor.audit.comparison import (
     Accuracy,
     TensorChange,
     changed_tensors,
     compare_accuracy,
+    paired_interval,
     trigger_success,
 )
+from unbackdoor.audit.result import Result
 from unbackdoor.engine import trusted_caller as caller
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError, UnbackdoorError
+from unbackdoor.files import require_writable
 from unbackdoor.metrics import Rate
+from unbackdoor.opening.write_back import output_name, repair_patch, write_repaired
 from unbackdoor.registry import Config, Part
 from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Augmentation, Classifier, CleanData, Images, Progress, Purified, silent
+from unbackdoor.weights.patch import write_patch
 
 PROOF_FRACTION = 0.3  # of every class, for the proof
 FEWEST_FOR_PROOF = 4  # images a class; with fewer, all go to the method and the proof is marked
 
 
+SEEN_IN_TRAINING = 0.995  # accuracy from which images look like those that the model was trained on
+Rule = Literal["evidence", "strict"]
+
+
 class PromiseBroken(UnbackdoorError):
-    """The repair lost more accuracy than was allowed; nothing may be written."""
+    """The repair lost more accuracy than was allowed, or cannot be shown not to; nothing may be written."""
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What clean images can tell of the promise that a repair costs no more than so much accuracy.
+
+    All losses are fractions, so that 0.04 is 4 points.
+
+    Attributes:
+        asked: Largest loss that is accepted.
+        measured: Loss on the images of the proof.
+        low: Lower end of its 95 % interval.
+        high: Upper end.
+        images: Number of these images.
+        rule: ``evidence`` refuses a repair where the interval lies above what was asked; ``strict`` refuses
+            it unless the interval lies below.
+    """
+
+    asked: float
+    measured: float
+    low: float
+    high: float
+    images: int
+    rule: Rule = "evidence"
+
+    @property
+    def kept(self) -> bool | Literal["cannot be told"]:
+        """True or False where 95 % of confidence say so."""
+        if self.high <= self.asked:
+            return True
+        return False if self.low > self.asked else "cannot be told"
+
+    @property
+    def refused(self) -> bool:
+        """Whether the repair is thrown away."""
+        return self.kept is not True if self.rule == "strict" else self.kept is False
+
+    @property
+    def points_per_image(self) -> float:
+        """Points of accuracy that one image is worth."""
+        return 100 / self.images
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON; all losses are fractions."""
+        return {
+            "asked": self.asked,
+            "measured": self.measured,
+            "low": self.low,
+            "high": self.high,
+            "images": self.images,
+            "points_per_image": self.points_per_image,
+            "rule": self.rule,
+            "kept": self.kept,
+        }
+
+    def in_words(self) -> str:
+        """Return the answer as a sentence."""
+        answer = {True: "is kept", False: "is broken"}.get(self.kept, "cannot be told from so few images")  # type: ignore[call-overload]
+        return (
+            f"The promise of at most {100 * self.asked:.1f} points {answer}: {100 * self.measured:.1f} "
+            f"points were lost (95 % interval {100 * self.low:.1f} to {100 * self.high:.1f}) on "
+            f"{self.images} images, each of which is worth {self.points_per_image:.2g} points."
+        )
 
 
 @dataclass(frozen=True)
@@ -54,7 +128,7 @@ class Residue:
 
 
 @dataclass(frozen=True)
-class Purification:
+class Purification(Result):
     """A repaired model with the proof of what was changed.
 
     Attributes:
@@ -65,6 +139,9 @@ class Purification:
         changes: What differs in the weights.
         residues: What the known triggers still do.
         facts: JSON-ready: hashes and numbers of images.
+        promise: What the images tell of the promise; None where none was asked for.
+        case: The original and the images as they were brought.
+        written: What was written of it so far: ``model``, ``card`` and ``patch``.
     """
 
     model: Classifier
@@ -74,6 +151,87 @@ class Purification:
     changes: tuple[TensorChange, ...]
     residues: tuple[Residue, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    promise: Promise | None = None
+    case: Case | None = field(default=None, repr=False)
+    written: dict[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def flattered(self) -> tuple[str, ...]:
+        """Why the accuracies may look better than they are on new images, in words."""
+        out = []
+        if self.proof_is_fit:
+            out.append("the method saw the images that its repair is measured on")
+        if self.case is not None and self.case.proof_of_training_part:
+            out.append(
+                f"the images are of the training part of {self.case.data_set}, which a model that somebody "
+                "else trained has most likely seen"
+            )
+        if self.accuracy is not None and self.accuracy.before.value >= SEEN_IN_TRAINING:
+            right = f"{self.accuracy.before.hits} of {self.accuracy.before.total}"
+            out.append(
+                f"the original has {right} images right, as a model has of those that it was trained on"
+            )
+        return tuple(out)
+
+    def save(self, path: Path | str, *, force: bool = False) -> Path:
+        """Write the repaired model under the names and number types of its owner.
+
+        Args:
+            path: The suffix decides: ``.safetensors`` with a card of this package; ``.pt``, ``.pth``,
+                ``.th`` or ``.tar`` as the original was; ``.onnx`` where the original is ONNX. Without one, it
+                is ONNX for an ONNX graph, else safetensors. What is no card is a record beside it.
+            force: Whether files that exist may be replaced; the original never is.
+
+        Returns:
+            The file that was written.
+
+        Raises:
+            InputError: If the file exists, or the model cannot be written as that.
+            IntegrityError: If the file of the original has changed since it was opened.
+        """
+        opened = self.case.opened if self.case is not None else None
+        out = output_name(Path(path), opened)
+        card = out.with_suffix(".json")
+        require_writable((out, card), force=force, inputs=self._inputs())
+        written = {"model": str(out), "card": str(card)}
+        record = {**self.to_dict(), **written}
+        step = {
+            "step": "purified",
+            "of": self.facts["before_sha256"],
+            "method": dict(self.purified.method),
+            **{
+                key: record[key]
+                for key in ("seconds", "accuracy", "images_for_the_method", "images_for_the_proof")
+            },
+            "changed_tensors": len(self.changes),
+            "changed_entries": self.facts["changed_entries"],
+            "residual_triggers": record["residual_triggers"],
+        }
+        write_repaired(out, self.model, opened, step=step, record=record)
+        self.written.update(written)
+        return out
+
+    def save_patch(self, path: Path | str, *, force: bool = False) -> Path:
+        """Write the repair as a patch that applies to the file of the original, and can be reverted.
+
+        Raises:
+            InputError: If the model is of no file, the repair changed more than values, or the file exists.
+            IntegrityError: If the file of the original has changed since it was opened.
+        """
+        out = Path(path)
+        opened = self.case.opened if self.case is not None else None
+        if opened is None or opened.source is None:
+            raise InputError("a patch belongs to a file, and the model is of none")
+        require_writable((out,), force=force, inputs=self._inputs())
+        opened.source.require_unchanged()
+        facts = {"method": dict(self.purified.method), "source": opened.source.path.name}
+        write_patch(out, repair_patch(self.model, opened, facts))
+        self.written["patch"] = str(out)
+        return out
+
+    def _inputs(self) -> list[Path]:
+        source = self.case.source if self.case is not None else None
+        return [] if source is None else [file.path for file in source.files]
 
 
 def split_proof(
@@ -94,12 +252,13 @@ def split_proof(
 
 def purify(
     model: Classifier,
-    images: Images,
+    images: Images | CleanData,
     method: str | Part[Any],
     *,
     preset: str | None = None,
     options: Mapping[str, Any] | Config | None = None,
     max_accuracy_drop: float | None = None,
+    promise: Rule = "evidence",
     triggers: tuple[RecoveredTrigger, ...] = (),
     proof: Images | None = None,
     types: Mapping[str, torch.dtype] | None = None,
@@ -114,11 +273,15 @@ def purify(
 
     Args:
         model: The suspicious classifier; never changed.
-        images: Clean images; labels are needed by most methods.
+        images: Clean images; labels are needed by most methods. Where they are split already, the method
+            gets them as they are, and without ``proof`` the accuracy is measured on these same images.
         method: Registered defense, or a part.
         preset: Named set of its options.
         options: Options laid over the preset.
-        max_accuracy_drop: Largest loss of clean accuracy that is accepted, in 0..1; None accepts any.
+        max_accuracy_drop: Largest loss of clean accuracy that is accepted, a fraction in 0..1; None accepts
+            any.
+        promise: ``evidence`` refuses the repair where the 95 % interval of the loss lies above that;
+            ``strict`` refuses it unless the interval lies below.
         triggers: Recovered triggers, such as those of a scan, whose success is measured before and after.
         proof: Images for the proof; None keeps a part of ``images`` back, where there are enough.
         types: Types that tensors of the network will be stored in, by name: they are rounded to these before
@@ -131,10 +294,15 @@ def purify(
         progress: Progress display.
 
     Raises:
-        PromiseBroken: If the repaired model lost more accuracy than allowed, or it cannot be measured.
+        PromiseBroken: If the promise is broken; under ``strict`` also where it cannot be told.
+        InputError: If there are too few images for a strict promise, or none with labels.
         UnbackdoorError: See :func:`unbackdoor.run`.
     """
     require_classifier(model)
+    split = images if isinstance(images, CleanData) else None
+    if isinstance(images, CleanData):
+        images = images.all
+        proof = images if proof is None else proof
     require_images(images)
     if max_accuracy_drop is not None and not 0 <= max_accuracy_drop <= 1:
         raise InputError("the largest drop does not fit", expected="0..1", got=max_accuracy_drop)
@@ -142,9 +310,15 @@ def purify(
         given, shown, same = split_proof(images, seed=seed)
     else:
         given, shown, same = images, proof, proof is images
+    if promise not in get_args(Rule):
+        raise InputError("there is no such rule of a promise", expected=get_args(Rule), got=promise)
     if max_accuracy_drop is not None and shown.labels is None:
         raise InputError("a promise about accuracy needs labelled images", got="no labels", where=images.name)
-    data = CleanData.split(given, select_fraction=select_fraction, augmentation=augmentation, seed=seed)
+    if max_accuracy_drop is not None and promise == "strict":
+        _require_enough(len(shown), max_accuracy_drop)
+    data = split or CleanData.split(
+        given, select_fraction=select_fraction, augmentation=augmentation, seed=seed
+    )
     purified = caller.run(
         method,
         model,
@@ -159,16 +333,19 @@ def purify(
     _round(purified.model, types or {})
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
     accuracy = compare_accuracy(model, purified.model, shown, run)
+    answer = None
     if max_accuracy_drop is not None:
         assert accuracy is not None  # labels were asked for above
-        # The last term is for rounding: a drop of exactly the limit keeps the promise.
-        if accuracy.drop > max_accuracy_drop + 1e-9:
-            low, high = accuracy.drop_interval
-            asked, total = 100 * max_accuracy_drop, accuracy.before.total
+        answer = Promise(
+            max_accuracy_drop, accuracy.drop, *accuracy.drop_interval, accuracy.before.total, promise
+        )
+        if answer.refused:
             raise PromiseBroken(
-                "the repaired model loses more accuracy than was allowed, so it was thrown away",
-                expected=f"at most {asked:.1f} points less on {total} images",
-                got=f"{100 * accuracy.drop:.1f} points (95 % interval {100 * low:.1f} to {100 * high:.1f})",
+                "the repaired model loses more accuracy than was allowed, so it was thrown away"
+                if answer.kept is False
+                else "whether the repaired model keeps the promise cannot be told, so it was thrown away",
+                expected=f"at most {100 * answer.asked:.1f} points less",
+                got=answer.in_words().rstrip("."),
                 remedy="Allow more, give more images, or choose a milder method or preset",
             )
     residues = tuple(
@@ -199,7 +376,25 @@ def purify(
             ),
             "torch": torch.__version__,
         },
+        answer,
     )
+
+
+def _require_enough(images: int, asked: float) -> None:
+    # Even a repair that changes no answer leaves an interval, which must fit under the promise.
+    best = paired_interval(0, 0, images)[1]
+    if best > asked:
+        fewest = images
+        while paired_interval(0, 0, fewest)[1] > asked and fewest < 1_000_000:
+            fewest += max(fewest // 100, 1)
+        raise InputError(
+            "so strict a promise cannot be shown with so few images, whatever the repair does",
+            expected=f"about {fewest} images, or a promise of {100 * best:.1f} points"
+            if asked
+            else "a promise of more than 0 points",
+            got=f"{images} images and a promise of {100 * asked:.1f} points",
+            remedy="Give more images for the proof, or leave the promise to be refused on evidence only",
+        )
 
 
 @torch.no_grad()

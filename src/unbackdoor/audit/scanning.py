@@ -14,8 +14,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 from unbackdoor.audit.arguments import clean_data, require_classifier
+from unbackdoor.audit.cases import Case
 from unbackdoor.audit.checks import Check, default_checks, plan_checks
 from unbackdoor.audit.evidence import Agreement, agreements, holm
+from unbackdoor.audit.result import Result
 from unbackdoor.engine import trusted_caller as caller
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
@@ -95,7 +97,7 @@ class Noticed:
 
 
 @dataclass(frozen=True)
-class Audit:
+class Audit(Result):
     """The answer of a scan and everything that it rests on.
 
     Attributes:
@@ -110,6 +112,7 @@ class Audit:
         facts: JSON-ready: hashes, seed, precision, numbers of images.
         left_out: Usual checks that were not asked for. What is corrected for fewer checks is corrected less.
         interrupted: True where Ctrl-C or SIGTERM ended the scan; the checks that had ended count.
+        case: The model and the images as they were brought.
     """
 
     verdict: Verdict
@@ -123,6 +126,7 @@ class Audit:
     agreed: tuple[Agreed, ...] = ()
     left_out: tuple[str, ...] = ()
     interrupted: bool = False
+    case: Case | None = field(default=None, repr=False)
 
     @property
     def partial(self) -> bool:

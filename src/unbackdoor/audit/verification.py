@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from unbackdoor.audit.arguments import require_classifier, require_images
+from unbackdoor.audit.cases import Case
 from unbackdoor.audit.checks import Check, plan_checks
 from unbackdoor.audit.comparison import (
     Accuracy,
@@ -22,6 +23,7 @@ from unbackdoor.audit.comparison import (
     trigger_success,
 )
 from unbackdoor.audit.purifying import Residue, split_proof
+from unbackdoor.audit.result import Result
 from unbackdoor.audit.scanning import LEVEL, Audit, scan, unscanned
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
@@ -32,7 +34,7 @@ from unbackdoor.types import Classifier, CleanData, Images, Progress, silent
 
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(Result):
     """What two models have in common and what not.
 
     Attributes:
@@ -46,6 +48,7 @@ class Verification:
         after: The same scan of the second.
         seconds: Wall time.
         facts: JSON-ready: hashes and numbers of images.
+        cases: The two models and the images as they were brought.
     """
 
     identical: bool
@@ -57,6 +60,7 @@ class Verification:
     after: Audit
     seconds: float = 0.0
     facts: Mapping[str, Any] = field(default_factory=dict)
+    cases: tuple[Case, Case] | None = field(default=None, repr=False)
 
     @property
     def interrupted(self) -> bool:

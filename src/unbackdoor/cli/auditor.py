@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unbackdoor.cli import defender, options
+from unbackdoor.cli import options
 from unbackdoor.cli.output import note
 from unbackdoor.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from unbackdoor.audit.purifying import Purification
+    from unbackdoor.audit.cases import Case
     from unbackdoor.audit.scanning import Audit
     from unbackdoor.engine.run import Run
-    from unbackdoor.opening.open_model import Opened
-    from unbackdoor.report.audit import Subject
-    from unbackdoor.triggers import RecoveredTrigger
-    from unbackdoor.types import Augmentation, Classifier, Images, Progress
+    from unbackdoor.types import Progress
+    from unbackdoor.weights.source import Source
 
 PAGE, RECORD = "report.html", "result.json"
 _NAMED = 10  # suspected classes that a sentence lists; the record has all
@@ -83,6 +78,7 @@ Level = Annotated[
 Trigger = Annotated[
     list[Path] | None,
     typer.Option(
+        "--trigger",
         help="Recovered trigger, a trigger.safetensors of a scan's report; may be repeated.",
         show_default=False,
         rich_help_panel="Method",
@@ -100,26 +96,6 @@ Report = Annotated[
 
 
 @dataclass(frozen=True)
-class Case:
-    """An opened model with the images that were brought.
-
-    Attributes:
-        source: File of the model.
-        opened: The classifier and the story of how it was opened.
-        images: The clean images, None where there are none.
-        augmentation: What may be done to them.
-        proof: Further images for measuring a repair, where a named data set has them; None: a part of
-            ``images`` serves.
-    """
-
-    source: Path
-    opened: Opened
-    images: Images | None
-    augmentation: Augmentation
-    proof: Images | None = None
-
-
-@dataclass(frozen=True)
 class Told:
     """What the user says of a model and its images."""
 
@@ -134,54 +110,61 @@ class Told:
     fraction: float | None = None
     augmentation: options.AugmentationName | None = None
     data_root: Path | None = None
+    proof: Path | None = None
 
 
-def open_case(source: Path, told: Told, run: Run, progress: Progress, *, quiet: bool = False) -> Case:
-    """Open a model and load the images in the form that it takes.
+def open_case(model: Path | Source, told: Told, run: Run, progress: Progress, *, quiet: bool = False) -> Case:
+    """Open a model and load the images in the form that it takes, and say what should not be overlooked.
 
     Raises:
         UnbackdoorError: If the model or the images cannot be used, or options contradict each other.
     """
-    from unbackdoor.data.conform import conform
-    from unbackdoor.opening.open_model import open_model
+    from unbackdoor.audit import cases
+    from unbackdoor.data.clean_images import ambiguity
+    from unbackdoor.data.datasets import dataset_names
 
-    source = options.existing_model(source)
-    names = class_names(told.class_names)
-    own: Augmentation = "none"
-    bring: Any = None
-    proof, drawn = None, False
-    if told.data is not None:
-        named = defender.named(told.data, told.data_root, progress)
-        if named is not None:
-            bring, proof = defender.drawn_twice(named, told.clean, told.per_class, told.fraction, run.seed)
-            own, drawn = named.augmentation, True
-        else:
-            defender.refuse_amounts(told.clean, told.per_class, told.fraction)
-            bring = Path(told.data)
-            if not bring.exists():
-                raise InputError("there is no such file or folder", where=bring)
-    opened = open_model(
-        source,
-        arch=told.architecture,
-        images=bring,
-        class_names=names,
-        mean=options.numbers(told.mean, "--mean"),
-        std=options.numbers(told.std, "--std"),
-        size=_size(told.size),
+    for text in ambiguity(told.data, told.data_root) if told.data in dataset_names() else ():
+        note(f"mind: {text}")
+    case = cases.open_case(
+        model,
+        told.data,
         run=run,
+        **_said(told),
+        clean=told.clean,
+        per_class=told.per_class,
+        fraction=told.fraction,
+        augmentation=None if told.augmentation is None else told.augmentation.value,
+        data_root=told.data_root,
+        proof=told.proof,
     )
-    for text in opened.provenance.images:
-        note(text, quiet=quiet)
-    for warning in opened.warnings:
-        note(f"mind: {warning}", quiet=quiet)
-    kind = told.augmentation.value if told.augmentation is not None else own
-    model = opened.model
-    if proof is not None:
-        shape, known = model.input_shape, model.class_names
-        proof, _ = conform(proof, input_shape=shape, class_names=known, progress=progress)
-    elif drawn:
-        proof = opened.images  # the method gets as many as were asked for, and the proof is marked
-    return Case(source, opened, opened.images, kind, proof)
+    show_notes(case, quiet=quiet)
+    return case
+
+
+def open_second(model: Path, first: Case, told: Told, run: Run) -> Case:
+    """Open the model that a first one is compared with, under the same assumptions unless it has a card."""
+    from unbackdoor.audit import cases
+
+    return cases.open_second(model, first, run=run, **_said(told))
+
+
+def show_notes(case: Case, *, quiet: bool) -> None:
+    """Print what was done to the images, and what should not be overlooked, before anything is computed."""
+    if case.opened is not None:
+        for text in case.opened.provenance.images:
+            note(text, quiet=quiet)
+        for warning in case.opened.warnings:
+            note(f"mind: {warning}", quiet=quiet)
+
+
+def _said(told: Told) -> dict[str, Any]:
+    return {
+        "arch": told.architecture,
+        "mean": options.numbers(told.mean, "--mean"),
+        "std": options.numbers(told.std, "--std"),
+        "size": _size(told.size),
+        "class_names": class_names(told.class_names),
+    }
 
 
 def class_names(text: str | None) -> tuple[str, ...] | None:
@@ -208,228 +191,14 @@ def _size(text: str | None) -> tuple[int, int] | None:
     return (sides[0], sides[-1])
 
 
-def like(first: Case, told: Told, second: Path) -> Told:
-    """Return what is to be assumed of a second model: the same as of the first, unless it has a card."""
-    if options.has_card(options.existing_model(second)):
-        return replace(told, architecture=None, mean=None, std=None, size=None, class_names=None)
-    # None where the first is the graph of its own file: so is the second.
-    return replace(told, architecture=told.architecture or first.opened.model.architecture or None)
-
-
-def read_triggers(files: Sequence[Path] | None, model: Classifier) -> tuple[RecoveredTrigger, ...]:
-    """Read recovered triggers, see :func:`unbackdoor.weights.triggers.read_trigger`."""
-    from unbackdoor.weights.triggers import read_trigger
-
-    return tuple(read_trigger(file, model) for file in files or ())
-
-
-def examples(case: Case, triggers: Sequence[RecoveredTrigger], *, count: int) -> Images | None:
-    """Return a few images to draw triggers over, of as many classes as there are and not of theirs."""
-    import torch
-
-    images = case.images
-    if images is None or not len(images):
-        return None
-    rows = torch.arange(len(images))
-    if images.labels is not None:
-        aims = torch.tensor([t.label for t in triggers], dtype=torch.int64)
-        others = rows[~torch.isin(images.truth, aims)]
-        rows = others if len(others) else rows
-        # The first of every class before the second of any.
-        labels = images.truth[rows]
-        turn = torch.zeros(len(rows), dtype=torch.int64)
-        for k in labels.unique():
-            places = (labels == k).nonzero().flatten()
-            turn[places] = torch.arange(len(places))
-        rows = rows[turn.argsort(stable=True)]
-    return images.subset(rows[:count])
-
-
-def answers_for(
-    case: Case, triggers: Sequence[RecoveredTrigger], few: Images | None, run: Run
-) -> list[list[tuple[int, int]]]:
-    """Return, for every trigger, what the model says to the images without and with it."""
-    from unbackdoor.engine.inference import predict
-
-    if few is None:
-        return []
-    model = case.opened.model
-    plain = predict(model, few, run).argmax(1).tolist()
-    return [
-        list(zip(plain, predict(model, t.stamp(few), run).argmax(1).tolist(), strict=True)) for t in triggers
-    ]
-
-
-def subject(case: Case, *, title: str | None = None) -> Subject:
-    """Return what a report says about the model and how it was opened."""
-    import torch
-
-    from unbackdoor import __version__
-    from unbackdoor.files import sha256_file
-    from unbackdoor.report.audit import Subject
-
-    model = case.opened.model
-    digest = sha256_file(case.source)
-    facts = [("model", case.source.name), ("SHA-256 of the file", digest), *case.opened.provenance.in_words()]
-    if case.images is not None:
-        labels = "with labels" if case.images.labels is not None else "without labels"
-        facts.append(("clean images", f"{len(case.images)}, {labels}"))
-    return Subject(
-        title or case.source.name,
-        model.class_names,
-        facts,
-        case.opened.warnings,
-        command_line(),
-        f"Made by unbackdoor {__version__} with torch {torch.__version__}.",
-    )
-
-
-def stored_types(case: Case) -> dict[str, torch.dtype]:
-    """Return the types that the file of the original stores the network's tensors in."""
-    from unbackdoor.weights.read import read_state
-
-    held = read_state(case.source)
-    names = case.opened.names
-    pairs = ((name, names.get(name, name)) for name in case.opened.model.network.state_dict())
-    return {name: held[old].dtype for name, old in pairs if old in held}
-
-
-def repaired_state(case: Case, held: Mapping[str, Tensor], model: Classifier) -> dict[str, Tensor]:
-    """Return what the file of the original would hold if it were the repaired model.
-
-    Whatever is no part of the network, such as a layer that normalises pixels, and all that did not change
-    stays as it was, so that whoever loaded the original can load this.
-    """
-    import torch
-
-    from unbackdoor.opening.rename_tensors import CHANNEL_MASK
-
-    out = dict(held)
-    names = case.opened.names
-    before = case.opened.model.network.state_dict()
-    for name, tensor in model.network.state_dict().items():
-        old = names.get(name, name)
-        if old in held and not torch.equal(tensor, before[name]):
-            out[old] = tensor.to(held[old].dtype)
-            # A mask beside it was multiplied in, and would count twice.
-            mask = f"{old.rpartition('.')[0]}.{CHANNEL_MASK}"
-            if mask in held and old.endswith(".weight"):
-                out[mask] = torch.ones_like(held[mask])
-    return out
-
-
 def command_line() -> str:
     """Return what was typed, so that a reader can do it again."""
     return shlex.join(["unbackdoor", *sys.argv[1:]])
 
 
-def new_output(out: Path, *, force: bool, never: Path, beside: Sequence[Path | None]) -> Path:
-    """Return the weights file to write, after checking that nothing is lost and that it can be written.
-
-    Raises:
-        InputError: If a file exists, stands twice or is the original, or the folder cannot be written.
-    """
-    from unbackdoor.opening.write_back import CHECKPOINTS, ONNX
-
-    if out.suffix not in (*CHECKPOINTS, ONNX):
-        out = options.new_file(out, force=force, beside=(".json",), never=never)
-    elif out.resolve() == never.resolve():
-        raise InputError(
-            "the repaired model would replace the suspicious one", where=out, remedy="Choose another --out"
-        )
-    kept = (never, never.with_suffix(".json")) if options.has_card(never) else (never,)
-    files = (out, out.with_suffix(".json"), *(path for path in beside if path is not None))
-    options.require_writable(files, force=force, inputs=kept)
-    return out
-
-
-def like_its_source(out: Path, source: Path, architecture: str | None) -> Path:
-    """Return the output, with the suffix of ONNX where it has none and the original is an ONNX graph."""
-    from unbackdoor.opening.write_back import ONNX, SUFFIXES
-    from unbackdoor.weights.read import sniff
-
-    if out.suffix in SUFFIXES or architecture is not None or not source.exists() or sniff(source) != "onnx":
-        return out
-    return out.with_name(out.name + ONNX)
-
-
 def report_files(folder: Path | None) -> tuple[Path, ...]:
     """Return the files that a report is sure to have; none without a folder."""
     return () if folder is None else (folder / PAGE, folder / RECORD)
-
-
-def write_repair(case: Case, done: Purification, out: Path, patch: Path | None) -> dict[str, Any]:
-    """Write the repaired model with its card, and the patch; return the record of the repair.
-
-    The card is the last file written, so that a card without its weights never exists.
-    """
-    from unbackdoor.audit.json_records import purification_json
-    from unbackdoor.files import sha256_file, write_json
-    from unbackdoor.opening.classifier_files import save_model
-    from unbackdoor.opening.write_back import SAFETENSORS, write_weights
-    from unbackdoor.weights.formats.onnx.write import write_graph
-    from unbackdoor.weights.patch import NAMES, make_patch, write_patch
-    from unbackdoor.weights.read import read_contents, read_state
-
-    record = {
-        "model": str(out),
-        "card": str(out.with_suffix(".json")),
-        "sha256": done.facts["after_sha256"],
-        "source": str(case.source),
-        "source_sha256": done.facts["before_sha256"],
-        "clean_images": done.facts["images_for_the_method"],
-        "source_file_sha256": sha256_file(case.source),
-        **purification_json(done, case.opened.model.class_names),
-        "opened": case.opened.provenance.to_dict(),
-    }
-    method = dict(done.purified.method)
-    step = {
-        "step": "purified",
-        "of": done.facts["before_sha256"],
-        "method": method,
-        **{k: record[k] for k in ("seconds", "accuracy", "images_for_the_method", "images_for_the_proof")},
-        "changed_tensors": len(done.changes),
-        "changed_entries": done.facts["changed_entries"],
-        "residual_triggers": record["residual_triggers"],
-    }
-    facts: dict[str, Any] = {"method": method, "source": case.source.name}
-    if case.opened.places is not None:
-        networks = (m.network.state_dict() for m in (case.opened.model, done.model))
-        write_graph(out, case.source, case.opened.places, *networks)
-    else:
-        contents = read_contents(case.source)
-        held = contents.state(case.source)
-        after = repaired_state(case, held, done.model)
-        if out.suffix == SAFETENSORS:
-            save_model(done.model, out, history=[*options.history_of(case.source), step])
-            if case.opened.names:
-                facts[NAMES] = {old: new for new, old in case.opened.names.items()}
-        else:
-            write_weights(out, after, nest=contents.nest, prefix=contents.prefix)
-    failed = None
-    if patch is not None:
-        if case.opened.places is not None:  # the file's own names, of which several tensors may be one
-            held, after = (read_state(file) for file in (case.source, out))
-        try:
-            write_patch(patch, make_patch(held, after, facts))
-            record["patch"] = str(patch)
-        except InputError as error:
-            failed = error  # the repair is whole without it
-    if out.suffix != SAFETENSORS:
-        write_json(out.with_suffix(".json"), {**record, "file_sha256": sha256_file(out)})
-    if failed is not None:
-        raise InputError(f"the repaired model was written, the patch was not: {failed}") from failed
-    return record
-
-
-def write_purification(folder: Path, case: Case, done: Purification, record: dict[str, Any]) -> None:
-    """Write the page and the record of a repair."""
-    from unbackdoor.files import write_json
-    from unbackdoor.report.audit import audit_page
-    from unbackdoor.report.page import write_page
-
-    write_json(folder / RECORD, record)
-    write_page(folder / PAGE, audit_page(subject(case), purification=done))
 
 
 def show_audit(audit: Audit, names: Sequence[str]) -> None:

@@ -32,13 +32,12 @@ def inspect(
     Nothing in the file is executed, and no flag makes it so. The exit code is 1 where loading the file with
     other programs would execute code, and 2 where its weights cannot be read.
     """
-    from unbackdoor.opening.inspection import inspect as look
+    import unbackdoor
 
-    path = options.existing_model(model)
     with Display(quiet=quiet or as_json) as display:
-        found = look(path, display)
+        found = unbackdoor.inspect(model, display)
     if as_json:
-        emit(found.to_json())
+        emit(found.to_dict())
     else:
         _show(found, everything=tensors)
     if found.executes:

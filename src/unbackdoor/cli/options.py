@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from unbackdoor.errors import ConfigError, InputError
+from unbackdoor.files import require_writable as require_writable
 from unbackdoor.registry import near_match
 
 if TYPE_CHECKING:
@@ -216,45 +217,6 @@ def new_file(out: Path, *, force: bool, beside: Sequence[str], never: Path | Non
     return out
 
 
-def require_writable(files: Sequence[Path], *, force: bool, inputs: Sequence[Path] = ()) -> None:
-    """Check before any work is done that all files can be written, and that nothing is lost by it.
-
-    Args:
-        files: What is to be written.
-        force: Whether existing files may be replaced.
-        inputs: Files that are not replaced even then.
-
-    Raises:
-        InputError: If a file stands twice, is an input, exists, or cannot be written.
-    """
-    kept = {path.resolve() for path in inputs}
-    taken: set[Path] = set()
-    for file in files:
-        place = file.resolve()
-        if place in kept:
-            raise InputError(
-                "the output would replace an input", where=file, remedy="Choose another name for the output"
-            )
-        if place in taken:
-            raise InputError(
-                "two outputs have the same name", where=file, remedy="Choose another name for one of them"
-            )
-        taken.add(place)
-        folder = file.parent
-        while not folder.exists():  # the missing folders are made when the file is written
-            folder = folder.parent
-        if not folder.is_dir():
-            raise InputError("this is no folder", where=folder, remedy="Name a folder")
-        if file.is_dir():
-            raise InputError("there is a folder of that name", where=file, remedy="Name a file")
-        if file.exists() and not force:
-            raise InputError(
-                "the file exists", where=file, remedy="Choose another place, or replace it with --force"
-            )
-        if not os.access(folder, os.W_OK):
-            raise InputError("the folder cannot be written", where=folder, remedy="Choose another place")
-
-
 def existing_model(path: Path) -> Path:
     """Return the weights file, with its suffix appended where only that exists."""
     with_suffix = path.with_name(path.name + SUFFIX)
@@ -306,10 +268,3 @@ def open_model(
         mean=mean,
         std=std,
     )
-
-
-def history_of(model: Path) -> list[dict[str, Any]]:
-    """Return what the card of a model says was done to it; nothing where there is no card."""
-    from unbackdoor.weights.card import read_card
-
-    return list(read_card(model.with_suffix(".json")).history) if has_card(model) else []

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,7 +11,7 @@ from unbackdoor.cli import options
 from unbackdoor.cli.output import emit, say
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from unbackdoor.weights.patch import Direction
 
 patch = typer.Typer(no_args_is_help=True, help="Make, apply and revert repairs as small files.")
 
@@ -32,24 +31,16 @@ def make(
     as_json: options.AsJson = False,
 ) -> None:
     """Write the difference between two models with the same tensors."""
-    from unbackdoor.weights.patch import make_patch, write_patch
+    import unbackdoor
 
     options.require_writable((out,), force=force, inputs=(before, after))
-    one, other = (_state(path) for path in (before, after))
-    made = make_patch(one, other)
-    write_patch(out, made)
-    facts = {
-        "patch": str(out),
-        "before_sha256": made.before,
-        "after_sha256": made.after,
-        "tensors": len(made.entries),
-        "changed": made.changed,
-        "bytes": out.stat().st_size,
-    }
+    made = unbackdoor.patch.make(before, after)
+    made.save(out, force=force)
+    facts = {"patch": str(out), **made.to_dict(), "bytes": out.stat().st_size}
     if as_json:
         emit(facts)
     else:
-        say(f"{out}: {made.changed:,} numbers in {len(made.entries)} tensors, {facts['bytes']:,} bytes")
+        say(f"{out}: {facts['changed']:,} numbers in {facts['tensors']} tensors, {facts['bytes']:,} bytes")
 
 
 @patch.command()
@@ -68,27 +59,16 @@ def revert(
     _use(model, patch_file, out, "revert", force, as_json)
 
 
-def _use(model: Path, patch_file: Path, out: Path, direction: Any, force: bool, as_json: bool) -> None:
-    from unbackdoor.opening.write_back import require_format, write_weights
-    from unbackdoor.weights.patch import in_file_names, read_patch, use_patch
-    from unbackdoor.weights.read import read_contents
+def _use(model: Path, patch_file: Path, out: Path, direction: Direction, force: bool, as_json: bool) -> None:
+    import unbackdoor
+    from unbackdoor.opening.write_back import require_format
 
     require_format(out)
-    source = options.existing_model(model)
-    options.require_writable((out,), force=force, inputs=(source, patch_file))
-    change = read_patch(patch_file)
-    contents = read_contents(source)
-    # The card's own format calls the tensors by the network's names.
-    state = use_patch(change, in_file_names(change, contents.state(source)), direction)
-    write_weights(out, state, nest=contents.nest, prefix=contents.prefix, source=source)
-    digest = change.after if direction == "apply" else change.before
+    options.require_writable((out,), force=force, inputs=(options.existing_model(model), patch_file))
+    use = unbackdoor.patch.apply if direction == "apply" else unbackdoor.patch.revert
+    done = use(model, patch_file)
+    done.save(out, force=force)
     if as_json:
-        emit({"model": str(out), "direction": direction, "sha256": digest, "facts": dict(change.facts)})
+        emit({"model": str(out), **done.to_dict()})
     else:
-        say(f"{out}: {change.changed:,} numbers changed; SHA-256 of the weights {digest}")
-
-
-def _state(path: Path) -> Mapping[str, Tensor]:
-    from unbackdoor.weights.read import read_state
-
-    return read_state(options.existing_model(path))
+        say(f"{out}: {done.patch.changed:,} numbers changed; SHA-256 of the weights {done.sha256}")

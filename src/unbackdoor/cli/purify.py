@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unbackdoor.cli import auditor, defender, options
+from unbackdoor.cli import auditor, defender
+from unbackdoor.cli import options as shared
 from unbackdoor.cli.output import emit, note, say, table
 from unbackdoor.cli.progress import Display
-from unbackdoor.errors import ConfigError
+from unbackdoor.errors import ConfigError, InputError
 from unbackdoor.report.words import duration, interval, percent, rate
 
 if TYPE_CHECKING:
@@ -20,6 +22,13 @@ if TYPE_CHECKING:
 NOT_KEPT = 1
 _SHOWN_EVIDENCE = 40  # characters; longer values stand in the JSON
 _LONG = 8  # entries; tables with more, such as one for each layer, stand in the JSON
+
+
+class Rule(StrEnum):
+    """When a promise counts as broken."""
+
+    evidence = "evidence"
+    strict = "strict"
 
 
 def purify(
@@ -46,7 +55,7 @@ def purify(
             help="Named set of options of the method.", show_default=False, rich_help_panel="Method"
         ),
     ] = None,
-    settings: Annotated[
+    options: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
@@ -58,19 +67,35 @@ def purify(
     max_accuracy_drop: Annotated[
         float | None,
         typer.Option(
-            help="Promise: points of clean accuracy that may be lost at most, in percent, on images that the "
-            "method does not get. If it cannot be kept, nothing is written and the exit code is 1.",
+            help="Promise: points of clean accuracy (of 100) that may be lost at most, on images that the "
+            "method does not get. If it is broken, nothing is written and the exit code is 1.",
             show_default=False,
             rich_help_panel="Method",
         ),
     ] = None,
-    trigger: auditor.Trigger = None,
+    promise: Annotated[
+        Rule,
+        typer.Option(
+            help="The promise is broken: evidence, where the 95 % interval of the loss lies above it; "
+            "strict, unless the interval lies below it.",
+            rich_help_panel="Method",
+        ),
+    ] = Rule.evidence,
+    triggers: auditor.Trigger = None,
     patch: Annotated[
         Path | None,
         typer.Option(
             help="Also write the repair as a patch that can be applied and reverted.",
             show_default=False,
             rich_help_panel="Output",
+        ),
+    ] = None,
+    proof: Annotated[
+        Path | None,
+        typer.Option(
+            help="Further clean images, for measuring the accuracy alone: a file or a folder, as for --data.",
+            show_default="a part of --data, kept from the method",
+            rich_help_panel="Data",
         ),
     ] = None,
     report: auditor.Report = None,
@@ -85,18 +110,18 @@ def purify(
             "--resize", help="Images are resized to the model's input; kept for old scripts.", hidden=True
         ),
     ] = False,
-    data_root: options.DataRoot = None,
-    architecture: auditor.Arch = None,
-    mean: options.Mean = None,
-    std: options.Std = None,
+    data_root: shared.DataRoot = None,
+    arch: auditor.Arch = None,
+    mean: shared.Mean = None,
+    std: shared.Std = None,
     size: auditor.Size = None,
     class_names: auditor.Classes = None,
-    seed: options.Seed = 0,
-    device: options.Device = "cpu",
-    precision: options.PrecisionOption = options.PrecisionPolicy.auto,
-    force: options.Force = False,
-    as_json: options.AsJson = False,
-    quiet: options.Quiet = False,
+    seed: shared.Seed = 0,
+    device: shared.Device = "cpu",
+    precision: shared.PrecisionOption = shared.PrecisionPolicy.auto,
+    force: shared.Force = False,
+    as_json: shared.AsJson = False,
+    quiet: shared.Quiet = False,
 ) -> None:
     """Remove a backdoor from a model with a few clean images.
 
@@ -108,69 +133,70 @@ def purify(
     how well the model still does its task, and what recovered triggers (--trigger) still do. Where the attack
     is on record, unbackdoor evaluate measures the rest.
     """
-    from unbackdoor.audit.purifying import PromiseBroken
-    from unbackdoor.audit.purifying import purify as repair
-    from unbackdoor.opening.write_back import CHECKPOINTS, require_kind
+    import unbackdoor
+    from unbackdoor.opening.write_back import output_name
     from unbackdoor.registry import DEFENSES
 
     if max_accuracy_drop is not None and not 0 <= max_accuracy_drop <= 100:
         raise ConfigError(
             "the option --max-accuracy-drop", [f"expected points in 0..100, got {max_accuracy_drop}"]
         )
-    source = options.existing_model(model)
-    out = auditor.like_its_source(out, source, architecture)
-    out = auditor.new_output(out, force=force, never=source, beside=(patch, *auditor.report_files(report)))
     part = DEFENSES[method]
-    config = part.configure_text(options.pairs(settings or [], "--set"), preset=preset)
+    config = part.configure_text(shared.pairs(options or [], "--set"), preset=preset)
     defender.require_share(select_fraction)
+    told = auditor.Told(
+        arch, mean, std, size, class_names, data, clean, per_class, fraction, augmentation, data_root, proof
+    )
+    # Said now, as far as it can be, and not after an hour of repairing.
+    source = shared.existing_model(model)
+    others = (*(() if patch is None else (patch,)), *auditor.report_files(report))
+    _require_outputs(out, others, source, force=force)
     with Display(quiet=quiet) as display:
-        run = options.open_run(seed, device, precision, display)
-        told = auditor.Told(
-            architecture,
-            mean,
-            std,
-            size,
-            class_names,
-            data,
-            clean,
-            per_class,
-            fraction,
-            augmentation,
-            data_root,
-        )
+        run = shared.open_run(seed, device, precision, display)
         case = auditor.open_case(source, told, run, display, quiet=quiet)
-        assert case.images is not None  # --data is required
-        victim = case.opened.model
-        require_kind(out, source, graph=case.opened.places is not None)
+        out = output_name(out, case.opened)
+        _require_outputs(out, others, source, force=force)
         try:
-            done = repair(
-                victim,
-                case.images,
-                part,
+            done = unbackdoor.purify(
+                case,
+                method=part,
                 preset=preset,
                 options=config,
                 max_accuracy_drop=None if max_accuracy_drop is None else max_accuracy_drop / 100,
-                triggers=auditor.read_triggers(trigger, victim),
-                proof=case.proof,
-                types=auditor.stored_types(case) if out.suffix in CHECKPOINTS else None,
+                promise=promise.value,
+                triggers=triggers,
                 select_fraction=select_fraction,
-                augmentation=case.augmentation,
                 seed=seed,
                 device=device,
                 precision=precision.value,
                 progress=display,
             )
-        except PromiseBroken as error:
+        except unbackdoor.PromiseBroken as error:
             note(f"not kept: {error}")
             raise typer.Exit(NOT_KEPT) from None
-        record = auditor.write_repair(case, done, out, patch)
+        done.save(out, force=force)
+        if patch is not None:
+            try:
+                done.save_patch(patch, force=force)
+            except InputError as error:  # the repair is whole without it
+                raise InputError(f"the repaired model was written, the patch was not: {error}") from error
         if report is not None:
-            auditor.write_purification(report, case, done, record)
+            done.save_report(report, force=force, command=auditor.command_line())
     if as_json:
-        emit(record)
+        emit(done.to_dict())
         return
     _show(method, preset, done)
     say(f"Repaired model: {out}" + (f", patch: {patch}" if patch is not None else ""))
+
+
+def _require_outputs(out: Path, others: Sequence[Path], source: Path, *, force: bool) -> None:
+    names = (out, out.with_name(out.name + shared.SUFFIX)) if not out.suffix else (out,)
+    if source.resolve() in (name.resolve() for name in names):
+        raise InputError(
+            "the repaired model would replace the suspicious one", where=out, remedy="Choose another --out"
+        )
+    kept = (source, source.with_suffix(".json")) if shared.has_card(source) else (source,)
+    shared.require_writable((out, out.with_suffix(".json"), *others), force=force, inputs=kept)
 
 
 def _show(method: str, preset: str | None, done: Purification) -> None:
@@ -184,16 +210,16 @@ def _show(method: str, preset: str | None, done: Purification) -> None:
         ]
         total = done.accuracy.before.total
         table(title, ("", f">accuracy on {total} images", ">95 % interval"), rows)
-        if done.proof_is_fit:
-            say(
-                "Too few images to keep any from the method: the accuracy of the repaired model is flattered."
-            )
         low, high = done.accuracy.drop_interval
         say(
             f"Loss: {100 * done.accuracy.drop:.1f} points (95 % interval {100 * low:.1f} to "
             f"{100 * high:.1f}); {done.accuracy.lost} images were right only before, "
-            f"{done.accuracy.gained} only after."
+            f"{done.accuracy.gained} only after. One image is worth {100 / total:.2g} points."
         )
+        if done.promise is not None:
+            say(done.promise.in_words())
+        if done.flattered:
+            say("Mind: these accuracies are flattered: " + "; ".join(done.flattered) + ".")
     else:
         say(title)
     for residue in done.residues:

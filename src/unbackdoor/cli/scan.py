@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -37,7 +37,7 @@ def scan(
     fraction: defender.Fraction = None,
     augmentation: defender.AugmentationChoice = None,
     data_root: options.DataRoot = None,
-    architecture: auditor.Arch = None,
+    arch: auditor.Arch = None,
     mean: options.Mean = None,
     std: options.Std = None,
     size: auditor.Size = None,
@@ -59,37 +59,18 @@ def scan(
     finish, 3 the model is of a kind that no check can work on, 130 interrupted with Ctrl-C or SIGTERM: what
     had ended by then is printed and written all the same.
     """
-    from unbackdoor.audit.json_records import audit_json
-    from unbackdoor.audit.scanning import scan as look
-    from unbackdoor.files import sha256_file, write_json
-    from unbackdoor.report.sarif import sarif
-    from unbackdoor.types import CleanData
+    import unbackdoor
 
     outputs = (*auditor.report_files(report), *(() if sarif_file is None else (sarif_file,)))
     options.require_writable(outputs, force=force, inputs=(options.existing_model(model),))
     limit = options.seconds_of(budget, "--budget")
+    told = auditor.Told(
+        arch, mean, std, size, class_names, data, clean, per_class, fraction, augmentation, data_root
+    )
     with Display(quiet=quiet) as display:
         run = options.open_run(seed, device, precision, display)
-        told = auditor.Told(
-            architecture,
-            mean,
-            std,
-            size,
-            class_names,
-            data,
-            clean,
-            per_class,
-            fraction,
-            augmentation,
-            data_root,
-        )
-        case = auditor.open_case(model, told, run, display, quiet=quiet)
-        held = None
-        if case.images is not None:
-            held = CleanData.split(case.images, augmentation=case.augmentation, seed=seed)
-        audit = look(
-            case.opened.model,
-            held,
+        audit = unbackdoor.scan(
+            auditor.open_case(model, told, run, display, quiet=quiet),
             checks=_names(checks),
             level=level,
             budget=limit,
@@ -98,25 +79,18 @@ def scan(
             precision=precision.value,
             progress=display,
         )
-        names = case.opened.model.class_names
-        digest = sha256_file(case.source)
-        record: dict[str, Any] = {
-            "model": str(case.source),
-            "file_sha256": digest,
-            **audit_json(audit, names),
-            "opened": case.opened.provenance.to_dict(),
-        }
     try:
         if report is not None:
-            _write_report(report, case, audit, record, run)
+            audit.save_report(report, force=force, command=auditor.command_line())
         if sarif_file is not None:
-            write_json(sarif_file, sarif(audit, case.source, names, file_sha256=digest))
+            unbackdoor.save_sarif(audit, sarif_file, force=force)
     finally:
         # What an hour has found is shown even where the disk does not take it.
         if as_json:
-            emit(record)
+            emit(audit.to_dict())
         else:
-            auditor.show_audit(audit, names)
+            assert audit.case is not None
+            auditor.show_audit(audit, audit.case.model.class_names)
     if report is not None and not as_json:
         say(f"Report: {report / auditor.PAGE}")
     if audit.interrupted:
@@ -131,19 +105,3 @@ def scan(
 
 def _names(checks: str | None) -> list[str] | None:
     return None if checks is None else [name.strip() for name in checks.split(",") if name.strip()]
-
-
-def _write_report(folder: Path, case: auditor.Case, audit: Any, record: dict[str, Any], run: Any) -> None:
-    from unbackdoor.files import write_json
-    from unbackdoor.report.audit import SHOWN_IMAGES, SHOWN_TRIGGERS, audit_page
-    from unbackdoor.report.page import write_page
-    from unbackdoor.weights.triggers import write_triggers
-
-    shown = audit.triggers[:SHOWN_TRIGGERS]
-    few = auditor.examples(case, shown, count=SHOWN_IMAGES)
-    answers = auditor.answers_for(case, shown, few, run)
-    page = audit_page(auditor.subject(case), audit=audit, images=few, answers=answers)
-    facts = {"model_sha256": audit.facts["model_sha256"]}
-    write_triggers(folder, audit.triggers, facts, most=SHOWN_TRIGGERS)
-    write_json(folder / auditor.RECORD, record)
-    write_page(folder / auditor.PAGE, page)

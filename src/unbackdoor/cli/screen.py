@@ -97,7 +97,7 @@ def screen(
     with Display(quiet=quiet) as display:
         run = options.open_run(seed, device, precision, display)
         case = auditor.open_case(source, told, run, display, quiet=quiet)
-        victim = case.opened.model
+        victim = case.model
         held = CleanData.empty(victim.input_shape, victim.class_names)
         if case.images is not None:
             held = CleanData.split(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,13 +26,13 @@ def verify(
     data: defender.Data,
     budget: auditor.Budget = None,
     level: auditor.Level = 0.05,
-    trigger: auditor.Trigger = None,
+    triggers: auditor.Trigger = None,
     report: auditor.Report = None,
     clean: defender.Clean = None,
     per_class: defender.PerClass = None,
     fraction: defender.Fraction = None,
     data_root: options.DataRoot = None,
-    architecture: auditor.Arch = None,
+    arch: auditor.Arch = None,
     mean: options.Mean = None,
     std: options.Std = None,
     size: auditor.Size = None,
@@ -52,27 +52,18 @@ def verify(
     Exit codes: 0 the recovered triggers do not work on AFTER and no check accuses it, 1 one does or one
     accuses it, 2 an error, or the checks could not decide, 3 the two models do not do the same task.
     """
-    from unbackdoor.audit.json_records import verification_json
-    from unbackdoor.audit.verification import verify as compare
-    from unbackdoor.files import write_json
-    from unbackdoor.report.audit import SHOWN_IMAGES, SHOWN_TRIGGERS, audit_page
-    from unbackdoor.report.page import write_page
+    import unbackdoor
 
     options.require_writable(auditor.report_files(report), force=force, inputs=(before, after))
     limit = options.seconds_of(budget, "--budget")
-    told = auditor.Told(
-        architecture, mean, std, size, class_names, data, clean, per_class, fraction, None, data_root
-    )
+    told = auditor.Told(arch, mean, std, size, class_names, data, clean, per_class, fraction, None, data_root)
     with Display(quiet=quiet) as display:
         run = options.open_run(seed, device, precision, display)
         first = auditor.open_case(before, told, run, display, quiet=quiet)
-        second = auditor.open_case(after, auditor.like(first, told, after), run, display, quiet=True)
-        assert first.images is not None  # --data is required
-        done = compare(
-            first.opened.model,
-            second.opened.model,
-            first.images,
-            triggers=auditor.read_triggers(trigger, first.opened.model),
+        done = unbackdoor.verify(
+            first,
+            auditor.open_second(after, first, told, run),
+            triggers=triggers,
             level=level,
             budget=limit,
             seed=seed,
@@ -80,31 +71,15 @@ def verify(
             precision=precision.value,
             progress=display,
         )
-        names = first.opened.model.class_names
-        record: dict[str, Any] = {
-            "before": str(first.source),
-            "after": str(second.source),
-            "comparison": verification_json(done, names),
-            "opened": {
-                "before": first.opened.provenance.to_dict(),
-                "after": second.opened.provenance.to_dict(),
-            },
-        }
     try:
         if report is not None:
-            shown = done.before.triggers[:SHOWN_TRIGGERS]
-            few = auditor.examples(first, shown, count=SHOWN_IMAGES)
-            answers = auditor.answers_for(first, shown, few, run)
-            subject = auditor.subject(first, title=f"{first.source.name} and {second.source.name}")
-            page = audit_page(subject, verification=done, images=few, answers=answers)
-            write_json(report / auditor.RECORD, record)
-            write_page(report / auditor.PAGE, page)
+            done.save_report(report, force=force, command=auditor.command_line())
     finally:
         # What an hour has found is shown even where the disk does not take it.
         if as_json:
-            emit(record)
+            emit(done.to_dict())
         else:
-            _show(done, names)
+            _show(done, first.model.class_names)
     if report is not None and not as_json:
         say(f"Report: {report / auditor.PAGE}")
     if done.interrupted:

@@ -2,8 +2,8 @@
 
 A universal change towards every class is looked for under a budget that rises for all alike; the first class
 that is reached is the suspect (engine/trigger_search.py). Fine-tuning then sees clean images, and the same
-ones with the change and their true labels. A change found once is one of many that call a backdoor, so the search and
-the teaching are repeated on the mended network until another class is the easiest.
+ones with the change and their true labels. A change found once is one of many that call a backdoor, so the
+search and the teaching are repeated on the mended network until another class is the easiest.
 
 Paper:   Wang et al., "Neural Cleanse", S&P 2019, section VI.C, patching by unlearning.
 Needs:   clean images and labels.          Changes: all weights; stored batch statistics stay.

@@ -160,7 +160,7 @@ class Inspection:
         """Number of values that are NaN or infinite."""
         return sum(tensor.not_finite for tensor in self.tensors)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values for JSON."""
         out = asdict(self)
         out["beside"] = dict(self.beside)

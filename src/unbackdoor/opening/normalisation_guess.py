@@ -2,12 +2,14 @@
 
 A bare state dict does not say how pixels were scaled before they met the network, and some choices (an
 activation, a pooling) leave no trace in its tensors. All usual conventions are tried on clean images, first
-on a few, the better ones on more. The most accurate one is taken; where others cannot be told apart from it
-(an exact one-sided sign test on the images on which the two disagree), the one with the lowest cross-entropy
-is; of losses that are no clearer apart (a paired test), the one whose numbers are nearest to the statistics
-of these images, because that is what most conventions are. Without labels, or with images of one class only,
-which a network that always says the same gets right too, a weak sign is left: how much the predictions say
-about the images (mutual information).
+on a few, the better ones on more. The one with the most right answers leads, and wins over those that it
+beats clearly: an exact one-sided sign test, at 5 %, on the images on which the two disagree. All others are
+its equals, also where they have a few images less. Of these is taken: the convention of the architecture's
+own library; else the one with the lowest cross-entropy; of data sets' conventions whose losses are no clearer
+apart (a paired test, 1 %), the one whose numbers are nearest to the statistics of these images, because that
+is what most conventions are. Without labels, or with images of one class only, which a network that always
+says the same gets right too, a weak sign is left: how much the predictions say about the images (mutual
+information).
 
 Rule of the warning: clean accuracy looks too low where the upper end of its 95 % interval lies under 60 %, or
 under three times chance where that is more, but never above 90 %.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unbackdoor.errors import InputError
-from unbackdoor.files import atomic_write
+from unbackdoor.files import atomic_write, sha256_file, write_json
+from unbackdoor.opening.classifier_files import save_model
+from unbackdoor.opening.open_model import Opened
+from unbackdoor.opening.rename_tensors import CHANNEL_MASK
+from unbackdoor.types import Classifier
+from unbackdoor.weights.formats.onnx.write import require_room, write_graph, write_initializers
+from unbackdoor.weights.patch import NAMES, Patch, make_patch
+from unbackdoor.weights.read import read_state
 from unbackdoor.weights.source import Source, open_source
 from unbackdoor.weights.stored_file import StoredFile
 
@@ -61,9 +69,117 @@ def require_kind(path: Path, source: Path | StoredFile, *, graph: bool) -> None:
             remedy=f"Choose a name that ends in {SAFETENSORS}",
         )
     if graph:
-        from unbackdoor.weights.formats.onnx.write import require_room
-
         require_room(source)
+
+
+def output_name(path: Path, opened: Opened | None) -> Path:
+    """Return the path of a repaired model with a suffix: the original's kind where it has none.
+
+    Raises:
+        InputError: If the network cannot be written as the suffix asks.
+    """
+    graph = opened is not None and opened.places is not None
+    if path.suffix not in SUFFIXES:
+        path = path.with_name(path.name + (ONNX if graph else SAFETENSORS))
+    source = opened.source if opened is not None else None
+    if source is None and path.suffix != SAFETENSORS:
+        raise InputError(
+            "a model that is of no file is written as safetensors",
+            expected=f"a name that ends in {SAFETENSORS}",
+            got=path.name,
+            where="--out",
+        )
+    if source is not None:
+        require_kind(path, source.main, graph=graph)
+    return path
+
+
+def stored_types(opened: Opened) -> dict[str, torch.dtype]:
+    """Return the types that the file of the original stores the network's tensors in."""
+    held = opened.source.contents.tensors if opened.source is not None else {}
+    pairs = ((name, opened.names.get(name, name)) for name in opened.model.network.state_dict())
+    return {name: held[old].dtype for name, old in pairs if old in held}
+
+
+def repaired_state(opened: Opened, model: Classifier) -> dict[str, Tensor]:
+    """Return what the file of the original would hold if it were the repaired model.
+
+    Whatever is no part of the network, such as a layer that normalises pixels, and all that did not change
+    stays as it was, so that whoever loaded the original can load this.
+    """
+    assert opened.source is not None
+    held = opened.source.contents.tensors
+    out = dict(held)
+    before = opened.model.network.state_dict()
+    for name, tensor in model.network.state_dict().items():
+        old = opened.names.get(name, name)
+        if old in held and not torch.equal(tensor, before[name]):
+            out[old] = tensor.to(held[old].dtype)
+            # A mask beside it was multiplied in, and would count twice.
+            mask = f"{old.rpartition('.')[0]}.{CHANNEL_MASK}"
+            if mask in held and old.endswith(".weight"):
+                out[mask] = torch.ones_like(held[mask])
+    return out
+
+
+def write_repaired(
+    path: Path,
+    model: Classifier,
+    opened: Opened | None,
+    *,
+    step: Mapping[str, Any],
+    record: Mapping[str, Any],
+) -> None:
+    """Write a repaired model as its suffix asks, and then its card or its record beside it.
+
+    Args:
+        path: See :func:`output_name`.
+        model: The repaired model.
+        opened: The original; None where it is of no file.
+        step: The repair, as one entry of the card's history.
+        record: The repair, for the JSON file beside formats that have no card.
+
+    Raises:
+        IntegrityError: If the file of the original is not the one any more that was opened.
+        InputError: If the disk refuses.
+    """
+    source = opened.source if opened is not None else None
+    if source is not None:
+        source.require_unchanged()
+    if path.suffix == SAFETENSORS:
+        save_model(model, path, history=[*(source.history() if source is not None else ()), step])
+        return
+    assert opened is not None and source is not None
+    if opened.places is not None:
+        assert source.graph is not None
+        states = (m.network.state_dict() for m in (opened.model, model))
+        write_graph(path, source.graph, opened.places, *states)
+    else:
+        contents = source.contents
+        write_weights(path, repaired_state(opened, model), nest=contents.nest, prefix=contents.prefix)
+    # The last file written, so that it never speaks of weights that are not there.
+    write_json(path.with_suffix(".json"), {**record, "file_sha256": sha256_file(path)})
+
+
+def repair_patch(model: Classifier, opened: Opened, facts: Mapping[str, Any]) -> Patch:
+    """Return the patch from the file of the original to the repaired model, under the file's names.
+
+    Raises:
+        InputError: If the repaired model has tensors of other names, shapes or types than the file.
+    """
+    source = opened.source
+    assert source is not None
+    if opened.places is None:
+        # The card's own format calls the tensors by the network's names.
+        names = {old: new for new, old in opened.names.items()}
+        named = {NAMES: names} if names else {}
+        return make_patch(source.contents.tensors, repaired_state(opened, model), {**facts, **named})
+    assert source.graph is not None
+    with tempfile.TemporaryDirectory() as folder:  # several tensors of the network may be one of the file
+        draft = Path(folder) / "repaired.onnx"
+        states = (m.network.state_dict() for m in (opened.model, model))
+        write_graph(draft, source.graph, opened.places, *states)
+        return make_patch(source.contents.tensors, read_state(draft), facts)
 
 
 def write_weights(
@@ -107,8 +223,6 @@ def write_weights(
 
 
 def _write_into(path: Path, state: Mapping[str, Tensor], source: Path | Source | None) -> None:
-    from unbackdoor.weights.formats.onnx.write import write_initializers
-
     held = open_source(source) if isinstance(source, Path) else source
     if held is None or held.graph is None:
         raise InputError(

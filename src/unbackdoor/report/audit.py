@@ -164,6 +164,10 @@ def _headline(
             then, now = percent(accuracy.before.value), percent(accuracy.after.value)
             told += f"; clean accuracy went from {then} to {now}"
         sentences.append(told + ".")
+        if purification.promise is not None:
+            sentences.append(purification.promise.in_words())
+        if purification.flattered:
+            sentences.append("These accuracies are flattered: " + "; ".join(purification.flattered) + ".")
     if verification is not None:
         tone, headline = _compared(verification)
         sentences.append(

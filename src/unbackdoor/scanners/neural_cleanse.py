@@ -2,9 +2,9 @@
 
 A universal change towards every class is looked for in one batch, under a budget that rises for all of them
 alike (engine/trigger_search.py). Two numbers of a class are tested for a few that are too small: the
-logarithm of the loss at one small budget, and the logarithm of the size at which the class is reached. Classes that were
-given up enter the test as "larger than all others". Normal numbers are the null law, all other classes tell
-its centre and spread, and there may be several targets.
+logarithm of the loss at one small budget, and the logarithm of the size at which the class is reached.
+Classes that were given up enter the test as "larger than all others". Normal numbers are the null law, all
+other classes tell its centre and spread, and there may be several targets.
 
 A search can end in a poor change, and chance can make a class stand out once. So the search is repeated on
 other images, and a class must stand out in most of the searches: of R p-values the one in the middle counts,
@@ -15,9 +15,10 @@ Clean networks have classes that need little; only much less than all others cou
 Paper:   Wang et al., "Neural Cleanse", S&P 2019. The blend: universal perturbations as in Moosavi-Dezfooli
          et al., CVPR 2017.
 Needs:   clean images; labels are not looked at.
-Departs: see engine/trigger_search.py; the paper's index of 2 by the median absolute deviation is met by the smallest
-         of ten normal numbers in every third set. The loss at a fixed budget is this project's, and so is the
-         preset ``blend``, which looks for a faint pattern over the whole image in the place of a patch.
+Departs: see engine/trigger_search.py; the paper's index of 2 by the median absolute deviation is met by the
+         smallest of ten normal numbers in every third set. The loss at a fixed budget is this project's, and
+         so is the preset ``blend``, which looks for a faint pattern over the whole image in the place of a
+         patch.
 Cost:    see engine/trigger_search.py; times k, and up to `restarts` times where the searches disagree.
 Blind:   all-to-all attacks, where no change sends all images to one class; triggers that differ from image
          to image; with fewer than six classes there is no verdict.

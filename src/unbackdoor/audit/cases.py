@@ -1,0 +1,203 @@
+"""What an auditor brings: a model and images, in whatever form, opened once for all verbs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unbackdoor.data.clean_images import bring
+from unbackdoor.data.conform import conform
+from unbackdoor.engine.run import Run
+from unbackdoor.errors import ConfigError, InputError
+from unbackdoor.opening.open_model import Opened, load_images_of, open_model
+from unbackdoor.types import Augmentation, Classifier, CleanData, Images
+from unbackdoor.weights.source import Source, open_source
+
+Data = Images | CleanData | Path | str
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with the images that were brought.
+
+    Attributes:
+        model: The classifier.
+        images: The clean images in its form; None where there are none.
+        data: The same, where the caller has split them.
+        augmentation: What may be done to them.
+        proof: Further images for measuring a repair; None: a part of ``images`` serves.
+        proof_of_training_part: Whether what a repair is measured on is of the training part of a public data
+            set, which the model may have seen.
+        data_set: Name of the data set that the images were drawn from, or None.
+        opened: How the model was opened; None of a classifier in memory.
+        notes: What should not be overlooked about the images.
+    """
+
+    model: Classifier
+    images: Images | None = None
+    data: CleanData | None = None
+    augmentation: Augmentation = "none"
+    proof: Images | None = None
+    data_set: str | None = None
+    opened: Opened | None = None
+    proof_of_training_part: bool = False
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def source(self) -> Source | None:
+        """The file of the model as it was opened; None of a classifier in memory."""
+        return None if self.opened is None else self.opened.source
+
+    @property
+    def name(self) -> str:
+        """What to call the model."""
+        return self.source.path.name if self.source is not None else "a model in memory"
+
+    def require_unchanged(self) -> None:
+        """Raise IntegrityError unless the path of the model still leads to what was opened."""
+        if self.source is not None:
+            self.source.require_unchanged()
+
+    def split(self, seed: int, select_fraction: float = 0.3) -> CleanData | None:
+        """Return the images split into a part to fit on and one to select on."""
+        if self.data is not None or self.images is None:
+            return self.data
+        return CleanData.split(
+            self.images, select_fraction=select_fraction, augmentation=self.augmentation, seed=seed
+        )
+
+
+Model = Classifier | Opened | Source | Path | str | Case
+
+
+def open_case(
+    model: Model,
+    data: Data | None = None,
+    *,
+    run: Run,
+    arch: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    size: tuple[int, int] | None = None,
+    class_names: Sequence[str] | None = None,
+    clean: int | None = None,
+    per_class: int | None = None,
+    fraction: float | None = None,
+    augmentation: Augmentation | None = None,
+    data_root: Path | None = None,
+    proof: Data | None = None,
+) -> Case:
+    """Open a model and load the images in the form that it takes.
+
+    Args:
+        model: A file of weights, what was opened of it, or a classifier.
+        data: Clean images: a data set's name, a file or folder, or images that are loaded; None for none, or
+            for those that the model was opened with.
+        run: Device, precision, seed and progress.
+        arch: See :func:`unbackdoor.open_model`, as for the four that follow; only for a file.
+        mean: Per-channel mean.
+        std: Per-channel deviation.
+        size: (H, W) of the model's input.
+        class_names: K names, in logit order.
+        clean: Images to draw from a named data set, equally from all classes.
+        per_class: Likewise: images of each class.
+        fraction: Likewise: share of the images set aside for defenders.
+        augmentation: What may be done to an image without changing its class; None: what the named data set
+            allows, else nothing.
+        data_root: Folder that holds the data sets.
+        proof: Further images, for measuring a repair alone.
+
+    Raises:
+        UnbackdoorError: If the model or the images cannot be used, or arguments contradict each other.
+    """
+    said = {"arch": arch, "mean": mean, "std": std, "size": size, "class_names": class_names}
+    amounts = {"clean": clean, "per_class": per_class, "fraction": fraction}
+    if isinstance(model, Case):
+        given = [name for name, value in {**said, **amounts, "data": data}.items() if value is not None]
+        if given:
+            raise ConfigError("the model", [f"it is opened already, with its images: {', '.join(given)}"])
+        return model
+    if not isinstance(model, Classifier | Opened | Source | Path | str):
+        raise InputError(
+            "the model is of another type",
+            expected="a file, what unbackdoor.open_model returns, or a Classifier",
+            got=type(model).__name__,
+        )
+    if data is not None and not isinstance(data, Images | CleanData | Path | str):
+        raise InputError(
+            "the clean images are of another type",
+            expected="Images, CleanData, a path or the name of a data set",
+            got=type(data).__name__,
+        )
+    split = data if isinstance(data, CleanData) else None
+    own: Augmentation = split.augmentation if split is not None else "none"
+    images: Images | Path | None = None
+    further: Images | None = None
+    data_set, notes = None, ()
+    if isinstance(data, Path | str):
+        found = bring(
+            data,
+            **amounts,
+            root=data_root,
+            seed=run.seed,
+            progress=run.show,  # type: ignore[arg-type]
+        )
+        images, further, own = found.images, found.proof, found.augmentation
+        data_set, notes = found.data_set, found.notes
+    elif any(value is not None for value in amounts.values()):
+        raise ConfigError("the clean images", ["clean, per_class and fraction draw from a named data set"])
+    elif data is not None:
+        images = data.all if isinstance(data, CleanData) else data
+    opened = model if isinstance(model, Opened) else None
+    if isinstance(model, Classifier | Opened):
+        if any(value is not None for value in said.values()):
+            given = [name for name, value in said.items() if value is not None]
+            raise ConfigError("the model", [f"it is opened already: {', '.join(given)}"])
+        classifier = model.model if isinstance(model, Opened) else model
+        if images is None and opened is not None:
+            images = opened.images
+        elif isinstance(images, Path) or data_set is not None:
+            images = _fitting(images, classifier, run)
+    else:
+        opened = open_model(model, images=images, run=run, **said)  # type: ignore[arg-type]
+        classifier, images = opened.model, opened.images
+    assert not isinstance(images, Path)
+    if proof is not None:
+        brought = bring(proof).images if isinstance(proof, Path | str) else proof
+        further = _fitting(brought.all if isinstance(brought, CleanData) else brought, classifier, run)
+    elif further is not None:
+        further = _fitting(further, classifier, run)
+    elif data_set is not None or split is not None:
+        further = images  # the method gets as many as were asked for, and the proof is marked
+    of_training_part = data_set is not None and proof is None
+    return Case(
+        classifier, images, split, augmentation or own, further, data_set, opened, of_training_part, notes
+    )
+
+
+def open_second(model: Model, first: Case, *, run: Run, **said: Any) -> Case:
+    """Open the model that a first one is compared with, under the same assumptions unless it has a card.
+
+    Raises:
+        UnbackdoorError: See :func:`open_case`.
+    """
+    if isinstance(model, Case | Classifier | Opened):
+        return open_case(model, run=run)
+    source = model if isinstance(model, Source) else open_source(model)
+    if source.card_file is not None:
+        said = {}
+    elif first.opened is not None:
+        # None where the first is the graph of its own file: so is the second.
+        said = {**said, "arch": said.get("arch") or first.model.architecture or None}
+    opened = open_model(source, images=first.images, run=run, **said)
+    return Case(opened.model, opened.images, opened=opened, data_set=first.data_set)
+
+
+def _fitting(images: Images | Path | None, model: Classifier, run: Run) -> Images:
+    assert images is not None
+    shape, names = model.input_shape, model.class_names
+    if isinstance(images, Path):
+        images = load_images_of(images, shape[1:], run.show)
+    return conform(images, input_shape=shape, class_names=names, progress=run.show)[0]

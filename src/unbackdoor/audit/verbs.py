@@ -1,0 +1,311 @@
+"""The verbs: open what was brought, do the work, and keep what the answer is about.
+
+The command line parses, calls one of these and prints. :func:`unbackdoor.audit.scanning.scan` and its
+siblings do the work on a classifier and images in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from unbackdoor.audit import purifying, scanning, verification
+from unbackdoor.audit.cases import Data, Model, open_case, open_second
+from unbackdoor.audit.checks import Check
+from unbackdoor.audit.scanning import LEVEL, Audit
+from unbackdoor.audit.verification import Verification
+from unbackdoor.engine.precision import Policy
+from unbackdoor.engine.run import Run
+from unbackdoor.errors import InputError
+from unbackdoor.opening.write_back import stored_types
+from unbackdoor.registry import Config, Part
+from unbackdoor.triggers import RecoveredTrigger
+from unbackdoor.types import Augmentation, Progress, silent
+from unbackdoor.weights.triggers import read_triggers
+
+
+def scan(
+    model: Model,
+    data: Data | None = None,
+    *,
+    checks: Sequence[Check | str] | None = None,
+    level: float = LEVEL,
+    budget: float | None = None,
+    arch: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    size: tuple[int, int] | None = None,
+    class_names: Sequence[str] | None = None,
+    clean: int | None = None,
+    per_class: int | None = None,
+    fraction: float | None = None,
+    augmentation: Augmentation | None = None,
+    data_root: Path | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    precision: Policy = "auto",
+    progress: Progress = silent,
+) -> Audit:
+    """Look for a backdoor with all checks that apply, cheapest first.
+
+    Args:
+        model: A file of weights, what :func:`unbackdoor.open_model` returned, or a classifier; only read.
+        data: Clean images: a data set's name, a file or folder, ``Images``, or ``CleanData``; None where
+            there are none, which leaves the checks that need none.
+        checks: Which checks; None is all.
+        level: Accepted probability that the whole scan accuses a clean model, in (0, 1).
+        budget: Seconds after which no check is begun or goes on; None is no limit.
+        arch: See :func:`unbackdoor.open_model`, as for the four that follow; only for a file.
+        mean: Per-channel mean.
+        std: Per-channel deviation.
+        size: (H, W) of the model's input.
+        class_names: K names, in logit order.
+        clean: Images to draw from a named data set, equally from all classes.
+        per_class: Likewise: images of each class.
+        fraction: Likewise: share of the images set aside for defenders, in (0, 1].
+        augmentation: What may be done to an image without changing its class; None: what the named data set
+            allows, else nothing.
+        data_root: Folder that holds the data sets.
+        seed: Seed of every draw.
+        device: Where to compute.
+        precision: ``auto``, ``fp32`` or ``bf16``.
+        progress: Progress display.
+
+    Returns:
+        The verdict with its evidence; ``save_report`` writes it as a page.
+
+    Raises:
+        UnbackdoorError: If the model or the images cannot be used, or arguments contradict each other.
+
+    Example:
+        >>> audit = unbackdoor.scan("model.pth", "images/", budget=600)  # doctest: +SKIP
+        >>> audit.verdict  # doctest: +SKIP
+        'backdoor found'
+    """
+    run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
+    case = open_case(
+        model,
+        data,
+        run=run,
+        arch=arch,
+        mean=mean,
+        std=std,
+        size=size,
+        class_names=class_names,
+        clean=clean,
+        per_class=per_class,
+        fraction=fraction,
+        augmentation=augmentation,
+        data_root=data_root,
+    )
+    audit = scanning.scan(
+        case.model,
+        case.split(seed),
+        checks=checks,
+        level=level,
+        budget=budget,
+        seed=seed,
+        device=device,
+        precision=precision,
+        progress=progress,
+    )
+    return replace(audit, case=case)
+
+
+def purify(
+    model: Model,
+    data: Data | None = None,
+    method: str | Part[Any] | None = None,
+    *,
+    preset: str | None = None,
+    options: Mapping[str, Any] | Config | None = None,
+    max_accuracy_drop: float | None = None,
+    promise: purifying.Rule = "evidence",
+    triggers: Sequence[Path | str | RecoveredTrigger] | None = None,
+    proof: Data | None = None,
+    select_fraction: float = 0.3,
+    arch: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    size: tuple[int, int] | None = None,
+    class_names: Sequence[str] | None = None,
+    clean: int | None = None,
+    per_class: int | None = None,
+    fraction: float | None = None,
+    augmentation: Augmentation | None = None,
+    data_root: Path | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    precision: Policy = "auto",
+    progress: Progress = silent,
+) -> purifying.Purification:
+    """Repair a model with a method, and measure what a defender can.
+
+    Args:
+        model: A file of weights, what :func:`unbackdoor.open_model` returned, or a classifier; only read.
+        data: Clean images, as for :func:`scan`; None: those that the model was opened with.
+        method: Registered defense, or a part.
+        preset: Named set of its options.
+        options: Options laid over the preset.
+        max_accuracy_drop: Largest loss of clean accuracy that is accepted, a fraction in 0..1; None accepts
+            any.
+        promise: ``evidence`` refuses the repair where the 95 % interval of the loss lies above that;
+            ``strict`` refuses it unless the interval lies below.
+        triggers: Recovered triggers, or their files, whose success is measured before and after.
+        proof: Further images, for measuring alone; None keeps a part of ``data`` from the method.
+        select_fraction: Share of the method's images that it only chooses thresholds on.
+        arch: See :func:`unbackdoor.open_model`, as for the four that follow; only for a file.
+        mean: Per-channel mean.
+        std: Per-channel deviation.
+        size: (H, W) of the model's input.
+        class_names: K names, in logit order.
+        clean: Images to draw from a named data set, equally from all classes.
+        per_class: Likewise: images of each class.
+        fraction: Likewise: share of the images set aside for defenders, in (0, 1].
+        augmentation: What may be done to an image without changing its class; None: what the named data set
+            allows, else nothing.
+        data_root: Folder that holds the data sets.
+        seed: Seed of every draw.
+        device: Where to compute.
+        precision: ``auto``, ``fp32`` or ``bf16``.
+        progress: Progress display.
+
+    Returns:
+        The repaired model with its proof; ``save`` writes it as its owner wrote the original,
+        ``save_patch`` as a patch, ``save_report`` as a page. Its numbers are rounded to the types of the
+        original's file, so that what was measured is what is written.
+
+    Raises:
+        PromiseBroken: If the promise is broken; under ``strict`` also where it cannot be told.
+        UnbackdoorError: If the model or the images cannot be used, or arguments contradict each other.
+
+    Example:
+        >>> done = unbackdoor.purify("model.pth", "images/", "unlearned_prune")  # doctest: +SKIP
+        >>> done.save("repaired.pth")  # doctest: +SKIP
+    """
+    if method is None:
+        raise InputError("no method was named", expected="a registered defense", where="method")
+    run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
+    case = open_case(
+        model,
+        data,
+        run=run,
+        arch=arch,
+        mean=mean,
+        std=std,
+        size=size,
+        class_names=class_names,
+        clean=clean,
+        per_class=per_class,
+        fraction=fraction,
+        augmentation=augmentation,
+        data_root=data_root,
+        proof=proof,
+    )
+    images = case.data if case.data is not None else case.images
+    if images is None:
+        raise InputError("there is no clean image", expected="clean images to repair with", where="data")
+    in_file = case.opened is not None and case.opened.places is None
+    done = purifying.purify(
+        case.model,
+        images,
+        method,
+        preset=preset,
+        options=options,
+        max_accuracy_drop=max_accuracy_drop,
+        promise=promise,
+        triggers=read_triggers(triggers, case.model),
+        proof=case.proof,
+        types=stored_types(case.opened) if in_file and case.opened is not None else None,
+        select_fraction=select_fraction,
+        augmentation=case.augmentation,
+        seed=seed,
+        device=device,
+        precision=precision,
+        progress=progress,
+    )
+    return replace(done, case=case)
+
+
+def verify(
+    before: Model,
+    after: Model,
+    data: Data | None = None,
+    *,
+    triggers: Sequence[Path | str | RecoveredTrigger] | None = None,
+    level: float = LEVEL,
+    budget: float | None = None,
+    arch: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    size: tuple[int, int] | None = None,
+    class_names: Sequence[str] | None = None,
+    clean: int | None = None,
+    per_class: int | None = None,
+    fraction: float | None = None,
+    data_root: Path | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    precision: Policy = "auto",
+    progress: Progress = silent,
+) -> Verification:
+    """Compare two models without trusting whoever made the second.
+
+    Args:
+        before: The original: a file of weights, what :func:`unbackdoor.open_model` returned, or a classifier.
+        after: What is said to be its repair; of the same input and classes.
+        data: Clean images, as for :func:`scan`; None: those that the first was opened with.
+        triggers: Known triggers, or their files, to try beside the recovered ones.
+        level: Accepted probability of a false alarm in each scan.
+        budget: Seconds for both scans together; None is no limit.
+        arch: See :func:`unbackdoor.open_model`, as for the four that follow; of both models, but of none that
+            has a card.
+        mean: Per-channel mean.
+        std: Per-channel deviation.
+        size: (H, W) of the models' input.
+        class_names: K names, in logit order.
+        clean: Images to draw from a named data set, equally from all classes.
+        per_class: Likewise: images of each class.
+        fraction: Likewise: share of the images set aside for defenders, in (0, 1].
+        data_root: Folder that holds the data sets.
+        seed: Seed of every draw.
+        device: Where to compute.
+        precision: ``auto``, ``fp32`` or ``bf16``.
+        progress: Progress display.
+
+    Raises:
+        UnsupportedModel: If the two do not take the same images or do not know the same classes.
+        UnbackdoorError: If a model or the images cannot be used, or arguments contradict each other.
+    """
+    run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
+    said: dict[str, Any] = {
+        "arch": arch, "mean": mean, "std": std, "size": size, "class_names": class_names
+    }  # fmt: skip
+    first = open_case(
+        before,
+        data,
+        run=run,
+        clean=clean,
+        per_class=per_class,
+        fraction=fraction,
+        data_root=data_root,
+        **said,
+    )
+    second = open_second(after, first, run=run, **said)
+    if first.images is None:
+        raise InputError("there is no clean image", expected="clean images to compare on", where="data")
+    done = verification.verify(
+        first.model,
+        second.model,
+        first.images,
+        triggers=read_triggers(triggers, first.model),
+        level=level,
+        budget=budget,
+        seed=seed,
+        device=device,
+        precision=precision,
+        progress=progress,
+    )
+    return replace(done, cases=(first, second))

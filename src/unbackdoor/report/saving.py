@@ -1,0 +1,160 @@
+"""What a verb returned, as files: a page to read, a record to compute with, a log for code scanning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from unbackdoor import __version__
+from unbackdoor.audit.cases import Case
+from unbackdoor.audit.json_records import record
+from unbackdoor.audit.purifying import Purification
+from unbackdoor.audit.scanning import Audit
+from unbackdoor.audit.verification import Verification
+from unbackdoor.engine.inference import predict
+from unbackdoor.engine.run import Run
+from unbackdoor.errors import InputError
+from unbackdoor.files import require_writable, write_json
+from unbackdoor.report.audit import SHOWN_IMAGES, SHOWN_TRIGGERS, Subject, audit_page
+from unbackdoor.report.page import write_page
+from unbackdoor.report.sarif import sarif
+from unbackdoor.triggers import RecoveredTrigger
+from unbackdoor.types import Images
+from unbackdoor.weights.triggers import write_triggers
+
+PAGE, RECORD = "report.html", "result.json"
+
+
+def save_report(
+    result: Audit | Purification | Verification,
+    folder: Path | str,
+    *,
+    force: bool = False,
+    command: str = "",
+) -> Path:
+    """Write ``report.html``, ``result.json`` and the recovered triggers into a folder.
+
+    Args:
+        result: What :func:`unbackdoor.scan`, ``purify`` or ``verify`` returned.
+        folder: Made where it is missing.
+        force: Whether files that exist may be replaced.
+        command: How to do it again, shown on the page.
+
+    Returns:
+        The page.
+
+    Raises:
+        InputError: If a file exists, or the folder cannot be written.
+        IntegrityError: If the file of a model has changed since it was opened.
+    """
+    folder = Path(folder)
+    cases = _cases(result)
+    paths = [file.path for case in cases if case.source is not None for file in case.source.files]
+    require_writable((folder / PAGE, folder / RECORD), force=force, inputs=paths)
+    for case in cases:
+        case.require_unchanged()
+    first = cases[0]
+    title = " and ".join(case.name for case in cases)
+    subject = _subject(first, title, command)
+    if isinstance(result, Purification):
+        page = audit_page(subject, purification=result)
+    else:
+        scanned = result if isinstance(result, Audit) else result.before
+        shown = scanned.triggers[:SHOWN_TRIGGERS]
+        few = _examples(first, shown, count=SHOWN_IMAGES)
+        answers = _answers_for(first, shown, few, Run.create(policy="fp32"))
+        if isinstance(result, Audit):
+            page = audit_page(subject, audit=result, images=few, answers=answers)
+            _save_triggers(folder, result, shown)
+        else:
+            page = audit_page(subject, verification=result, images=few, answers=answers)
+    write_json(folder / RECORD, record(result))
+    write_page(folder / PAGE, page)
+    return folder / PAGE
+
+
+def save_sarif(audit: Audit, path: Path | str, *, force: bool = False) -> Path:
+    """Write a scan of a file as a SARIF log.
+
+    Raises:
+        InputError: If the file exists or cannot be written, or the model is of no file.
+        IntegrityError: If the file of the model has changed since it was opened.
+    """
+    path, (case,) = Path(path), _cases(audit)
+    if case.source is None:
+        raise InputError("a SARIF log speaks of a file, and the model is of none", where=path)
+    require_writable((path,), force=force, inputs=[file.path for file in case.source.files])
+    case.require_unchanged()
+    names = case.model.class_names
+    write_json(path, sarif(audit, case.source.path, names, file_sha256=case.source.sha256))
+    return path
+
+
+def _cases(result: Audit | Purification | Verification) -> tuple[Case, ...]:
+    cases = result.cases if isinstance(result, Verification) else result.case
+    if cases is None:
+        raise InputError(
+            "it is not known what model this was made of",
+            remedy="Call unbackdoor.scan, unbackdoor.purify or unbackdoor.verify",
+        )
+    return cases if isinstance(cases, tuple) else (cases,)
+
+
+def _save_triggers(folder: Path, audit: Audit, shown: Sequence[RecoveredTrigger]) -> None:
+    facts = {"model_sha256": audit.facts["model_sha256"]}
+    write_triggers(folder, shown, facts, most=SHOWN_TRIGGERS)
+
+
+def _subject(case: Case, title: str, command: str) -> Subject:
+    facts = [("model", case.name), ("SHA-256 of the weights", case.model.sha256())]
+    if case.source is not None:
+        facts[1:] = [("SHA-256 of the file", case.source.sha256)]
+        facts += [(f"SHA-256 of {file.path.name}", file.sha256) for file in case.source.files[1:]]
+    if case.opened is not None:
+        facts += case.opened.provenance.in_words()
+    if case.images is not None:
+        labels = "with labels" if case.images.labels is not None else "without labels"
+        facts.append(("clean images", f"{len(case.images)}, {labels}"))
+    return Subject(
+        title,
+        case.model.class_names,
+        facts,
+        case.opened.warnings if case.opened is not None else (),
+        command,
+        f"Made by unbackdoor {__version__} with torch {torch.__version__}.",
+    )
+
+
+def _examples(case: Case, triggers: Sequence[RecoveredTrigger], *, count: int) -> Images | None:
+    """Return a few images to draw triggers over, of as many classes as there are and not of theirs."""
+    images = case.images
+    if images is None or not len(images):
+        return None
+    rows = torch.arange(len(images))
+    if images.labels is not None:
+        aims = torch.tensor([t.label for t in triggers], dtype=torch.int64)
+        others = rows[~torch.isin(images.truth, aims)]
+        rows = others if len(others) else rows
+        # The first of every class before the second of any.
+        labels = images.truth[rows]
+        turn = torch.zeros(len(rows), dtype=torch.int64)
+        for k in labels.unique():
+            places = (labels == k).nonzero().flatten()
+            turn[places] = torch.arange(len(places))
+        rows = rows[turn.argsort(stable=True)]
+    return images.subset(rows[:count])
+
+
+def _answers_for(
+    case: Case, triggers: Sequence[RecoveredTrigger], few: Images | None, run: Run
+) -> list[list[tuple[int, int]]]:
+    """Return, for every trigger, what the model says to the images without and with it."""
+    if few is None:
+        return []
+    model = case.model
+    plain = predict(model, few, run).argmax(1).tolist()
+    return [
+        list(zip(plain, predict(model, t.stamp(few), run).argmax(1).tolist(), strict=True)) for t in triggers
+    ]

@@ -1,10 +1,10 @@
 """Neural Cleanse: the class that a far smaller change sends all images to is the suspect.
 
 A universal change towards every class is looked for in one batch, under a budget that rises for all of them
-alike (engine/reach.py). Two numbers of a class are tested for a few that are too small: the logarithm of the
-loss at one small budget, and the logarithm of the size at which the class is reached. Classes that were
-given up enter the test as "larger than all others". Normal numbers are the null law, all other classes tell
-its centre and spread, and there may be several targets.
+alike (engine/trigger_search.py). Two numbers of a class are tested for a few that are too small: the
+logarithm of the loss at one small budget, and that of the size at which the class is reached. Classes that
+were given up enter the test as "larger than all others". Normal numbers are the null law, all other classes
+tell its centre and spread, and there may be several targets.
 
 A search can end in a poor change, and chance can make a class stand out once. So the search is repeated on
 other images, and a class must stand out in most of the searches: of R p-values the one in the middle counts,
@@ -15,9 +15,9 @@ Clean networks have classes that need little; only much less than all others cou
 Paper:   Wang et al., "Neural Cleanse", S&P 2019. The blend: universal perturbations as in Moosavi-Dezfooli
          et al., CVPR 2017.
 Needs:   clean images; labels are not looked at.
-Departs: see engine/reach.py; the paper's index of 2 by the median absolute deviation is met by the smallest
-         of ten normal numbers in every third set. The loss at a fixed budget is this project's.
-Cost:    see engine/reach.py; times k, and up to `restarts` times where the searches disagree.
+Departs: see engine/trigger_search.py; the paper's index of 2 by the median absolute deviation is met by the
+         smallest of ten normal numbers in every third set. The loss at a fixed budget is this project's.
+Cost:    see engine/trigger_search.py; times k, and up to `restarts` times where the searches disagree.
 Blind:   all-to-all attacks, where no change sends all images to one class; triggers that differ from image
          to image; with fewer than six classes there is no verdict.
 """
@@ -37,10 +37,10 @@ from unbackdoor.engine.statistics.one_outlier import FEWEST
 from unbackdoor.engine.statistics.several_outliers import Extremes, smallest_few
 from unbackdoor.engine.trigger_search import Form, Reach, ReachConfig, reach, success
 from unbackdoor.registry import Variant, option, scanner
-from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Classifier, CleanData, Finding, Images, ScanReport, Verdict, require_fit
 
 RECOVERED = "success of the recovered trigger"
+_FAINT = "Is there a class that an unusually faint pattern turns all images into?"
 # Budgets at which losses are compared: a square with an eighth of the image's sides, and the length that
 # every pixel changed by 8 of 255 has. Both stand for "hardly to be seen", and neither for any trigger.
 _FIXED: dict[Form, float] = {"patch": 1 / 64, "blend": 8 / 255}
@@ -88,11 +88,7 @@ class NeuralCleanseConfig(ReachConfig):
     presets={"blend": {"form": "blend"}},
     question="Is there a class that an unusually small patch turns all images into?",
     cost=40,
-    variants={
-        "blend": Variant(
-            "Is there a class that an unusually faint pattern turns all images into?", {"form": "blend"}
-        )
-    },
+    variants={"blend": Variant(_FAINT, {"form": "blend"})},
 )
 def scan(model: Classifier, data: CleanData, cfg: NeuralCleanseConfig, *, run: Run) -> ScanReport:
     """Look for the smallest change towards every class, test the smallest, and try the suspect's trigger."""
@@ -104,21 +100,13 @@ def scan(model: Classifier, data: CleanData, cfg: NeuralCleanseConfig, *, run: R
         skipped["different images"] = f"{len(images)} images are too few to share out; all searches use all"
     majority = cfg.restarts // 2 + 1
     limit = cfg.level / _TESTS * majority / cfg.restarts  # for the p-value of one search and one test
+    fixed = cfg.budget or _FIXED[cfg.form]
     searches: list[Reach] = []
     tests: list[tuple[Extremes, Extremes]] = []
     for restart in range(cfg.restarts):
         part = parts[restart % len(parts)]
         searches.append(
-            reach(
-                model,
-                part,
-                cfg,
-                run,
-                form=cfg.form,
-                enough=enough,
-                fixed=cfg.budget or _FIXED[cfg.form],
-                restart=restart,
-            )
+            reach(model, part, cfg, run, form=cfg.form, enough=enough, fixed=fixed, restart=restart)
         )
         tests.append(_tests(searches[-1], enough, limit))
         if model.classes < FEWEST or _settled(tests, majority, cfg.restarts - majority, limit):
@@ -134,7 +122,7 @@ def scan(model: Classifier, data: CleanData, cfg: NeuralCleanseConfig, *, run: R
     best = findings[0]
     suspect = best.classes[0]
     smallest = min(searches, key=lambda s: float(s.tried[suspect]))
-    findings.append(_tried(model, data, smallest.triggers[suspect], float(smallest.tried[suspect]), run))
+    findings.append(_tried(model, data, smallest, suspect, run))
     if data.select_is_fit:
         skipped["held-out success"] = (
             "too few images to hold any out; the trigger was tried on those it was made with"
@@ -207,8 +195,9 @@ def _finding(
     )
 
 
-def _tried(model: Classifier, data: CleanData, trigger: RecoveredTrigger, size: float, run: Run) -> Finding:
+def _tried(model: Classifier, data: CleanData, found: Reach, label: int, run: Run) -> Finding:
     """Return how the recovered trigger does on images that it was not made with."""
+    trigger, size = found.triggers[label], float(found.tried[label])
     rate = success(model, trigger, data.select, run)
     return Finding(
         statistic=RECOVERED,

@@ -9,7 +9,7 @@ Paper:   Li et al., ICML 2023, arXiv 2305.14876, backdoor-sample detection.
 Needs:   clean images and labels, and images of unknown origin without labels.
 Departs: several half-unlearned networks are averaged; where one has forgotten everything, all images agree.
          Each image gets a p-value over the defender's held-out clean images.
-Cost:    see engine/exposure.py, and repeats + 1 forwards over the screened images.
+Cost:    see engine/repeated_unlearning.py, and repeats + 1 forwards over the screened images.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Paper:   Li et al., ICML 2023, arXiv 2305.14876, backdoor-sample detection; see scanners/rnp_screen.py.
 Needs:   clean images and labels.
 Departs: see there.
-Cost:    see engine/exposure.py, and repeats + 1 forwards over the inputs.
+Cost:    see engine/repeated_unlearning.py, and repeats + 1 forwards over the inputs.
 Blind:   networks whose backdoor is unlearned with the task; clean images of the class that the unlearned
          fall to are its false alarms.
 """

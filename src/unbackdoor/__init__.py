@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from unbackdoor.opening.classifier_files import load_model, save_model
     from unbackdoor.opening.inspection import Inspection, inspect
     from unbackdoor.opening.open_model import Opened, open_model
+    from unbackdoor.triggers import RecoveredTrigger
     from unbackdoor.types import Classifier, CleanData, Finding, Images, Purified, ScanReport, Screening
 
 __version__ = "0.1.0"
@@ -52,6 +53,7 @@ __all__ = [
     "Opened",
     "Purification",
     "Purified",
+    "RecoveredTrigger",
     "ScanReport",
     "Screening",
     "UnbackdoorError",
@@ -85,6 +87,7 @@ _HOMES = {
     "Opened": "unbackdoor.opening.open_model",
     "Purification": "unbackdoor.audit.purifying",
     "Purified": "unbackdoor.types",
+    "RecoveredTrigger": "unbackdoor.triggers",
     "ScanReport": "unbackdoor.types",
     "Screening": "unbackdoor.types",
     "Unlearning": "unbackdoor.audit.unlearning",

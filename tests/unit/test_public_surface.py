@@ -29,6 +29,7 @@ SURFACE = {
     "Opened",
     "Purification",
     "Purified",
+    "RecoveredTrigger",
     "ScanReport",
     "Screening",
     "UnbackdoorError",

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from unbackdoor.opening.open_model import Opened, open_model
     from unbackdoor.opening.provenance import Provenance
     from unbackdoor.report.saving import save_report, save_sarif
+    from unbackdoor.triggers import RecoveredTrigger
     from unbackdoor.types import Classifier, CleanData, Finding, Images, Purified, ScanReport, Screening
     from unbackdoor.weights.source import Source, open_source
 
@@ -60,6 +61,7 @@ __all__ = [
     "Provenance",
     "Purification",
     "Purified",
+    "RecoveredTrigger",
     "ScanReport",
     "Screening",
     "Source",
@@ -99,6 +101,7 @@ _HOMES = {
     "Opened": "unbackdoor.opening.open_model",
     "Purification": "unbackdoor.audit.purifying",
     "Purified": "unbackdoor.types",
+    "RecoveredTrigger": "unbackdoor.triggers",
     "ScanReport": "unbackdoor.types",
     "Screening": "unbackdoor.types",
     "Unlearning": "unbackdoor.audit.unlearning",

@@ -27,7 +27,7 @@ from unbackdoor.data.splits import draw_clean
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn (extra: digits)")
 
 TINY = ["--dataset", "digits", "--architecture", "small_cnn[width=8]", "--set", "epochs=12", "--quiet"]
-COMMANDS = ["demo", "train", "inspect", "scan", "purify", "verify", "unlearn", "evaluate", "list"]
+COMMANDS = ["demo", "train", "inspect", "scan", "purify", "verify", "screen", "evaluate", "list"]
 
 
 class Outcome:
@@ -202,12 +202,20 @@ def test_all_faults_of_the_options_are_told_at_once(tmp_path: Path) -> None:
     assert "2 faults" in text and "lr:" in text and "epochs:" in text
 
 
-def test_images_that_do_not_fit_the_model_give_exit_code_3(victim: Path, tmp_path: Path) -> None:
+def test_a_network_that_does_not_fit_the_file_gives_exit_code_3(victim: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare.safetensors"
+    bare.write_bytes(victim.read_bytes())
+    outcome = call("scan", bare, "--data", "digits", "--arch", "preact_resnet18[width=8]", "--quiet")
+    assert (outcome.code, outcome.out) == (3, ""), outcome.err
+    assert outcome.err.startswith("error: ")
+
+
+def test_images_of_another_size_are_made_to_fit(victim: Path, tmp_path: Path) -> None:
     data = tmp_path / "clean.npz"
     np.savez(data, images=np.zeros((20, 5, 5), np.uint8), labels=np.arange(20) % 10)
-    outcome = call("unlearn", victim, "--data", data)
-    assert outcome.code == 3
-    assert "the images do not fit the model" in " ".join(outcome.err.split())
+    outcome = call("scan", victim, "--data", data, "--checks", "weight_statistics", "--json")
+    assert json.loads(outcome.out)["setting"]["input_shape"] == [1, 8, 8]
+    assert "resized" in " ".join(outcome.err.split())
 
 
 def test_control_characters_of_a_file_name_do_not_reach_the_terminal(tmp_path: Path) -> None:

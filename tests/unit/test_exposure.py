@@ -129,7 +129,9 @@ def test_stability_alone_is_never_enough() -> None:
     report = weigh(unanimous(8), RNPVoteConfig())
     assert report.verdict == "undecided"
     assert "at least 19" in report.skipped["calibration"]
-    (finding,) = report.findings
+    finding, *shown = report.findings
+    assert [f.statistic for f in shown[:1]] == [ATTRACTION] and len(shown) == 1 + len(REMAINING)
+    assert all(f.p_value is None for f in shown), "to look at"
     assert (finding.statistic, finding.classes, finding.value) == (STABILITY, (3,), 1.0)
     # All eight winners alike: 10 * 10^-8, times four depths.
     assert finding.p_value == pytest.approx(4e-7, rel=1e-3)
@@ -195,6 +197,16 @@ def test_a_scan_is_pure_repeatable_and_shows_a_trigger() -> None:
     assert shown.trigger is not None and shown.trigger.success == shown.value
     assert not shown.trigger.faults((1, 8, 8), 4)
     assert not one.partial and SCANNERS["rnp_vote"].paper
+
+
+def test_the_trigger_of_a_class_may_be_asked_for() -> None:
+    model = tiny_classifier("conv-bn")
+    options = {"repeats": 2, "batch_size": 32, "recover_trigger": True}
+    report = scan("rnp_vote", model, DATA, options={**options, "target": 1}, precision="fp32")
+    (shown,) = [f for f in report.findings if f.trigger is not None]
+    assert shown.trigger is not None and (shown.trigger.label, shown.classes) == (1, (1,))
+    with pytest.raises(InputError, match="no such class"):
+        scan("rnp_vote", model, DATA, options={**options, "target": 4})
 
 
 def test_a_scanner_that_fails_says_why_and_bad_input_is_refused() -> None:

@@ -31,6 +31,7 @@ SURFACE = {
     "Provenance",
     "Purification",
     "Purified",
+    "RecoveredTrigger",
     "ScanReport",
     "Screening",
     "Source",

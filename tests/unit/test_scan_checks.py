@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import pytest
 import torch
 
 import unbackdoor.audit
-from tiny import tiny_classifier, tiny_data
+from tiny import NAMES, tiny_classifier, tiny_data
 from unbackdoor.audit.checks import available_checks, default_checks
+from unbackdoor.audit.json_records import audit_json
 from unbackdoor.audit.scanning import scan
 from unbackdoor.errors import ConfigError, InputError
-from unbackdoor.registry import SCANNERS, SCREENERS, Config, Variant, option, scanner
+from unbackdoor.networks import build
+from unbackdoor.registry import SCANNERS, SCREENERS, Config, References, Variant, option, scanner
 from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Classifier, CleanData, Finding, ScanReport
 
@@ -94,6 +97,48 @@ def test_a_check_that_is_named_twice_cannot_agree_with_itself() -> None:
         InputError, match=r"unknown check 'neural_clense' \(did you mean 'neural_cleanse'\?\)"
     ):
         scan(tiny_classifier("conv-bn"), DATA, checks=["neural_clense"])
+
+
+def test_options_are_laid_over_those_of_a_check_and_told_before_the_work() -> None:
+    register(question="Is it strange?", variants={"other": Variant("Otherwise?", {"label": 2})})
+    model, both = tiny_classifier("conv-bn"), ["stranger", "stranger:other"]
+    audit = scan(model, DATA, checks=both, options={"stranger:other": {"label": 3}})
+    assert [c.classes for c in audit.checks] == [(1,), (3,)]
+    with pytest.raises(ConfigError, match=r"did you mean 'label'"):
+        scan(model, DATA, checks=both, options={"stranger": {"lable": 3}})
+    with pytest.raises(InputError, match="options for 'stranger:else'"):
+        scan(model, DATA, checks=both, options={"stranger:else": {}})
+
+
+class CalibratedConfig(Config):
+    """What clean models say."""
+
+    known: tuple[float, ...] = option((), "sizes in clean models", source="this test")
+    level: float = option(0.05, "a level", source="this test")
+
+
+def test_a_scanner_of_a_plug_in_is_calibrated_by_scans_of_clean_models(tmp_path: Path) -> None:
+    references = References("size", "known", frozenset({"level"}))
+
+    @scanner("calibrated", config=CalibratedConfig, question="Large?", cost=1, references=references)
+    def look(model: Classifier, data: CleanData, cfg: CalibratedConfig, *, run: Any) -> ScanReport:
+        value = float(next(model.parameters()).detach().abs().sum())
+        return ScanReport("undecided", (Finding("size", value, "large", 0.5, f"{cfg.known}"),))
+
+    files, sizes = [], []
+    for seed in range(2):
+        clean = build("small_cnn[width=8]", input_shape=(1, 8, 8), class_names=NAMES, seed=seed)
+        sizes.append(float(next(clean.parameters()).detach().abs().sum()))
+        audit = scan(clean, DATA, checks="calibrated", options={"calibrated": {"level": 0.1}})
+        files.append(tmp_path / f"{seed}.json")
+        files[-1].write_text(json.dumps(audit_json(audit, NAMES)), encoding="utf-8")
+    suspect = tiny_classifier("conv-bn")
+    audit = scan(suspect, DATA, checks="calibrated", references=files)
+    report = audit.checks[0].report
+    assert report is not None and report.method["options"]["known"] == pytest.approx(tuple(sizes))
+    few = CleanData.split(tiny_data(20, seed=3))
+    with pytest.raises(InputError, match=r"of another kind.*got different clean images"):
+        scan(suspect, few, checks="calibrated", references=files)
 
 
 def _strings(path: Path) -> Iterator[str]:

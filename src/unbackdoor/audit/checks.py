@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from unbackdoor.errors import InputError
@@ -44,14 +44,35 @@ def default_checks() -> tuple[Check, ...]:
     return tuple(check for check in available_checks() if SCANNERS[check.scanner].scanning.question)
 
 
-def plan_checks(checks: Sequence[Check | str] | None) -> tuple[Check, ...]:
-    """Return the checks that are asked for, by themselves or by name; None is :func:`default_checks`.
+def plan_checks(
+    checks: Sequence[Check | str] | None, options: Mapping[str, Mapping[str, Any]] | None = None
+) -> tuple[Check, ...]:
+    """Return the checks that are asked for.
+
+    Args:
+        checks: By themselves or by name; None is :func:`default_checks`.
+        options: For checks by name: options laid over those of the check.
 
     Raises:
-        InputError: If a name is unknown, none is given, or one is given twice.
+        InputError: If a name is unknown, none or one twice is given, or options are for none of them.
+        ConfigError: If an option does not fit.
     """
-    if checks is None:
-        return default_checks()
+    planned = default_checks() if checks is None else _named(checks)
+    strangers = [name for name in options or () if name not in {check.name for check in planned}]
+    if strangers:
+        raise InputError(
+            f"there are options for {strangers[0]!r}, which is no check of this scan",
+            expected="one of " + ", ".join(check.name for check in planned),
+        )
+    laid = (replace(c, options={**c.options, **(options or {}).get(c.name, {})}) for c in planned)
+    out = tuple(laid)
+    for check in out:
+        if check.options:
+            SCANNERS[check.scanner].configure(check.options)  # a fault is told before the work
+    return out
+
+
+def _named(checks: Sequence[Check | str]) -> tuple[Check, ...]:
     known = {check.name: check for check in available_checks()}
     if not checks:
         raise InputError("no check was named", expected="one or more of " + ", ".join(known))

@@ -175,6 +175,7 @@ def report_json(report: ScanReport) -> dict[str, Any]:
     return {
         "verdict": report.verdict,
         "partial": report.partial,
+        "options": finite(dict(report.method.get("options", {}))),
         "findings": [finding_json(one) for one in report.findings],
         "errors": dict(report.errors),
         "skipped": dict(report.skipped),

@@ -11,12 +11,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from unbackdoor.audit.arguments import clean_data, require_classifier
 from unbackdoor.audit.cases import Case
 from unbackdoor.audit.checks import Check, default_checks, plan_checks
 from unbackdoor.audit.evidence import Agreement, agreements, holm
+from unbackdoor.audit.references import calibrated, read_references
 from unbackdoor.audit.result import Result
 from unbackdoor.engine import trusted_caller as caller
 from unbackdoor.engine.precision import Policy
@@ -176,6 +178,8 @@ def scan(
     data: CleanData | Images | None = None,
     *,
     checks: Sequence[Check | str] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    references: Sequence[Path] = (),
     level: float = LEVEL,
     budget: float | None = None,
     seed: int = 0,
@@ -191,6 +195,9 @@ def scan(
             leaves the checks that need none.
         checks: Which checks, by themselves or by the name of any registered scanner, with that of a variant
             behind a colon; None is :func:`default_checks`.
+        options: For checks by name: options laid over those of the check.
+        references: Records of scans of clean models of the same kind (``result.json`` of a report), for the
+            checks that have no null of their own and are calibrated by them.
         level: Accepted probability that the whole scan accuses a clean model, in (0, 1).
         budget: Seconds after which no check is begun or goes on; None is no limit.
         seed: Seed of every draw.
@@ -203,7 +210,8 @@ def scan(
         model and these images allow came to its end.
 
     Raises:
-        InputError: If a check is unknown, or the images or the weights cannot be used.
+        InputError: If a check is unknown, or the images, the weights or a reference cannot be used.
+        ConfigError: If an option does not fit.
         UnsupportedModel: If the images do not fit the model.
 
     Example:
@@ -215,19 +223,28 @@ def scan(
         raise InputError("the level does not fit", expected="a probability in (0, 1)", got=level)
     require_classifier(model)
     Run.create(seed=seed, device=device, policy=precision)  # a missing device is told once, not by each check
-    planned = plan_checks([checks] if isinstance(checks, str) else checks)
+    planned = plan_checks([checks] if isinstance(checks, str) else checks, options)
+    known = read_references(references)
     given = clean_data(data, seed)
     owned = given if given is not None else CleanData.empty(model.input_shape, model.class_names)
-    facts = {
+    facts: dict[str, Any] = {
         "model_sha256": model.sha256(),
         "architecture": model.architecture,
         "model_classes": model.classes,
         "images": len(owned),
         "images_sha256": owned.fingerprint() if len(owned) else None,
         "labelled": bool(len(owned)) and owned.fit.labels is not None,
+        "setting": {
+            "architecture": model.architecture,
+            "input_shape": list(model.input_shape),
+            "class_names": list(model.class_names),
+            "clean_images": [len(owned.fit), len(owned.select)],
+            "augmentation": owned.augmentation,
+        },
         "seed": seed,
         "budget": budget,
     }
+    planned = calibrated(planned, known, facts["setting"], facts["model_sha256"])
     start = time.monotonic()
     deadline = None if budget is None else start + budget
     done: list[Checked] = []

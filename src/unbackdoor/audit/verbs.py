@@ -31,6 +31,8 @@ def scan(
     data: Data | None = None,
     *,
     checks: Sequence[Check | str] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    references: Sequence[Path] = (),
     level: float = LEVEL,
     budget: float | None = None,
     arch: str | None = None,
@@ -55,6 +57,9 @@ def scan(
         data: Clean images: a data set's name, a file or folder, ``Images``, or ``CleanData``; None where
             there are none, which leaves the checks that need none.
         checks: Which checks; None is all.
+        options: For checks by name: options laid over those of the check.
+        references: Records of scans of clean models of the same kind (``result.json`` of a report), for the
+            checks that are calibrated by them.
         level: Accepted probability that the whole scan accuses a clean model, in (0, 1).
         budget: Seconds after which no check is begun or goes on; None is no limit.
         arch: See :func:`unbackdoor.open_model`, as for the four that follow; only for a file.
@@ -104,6 +109,8 @@ def scan(
         case.model,
         case.split(seed),
         checks=checks,
+        options=options,
+        references=references,
         level=level,
         budget=budget,
         seed=seed,

@@ -192,12 +192,17 @@ for _name, _command in (
     ("purify", purify),
     ("verify", verify),
     ("screen", screen),
-    ("unlearn", unlearn),
     ("train", train),
     ("evaluate", evaluate),
     ("list", listing),
 ):
     app.command(_name, help=_flowing(_command.__doc__))(_command)
+app.command(
+    "unlearn",
+    help=_flowing(unlearn.__doc__),
+    hidden=True,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(unlearn)
 app.add_typer(patch, name="patch")
 app.add_typer(bench, name="bench")
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from unbackdoor.cli import auditor, defender, options
 from unbackdoor.cli.output import emit, say
 from unbackdoor.cli.progress import Display
+from unbackdoor.errors import ConfigError
 
 FOUND, PARTIAL, UNSUPPORTED = 1, 2, 3
 
@@ -22,6 +23,24 @@ def scan(
         typer.Option(
             help="Names of checks, separated by commas.",
             show_default="all",
+            rich_help_panel="Method",
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="CHECK.KEY=VALUE",
+            help="Option of a check, see: unbackdoor list scanners CHECK; may be repeated.",
+            rich_help_panel="Method",
+        ),
+    ] = None,
+    references: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Record of a scan of a clean model of the same kind (result.json), for checks that have no "
+            "null of their own; may be repeated.",
+            show_default=False,
             rich_help_panel="Method",
         ),
     ] = None,
@@ -60,10 +79,14 @@ def scan(
     had ended by then is printed and written all the same.
     """
     import unbackdoor
+    from unbackdoor.audit.references import read_references
 
     outputs = (*auditor.report_files(report), *(() if sarif_file is None else (sarif_file,)))
     options.require_writable(outputs, force=force, inputs=(options.existing_model(model),))
     limit = options.seconds_of(budget, "--budget")
+    named = _names(checks)
+    asked = _settings(settings, named)
+    read_references(references or ())  # a wrong path is told before the work
     told = auditor.Told(
         arch, mean, std, size, class_names, data, clean, per_class, fraction, augmentation, data_root
     )
@@ -71,7 +94,9 @@ def scan(
         run = options.open_run(seed, device, precision, display)
         audit = unbackdoor.scan(
             auditor.open_case(model, told, run, display, quiet=quiet),
-            checks=_names(checks),
+            checks=named,
+            options=asked,
+            references=references or (),
             level=level,
             budget=limit,
             seed=seed,
@@ -101,6 +126,30 @@ def scan(
         raise typer.Exit(UNSUPPORTED)
     if audit.partial or audit.verdict == "undecided":
         raise typer.Exit(PARTIAL)
+
+
+def _settings(texts: list[str] | None, names: list[str] | None) -> dict[str, dict[str, Any]]:
+    """Return options by check from texts such as ``rnp_vote.repeats=4``.
+
+    Raises:
+        ConfigError: If one has another form or does not fit.
+        InputError: If a check is unknown or not asked for.
+    """
+    from unbackdoor.audit.checks import plan_checks
+    from unbackdoor.registry import SCANNERS
+
+    pairs: dict[str, dict[str, str]] = {}
+    for key, value in options.pairs(texts or [], "--set").items():
+        check, dot, name = key.rpartition(".")
+        if not dot:
+            raise ConfigError("the option --set", [f"expected CHECK.KEY=VALUE, got {key}={value}"])
+        pairs.setdefault(check, {})[name] = value
+    planned = {check.name: check for check in plan_checks(names, {check: {} for check in pairs})}
+    out = {}
+    for check, texts_of in pairs.items():
+        config = SCANNERS[planned[check].scanner].configure_text(texts_of)
+        out[check] = {name: getattr(config, name) for name in texts_of}
+    return out
 
 
 def _names(checks: str | None) -> list[str] | None:

@@ -53,7 +53,7 @@ def screen(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="CSV file to write, one line for each image.", show_default=False),
+        typer.Option(help="Write a CSV file with one line for each image.", show_default=False),
     ] = None,
     clean: defender.Clean = None,
     per_class: defender.PerClass = None,

@@ -39,10 +39,10 @@ from unbackdoor.engine.statistics.one_outlier import FEWEST
 from unbackdoor.engine.statistics.several_outliers import Extremes, smallest_few
 from unbackdoor.engine.trigger_search import Form, Reach, ReachConfig, reach, success
 from unbackdoor.registry import Variant, option, scanner
-from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Classifier, CleanData, Finding, Images, ScanReport, Verdict, require_fit
 
 RECOVERED = "success of the recovered trigger"
+_FAINT = "Is there a class that an unusually faint pattern turns all images into?"
 # Budgets at which losses are compared: a square with an eighth of the image's sides, and the length that
 # every pixel changed by 8 of 255 has. Both stand for "hardly to be seen", and neither for any trigger.
 _FIXED: dict[Form, float] = {"patch": 1 / 64, "blend": 8 / 255}
@@ -90,11 +90,7 @@ class NeuralCleanseConfig(ReachConfig):
     presets={"blend": {"form": "blend"}},
     question="Is there a class that an unusually small patch turns all images into?",
     cost=40,
-    variants={
-        "blend": Variant(
-            "Is there a class that an unusually faint pattern turns all images into?", {"form": "blend"}
-        )
-    },
+    variants={"blend": Variant(_FAINT, {"form": "blend"})},
     quick={"steps": 30, "images": 8},
 )
 def scan(model: Classifier, data: CleanData, cfg: NeuralCleanseConfig, *, run: Run) -> ScanReport:
@@ -107,21 +103,13 @@ def scan(model: Classifier, data: CleanData, cfg: NeuralCleanseConfig, *, run: R
         skipped["different images"] = f"{len(images)} images are too few to share out; all searches use all"
     majority = cfg.restarts // 2 + 1
     limit = cfg.level / _TESTS * majority / cfg.restarts  # for the p-value of one search and one test
+    fixed = cfg.budget or _FIXED[cfg.form]
     searches: list[Reach] = []
     tests: list[tuple[Extremes, Extremes]] = []
     for restart in range(cfg.restarts):
         part = parts[restart % len(parts)]
         searches.append(
-            reach(
-                model,
-                part,
-                cfg,
-                run,
-                form=cfg.form,
-                enough=enough,
-                fixed=cfg.budget or _FIXED[cfg.form],
-                restart=restart,
-            )
+            reach(model, part, cfg, run, form=cfg.form, enough=enough, fixed=fixed, restart=restart)
         )
         tests.append(_tests(searches[-1], enough, limit))
         if model.classes < FEWEST or _settled(tests, majority, cfg.restarts - majority, limit):
@@ -137,7 +125,7 @@ def scan(model: Classifier, data: CleanData, cfg: NeuralCleanseConfig, *, run: R
     best = findings[0]
     suspect = best.classes[0]
     smallest = min(searches, key=lambda s: float(s.tried[suspect]))
-    findings.append(_tried(model, data, smallest.triggers[suspect], float(smallest.tried[suspect]), run))
+    findings.append(_tried(model, data, smallest, suspect, run))
     if data.select_is_fit:
         skipped["held-out success"] = (
             "too few images to hold any out; the trigger was tried on those it was made with"
@@ -210,8 +198,9 @@ def _finding(
     )
 
 
-def _tried(model: Classifier, data: CleanData, trigger: RecoveredTrigger, size: float, run: Run) -> Finding:
+def _tried(model: Classifier, data: CleanData, found: Reach, label: int, run: Run) -> Finding:
     """Return how the recovered trigger does on images that it was not made with."""
+    trigger, size = found.triggers[label], float(found.tried[label])
     rate = success(model, trigger, data.select, run)
     return Finding(
         statistic=RECOVERED,

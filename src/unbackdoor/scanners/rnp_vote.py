@@ -29,8 +29,8 @@ from unbackdoor.engine.repeated_unlearning import REMAINING, Exposure, ExposureC
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.statistics.exact_tests import conformal, critical_count, crowding
 from unbackdoor.engine.unlearned_inversion import ExposedTrigger, InversionConfig, invert_exposed
-from unbackdoor.errors import MethodFailed
-from unbackdoor.registry import option, scanner
+from unbackdoor.errors import InputError, MethodFailed
+from unbackdoor.registry import References, option, scanner
 from unbackdoor.types import Classifier, CleanData, Finding, ScanReport, Verdict
 
 STABILITY, ATTRACTION, RECOVERED = "share of repeats won", "attraction", "success of the recovered trigger"
@@ -45,8 +45,9 @@ class RNPVoteConfig(ExposureConfig):
         "attractions of clean networks of the same kind, found with the same options",
         source="there is no default that fits all networks",
     )
-    recover_trigger: bool = option(
-        False, "also recover a trigger towards the class with most votes", source="off: it costs more"
+    recover_trigger: bool = option(False, "also recover a trigger", source="off: it costs more")
+    target: int = option(
+        -1, "class to recover the trigger of; -1: the one with most votes", source="this project", ge=-1
     )
 
 
@@ -58,22 +59,32 @@ class RNPVoteConfig(ExposureConfig):
     question="Do images fall to one class when the model forgets its task?",
     cost=50,
     quick={"repeats": 2, "batch_size": 32, "max_steps": 40, "unlearn_lr": 0.1},
+    references=References(ATTRACTION, "references", frozenset({"alpha", "recover_trigger", "target"})),
 )
 def scan(model: Classifier, data: CleanData, cfg: RNPVoteConfig, *, run: Run) -> ScanReport:
     """Unlearn again and again, judge the winners of the votes, and show a trigger if asked for."""
+    if cfg.target >= model.classes:
+        raise InputError("there is no such class", expected=f"0..{model.classes - 1}", got=cfg.target)
     exposure = expose(model, data, cfg, run)
     report = weigh(exposure, cfg)
     if not cfg.recover_trigger:
         return report
     try:
-        shown = invert_exposed(model, data, exposure, exposure.leader(), InversionConfig(), run)
+        target = exposure.leader() if cfg.target < 0 else cfg.target
+        shown = invert_exposed(model, data, exposure, target, InversionConfig(), run)
     except MethodFailed as error:
         return replace(report, errors={"trigger recovery": str(error)})
     return replace(report, findings=(*report.findings, recovered(shown)))
 
 
 def weigh(exposure: Exposure, cfg: RNPVoteConfig) -> ScanReport:
-    """Return the verdict over votes that are there already."""
+    """Return the verdict over votes that are there already, and the votes to look at."""
+    report = _judged(exposure, cfg)
+    shown = () if cfg.references else (attraction(exposure, cfg),)  # what others may take as a reference
+    return replace(report, findings=(*report.findings, *shown, *votes(exposure)))
+
+
+def _judged(exposure: Exposure, cfg: RNPVoteConfig) -> ScanReport:
     skipped = {}
     if not exposure.held_out:
         skipped["held-out votes"] = "too few images to hold any out; the images voted that were unlearned"
@@ -117,7 +128,9 @@ def recovered(shown: ExposedTrigger) -> Finding:
         direction="large: the pattern sends held-out images to this class in the model itself; clean nets "
         "have such patterns as well, with larger masks",
         threshold=math.inf,
-        threshold_source="none: it is shown, not judged",
+        threshold_source="none: it is shown, not judged; made on an unlearned network that sent "
+        f"{shown.share_before:.1%} of the images there without it, and {shown.fitted.value:.1%} of the "
+        "others with it",
         classes=(trigger.label,),
         trigger=trigger,
     )
@@ -146,6 +159,26 @@ def stability(exposure: Exposure, alpha: float) -> Finding:
     )
 
 
+def votes(exposure: Exposure) -> list[Finding]:
+    """Return, for each depth that was reached, the mean share of votes of every class."""
+    out = []
+    for shares, remaining in zip(exposure.shares.nanmean(0), REMAINING, strict=True):  # (K,)
+        if not bool(shares.isnan().any()):
+            depth = f"with {remaining:.0%} of the skill left" if remaining else "at the stop"
+            out.append(
+                Finding(
+                    statistic=f"share of votes {depth}",
+                    value=float(shares.max()),
+                    direction="large: clean images of other classes go to this class",
+                    threshold=math.inf,
+                    threshold_source="none: it is shown, not judged",
+                    classes=(int(shares.argmax()),),
+                    per_class=tuple(shares.tolist()),
+                )
+            )
+    return out
+
+
 def attraction(exposure: Exposure, cfg: RNPVoteConfig) -> Finding:
     """Return the mean share of votes of the strongest class beside those of clean networks."""
     shares = exposure.attraction()  # (K,)
@@ -157,7 +190,7 @@ def attraction(exposure: Exposure, cfg: RNPVoteConfig) -> Finding:
         direction="large: more clean images of other classes go to this class than in clean networks",
         threshold=known[allowed] if allowed >= 0 else math.inf,
         threshold_source=f"{len(known)} clean networks, alpha {cfg.alpha:g}",
-        p_value=conformal(value, known),
+        p_value=conformal(value, known) if known else None,
         classes=(exposure.leader(),),
         per_class=tuple(shares.tolist()),
     )

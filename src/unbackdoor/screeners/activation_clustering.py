@@ -2,8 +2,8 @@
 
 For every label, the features of its images are reduced to their main directions and cut into two groups.
 Every class can be cut in two; in a poisoned one the cut is clear. How clear is told by the mean silhouette,
-and whether it is too clear by the other classes (engine/extremes.py). An image's score tells how much closer
-it lies to the smaller group; its p-value is that of the same score among clean images.
+and whether it is too clear by the other classes (engine/statistics/several_outliers.py). An image's score
+tells how much closer it lies to the smaller group; its p-value is that of the same score among clean images.
 
 Paper:   Chen et al., "Detecting backdoor attacks by activation clustering", SafeAI 2019, arXiv 1811.03728.
 Needs:   the labels that the images were, or are to be, trained with. Clean labelled images make the p-values

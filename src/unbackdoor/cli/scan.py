@@ -115,7 +115,7 @@ def scan(
             held,
             checks=named,
             options=asked,
-            references=references or (),
+            references=references,
             level=level,
             budget=limit,
             seed=seed,

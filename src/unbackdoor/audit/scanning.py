@@ -179,7 +179,7 @@ def scan(
     *,
     checks: Sequence[Check | str] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
-    references: Sequence[Path] = (),
+    references: Sequence[Path] | None = None,
     level: float = LEVEL,
     budget: float | None = None,
     seed: int = 0,
@@ -224,7 +224,7 @@ def scan(
     require_classifier(model)
     Run.create(seed=seed, device=device, policy=precision)  # a missing device is told once, not by each check
     planned = plan_checks([checks] if isinstance(checks, str) else checks, options)
-    known = read_references(references)
+    known = read_references(references or ())
     given = clean_data(data, seed)
     owned = given if given is not None else CleanData.empty(model.input_shape, model.class_names)
     facts: dict[str, Any] = {

@@ -96,7 +96,7 @@ def scan(
             auditor.open_case(model, told, run, display, quiet=quiet),
             checks=named,
             options=asked,
-            references=references or (),
+            references=references,
             level=level,
             budget=limit,
             seed=seed,

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from unbackdoor.errors import (
     ConfigError,
+    DiskFull,
+    EngineFailed,
     InputError,
     IntegrityError,
     MethodFailed,
     MissingExtra,
+    TooFewImages,
     UnbackdoorError,
     UnsafeFile,
     UnsupportedModel,
@@ -21,27 +24,46 @@ from unbackdoor.errors import (
 
 if TYPE_CHECKING:
     from unbackdoor.attacks import AttackTruth
-    from unbackdoor.audit.purifying import Purification, purify
-    from unbackdoor.audit.scanning import Audit, scan
+    from unbackdoor.audit.comparison import Accuracy, TensorChange
+    from unbackdoor.audit.purifying import PromiseBroken, Purification, Residue, purify
+    from unbackdoor.audit.scanning import Audit, Checked, scan
     from unbackdoor.audit.unlearning import Unlearning, unlearn
     from unbackdoor.audit.verification import Verification, verify
+    from unbackdoor.bench.judge import Scores
     from unbackdoor.data.datasets import load_dataset
     from unbackdoor.data.loaders import load_images
+    from unbackdoor.engine.run import Run
     from unbackdoor.engine.trusted_caller import run, screen
+    from unbackdoor.metrics import Rate
     from unbackdoor.networks import build
     from unbackdoor.opening.classifier_files import load_model, save_model
     from unbackdoor.opening.inspection import Inspection, inspect
     from unbackdoor.opening.open_model import Opened, open_model
-    from unbackdoor.types import Classifier, CleanData, Finding, Images, Purified, ScanReport, Screening
+    from unbackdoor.types import (
+        Augmentation,
+        Classifier,
+        CleanData,
+        Finding,
+        Images,
+        Purified,
+        ScanReport,
+        Screening,
+        Verdict,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Accuracy",
     "AttackTruth",
     "Audit",
+    "Augmentation",
+    "Checked",
     "Classifier",
     "CleanData",
     "ConfigError",
+    "DiskFull",
+    "EngineFailed",
     "Finding",
     "Images",
     "InputError",
@@ -50,14 +72,22 @@ __all__ = [
     "MethodFailed",
     "MissingExtra",
     "Opened",
+    "PromiseBroken",
     "Purification",
     "Purified",
+    "Rate",
+    "Residue",
+    "Run",
     "ScanReport",
+    "Scores",
     "Screening",
+    "TensorChange",
+    "TooFewImages",
     "UnbackdoorError",
     "Unlearning",
     "UnsafeFile",
     "UnsupportedModel",
+    "Verdict",
     "Verification",
     "__version__",
     "build",
@@ -76,19 +106,29 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Accuracy": "unbackdoor.audit.comparison",
     "AttackTruth": "unbackdoor.attacks",
     "Audit": "unbackdoor.audit.scanning",
+    "Augmentation": "unbackdoor.types",
+    "Checked": "unbackdoor.audit.scanning",
     "Classifier": "unbackdoor.types",
     "CleanData": "unbackdoor.types",
     "Finding": "unbackdoor.types",
     "Images": "unbackdoor.types",
+    "Inspection": "unbackdoor.opening.inspection",
     "Opened": "unbackdoor.opening.open_model",
+    "PromiseBroken": "unbackdoor.audit.purifying",
     "Purification": "unbackdoor.audit.purifying",
     "Purified": "unbackdoor.types",
+    "Rate": "unbackdoor.metrics",
+    "Residue": "unbackdoor.audit.purifying",
+    "Run": "unbackdoor.engine.run",
     "ScanReport": "unbackdoor.types",
+    "Scores": "unbackdoor.bench.judge",
     "Screening": "unbackdoor.types",
+    "TensorChange": "unbackdoor.audit.comparison",
     "Unlearning": "unbackdoor.audit.unlearning",
-    "Inspection": "unbackdoor.opening.inspection",
+    "Verdict": "unbackdoor.types",
     "Verification": "unbackdoor.audit.verification",
     "build": "unbackdoor.networks",
     "inspect": "unbackdoor.opening.inspection",

@@ -254,7 +254,8 @@ class Registry(Generic[F]):
             taken = inspect.get_annotations(function, eval_str=True).get("cfg")
         except Exception:  # noqa: BLE001  a name that is imported for type checking only
             taken = None
-        if isinstance(taken, type) and not issubclass(config, taken):
+        # Any is a class as well.
+        if isinstance(taken, type) and issubclass(taken, Config) and not issubclass(config, taken):
             faults.append(f"it takes {taken.__name__} as cfg, and is registered with {config.__name__}")
         return faults
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from unbackdoor.audit.arguments import require_classifier, require_images
 from unbackdoor.audit.comparison import (
     Accuracy,
     TensorChange,
@@ -28,7 +27,17 @@ from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError, UnbackdoorError
 from unbackdoor.metrics import Rate
 from unbackdoor.registry import Config, Part
-from unbackdoor.types import Augmentation, Classifier, CleanData, Images, Progress, Purified, silent
+from unbackdoor.types import (
+    Augmentation,
+    Classifier,
+    CleanData,
+    Images,
+    Progress,
+    Purified,
+    as_images,
+    require_classifier,
+    silent,
+)
 
 PROOF_FRACTION = 0.3  # of every class, for the proof
 FEWEST_FOR_PROOF = 4  # images a class; with fewer, all go to the method and the proof is marked
@@ -94,14 +103,14 @@ def split_proof(
 
 def purify(
     model: Classifier,
-    images: Images,
+    images: Images | CleanData,
     method: str | Part[Any],
     *,
     preset: str | None = None,
     options: Mapping[str, Any] | Config | None = None,
     max_accuracy_drop: float | None = None,
     triggers: tuple[ShownTrigger, ...] = (),
-    proof: Images | None = None,
+    proof: Images | CleanData | None = None,
     types: Mapping[str, torch.dtype] | None = None,
     select_fraction: float = 0.3,
     augmentation: Augmentation = "none",
@@ -114,7 +123,8 @@ def purify(
 
     Args:
         model: The suspicious classifier; never changed.
-        images: Clean images; labels are needed by most methods.
+        images: Clean images; labels are needed by most methods. They are split inside: the parts of clean
+            data are joined, and its augmentation holds where none is given.
         method: Registered defense, or a part.
         preset: Named set of its options.
         options: Options laid over the preset.
@@ -135,13 +145,16 @@ def purify(
         UnbackdoorError: See :func:`unbackdoor.run`.
     """
     require_classifier(model)
-    require_images(images)
+    if isinstance(images, CleanData) and augmentation == "none":
+        augmentation = images.augmentation
+    same = proof is images
+    images = as_images(images)
     if max_accuracy_drop is not None and not 0 <= max_accuracy_drop <= 1:
         raise InputError("the largest drop does not fit", expected="0..1", got=max_accuracy_drop)
     if proof is None:
         given, shown, same = split_proof(images, seed=seed)
     else:
-        given, shown, same = images, proof, proof is images
+        given, shown = images, as_images(proof, what="the images for the proof")
     if max_accuracy_drop is not None and shown.labels is None:
         raise InputError("a promise about accuracy needs labelled images", got="no labels", where=images.name)
     data = CleanData.split(given, select_fraction=select_fraction, augmentation=augmentation, seed=seed)

@@ -15,14 +15,24 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
-from unbackdoor.audit.arguments import clean_data, require_classifier
 from unbackdoor.audit.evidence import Agreement, agreements, holm
 from unbackdoor.engine import trusted_caller as caller
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError, MissingExtra, TooFewImages, UnbackdoorError, UnsupportedModel
 from unbackdoor.registry import SCANNERS
-from unbackdoor.types import Classifier, CleanData, Finding, Images, Progress, ScanReport, Verdict, silent
+from unbackdoor.types import (
+    Classifier,
+    CleanData,
+    Finding,
+    Images,
+    Progress,
+    ScanReport,
+    Verdict,
+    as_clean_data,
+    require_classifier,
+    silent,
+)
 
 T = TypeVar("T")
 LEVEL = 0.05  # accepted probability of a false alarm of the whole scan
@@ -239,7 +249,7 @@ def scan(
     require_classifier(model)
     Run.create(seed=seed, device=device, policy=precision)  # a missing device is told once, not by each check
     planned = _planned([checks] if isinstance(checks, str) else checks)
-    given = clean_data(data, seed)
+    given = None if data is None else as_clean_data(data, seed=seed)
     owned = given if given is not None else CleanData.empty(model.input_shape, model.class_names)
     start = time.monotonic()
     deadline = None if budget is None else start + budget

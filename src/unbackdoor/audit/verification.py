@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from unbackdoor.audit.arguments import require_classifier, require_images
 from unbackdoor.audit.comparison import (
     Accuracy,
     TensorChange,
@@ -26,7 +25,7 @@ from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import UnsupportedModel
 from unbackdoor.metrics import Rate
-from unbackdoor.types import Classifier, CleanData, Images, Progress, silent
+from unbackdoor.types import Classifier, CleanData, Images, Progress, as_images, require_classifier, silent
 
 CHECKS = ("tac", "neural_cleanse", "neural_cleanse:blend")
 
@@ -62,7 +61,7 @@ class Verification:
 def verify(
     before: Classifier,
     after: Classifier,
-    images: Images,
+    images: Images | CleanData,
     *,
     triggers: tuple[ShownTrigger, ...] = (),
     checks: Sequence[Check | str] = CHECKS,
@@ -93,7 +92,7 @@ def verify(
     """
     require_classifier(before)
     require_classifier(after)
-    require_images(images)
+    images = as_images(images)
     if before.input_shape != after.input_shape or before.classes != after.classes:
         raise UnsupportedModel(
             "the two models do not do the same task",

@@ -172,7 +172,7 @@ def _looks(suite: Suite, shared: Mapping[str, Any], victim: Planned) -> Iterator
         }
         labels = {**victim.labels, "clean_images": count, "defender_seed": seed}
         for defense in suite.defense:
-            part = DEFENSES[defense.name]
+            part: Part[Any] = DEFENSES[defense.name]
             for preset in defense.presets:
                 spec = {
                     **owned,

@@ -43,6 +43,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests/typed_ends.py
 
 # Touched last, so that an installation that broke off is taken up again.
 $(READY): requirements.lock pyproject.toml

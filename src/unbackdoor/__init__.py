@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from unbackdoor.errors import (
     ConfigError,
+    DiskFull,
+    EngineFailed,
     InputError,
     IntegrityError,
     MethodFailed,
     MissingExtra,
+    TooFewImages,
     UnbackdoorError,
     UnsafeFile,
     UnsupportedModel,
@@ -21,15 +24,19 @@ from unbackdoor.errors import (
 
 if TYPE_CHECKING:
     from unbackdoor.attacks import AttackTruth
+    from unbackdoor.audit.comparison import Accuracy, TensorChange
     from unbackdoor.audit.json_records import record
-    from unbackdoor.audit.purifying import PromiseBroken, Purification
-    from unbackdoor.audit.scanning import Audit
+    from unbackdoor.audit.purifying import PromiseBroken, Purification, Residue
+    from unbackdoor.audit.scanning import Audit, Checked
     from unbackdoor.audit.unlearning import Unlearning, unlearn
     from unbackdoor.audit.verbs import purify, scan, verify
     from unbackdoor.audit.verification import Verification
+    from unbackdoor.bench.judge import Scores
     from unbackdoor.data.datasets import load_dataset
     from unbackdoor.data.loaders import load_images
+    from unbackdoor.engine.run import Run
     from unbackdoor.engine.trusted_caller import run, screen
+    from unbackdoor.metrics import Rate
     from unbackdoor.networks import build
     from unbackdoor.opening import patching as patch
     from unbackdoor.opening.classifier_files import load_model, save_model
@@ -38,17 +45,32 @@ if TYPE_CHECKING:
     from unbackdoor.opening.provenance import Provenance
     from unbackdoor.report.saving import save_report, save_sarif
     from unbackdoor.triggers import RecoveredTrigger
-    from unbackdoor.types import Classifier, CleanData, Finding, Images, Purified, ScanReport, Screening
+    from unbackdoor.types import (
+        Augmentation,
+        Classifier,
+        CleanData,
+        Finding,
+        Images,
+        Purified,
+        ScanReport,
+        Screening,
+        Verdict,
+    )
     from unbackdoor.weights.source import Source, open_source
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Accuracy",
     "AttackTruth",
     "Audit",
+    "Augmentation",
+    "Checked",
     "Classifier",
     "CleanData",
     "ConfigError",
+    "DiskFull",
+    "EngineFailed",
     "Finding",
     "Images",
     "InputError",
@@ -61,14 +83,21 @@ __all__ = [
     "Provenance",
     "Purification",
     "Purified",
+    "Rate",
     "RecoveredTrigger",
+    "Residue",
+    "Run",
     "ScanReport",
+    "Scores",
     "Screening",
     "Source",
+    "TensorChange",
+    "TooFewImages",
     "UnbackdoorError",
     "Unlearning",
     "UnsafeFile",
     "UnsupportedModel",
+    "Verdict",
     "Verification",
     "__version__",
     "build",
@@ -92,20 +121,30 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Accuracy": "unbackdoor.audit.comparison",
     "AttackTruth": "unbackdoor.attacks",
     "Audit": "unbackdoor.audit.scanning",
+    "Augmentation": "unbackdoor.types",
+    "Checked": "unbackdoor.audit.scanning",
     "Classifier": "unbackdoor.types",
     "CleanData": "unbackdoor.types",
     "Finding": "unbackdoor.types",
     "Images": "unbackdoor.types",
+    "Inspection": "unbackdoor.opening.inspection",
     "Opened": "unbackdoor.opening.open_model",
+    "PromiseBroken": "unbackdoor.audit.purifying",
     "Purification": "unbackdoor.audit.purifying",
     "Purified": "unbackdoor.types",
+    "Rate": "unbackdoor.metrics",
     "RecoveredTrigger": "unbackdoor.triggers",
+    "Residue": "unbackdoor.audit.purifying",
+    "Run": "unbackdoor.engine.run",
     "ScanReport": "unbackdoor.types",
+    "Scores": "unbackdoor.bench.judge",
     "Screening": "unbackdoor.types",
+    "TensorChange": "unbackdoor.audit.comparison",
     "Unlearning": "unbackdoor.audit.unlearning",
-    "Inspection": "unbackdoor.opening.inspection",
+    "Verdict": "unbackdoor.types",
     "Verification": "unbackdoor.audit.verification",
     "build": "unbackdoor.networks",
     "inspect": "unbackdoor.opening.inspection",
@@ -113,7 +152,6 @@ _HOMES = {
     "load_images": "unbackdoor.data.loaders",
     "load_model": "unbackdoor.opening.classifier_files",
     "open_model": "unbackdoor.opening.open_model",
-    "PromiseBroken": "unbackdoor.audit.purifying",
     "Provenance": "unbackdoor.opening.provenance",
     "Source": "unbackdoor.weights.source",
     "open_source": "unbackdoor.weights.source",

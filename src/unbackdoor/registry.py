@@ -18,11 +18,16 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Generic, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypedDict, TypeVar, Unpack, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from unbackdoor.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from unbackdoor.types import Classifier, CleanData, Images, Purified, ScanReport, Screening
 
 F = TypeVar("F", bound=Callable[..., Any])
 # Convolutions with batch normalisation, convolutions without, and attention.
@@ -207,10 +212,16 @@ class Registry(Generic[F]):
         kind: Word used in messages, such as ``defense``.
         package: Package whose import registers the parts. Named, not imported, because the tables lie
             below the parts.
+        positional: Names of the positional parameters of a part's function; checked where there are any.
+        keywords: Names of its keyword-only parameters.
     """
 
-    def __init__(self, kind: str, package: str) -> None:
+    def __init__(
+        self, kind: str, package: str, *, positional: tuple[str, ...] = (), keywords: tuple[str, ...] = ()
+    ) -> None:
         self.kind = kind
+        self.positional = positional
+        self.keywords = keywords
         self._package = package
         self._parts: dict[str, Part[F]] = {}
         self._complete = False
@@ -242,11 +253,17 @@ class Registry(Generic[F]):
             quick: Options with which it takes a second on a tiny network; its mathematics stays the same.
                 The contract suite of :mod:`unbackdoor.testing` runs it with them.
             families: Families of networks it works on, of :data:`FAMILIES`.
+
+        Raises:
+            ConfigError: From the decorator, if the name is taken, or the function does not take what every
+                part of its kind takes.
         """
 
         def enter(function: F) -> F:
             if name in self._parts and self._parts[name].function.__module__ != function.__module__:
                 raise ConfigError(f"the {self.kind} registry", [f"the name {name!r} is taken"])
+            if faults := self._misfits(function, config):
+                raise ConfigError(f"the {self.kind} {name!r}", faults)
             self._parts[name] = Part(
                 name=name,
                 kind=self.kind,
@@ -264,6 +281,32 @@ class Registry(Generic[F]):
             return function
 
         return enter
+
+    def _misfits(self, function: Callable[..., Any], config: type[Config]) -> list[str]:
+        """Return in words how a function differs from what is called; types are left to a type checker."""
+        if not self.positional:
+            return []
+        faults = []
+        signature = inspect.signature(function)
+        wanted = (*self.positional, *self.keywords)
+        if tuple(signature.parameters) != wanted:
+            faults.append(
+                f"its parameters must be {', '.join(wanted)}, got {', '.join(signature.parameters)}"
+            )
+        else:
+            try:
+                signature.bind(*self.positional, **dict.fromkeys(self.keywords))
+            except TypeError as error:
+                called = ", ".join([*self.positional, *(f"{name}=..." for name in self.keywords)])
+                faults.append(f"it cannot be called with ({called}): {error}")
+        try:
+            taken = inspect.get_annotations(function, eval_str=True).get("cfg")
+        except Exception:  # noqa: BLE001  a name that is imported for type checking only
+            taken = None
+        # Any is a class as well.
+        if isinstance(taken, type) and issubclass(taken, Config) and not issubclass(config, taken):
+            faults.append(f"it takes {taken.__name__} as cfg, and is registered with {config.__name__}")
+        return faults
 
     def __getitem__(self, name: str) -> Part[F]:
         parts = self._loaded()
@@ -305,49 +348,149 @@ class Registry(Generic[F]):
             ) from error
 
 
-DEFENSES: Registry[Any] = Registry("defense", "unbackdoor.defenses")
-ATTACKS: Registry[Any] = Registry("attack", "unbackdoor.attacks")
-SCANNERS: Registry[Any] = Registry("scanner", "unbackdoor.scanners")
+# ---------------------------------------------------------------------------------------------------
+# The kinds
+
+
+C = TypeVar("C", bound=Config)
+Options = TypeVar("Options", bound=Config, contravariant=True)
+
+# The run of a method, the trigger of an attack and the geometry of an architecture are defined in rooms above
+# this one; they are Any here, and the packages that call the functions know them.
+
+
+class DefenseFunction(Protocol[Options]):
+    """A defense: repairs the copy of the model that it is given."""
+
+    def __call__(self, model: Classifier, data: CleanData, cfg: Options, *, run: Any) -> Purified:
+        """Return the repaired model and what the method has to say of itself."""
+        ...
+
+
+class ScannerFunction(Protocol[Options]):
+    """A scanner: looks at a model for a backdoor."""
+
+    def __call__(self, model: Classifier, data: CleanData, cfg: Options, *, run: Any) -> ScanReport:
+        """Return what was looked for and found."""
+        ...
+
+
+class ScreenerFunction(Protocol[Options]):
+    """A screener: looks at images of unknown origin."""
+
+    def __call__(
+        self, model: Classifier, data: CleanData, inputs: Images, cfg: Options, *, run: Any
+    ) -> Screening:
+        """Return a score for each image."""
+        ...
+
+
+class AttackFunction(Protocol[Options]):
+    """An attack: makes a trigger for images of a shape (C, H, W)."""
+
+    def __call__(self, cfg: Options, *, shape: tuple[int, int, int], classes: int, seed: int) -> Any:
+        """Return the trigger, an ``unbackdoor.attacks.Trigger``."""
+        ...
+
+
+class ArchitectureFunction(Protocol[Options]):
+    """An architecture: makes an untrained network."""
+
+    def __call__(self, cfg: Options, geometry: Any) -> nn.Module:
+        """Return a network from normalised images to logits."""
+        ...
+
+
+class Facts(TypedDict, total=False):
+    """What a registration may say of a part; see :meth:`Registry.register`."""
+
+    paper: str
+    needs: set[str] | frozenset[str]
+    presets: Mapping[str, Mapping[str, Any]] | None
+    traits: set[str] | frozenset[str]
+    version: int
+    quick: Mapping[str, Any] | None
+    families: set[str] | frozenset[str]
+
+
+_LENT: dict[str, tuple[str, ...]] = {"positional": ("model", "data", "cfg"), "keywords": ("run",)}
 INPUT_LABELS = (
     "input labels"  # a need of screeners of training sets: they are shown the labels of what they screen
 )
 ONE_A_CLASS = "as many images as classes"  # a need of defenses
-SCREENERS: Registry[Any] = Registry("screener", "unbackdoor.screeners")
-ARCHITECTURES: Registry[Any] = Registry("architecture", "unbackdoor.networks")
 
-defense = DEFENSES.register
-attack = ATTACKS.register
-screener = SCREENERS.register
-architecture = ARCHITECTURES.register
+DEFENSES: Registry[DefenseFunction[Any]] = Registry("defense", "unbackdoor.defenses", **_LENT)
+ATTACKS: Registry[AttackFunction[Any]] = Registry(
+    "attack", "unbackdoor.attacks", positional=("cfg",), keywords=("shape", "classes", "seed")
+)
+SCANNERS: Registry[ScannerFunction[Any]] = Registry("scanner", "unbackdoor.scanners", **_LENT)
+SCREENERS: Registry[ScreenerFunction[Any]] = Registry(
+    "screener",
+    "unbackdoor.screeners",
+    positional=("model", "data", "inputs", "cfg"),
+    keywords=("run",),
+)
+ARCHITECTURES: Registry[ArchitectureFunction[Any]] = Registry(
+    "architecture", "unbackdoor.networks", positional=("cfg", "geometry")
+)
+
+
+def defense(
+    name: str, *, config: type[C], **facts: Unpack[Facts]
+) -> Callable[[DefenseFunction[C]], DefenseFunction[C]]:
+    """Return a decorator that registers a defense; see :meth:`Registry.register`."""
+    return DEFENSES.register(name, config=config, **facts)
+
+
+def attack(
+    name: str, *, config: type[C], **facts: Unpack[Facts]
+) -> Callable[[AttackFunction[C]], AttackFunction[C]]:
+    """Return a decorator that registers an attack; see :meth:`Registry.register`."""
+    return ATTACKS.register(name, config=config, **facts)
+
+
+def screener(
+    name: str, *, config: type[C], **facts: Unpack[Facts]
+) -> Callable[[ScreenerFunction[C]], ScreenerFunction[C]]:
+    """Return a decorator that registers a screener; see :meth:`Registry.register`."""
+    return SCREENERS.register(name, config=config, **facts)
+
+
+def architecture(
+    name: str, *, config: type[C], **facts: Unpack[Facts]
+) -> Callable[[ArchitectureFunction[C]], ArchitectureFunction[C]]:
+    """Return a decorator that registers an architecture; see :meth:`Registry.register`."""
+    return ARCHITECTURES.register(name, config=config, **facts)
 
 
 def scanner(
     name: str,
     *,
+    config: type[C],
     question: str = "",
     cost: float = ScannerFacts.cost,
     variants: Mapping[str, Variant] | None = None,
     references: References | None = None,
-    **more: Any,
-) -> Callable[[F], F]:
-    """Return a decorator that enters a scanner; ``scan`` learns all it has to know of it from here.
+    **facts: Unpack[Facts],
+) -> Callable[[ScannerFunction[C]], ScannerFunction[C]]:
+    """Return a decorator that registers a scanner; ``scan`` learns all it has to know of it from here.
 
     Args:
         name: Name of the scanner, and of its check.
+        config: Its options.
         question: See :class:`ScannerFacts`, as for the next three.
         cost: Likewise.
         variants: Likewise.
         references: Likewise.
-        **more: See :meth:`Registry.register`.
+        **facts: See :meth:`Registry.register`.
 
     Raises:
         ConfigError: If the name is taken, or options of a variant do not fit.
     """
-    config: type[Config] = more.get("config", Config)
     for key, variant in (variants or {}).items():
         config.parse(variant.options, subject=f"the variant {key!r} of the scanner {name!r}")
-    facts = ScannerFacts(question, cost, MappingProxyType(dict(variants or {})), references)
-    return SCANNERS.register(name, scanning=facts, **more)
+    scanning = ScannerFacts(question, cost, MappingProxyType(dict(variants or {})), references)
+    return SCANNERS.register(name, config=config, scanning=scanning, **facts)
 
 
 def load_all(package: str) -> None:

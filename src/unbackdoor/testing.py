@@ -69,12 +69,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "scanner": SCANNERS,
     "screener": SCREENERS,
 }
-PARAMETERS = {
-    "attack": ["cfg", "shape", "classes", "seed"],
-    "defense": ["model", "data", "cfg", "run"],
-    "scanner": ["model", "data", "cfg", "run"],
-    "screener": ["model", "data", "inputs", "cfg", "run"],
-}
+PARAMETERS = {kind: [*table.positional, *table.keywords] for kind, table in REGISTRIES.items()}
 HEADINGS = {
     "attack": ("Paper:", "Departs:"),
     "defense": ("Paper:", "Needs:", "Changes:", "Departs:", "Cost:"),
@@ -671,7 +666,7 @@ def _same_seed_same_bytes(subject: _Subject) -> None:
 def _evidence(subject: _Subject) -> None:
     # Eight classes, so that the tests of scanners run; the trigger is one that can be found.
     blocks, inputs = CleanData.split(block_data(96)), block_data(96, seed=4)
-    settings = [(tiny_classifier(), _data(), None)]
+    settings: list[tuple[Classifier, CleanData, Images | None]] = [(tiny_classifier(), _data(), None)]
     if subject.part.kind != "defense":
         settings.append((planted((2,)), blocks, inputs))
     for model, data, shown in settings:

@@ -200,6 +200,41 @@ class CleanData:
         return hashlib.sha256((self.fit.fingerprint() + self.select.fingerprint()).encode()).hexdigest()
 
 
+def as_images(data: object, *, what: str = "the clean images") -> Images:
+    """Return a set of images; the two parts of clean data are joined.
+
+    Args:
+        data: ``Images`` or ``CleanData``.
+        what: What it is called in the message.
+
+    Raises:
+        InputError: If it is of another type.
+    """
+    if isinstance(data, Images):
+        return data
+    if isinstance(data, CleanData):
+        return data.all
+    raise InputError(
+        f"{what} are of another type",
+        expected="Images or CleanData",
+        got=type(data).__name__,
+        remedy="Load them with unbackdoor.load_images",
+    )
+
+
+def as_clean_data(data: object, *, seed: int = 0) -> CleanData:
+    """Return clean images in their two parts; images that are not split yet are.
+
+    Args:
+        data: ``Images`` or ``CleanData``.
+        seed: Seed of the split.
+
+    Raises:
+        InputError: If it is of another type, or images without any.
+    """
+    return data if isinstance(data, CleanData) else CleanData.split(as_images(data), seed=seed)
+
+
 # ---------------------------------------------------------------------------------------------------
 # Networks
 
@@ -286,6 +321,18 @@ def _update(digest: Any, tensor: Tensor) -> None:
     # Viewed as bytes because numpy has no bfloat16; flattened first so that scalars can be viewed too.
     flat = tensor.detach().cpu().contiguous().flatten()
     digest.update(flat.view(torch.uint8).numpy().data)
+
+
+def require_classifier(model: object) -> None:
+    """Raise InputError unless it is a classifier."""
+    if not isinstance(model, Classifier):
+        opened = isinstance(getattr(model, "model", None), Classifier)
+        raise InputError(
+            "the model is of another type",
+            expected="a Classifier",
+            got=type(model).__name__,
+            remedy="Give its attribute model" if opened else "Open the file with unbackdoor.open_model",
+        )
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -369,12 +369,6 @@ def test_things_of_another_type_are_told_at_the_door() -> None:
         scan("model.pth", data)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="expected Images"):
         scan(model, "folder")  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="expected Images, all of them, got CleanData"):
-        verify(model, model, data)  # type: ignore[arg-type]
-    # Images that the caller has split go to the method as they are, and the proof is marked.
-    done = purify(model, data, "none")
-    assert done.facts["images_for_the_method"] == done.facts["images_for_the_proof"] == 40
-    assert done.proof_is_fit
     with pytest.raises(InputError, match="no such device"):
         scan(model, data, device="cuda:99" if not torch.cuda.is_available() else "nowhere")
     # Images need not be split by the caller, and one check may be named without a list.

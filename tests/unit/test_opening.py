@@ -22,7 +22,6 @@ from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe, train
 from unbackdoor.errors import ConfigError, InputError, UnsafeFile, UnsupportedModel
 from unbackdoor.networks import build
-from unbackdoor.opening.open_model import executes_code
 from unbackdoor.types import Classifier, Images
 
 
@@ -190,9 +189,6 @@ class Net(nn.Module):
 def test_the_users_own_code(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(CODE)
     spec = f"{tmp_path / 'net.py'}:Net"
-    assert executes_code(spec)
-    assert not executes_code("resnet18")
-    assert not executes_code(None)
     weights = {
         "strange.weight": (8, 1, 3, 3),
         "strange.bias": (8,),

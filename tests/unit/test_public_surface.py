@@ -14,11 +14,16 @@ import pytest
 import unbackdoor
 
 SURFACE = {
+    "Accuracy",
     "AttackTruth",
     "Audit",
+    "Augmentation",
+    "Checked",
     "Classifier",
     "CleanData",
     "ConfigError",
+    "DiskFull",
+    "EngineFailed",
     "Finding",
     "Images",
     "InputError",
@@ -31,16 +36,22 @@ SURFACE = {
     "Provenance",
     "Purification",
     "Purified",
+    "Rate",
     "RecoveredTrigger",
+    "Residue",
+    "Run",
     "ScanReport",
+    "Scores",
     "Screening",
     "Source",
+    "TensorChange",
+    "TooFewImages",
     "UnbackdoorError",
     "Unlearning",
     "UnsafeFile",
     "UnsupportedModel",
+    "Verdict",
     "Verification",
-    "__version__",
     "build",
     "inspect",
     "load_dataset",
@@ -59,6 +70,7 @@ SURFACE = {
     "screen",
     "unlearn",
     "verify",
+    "__version__",
 }
 
 
@@ -88,7 +100,7 @@ def test_an_unknown_name_is_refused_as_in_any_module() -> None:
 def test_every_error_is_an_unbackdoor_error() -> None:
     errors = [getattr(unbackdoor, name) for name in SURFACE]
     errors = [e for e in errors if isinstance(e, type) and issubclass(e, Exception)]
-    assert len(errors) == 9
+    assert len(errors) == 12
     assert all(issubclass(error, unbackdoor.UnbackdoorError) for error in errors)
 
 

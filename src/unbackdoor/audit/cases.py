@@ -113,7 +113,7 @@ def open_case(
         UnbackdoorError: If the model or the images cannot be used, or arguments contradict each other.
     """
     said = {"arch": arch, "mean": mean, "std": std, "size": size, "class_names": class_names}
-    amounts = {"clean": clean, "per_class": per_class, "fraction": fraction}
+    amounts: dict[str, Any] = {"clean": clean, "per_class": per_class, "fraction": fraction}
     if isinstance(model, Case):
         given = [name for name, value in {**said, **amounts, "data": data}.items() if value is not None]
         if given:
@@ -135,14 +135,15 @@ def open_case(
     own: Augmentation = split.augmentation if split is not None else "none"
     images: Images | Path | None = None
     further: Images | None = None
-    data_set, notes = None, ()
+    data_set: str | None = None
+    notes: tuple[str, ...] = ()
     if isinstance(data, Path | str):
         found = bring(
             data,
             **amounts,
             root=data_root,
             seed=run.seed,
-            progress=run.show,  # type: ignore[arg-type]
+            progress=run.show,
         )
         images, further, own = found.images, found.proof, found.augmentation
         data_set, notes = found.data_set, found.notes
@@ -196,8 +197,7 @@ def open_second(model: Model, first: Case, *, run: Run, **said: Any) -> Case:
 
 
 def _fitting(images: Images | Path | None, model: Classifier, run: Run) -> Images:
-    assert images is not None
     shape, names = model.input_shape, model.class_names
-    if isinstance(images, Path):
-        images = load_images_of(images, shape[1:], run.show)
-    return conform(images, input_shape=shape, class_names=names, progress=run.show)[0]
+    brought = load_images_of(images, shape[1:], run.show) if isinstance(images, Path) else images
+    assert brought is not None
+    return conform(brought, input_shape=shape, class_names=names, progress=run.show)[0]

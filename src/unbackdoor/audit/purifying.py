@@ -14,7 +14,6 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from unbackdoor.audit.arguments import require_classifier, require_images
 from unbackdoor.audit.cases import Case
 from unbackdoor.audit.comparison import (
     Accuracy,
@@ -34,7 +33,17 @@ from unbackdoor.metrics import Rate
 from unbackdoor.opening.write_back import output_name, repair_patch, write_repaired
 from unbackdoor.registry import Config, Part
 from unbackdoor.triggers import RecoveredTrigger
-from unbackdoor.types import Augmentation, Classifier, CleanData, Images, Progress, Purified, silent
+from unbackdoor.types import (
+    Augmentation,
+    Classifier,
+    CleanData,
+    Images,
+    Progress,
+    Purified,
+    as_images,
+    require_classifier,
+    silent,
+)
 from unbackdoor.weights.patch import write_patch
 
 PROOF_FRACTION = 0.3  # of every class, for the proof
@@ -104,7 +113,9 @@ class Promise:
 
     def in_words(self) -> str:
         """Return the answer as a sentence."""
-        answer = {True: "is kept", False: "is broken"}.get(self.kept, "cannot be told from so few images")  # type: ignore[call-overload]
+        answer = "cannot be told from so few images"
+        if isinstance(self.kept, bool):
+            answer = "is kept" if self.kept else "is broken"
         return (
             f"The promise of at most {100 * self.asked:.1f} points {answer}: {100 * self.measured:.1f} "
             f"points were lost (95 % interval {100 * self.low:.1f} to {100 * self.high:.1f}) on "
@@ -260,7 +271,7 @@ def purify(
     max_accuracy_drop: float | None = None,
     promise: Rule = "evidence",
     triggers: tuple[RecoveredTrigger, ...] = (),
-    proof: Images | None = None,
+    proof: Images | CleanData | None = None,
     types: Mapping[str, torch.dtype] | None = None,
     select_fraction: float = 0.3,
     augmentation: Augmentation = "none",
@@ -273,8 +284,8 @@ def purify(
 
     Args:
         model: The suspicious classifier; never changed.
-        images: Clean images; labels are needed by most methods. Where they are split already, the method
-            gets them as they are, and without ``proof`` the accuracy is measured on these same images.
+        images: Clean images; labels are needed by most methods. They are split inside: the parts of clean
+            data are joined, and its augmentation holds where none is given.
         method: Registered defense, or a part.
         preset: Named set of its options.
         options: Options laid over the preset.
@@ -299,26 +310,23 @@ def purify(
         UnbackdoorError: See :func:`unbackdoor.run`.
     """
     require_classifier(model)
-    split = images if isinstance(images, CleanData) else None
-    if isinstance(images, CleanData):
-        images = images.all
-        proof = images if proof is None else proof
-    require_images(images)
+    if isinstance(images, CleanData) and augmentation == "none":
+        augmentation = images.augmentation
+    same = proof is images
+    images = as_images(images)
     if max_accuracy_drop is not None and not 0 <= max_accuracy_drop <= 1:
         raise InputError("the largest drop does not fit", expected="0..1", got=max_accuracy_drop)
     if proof is None:
         given, shown, same = split_proof(images, seed=seed)
     else:
-        given, shown, same = images, proof, proof is images
+        given, shown = images, as_images(proof, what="the images for the proof")
     if promise not in get_args(Rule):
         raise InputError("there is no such rule of a promise", expected=get_args(Rule), got=promise)
     if max_accuracy_drop is not None and shown.labels is None:
         raise InputError("a promise about accuracy needs labelled images", got="no labels", where=images.name)
     if max_accuracy_drop is not None and promise == "strict":
         _require_enough(len(shown), max_accuracy_drop)
-    data = split or CleanData.split(
-        given, select_fraction=select_fraction, augmentation=augmentation, seed=seed
-    )
+    data = CleanData.split(given, select_fraction=select_fraction, augmentation=augmentation, seed=seed)
     purified = caller.run(
         method,
         model,

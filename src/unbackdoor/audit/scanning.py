@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from unbackdoor.audit.arguments import clean_data, require_classifier
 from unbackdoor.audit.cases import Case
 from unbackdoor.audit.checks import Check, default_checks, plan_checks
 from unbackdoor.audit.evidence import Agreement, agreements, holm
@@ -26,7 +25,17 @@ from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError, MissingExtra, TooFewImages, UnbackdoorError, UnsupportedModel
 from unbackdoor.registry import SCANNERS
 from unbackdoor.triggers import RecoveredTrigger
-from unbackdoor.types import Classifier, CleanData, Images, Progress, ScanReport, Verdict, silent
+from unbackdoor.types import (
+    Classifier,
+    CleanData,
+    Images,
+    Progress,
+    ScanReport,
+    Verdict,
+    as_clean_data,
+    require_classifier,
+    silent,
+)
 
 T = TypeVar("T")
 LEVEL = 0.05  # accepted probability of a false alarm of the whole scan
@@ -225,7 +234,7 @@ def scan(
     Run.create(seed=seed, device=device, policy=precision)  # a missing device is told once, not by each check
     planned = plan_checks([checks] if isinstance(checks, str) else checks, options)
     known = read_references(references or ())
-    given = clean_data(data, seed)
+    given = None if data is None else as_clean_data(data, seed=seed)
     owned = given if given is not None else CleanData.empty(model.input_shape, model.class_names)
     facts: dict[str, Any] = {
         "model_sha256": model.sha256(),

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from unbackdoor.audit.arguments import require_classifier
 from unbackdoor.defenses.unlearned_prune import Ranking, UnlearnedPruneConfig, pruned, suspicion
 from unbackdoor.engine.channels import prunable_sites
 from unbackdoor.engine.precision import Policy
@@ -29,7 +28,17 @@ from unbackdoor.engine.unlearned_inversion import ExposedTrigger, InversionConfi
 from unbackdoor.registry import DEFENSES, SCANNERS, SCREENERS
 from unbackdoor.scanners.rnp_screen import Score, ScreenConfig, Screening, screen_inputs
 from unbackdoor.scanners.rnp_vote import RNPVoteConfig, weigh
-from unbackdoor.types import Classifier, CleanData, Images, Progress, Purified, ScanReport, silent
+from unbackdoor.types import (
+    Classifier,
+    CleanData,
+    Images,
+    Progress,
+    Purified,
+    ScanReport,
+    as_clean_data,
+    require_classifier,
+    silent,
+)
 
 
 class Unlearning:
@@ -116,7 +125,7 @@ class Unlearning:
 
 def unlearn(
     model: Classifier,
-    data: CleanData,
+    data: CleanData | Images,
     *,
     options: Mapping[str, Any] | None = None,
     references: Sequence[float] = (),
@@ -130,6 +139,7 @@ def unlearn(
     Args:
         model: The suspicious classifier; not changed.
         data: The defender's clean, labelled images: the fitting part is unlearned, the other part votes.
+            Images that are not split yet are.
         options: Options of ``rnp_vote``, such as ``{"repeats": 4}``.
         references: Attractions of clean networks of the same kind, for the verdict; they take the place of
             those in ``options``.
@@ -155,6 +165,7 @@ def unlearn(
     config = part.configure({**(options or {}), **known})
     assert isinstance(config, RNPVoteConfig)
     require_classifier(model)
+    data = as_clean_data(data, seed=seed)
     check_inputs(part, model, data)
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
     return Unlearning(model, data, config, run)

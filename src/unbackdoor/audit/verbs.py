@@ -32,7 +32,7 @@ def scan(
     *,
     checks: Sequence[Check | str] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
-    references: Sequence[Path] = (),
+    references: Sequence[Path] | None = None,
     level: float = LEVEL,
     budget: float | None = None,
     arch: str | None = None,

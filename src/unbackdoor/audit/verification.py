@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from unbackdoor.audit.arguments import require_classifier, require_images
 from unbackdoor.audit.cases import Case
 from unbackdoor.audit.checks import Check, plan_checks
 from unbackdoor.audit.comparison import (
@@ -30,7 +29,7 @@ from unbackdoor.engine.run import Run
 from unbackdoor.errors import UnsupportedModel
 from unbackdoor.metrics import Rate
 from unbackdoor.triggers import RecoveredTrigger
-from unbackdoor.types import Classifier, CleanData, Images, Progress, silent
+from unbackdoor.types import Classifier, CleanData, Images, Progress, as_images, require_classifier, silent
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Verification(Result):
 def verify(
     before: Classifier,
     after: Classifier,
-    images: Images,
+    images: Images | CleanData,
     *,
     triggers: tuple[RecoveredTrigger, ...] = (),
     checks: Sequence[Check | str] | None = None,
@@ -104,7 +103,7 @@ def verify(
     """
     require_classifier(before)
     require_classifier(after)
-    require_images(images)
+    images = as_images(images)
     if before.input_shape != after.input_shape or before.classes != after.classes:
         raise UnsupportedModel(
             "the two models do not do the same task",

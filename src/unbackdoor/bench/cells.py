@@ -32,7 +32,7 @@ from unbackdoor.data.splits import draw_clean, reserve
 from unbackdoor.engine.training import recipe_named
 from unbackdoor.errors import ConfigError, UnbackdoorError
 from unbackdoor.networks.build import canonical
-from unbackdoor.registry import ATTACKS, DEFENSES, SCANNERS
+from unbackdoor.registry import ATTACKS, DEFENSES, SCANNERS, Part
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def _looks(suite: Suite, shared: Mapping[str, Any], victim: Planned) -> Iterator
         }
         labels = {**victim.labels, "clean_images": count, "defender_seed": seed}
         for defense in suite.defense:
-            part = DEFENSES[defense.name]
+            part: Part[Any] = DEFENSES[defense.name]
             for preset in defense.presets:
                 spec = {
                     **owned,

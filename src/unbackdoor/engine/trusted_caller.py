@@ -28,6 +28,9 @@ from unbackdoor.types import (
     ScanReport,
     Screening,
     Verdict,
+    as_clean_data,
+    as_images,
+    require_classifier,
     require_fit,
     require_labels,
     require_one_a_class,
@@ -40,7 +43,7 @@ PROBED = 8  # images that the repaired model is tried on before it is handed ove
 def run(
     method: str | Part[Any],
     model: Classifier,
-    data: CleanData,
+    data: CleanData | Images,
     *,
     options: Mapping[str, Any] | Config | None = None,
     preset: str | None = None,
@@ -54,7 +57,7 @@ def run(
     Args:
         method: Registered name, or a part.
         model: The suspicious classifier; never changed.
-        data: The defender's clean images.
+        data: The defender's clean images; a part is held out of those that are not split yet.
         options: Options of the method, or its whole config.
         preset: Named set of options that ``options`` are laid over.
         seed: Seed of every draw of the method.
@@ -77,6 +80,8 @@ def run(
         >>> repaired = unbackdoor.run("none", model, data)  # doctest: +SKIP
     """
     part = DEFENSES[method] if isinstance(method, str) else method
+    require_classifier(model)
+    data = as_clean_data(data, seed=seed)
     config = options if isinstance(options, Config) else part.configure(options, preset=preset)
     surroundings = Run.create(seed=seed, device=device, policy=precision, progress=progress)
     returned, seconds = _lend(part, model, data, config, surroundings)
@@ -94,7 +99,7 @@ def run(
 def scan(
     scanner: str | Part[Any],
     model: Classifier,
-    data: CleanData,
+    data: CleanData | Images,
     *,
     options: Mapping[str, Any] | Config | None = None,
     preset: str | None = None,
@@ -108,7 +113,7 @@ def scan(
     Args:
         scanner: Registered name, or a part.
         model: The suspicious classifier; never changed.
-        data: The defender's clean images; ``CleanData.empty`` will do for a scanner that needs none.
+        data: As in :func:`run`; ``CleanData.empty`` will do for a scanner that needs none.
         options: Options of the scanner, or its whole config.
         preset: Named set of options that ``options`` are laid over.
         seed: Seed of every draw of the scanner.
@@ -127,6 +132,8 @@ def scan(
         IntegrityError: If it changed what it must not change, or left something behind.
     """
     part = SCANNERS[scanner] if isinstance(scanner, str) else scanner
+    require_classifier(model)
+    data = as_clean_data(data, seed=seed)
     config = options if isinstance(options, Config) else part.configure(options, preset=preset)
     surroundings = Run.create(seed=seed, device=device, policy=precision, progress=progress)
     returned, seconds = _lend(part, model, data, config, surroundings)
@@ -138,8 +145,8 @@ def scan(
 def screen(
     screener: str | Part[Any],
     model: Classifier,
-    data: CleanData,
-    inputs: Images,
+    data: CleanData | Images,
+    inputs: Images | CleanData,
     *,
     options: Mapping[str, Any] | Config | None = None,
     preset: str | None = None,
@@ -153,7 +160,7 @@ def screen(
     Args:
         screener: Registered name, or a part.
         model: The suspicious classifier; never changed.
-        data: The defender's clean images; ``CleanData.empty`` will do for a screener that needs none.
+        data: As in :func:`run`; ``CleanData.empty`` will do for a screener that needs none.
         inputs: The images. Their labels are shown only to a screener of training sets.
         options: Options of the screener, or its whole config.
         preset: Named set of options that ``options`` are laid over.
@@ -173,6 +180,9 @@ def screen(
         IntegrityError: If it changed what it must not change, or left something behind.
     """
     part = SCREENERS[screener] if isinstance(screener, str) else screener
+    require_classifier(model)
+    data = as_clean_data(data, seed=seed)
+    inputs = as_images(inputs, what="the images to screen")
     config = options if isinstance(options, Config) else part.configure(options, preset=preset)
     if not len(inputs):
         raise InputError("there is no image to screen", expected="at least 1", got=0, where=inputs.name)

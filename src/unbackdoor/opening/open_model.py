@@ -22,7 +22,6 @@ from unbackdoor.engine.run import Run
 from unbackdoor.errors import ConfigError, InputError, UnsupportedModel
 from unbackdoor.networks.build import canonical, known
 from unbackdoor.networks.sources import Known
-from unbackdoor.networks.spec import PYTHON, read_spec
 from unbackdoor.opening.candidates import Variants, find, refuse_to_guess
 from unbackdoor.opening.classifier_files import load_model
 from unbackdoor.opening.cost_limits import outputs_of
@@ -662,8 +661,3 @@ def _second_thoughts(
 
 def _listed(values: Sequence[float]) -> str:
     return ",".join(f"{value:g}" for value in values)  # as --mean and --std take them
-
-
-def executes_code(arch: str | None) -> bool:
-    """Tell whether opening with this architecture runs a Python file of the user's."""
-    return arch is not None and read_spec(arch).source == PYTHON

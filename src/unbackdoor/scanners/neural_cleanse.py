@@ -12,8 +12,8 @@ the k-th smallest with k = floor(R / 2) + 1, times R / k. That is a p-value what
 common (Rueger's bound). Searches that cannot change the verdict any more are not made.
 Clean networks have classes that need little; only much less than all others counts.
 
-Paper:   Wang et al., "Neural Cleanse", S&P 2019. The blend: universal perturbations as in Moosavi-Dezfooli
-         et al., CVPR 2017.
+Paper:   Wang et al., "Neural Cleanse", S&P 2019. Preset ``blend``: universal perturbations as in
+         Moosavi-Dezfooli et al., CVPR 2017.
 Needs:   clean images; labels are not looked at.
 Departs: see engine/trigger_search.py; the paper's index of 2 by the median absolute deviation is met by the
          smallest of ten normal numbers in every third set. The loss at a fixed budget is this project's, and

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from unbackdoor.errors import UnsupportedModel
 from unbackdoor.weights.formats.buffers import short
+from unbackdoor.weights.formats.onnx.initializers import Tensors
 from unbackdoor.weights.formats.tensors import MAX_AXES
-
-if TYPE_CHECKING:
-    from unbackdoor.weights.formats.onnx.graph import Builder
 
 LARGEST = 4096  # of a kernel, a stride, a padding; nothing in an image classifier is longer
 
@@ -36,6 +36,46 @@ class Place:
     turned: bool = False
     scale: str = ""
     repeat: int = 0
+
+
+class Builder(Protocol):
+    """What an operator uses of the graph that it is built into; see ``graph.py``."""
+
+    path: Path
+    tensors: Tensors
+    root: dict[str, Any]
+    uses: dict[str, int]
+    notes: list[str]
+    places: dict[str, Place]
+    whole: set[fx.Node]
+    batch: int
+
+    def value(self, name: str) -> Value:
+        """Return what a name stands for; None for an operand that is left out."""
+        ...
+
+    def node(self, value: Value, name: str, place: Place) -> fx.Node:
+        """Return a value as a node of the graph."""
+        ...
+
+    def spend(self, count: int, width: int = 4) -> None:
+        """Account for a tensor before it is made."""
+        ...
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """Add the call of a function."""
+        ...
+
+    def module(
+        self,
+        call: Call,
+        layer: nn.Module,
+        *,
+        inputs: fx.Node | None = None,
+        places: dict[str, Place] | None = None,
+    ) -> fx.Node:
+        """Add a layer and call it on the first operand."""
+        ...
 
 
 class Call:

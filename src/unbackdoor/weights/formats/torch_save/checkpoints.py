@@ -65,7 +65,7 @@ def read_entry(archive: Archive, data: Buffer, main: Entry, trail: Trail, *, fol
             store.windows[key] = Window(data, start, size)
         return StorageRef(store, key, dtype, count)
 
-    described = pickles.read(io.BytesIO(archive.content(main, MAX_PICKLE)), trail, storage)
+    described = _read(io.BytesIO(archive.content(main, MAX_PICKLE)), trail, storage)
     # Only now, because the names had to be met first.
     if order is not None and archive.content(order, 64).strip() not in (b"little", b""):
         raise InputError(
@@ -103,7 +103,7 @@ def scan(content: bytes, trail: Trail) -> bool:
     whole = False
     while stream.tell() < len(content):
         try:
-            pickles.read(stream, trail, pickles.Stub, depth=1)
+            _read(stream, trail, pickles.Stub, depth=1)
         except UnsafeFile:
             trail.names[_DECEPTIVE] = "dangerous"
             break
@@ -129,17 +129,17 @@ def read_stream(data: Buffer, trail: Trail) -> tuple[object, bool]:
     stream = _stream(data)
     store = Store()
     storage = _legacy_storage(store)
-    first = pickles.read(stream, trail, storage)
+    first = _read(stream, trail, storage)
     if first != _MAGIC:
         # Whoever loads it once may load it again.
         scan(bytes(data[stream.tell() : stream.tell() + MAX_PICKLE]), trail)
         return first, False
-    version = pickles.read(stream, trail, storage)
+    version = _read(stream, trail, storage)
     if version != _PROTOCOL:
         raise InputError("the checkpoint is of another version", expected=_PROTOCOL, got=short(version))
-    machine = pickles.read(stream, trail, storage)
-    described = pickles.read(stream, trail, storage)
-    keys = pickles.read(stream, trail, storage)
+    machine = _read(stream, trail, storage)
+    described = _read(stream, trail, storage)
+    keys = _read(stream, trail, storage)
     if isinstance(machine, dict) and machine.get("little_endian", True) is not True:
         raise InputError(
             "the checkpoint was written on a machine of another byte order", expected="little endian"
@@ -153,22 +153,26 @@ def read_stream(data: Buffer, trail: Trail) -> tuple[object, bool]:
     return described, True
 
 
-def read_nested(content: bytes, trail: Trail, *, depth: int) -> object:
+def read_nested(content: bytes, trail: Trail, depth: int) -> object:
     """Return what a storage or tensor that was pickled as bytes describes."""
     stream = io.BytesIO(content)
     store = Store()
     storage = _legacy_storage(store)
-    if pickles.read(stream, trail, storage, depth=depth) != _MAGIC:
+    if _read(stream, trail, storage, depth=depth) != _MAGIC:
         raise InputError("a storage within a pickle is damaged")
     for _ in range(2):
-        pickles.read(stream, trail, storage, depth=depth)
-    described = pickles.read(stream, trail, storage, depth=depth)
-    keys = pickles.read(stream, trail, storage, depth=depth)
+        _read(stream, trail, storage, depth=depth)
+    described = _read(stream, trail, storage, depth=depth)
+    keys = _read(stream, trail, storage, depth=depth)
     at = stream.tell()
     for key in keys if isinstance(keys, list) else []:
         if isinstance(key, str) and key in storage.kinds:
             at = _place(content, at, store, key, storage.kinds[key])
     return described
+
+
+def _read(stream: IO[bytes], trail: Trail, persistent: pickles.Persistent, depth: int = 0) -> object:
+    return pickles.read(stream, trail, persistent, nested=read_nested, depth=depth)
 
 
 def _stream(data: Buffer) -> IO[bytes]:
@@ -258,7 +262,7 @@ def read_tar(data: Buffer, trail: Trail) -> object:
             return saved[0]
         return known[int(str(saved))]
 
-    return pickles.read(io.BytesIO(contents["pickle"]), trail, stored)
+    return _read(io.BytesIO(contents["pickle"]), trail, stored)
 
 
 _PARTS = ("storages", "tensors", "pickle")
@@ -291,7 +295,7 @@ def _nothing(saved: object) -> object:
 
 
 def _counted(stream: io.BytesIO, trail: Trail) -> range:
-    count = pickles.read(stream, trail, _nothing)
+    count = _read(stream, trail, _nothing)
     if not natural(count) or cast(int, count) > len(stream.getbuffer()):
         raise InputError("the checkpoint is damaged", got=f"{short(count)} storages or tensors")
     return range(cast(int, count))
@@ -312,12 +316,12 @@ def _tar_storages(content: bytes, trail: Trail, known: dict[object, Any]) -> Non
     stream = io.BytesIO(content)
     store = Store()
     for _ in _counted(stream, trail):
-        key, _, kind = cast("tuple[Any, ...]", pickles.read(stream, trail, _nothing))
+        key, _, kind = cast("tuple[Any, ...]", _read(stream, trail, _nothing))
         dtype = pickles.storage_type(kind)
         name, at = str(int(key)), stream.tell()
         stream.seek(_place(content, at, store, name, dtype))
         known[int(key)] = StorageRef(store, name, dtype, store.windows[name].size // dtype.itemsize)
-    for view in cast("list[Any]", pickles.read(stream, trail, _nothing)):
+    for view in cast("list[Any]", _read(stream, trail, _nothing)):
         target, root, first, size = view
         if not natural(first) or not natural(size):
             raise TypeError("a view without a size")
@@ -329,7 +333,7 @@ def _tar_storages(content: bytes, trail: Trail, known: dict[object, Any]) -> Non
 def _tar_tensors(content: bytes, trail: Trail, known: dict[object, Any]) -> None:
     stream = io.BytesIO(content)
     for _ in _counted(stream, trail):
-        key, storage, _ = cast("tuple[Any, ...]", pickles.read(stream, trail, _nothing))
+        key, storage, _ = cast("tuple[Any, ...]", _read(stream, trail, _nothing))
         (axes, _) = struct.unpack("<2i", stream.read(8))
         if not 0 <= axes <= 16:
             raise ValueError("a tensor with too many axes")

@@ -128,6 +128,7 @@ COMPUTED = Name("a name", "that is computed while loading")
 _OPENS = Name("torch.storage", "_load_from_bytes")
 _PLAIN_VALUES = (int, float, bytes, tuple, type(None))
 Persistent = Callable[[object], object]
+Nested = Callable[[bytes, "Trail", int], object]
 
 
 def as_mapping(value: object) -> dict[Any, Any] | None:
@@ -149,13 +150,16 @@ def _is_pair(pair: object) -> bool:
     return isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str | int)
 
 
-def read(stream: IO[bytes], trail: Trail, persistent: Persistent, *, depth: int = 0) -> object:
+def read(
+    stream: IO[bytes], trail: Trail, persistent: Persistent, *, nested: Nested, depth: int = 0
+) -> object:
     """Read one pickle, calling nothing.
 
     Args:
         stream: Where it begins; left behind its last byte.
         trail: Is told every name, the moment it is met.
         persistent: Turns the file's references to things outside the pickle into what stands for them.
+        nested: Reads a checkpoint that lies within the pickle, from its bytes, the trail and its depth.
         depth: How many pickles this one lies inside.
 
     Returns:
@@ -166,7 +170,7 @@ def read(stream: IO[bytes], trail: Trail, persistent: Persistent, *, depth: int 
         InputError: If it is cut short or scrambled.
         UnsafeFile: If it is longer than any pickle of weights.
     """
-    machine = _Machine(trail, persistent, depth)
+    machine = _Machine(trail, persistent, nested, depth)
     try:
         return machine.run(stream)
     except UnbackdoorError:
@@ -180,9 +184,10 @@ def read(stream: IO[bytes], trail: Trail, persistent: Persistent, *, depth: int 
 
 
 class _Machine:
-    def __init__(self, trail: Trail, persistent: Persistent, depth: int) -> None:
+    def __init__(self, trail: Trail, persistent: Persistent, nested: Nested, depth: int) -> None:
         self._trail = trail
         self._persistent = persistent
+        self._nested = nested
         self._depth = depth
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
@@ -410,12 +415,10 @@ class _Machine:
 
     def _inner(self, content: bytes) -> object:
         # A plain pickle of a tensor holds its storage as a checkpoint within the checkpoint.
-        from unbackdoor.weights.formats.torch_save.checkpoints import read_nested
-
         if self._depth >= _NESTED:
             raise UnsafeFile("pickles lie within pickles", expected=f"at most {_NESTED} deep")
         try:
-            return read_nested(content, self._trail, depth=self._depth + 1)
+            return self._nested(content, self._trail, self._depth + 1)
         except InputError as error:
             return Faulty(error)
 

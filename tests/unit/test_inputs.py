@@ -1,0 +1,97 @@
+"""Every verb takes clean images split or not, and refuses everything else at the door."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import unbackdoor
+from tiny import tiny_classifier, tiny_data
+from unbackdoor.registry import DEFENSES, SCREENERS
+from unbackdoor.types import Classifier, CleanData, Images
+
+IMAGES = tiny_data(80, seed=1)
+INPUTS = tiny_data(8, seed=5)
+CHECKS = ("tac", "weight_statistics")
+UNLEARNING = {"repeats": 2, "batch_size": 32, "max_steps": 40, "unlearn_lr": 0.1}
+Verb = Callable[[Any, Any], Any]
+VERBS: dict[str, Verb] = {
+    "run": lambda model, data: unbackdoor.run("rnp", model, data, options=DEFENSES["rnp"].quick),
+    "screen": lambda model, data: unbackdoor.screen(
+        "strip", model, data, INPUTS, options=SCREENERS["strip"].quick
+    ),
+    "purify": lambda model, data: unbackdoor.purify(model, data, "fp", options=DEFENSES["fp"].quick),
+    "scan": lambda model, data: unbackdoor.scan(model, data, checks=CHECKS),
+    "verify": lambda model, data: unbackdoor.verify(model, copy.deepcopy(model), data, checks=CHECKS),
+    "unlearn": lambda model, data: unbackdoor.unlearn(model, data, options=UNLEARNING),
+}
+EACH = pytest.mark.parametrize("verb", VERBS)
+
+
+@EACH
+def test_clean_images_are_taken_split_or_not(verb: str) -> None:
+    model = tiny_classifier()
+    before = IMAGES.fingerprint()
+    for data in (IMAGES, CleanData.split(IMAGES)):
+        assert VERBS[verb](model, data) is not None
+    assert IMAGES.fingerprint() == before
+
+
+def test_the_split_is_the_same_wherever_it_is_made() -> None:
+    model, data = tiny_classifier(), CleanData.split(IMAGES, seed=0)
+    whole, parts = (VERBS["run"](model, given).model.sha256() for given in (IMAGES, data))
+    assert whole == parts
+    scores = [VERBS["screen"](model, given).scores for given in (IMAGES, data)]
+    assert torch.equal(*scores)
+
+
+def test_images_to_screen_may_be_clean_data() -> None:
+    model, split = tiny_classifier(), CleanData.split(INPUTS)
+    out = unbackdoor.screen("strip", model, IMAGES, split, options=SCREENERS["strip"].quick)
+    assert out.scores.shape == (8,)
+
+
+def test_purify_joins_the_parts_and_keeps_the_augmentation(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[CleanData] = []
+
+    def run(method: object, model: Classifier, data: CleanData, **how: Any) -> Any:
+        seen.append(data)
+        return original(method, model, data, **how)
+
+    original = unbackdoor.audit.purifying.caller.run  # type: ignore[attr-defined]
+    monkeypatch.setattr("unbackdoor.audit.purifying.caller.run", run)
+    split = CleanData.split(IMAGES, augmentation="crop")
+    out = unbackdoor.purify(tiny_classifier(), split, "none")
+    unbackdoor.purify(tiny_classifier(), split, "none", augmentation="crop+flip")
+    assert [data.augmentation for data in seen] == ["crop", "crop+flip"]
+    assert out.facts["images_for_the_method"] + out.facts["images_for_the_proof"] == len(IMAGES)
+    proved = unbackdoor.purify(tiny_classifier(), IMAGES, "none", proof=CleanData.split(INPUTS))
+    assert proved.facts["images_for_the_proof"] == len(INPUTS) and not proved.proof_is_fit
+    assert unbackdoor.purify(tiny_classifier(), IMAGES, "none", proof=IMAGES).proof_is_fit
+
+
+@EACH
+@pytest.mark.parametrize("given", [7, "images/", IMAGES.pixels, IMAGES.pixels.numpy(), [IMAGES]])
+def test_images_of_another_type_are_refused(verb: str, given: object) -> None:
+    with pytest.raises(
+        unbackdoor.InputError, match=r"images are of another type: expected Images or CleanData"
+    ):
+        VERBS[verb](tiny_classifier(), given)
+
+
+@EACH
+def test_a_model_of_another_type_is_refused(verb: str) -> None:
+    with pytest.raises(unbackdoor.InputError, match="the model is of another type: expected a Classifier"):
+        VERBS[verb](torch.nn.Flatten(), IMAGES)
+
+
+@EACH
+def test_no_image_is_refused_where_some_are_needed(verb: str) -> None:
+    nothing: Images = replace(IMAGES, pixels=IMAGES.pixels[:0], labels=IMAGES.truth[:0])
+    with pytest.raises(unbackdoor.InputError, match="no clean image"):
+        VERBS[verb](tiny_classifier(), nothing)

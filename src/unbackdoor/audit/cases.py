@@ -135,14 +135,17 @@ def open_case(
     own: Augmentation = split.augmentation if split is not None else "none"
     images: Images | Path | None = None
     further: Images | None = None
-    data_set, notes = None, ()
+    data_set: str | None = None
+    notes: tuple[str, ...] = ()
     if isinstance(data, Path | str):
         found = bring(
             data,
-            **amounts,
+            clean=clean,
+            per_class=per_class,
+            fraction=fraction,
             root=data_root,
             seed=run.seed,
-            progress=run.show,  # type: ignore[arg-type]
+            progress=run.show,
         )
         images, further, own = found.images, found.proof, found.augmentation
         data_set, notes = found.data_set, found.notes
@@ -198,6 +201,6 @@ def open_second(model: Model, first: Case, *, run: Run, **said: Any) -> Case:
 def _fitting(images: Images | Path | None, model: Classifier, run: Run) -> Images:
     assert images is not None
     shape, names = model.input_shape, model.class_names
-    if isinstance(images, Path):
-        images = load_images_of(images, shape[1:], run.show)
-    return conform(images, input_shape=shape, class_names=names, progress=run.show)[0]
+    loaded = load_images_of(images, shape[1:], run.show)
+    assert loaded is not None
+    return conform(loaded, input_shape=shape, class_names=names, progress=run.show)[0]

@@ -104,7 +104,8 @@ class Promise:
 
     def in_words(self) -> str:
         """Return the answer as a sentence."""
-        answer = {True: "is kept", False: "is broken"}.get(self.kept, "cannot be told from so few images")  # type: ignore[call-overload]
+        answers = {"True": "is kept", "False": "is broken"}
+        answer = answers.get(str(self.kept), "cannot be told from so few images")
         return (
             f"The promise of at most {100 * self.asked:.1f} points {answer}: {100 * self.measured:.1f} "
             f"points were lost (95 % interval {100 * self.low:.1f} to {100 * self.high:.1f}) on "
@@ -305,7 +306,11 @@ def purify(
         proof = images if proof is None else proof
     require_images(images)
     if max_accuracy_drop is not None and not 0 <= max_accuracy_drop <= 1:
-        raise InputError("the largest drop does not fit", expected="0..1", got=max_accuracy_drop)
+        raise InputError(
+            "the largest drop does not fit",
+            expected="a fraction in 0..1, so that 0.04 is 4 points",
+            got=max_accuracy_drop,
+        )
     if proof is None:
         given, shown, same = split_proof(images, seed=seed)
     else:

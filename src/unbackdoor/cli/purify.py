@@ -94,8 +94,8 @@ def purify(
     proof: Annotated[
         Path | None,
         typer.Option(
-            help="Further clean images, for measuring the accuracy alone: a file or a folder, as for --data.",
-            show_default="a part of --data, kept from the method",
+            help="Further clean images, for measuring the accuracy alone: a file or a folder.",
+            show_default="a part of the images, kept from the method",
             rich_help_panel="Data",
         ),
     ] = None,

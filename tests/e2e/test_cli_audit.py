@@ -149,6 +149,12 @@ def test_a_promise_that_cannot_be_kept_writes_nothing(case: tuple[Path, Path], t
     assert not list(tmp_path.iterdir())
 
 
+def test_a_fraction_is_no_number_of_points_and_is_noted(tmp_path: Path) -> None:
+    missing = ("purify", tmp_path / "no.pth", "--data", tmp_path, "--method", "none")
+    outcome = call(*missing, "--out", tmp_path / "o.pth", "--max-accuracy-drop", "0.04")
+    assert outcome.code == 2 and "counts points of 100" in outcome.err
+
+
 def test_a_repair_to_safetensors_has_a_card_and_opens_again(case: tuple[Path, Path], tmp_path: Path) -> None:
     model, data = case
     out = tmp_path / "repaired.safetensors"

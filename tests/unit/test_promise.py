@@ -115,3 +115,13 @@ def test_what_flatters_is_said(tmp_path: Path) -> None:
     # Images of one's own for the proof, that no training saw, are the remedy.
     given = unbackdoor.purify(model, tiny_data(40), "none", proof=noisy)
     assert given.flattered == () and given.facts["images_for_the_proof"] == 80
+
+
+def test_losses_are_fractions_in_python_and_points_in_words() -> None:
+    model, images = tiny_classifier("conv-bn"), tiny_data(80, seed=5)
+    with pytest.raises(InputError, match=r"0\.04 is 4 points"):
+        purify(model, images, "none", max_accuracy_drop=4)
+    done = purify(model, images, "none", max_accuracy_drop=0.04)
+    assert done.promise is not None and done.promise.asked == 0.04
+    assert -1 <= done.promise.low <= done.promise.measured <= done.promise.high <= 1
+    assert "at most 4.0 points" in done.promise.in_words()

@@ -140,7 +140,9 @@ def open_case(
     if isinstance(data, Path | str):
         found = bring(
             data,
-            **amounts,
+            clean=clean,
+            per_class=per_class,
+            fraction=fraction,
             root=data_root,
             seed=run.seed,
             progress=run.show,
@@ -198,6 +200,6 @@ def open_second(model: Model, first: Case, *, run: Run, **said: Any) -> Case:
 
 def _fitting(images: Images | Path | None, model: Classifier, run: Run) -> Images:
     shape, names = model.input_shape, model.class_names
-    brought = load_images_of(images, shape[1:], run.show) if isinstance(images, Path) else images
-    assert brought is not None
-    return conform(brought, input_shape=shape, class_names=names, progress=run.show)[0]
+    loaded = load_images_of(images, shape[1:], run.show)
+    assert loaded is not None
+    return conform(loaded, input_shape=shape, class_names=names, progress=run.show)[0]

@@ -315,7 +315,11 @@ def purify(
     same = proof is images
     images = as_images(images)
     if max_accuracy_drop is not None and not 0 <= max_accuracy_drop <= 1:
-        raise InputError("the largest drop does not fit", expected="0..1", got=max_accuracy_drop)
+        raise InputError(
+            "the largest drop does not fit",
+            expected="a fraction in 0..1, so that 0.04 is 4 points",
+            got=max_accuracy_drop,
+        )
     if proof is None:
         given, shown, same = split_proof(images, seed=seed)
     else:

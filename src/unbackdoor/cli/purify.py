@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from unbackdoor.audit.purifying import Purification
 
 NOT_KEPT = 1
+_HARDLY = 0.2  # points; whoever asks for less most likely means a fraction
 _SHOWN_EVIDENCE = 40  # characters; longer values stand in the JSON
 _LONG = 8  # entries; tables with more, such as one for each layer, stand in the JSON
 
@@ -93,8 +94,8 @@ def purify(
     proof: Annotated[
         Path | None,
         typer.Option(
-            help="Further clean images, for measuring the accuracy alone: a file or a folder, as for --data.",
-            show_default="a part of --data, kept from the method",
+            help="Further clean images, for measuring the accuracy alone: a file or a folder.",
+            show_default="a part of the images, kept from the method",
             rich_help_panel="Data",
         ),
     ] = None,
@@ -141,6 +142,8 @@ def purify(
         raise ConfigError(
             "the option --max-accuracy-drop", [f"expected points in 0..100, got {max_accuracy_drop}"]
         )
+    if max_accuracy_drop is not None and 0 < max_accuracy_drop < _HARDLY:
+        note(f"mind: --max-accuracy-drop counts points of 100; {max_accuracy_drop:g} is less than any image")
     part = DEFENSES[method]
     config = part.configure_text(shared.pairs(options or [], "--set"), preset=preset)
     defender.require_share(select_fraction)

@@ -13,6 +13,8 @@ TIMM = """
 import torch
 from torch import nn
 
+__version__ = "1.2"
+
 class Cfg:
     def to_dict(self):
         size = {"input_size": (3, 16, 16), "fixed_input_size": False}
@@ -33,6 +35,9 @@ class Tiny(nn.Module):
 
 def list_models():
     return ["tiny_net"]
+
+def list_pretrained(pattern):
+    return []
 
 def is_model(name):
     return name == "tiny_net"

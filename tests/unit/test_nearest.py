@@ -185,39 +185,6 @@ def test_what_nearly_fits_is_named_and_what_is_nothing_is_not() -> None:
     assert nearest({}) == []
 
 
-@pytest.mark.parametrize(
-    ("spec", "signature"),
-    [
-        ("timm:vit_tiny_patch16_224", {
-            "patch_embed.proj.weight": (192, 3, 16, 16), "blocks.11.attn.qkv.weight": (576, 192),
-            "pos_embed": (1, 197, 192), "head.weight": (43, 192),
-        }),
-        ("torchvision:squeezenet1_1", {
-            "features.0.weight": (64, 3, 3, 3), "features.12.expand3x3.weight": (256, 64, 3, 3),
-            "classifier.1.weight": (43, 512, 1, 1),
-        }),
-        ("torchvision:wide_resnet50_2", {
-            "conv1.weight": (64, 3, 7, 7), "layer1.0.conv2.weight": (128, 128, 3, 3),
-            "layer3.5.conv2.weight": (512, 512, 3, 3), "fc.weight": (43, 2048),
-        }),
-    ],
-)  # fmt: skip
-def test_networks_of_libraries_are_known_by_a_few_tensors(spec: str, signature: dict[str, Any]) -> None:
-    found = nearest({name: torch.empty(shape, device="meta") for name, shape in signature.items()})
-    assert [(c.spec, c.fits, c.classes) for c in found] == [(spec, True, 43)]
-    assert ends({name: torch.empty(shape, device="meta") for name, shape in signature.items()}) == (3, 43)
-    assert "extra zoo" in found[0].note
-
-
-def test_the_deeper_network_of_a_family_is_not_taken_for_the_shallower_one() -> None:
-    wide = {
-        "conv1.weight": (64, 3, 7, 7), "layer1.0.conv2.weight": (128, 128, 3, 3),
-        "layer3.5.conv2.weight": (512, 512, 3, 3), "layer3.6.conv2.weight": (512, 512, 3, 3),
-        "fc.weight": (43, 2048),
-    }  # fmt: skip
-    assert nearest({name: torch.empty(shape, device="meta") for name, shape in wide.items()}) == []
-
-
 def test_unseen_options_are_left_open() -> None:
     stems = nearest(shapes("resnet18[width=4]"))[0]
     assert stems.choices == {"stem": ("3x3", "3x3+pool")}

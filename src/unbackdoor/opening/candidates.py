@@ -9,11 +9,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from unbackdoor.errors import InputError, UnsupportedModel
-from unbackdoor.networks.build import canonical
+from unbackdoor.errors import InputError, MissingExtra, UnbackdoorError, UnsupportedModel
+from unbackdoor.networks.build import canonical, known
+from unbackdoor.networks.sources.optional_libraries import is_installed
 from unbackdoor.networks.spec import OWN, read_spec
 from unbackdoor.opening.load_tensors import proposal
-from unbackdoor.opening.recognise_architecture import Candidate, nearest
+from unbackdoor.opening.recognise_architecture import IN_ORDER, Candidate, in_libraries, nearest
 from unbackdoor.opening.recognise_chain import averaged
 
 # More than this many ways to complete a network would take minutes to try.
@@ -33,6 +34,7 @@ class Variants:
         decisive: Whether nothing but labelled images can decide between them.
         note: What no tensor shows, in words.
         candidates: All that fit, for the story.
+        absent: The network of a library that has these tensors, where that library is not installed.
     """
 
     by_side: Mapping[int | None, tuple[str, ...]]
@@ -40,6 +42,7 @@ class Variants:
     decisive: bool = False
     note: str = ""
     candidates: tuple[Candidate, ...] = field(default=())
+    absent: str = ""
 
     @property
     def specs(self) -> tuple[str, ...]:
@@ -71,6 +74,7 @@ def find(
 
     Raises:
         ConfigError: If ``arch`` is no spec, or an unknown one.
+        MissingExtra: If nothing was named, and the tensors are those of a library that is not installed.
         UnsupportedModel: If nothing was named and nothing known fits.
     """
     named = read_spec(arch) if arch is not None else None
@@ -80,8 +84,8 @@ def find(
     candidates = [c for c in nearest(state, side=side) if c.fits]
     if side is not None and not exact:
         # Images of another size than the model's can be resized to it.
-        known = {c.spec for c in candidates}
-        candidates += [c for c in nearest(state) if c.fits and c.spec not in known]
+        exactly = {c.spec for c in candidates}
+        candidates += [c for c in nearest(state) if c.fits and c.spec not in exactly]
     if named is not None:
         agreeing = [
             c for c in candidates if read_spec(c.spec).name == named.name and _agrees(c.spec, named.options)
@@ -94,8 +98,52 @@ def find(
             where=where,
             remedy=f"Name the architecture. {proposal(state, side=side)}",
         )
-    ours = [c for c in candidates if read_spec(c.spec).source == OWN]
-    return _expanded(ours or candidates, {}, "guessed from names and shapes of the tensors")
+    preferred = _preferred(candidates)
+    variants = _expanded(preferred, {}, "guessed from names and shapes of the tensors")
+    if all(read_spec(c.spec).name == IN_ORDER for c in preferred) and (others := _foreign(candidates)):
+        return replace(variants, absent=others[0].spec)
+    return variants
+
+
+def library_size(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """Return (H, W) that a library states of the network that has these tensors, or None."""
+    if not in_libraries(state):
+        return None
+    fitting = [c for c in nearest(state) if c.fits]
+    try:
+        return known(_preferred(fitting)[0].spec).size
+    except UnbackdoorError:
+        return None
+
+
+def _preferred(candidates: list[Candidate]) -> list[Candidate]:
+    """Return our own families, else what an installed library has, else plain chains of layers.
+
+    Raises:
+        MissingExtra: If only libraries have such a network, and none of them is installed.
+    """
+    own = [c for c in candidates if read_spec(c.spec).source == OWN]
+    families = [c for c in own if read_spec(c.spec).name != IN_ORDER]
+    if families or len(own) == len(candidates):
+        return families or own
+    foreign = _foreign(candidates)
+    if installed := [c for c in map(_installed, foreign) if c is not None]:
+        return installed
+    if own:
+        return own
+    library = read_spec(foreign[0].spec).source
+    raise MissingExtra(library, "zoo", f"the file, which holds the weights of {foreign[0].spec},")
+
+
+def _foreign(candidates: list[Candidate]) -> list[Candidate]:
+    return [c for c in candidates if read_spec(c.spec).source != OWN]
+
+
+def _installed(candidate: Candidate) -> Candidate | None:
+    """Return the candidate under a spec whose library is installed, or None."""
+    specs = (candidate.spec, *candidate.same)
+    at_hand = [spec for spec in specs if is_installed(read_spec(spec).source)]
+    return replace(candidate, spec=at_hand[0]) if at_hand else None
 
 
 def refuse_to_guess(variants: Variants, where: Path) -> InputError:
@@ -104,7 +152,12 @@ def refuse_to_guess(variants: Variants, where: Path) -> InputError:
         "several networks have these tensors, and without labelled images nothing tells which is meant",
         expected="one of " + ", ".join(variants.specs[:8]),
         where=where,
-        remedy="Name the architecture, or give labelled clean images",
+        remedy="Name the architecture, or give labelled clean images"
+        + (
+            f'; they are the tensors of {variants.absent}: pip install "unbackdoor[zoo]"'
+            if variants.absent
+            else ""
+        ),
     )
 
 

@@ -125,7 +125,7 @@ def proposal(state: Mapping[str, Tensor], *, side: int | None = None) -> str:
         named = ", ".join(f"{c.spec} ({c.classes} classes)" for c in fitting)
         return f"These weights fit: {named}"
     if candidates:
-        named = ", ".join(f"{c.spec} ({c.matched:.0%} of the tensors)" for c in candidates)
+        named = ", ".join(f"{c.spec} ({c.note or f'{c.matched:.0%} of the tensors'})" for c in candidates)
         return f"Nearest known: {named}"
     return "No known architecture is near; name your own code as FILE.py:CALLABLE"
 

@@ -22,7 +22,7 @@ from unbackdoor.engine.run import Run
 from unbackdoor.errors import ConfigError, InputError, UnsupportedModel
 from unbackdoor.networks.build import canonical, known
 from unbackdoor.networks.sources import Known
-from unbackdoor.opening.candidates import Variants, find, refuse_to_guess
+from unbackdoor.opening.candidates import Variants, find, library_size, refuse_to_guess
 from unbackdoor.opening.classifier_files import load_model
 from unbackdoor.opening.cost_limits import outputs_of
 from unbackdoor.opening.load_tensors import Filled, fill, require_finite
@@ -259,7 +259,8 @@ def _by_names(
     """Open a file as a network that has its tensors: the named one, or a known one."""
     path, state = source.path, source.state()
     facts = known(given.arch) if given.arch is not None else Known()
-    raw = load_images_of(images, given.size or facts.size, progress)
+    stated = facts.size if given.arch is not None else library_size(state)
+    raw = load_images_of(images, given.size or stated, progress)
     channels, classes = ends(state)
     channels = channels or (raw.shape[0] if raw is not None else 3)
     warnings = [facts.note] if facts.note else []
@@ -272,7 +273,7 @@ def _by_names(
         if len(variants.specs) > 1:
             variants = variants.first()
             warnings.append(f"{variants.note}; the most usual was assumed: {variants.specs[0]}")
-    if given.arch is None and len(variants.specs) == 1:
+    if given.arch is None:
         facts = known(variants.specs[0])
     names, names_source = _class_names(given, facts, raw, classes)
     attempts: list[_Attempt] = []

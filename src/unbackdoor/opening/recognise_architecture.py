@@ -2,7 +2,7 @@
 
 Every family of this package is recognised by a small function that guesses its options; whether the guess
 fits is then decided by building it without memory and comparing all tensors. Networks of timm and torchvision
-are only known by a few tell-tale tensors, so that neither library is imported here.
+are looked up in a table of hashes, so that nothing of theirs is imported or built here.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from unbackdoor.errors import UnbackdoorError
 from unbackdoor.networks.build import canonical, network
 from unbackdoor.networks.geometry import Geometry
 from unbackdoor.networks.resnet import DEPTHS
+from unbackdoor.opening.architecture_table import Match, linear_heads, lookup, same_shapes
 from unbackdoor.opening.recognise_chain import Chain, chains, modules
 from unbackdoor.opening.rename_tensors import (
     adapt,
@@ -30,6 +32,8 @@ from unbackdoor.opening.rename_tensors import (
 IN_ORDER = "sequential_cnn"
 _MAX_TENSORS = 20_000
 _MAX_CANDIDATES = 12
+# Each of them may have to be built and tried, at the cost of the file itself.
+_MAX_OF_LIBRARIES = 6
 # Below this share of tensors in common a guess helps nobody.
 _WORTH_NAMING = 0.3
 
@@ -47,6 +51,7 @@ class Candidate:
         note: What was assumed or what is missing, in words.
         matched: Share of the network's tensors that were found.
         choices: Options that no tensor shows, with what they may be, the more usual first.
+        same: Other specs of the same network.
     """
 
     spec: str
@@ -57,6 +62,7 @@ class Candidate:
     note: str = ""
     matched: float = 0.0
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    same: tuple[str, ...] = ()
 
 
 def nearest(state: Mapping[str, Tensor], *, side: int | None = None) -> list[Candidate]:
@@ -71,7 +77,8 @@ def nearest(state: Mapping[str, Tensor], *, side: int | None = None) -> list[Can
     if not state or len(state) > _MAX_TENSORS:
         return []
     held, names = _plain(state)
-    channels, classes = _input_channels(names), _classes(names)
+    match = _table_match(held, names)
+    channels, classes = _ends(names, match)
     found: list[Candidate] = []
     if channels is not None and classes is not None:
         for known in (names, _without_body(names)):
@@ -82,7 +89,10 @@ def nearest(state: Mapping[str, Tensor], *, side: int | None = None) -> list[Can
         else:
             plain = [_of_chain(chain) for chain in chains(names, side)]
             found += [c for g in plain if (c := _checked(g, held, channels, classes, side)) is not None]
-    found += _foreign(names, channels)
+    if match is not None:
+        found += _of_libraries(match, channels)
+    elif not any(c.fits for c in found):
+        found += _under_other_names(names, channels, classes)
     unique = {candidate.spec: candidate for candidate in found if candidate.matched >= _WORTH_NAMING}
     ranked = sorted(unique.values(), key=lambda c: (not c.fits, -round(c.matched, 3)))
     return ranked[:_MAX_CANDIDATES]
@@ -90,8 +100,19 @@ def nearest(state: Mapping[str, Tensor], *, side: int | None = None) -> list[Can
 
 def ends(state: Mapping[str, Tensor]) -> tuple[int | None, int | None]:
     """Return the image channels and the classes that first and last layers show, or None for either."""
-    _, names = _plain(state)
-    return _input_channels(names), _classes(names)
+    held, names = _plain(state)
+    return _ends(names, _table_match(held, names) if 0 < len(state) <= _MAX_TENSORS else None)
+
+
+def in_libraries(state: Mapping[str, Tensor]) -> bool:
+    """Tell whether a network of timm or torchvision has exactly these tensors."""
+    return bool(state) and len(state) <= _MAX_TENSORS and _table_match(*_plain(state)) is not None
+
+
+def _ends(names: Shapes, match: Match | None) -> tuple[int | None, int | None]:
+    if match is None:
+        return _input_channels(names), _classes(names)
+    return match.channels or _input_channels(names), match.classes
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -276,130 +297,52 @@ def _checked(guess: _Guess, state: Shapes, channels: int, classes: int, side: in
 
 
 # ---------------------------------------------------------------------------------------------------
-# Networks of other libraries, by tensors that no other of their networks has in this shape
-
-# (spec, side, {name: shape}); K stands for any number of classes, C for any number of image channels, and no
-# shape for a tensor that must not be there.
-_C, _K = -1, -2
-_SIGNATURES: tuple[tuple[str, int, dict[str, tuple[int, ...]]], ...] = (
-    ("torchvision:densenet121", 224, {
-        "features.conv0.weight": (64, _C, 7, 7),
-        "features.denseblock4.denselayer16.conv2.weight": (32, 128, 3, 3),
-        "features.denseblock3.denselayer24.conv2.weight": (32, 128, 3, 3), "classifier.weight": (_K, 1024),
-    }),
-    ("torchvision:densenet161", 224, {
-        "features.conv0.weight": (96, _C, 7, 7),
-        "features.denseblock3.denselayer36.conv2.weight": (48, 192, 3, 3),
-        "features.denseblock4.denselayer24.conv2.weight": (48, 192, 3, 3), "classifier.weight": (_K, 2208),
-    }),
-    ("torchvision:wide_resnet50_2", 224, {
-        "conv1.weight": (64, _C, 7, 7), "layer1.0.conv2.weight": (128, 128, 3, 3),
-        "layer3.5.conv2.weight": (512, 512, 3, 3), "layer3.6.conv2.weight": (), "fc.weight": (_K, 2048),
-    }),
-    ("torchvision:resnext50_32x4d", 224, {
-        "conv1.weight": (64, _C, 7, 7), "layer1.0.conv2.weight": (128, 4, 3, 3),
-        "layer3.5.conv2.weight": (512, 16, 3, 3), "layer3.6.conv2.weight": (), "fc.weight": (_K, 2048),
-    }),
-    ("torchvision:inception_v3", 299, {
-        "Conv2d_1a_3x3.conv.weight": (32, _C, 3, 3), "Mixed_7c.branch_pool.conv.weight": (192, 2048, 1, 1),
-        "AuxLogits.fc.weight": (_K, 768), "fc.weight": (_K, 2048),
-    }),
-    ("torchvision:inception_v3[aux_logits=false]", 299, {
-        "Conv2d_1a_3x3.conv.weight": (32, _C, 3, 3), "Mixed_7c.branch_pool.conv.weight": (192, 2048, 1, 1),
-        "AuxLogits.fc.weight": (), "fc.weight": (_K, 2048),
-    }),
-    ("torchvision:googlenet", 224, {
-        "conv1.conv.weight": (64, _C, 7, 7), "inception5b.branch1.conv.weight": (384, 832, 1, 1),
-        "aux2.fc2.weight": (_K, 1024), "fc.weight": (_K, 1024),
-    }),
-    ("torchvision:googlenet[aux_logits=false]", 224, {
-        "conv1.conv.weight": (64, _C, 7, 7), "inception5b.branch1.conv.weight": (384, 832, 1, 1),
-        "aux2.fc2.weight": (), "fc.weight": (_K, 1024),
-    }),
-    ("torchvision:mnasnet1_0", 224, {
-        "layers.0.weight": (32, _C, 3, 3), "layers.10.2.layers.0.weight": (480, 80, 1, 1),
-        "layers.14.weight": (1280, 320, 1, 1), "classifier.1.weight": (_K, 1280),
-    }),
-    ("torchvision:efficientnet_b3", 300, {
-        "features.0.0.weight": (40, _C, 3, 3), "features.8.0.weight": (1536, 384, 1, 1),
-        "features.5.0.block.1.0.weight": (576, 1, 5, 5), "classifier.1.weight": (_K, 1536),
-    }),
-    ("torchvision:efficientnet_b0", 224, {
-        "features.0.0.weight": (32, _C, 3, 3), "features.8.0.weight": (1280, 320, 1, 1),
-        "features.1.0.block.0.0.weight": (32, 1, 3, 3), "features.1.1.block.0.0.weight": (),
-        "classifier.1.weight": (_K, 1280),
-    }),
-    ("timm:efficientnet_b0", 224, {
-        "conv_stem.weight": (32, _C, 3, 3), "conv_head.weight": (1280, 320, 1, 1),
-        "blocks.0.0.conv_dw.weight": (32, 1, 3, 3), "blocks.0.0.se.conv_reduce.weight": (8, 32, 1, 1),
-        "blocks.0.1.conv_dw.weight": (), "classifier.weight": (_K, 1280),
-    }),
-    ("torchvision:mobilenet_v3_small", 224, {
-        "features.0.0.weight": (16, _C, 3, 3), "features.12.0.weight": (576, 96, 1, 1),
-        "classifier.3.weight": (_K, 1024),
-    }),
-    ("torchvision:mobilenet_v3_large", 224, {
-        "features.0.0.weight": (16, _C, 3, 3), "features.16.0.weight": (960, 160, 1, 1),
-        "classifier.3.weight": (_K, 1280),
-    }),
-    ("torchvision:convnext_tiny", 224, {
-        "features.0.0.weight": (96, _C, 4, 4), "features.7.2.block.0.weight": (768, 1, 7, 7),
-        "features.5.8.block.0.weight": (384, 1, 7, 7), "features.5.9.block.0.weight": (),
-        "classifier.2.weight": (_K, 768),
-    }),
-    ("torchvision:vit_b_16", 224, {
-        "conv_proj.weight": (768, _C, 16, 16), "encoder.pos_embedding": (1, 197, 768),
-        "encoder.layers.encoder_layer_11.mlp.0.weight": (3072, 768), "heads.head.weight": (_K, 768),
-    }),
-    ("torchvision:swin_t", 224, {
-        "features.0.0.weight": (96, _C, 4, 4), "features.5.5.mlp.0.weight": (1536, 384),
-        "features.5.6.mlp.0.weight": (), "features.1.0.attn.logit_scale": (), "head.weight": (_K, 768),
-    }),
-    ("torchvision:shufflenet_v2_x1_0", 224, {
-        "conv1.0.weight": (24, _C, 3, 3), "conv5.0.weight": (1024, 464, 1, 1), "fc.weight": (_K, 1024),
-    }),
-    ("torchvision:squeezenet1_1", 224, {
-        "features.0.weight": (64, _C, 3, 3), "features.12.expand3x3.weight": (256, 64, 3, 3),
-        "classifier.1.weight": (_K, 512, 1, 1),
-    }),
-    ("timm:vit_tiny_patch16_224", 224, {
-        "patch_embed.proj.weight": (192, _C, 16, 16), "blocks.11.attn.qkv.weight": (576, 192),
-        "pos_embed": (1, 197, 192), "head.weight": (_K, 192),
-    }),
-    ("timm:vit_small_patch16_224", 224, {
-        "patch_embed.proj.weight": (384, _C, 16, 16), "blocks.11.attn.qkv.weight": (1152, 384),
-        "pos_embed": (1, 197, 384), "head.weight": (_K, 384),
-    }),
-    ("timm:vit_base_patch16_224", 224, {
-        "patch_embed.proj.weight": (768, _C, 16, 16), "blocks.11.attn.qkv.weight": (2304, 768),
-        "pos_embed": (1, 197, 768), "head.weight": (_K, 768),
-    }),
-)  # fmt: skip
+# Networks of other libraries
 
 
-def _foreign(names: Shapes, channels: int | None) -> Iterator[Candidate]:
-    for spec, side, signature in _SIGNATURES:
-        classes = None
-        for name, shape in signature.items():
-            held = tuple(names[name].shape) if name in names else ()
-            if len(held) != len(shape):
-                break
-            wild = [extent in (_C, _K) for extent in shape]
-            if any(not free and a != b for free, a, b in zip(wild, held, shape, strict=True)):
-                break
-            if _K in shape:
-                classes = int(held[shape.index(_K)])
-        else:
-            library = spec.partition(":")[0]
-            yield Candidate(
-                spec,
-                True,
-                classes,
-                channels,
-                side,
-                f"judged by {len(signature)} tensors; building it needs the package {library} (extra zoo)",
-                1.0,
-            )
+def _table_match(held: Shapes, names: Shapes) -> Match | None:
+    """Return what the table has under these names, or with another name of the last layer."""
+    for known in (held, names, _without_body(names)):
+        head = head_of(known)
+        others = [name for name in linear_heads() if name != head and _is_usual_head(name)] if head else []
+        for view in (known, *(_with_head(known, str(head), name) for name in others)):
+            if (match := lookup(view)) is not None:
+                return match
+    return None
+
+
+def _is_usual_head(name: str) -> bool:
+    # Else the tensors could not be renamed to it.
+    return head_of({f"{name}.weight": torch.empty(1, 1, device="meta")}) == name
+
+
+def _with_head(names: Shapes, head: str, other: str) -> dict[str, Tensor]:
+    return {
+        f"{other}.{name.removeprefix(head + '.')}" if name.startswith(head + ".") else name: tensor
+        for name, tensor in names.items()
+    }
+
+
+def _of_libraries(match: Match, channels: int | None) -> Iterator[Candidate]:
+    for spec, *others in match.networks[:_MAX_OF_LIBRARIES]:
+        library = spec.partition(":")[0]
+        yield Candidate(
+            spec,
+            True,
+            match.classes,
+            match.channels or channels,
+            note=f"all names and shapes are those of {spec}, which needs the package {library} (extra zoo)",
+            matched=1.0,
+            same=tuple(others),
+        )
+
+
+def _under_other_names(names: Shapes, channels: int | None, classes: int | None) -> Iterator[Candidate]:
+    head = head_of(names)
+    body = {name: t for name, t in names.items() if head is None or not name.startswith(f"{head}.")}
+    for spec, *others in same_shapes(body)[:_MAX_OF_LIBRARIES] if len(body) < len(names) else ():
+        note = "all of its shapes, under other names"
+        yield Candidate(spec, False, classes, channels, note=note, matched=1.0, same=tuple(others))
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ torchvision made for CUDA cannot be imported beside a torch made for the CPU, an
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from importlib import metadata
 from types import ModuleType
 
@@ -46,6 +47,11 @@ def import_library(name: str, *, extra: str, purpose: str) -> ModuleType:
             where=purpose,
             remedy=f"Install both from one place, such as by: {REMEDY}",
         ) from error
+
+
+def is_installed(library: str) -> bool:
+    """Tell whether a library is there to be imported; whether that works is not tried."""
+    return importlib.util.find_spec(library) is not None
 
 
 def _versions() -> str:

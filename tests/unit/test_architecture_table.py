@@ -215,7 +215,7 @@ def test_a_file_opens_without_an_architecture(zoo: Any, tmp_path: Path, prefix: 
     assert opened.model.architecture == "timm:deep_net"
     assert opened.model.input_shape == (3, 16, 16)
     assert opened.model.classes == 5
-    assert opened.story["normalisation"]["mean"] == [0.1, 0.2, 0.3]
+    assert opened.provenance.to_dict()["normalisation"]["mean"] == [0.1, 0.2, 0.3]
     held = opened.model.network.state_dict()
     assert all(torch.equal(held[name], state[name]) for name in state)
 
@@ -256,7 +256,7 @@ def test_of_several_networks_with_the_same_tensors_labelled_images_decide(zoo: A
     with torch.no_grad():
         labels = net(pixels.float() / 255).argmax(1)
     images = Images(pixels=pixels, labels=labels, class_names=tuple("01234"), name="clean")
-    assert open_model(path, images=images).story["architecture"]["fitting"] == [
+    assert open_model(path, images=images).provenance.to_dict()["architecture"]["fitting"] == [
         "timm:tiny_net",
         "timm:tiny_tanh",
     ]

@@ -18,7 +18,7 @@ from unbackdoor.audit.scanning import Audit, scan
 from unbackdoor.audit.verification import verify
 from unbackdoor.engine.trusted_caller import Surroundings
 from unbackdoor.errors import MethodFailed, UnbackdoorError
-from unbackdoor.registry import SCANNERS, scanner
+from unbackdoor.registry import SCANNERS, Config, scanner
 from unbackdoor.report.audit import Subject, audit_page
 from unbackdoor.report.sarif import sarif
 from unbackdoor.types import Classifier, CleanData, Finding, ScanReport, Verdict
@@ -49,7 +49,7 @@ def named(model: Classifier) -> Classifier:
 def says(name: str, p_value: float | None, *classes: int, **more: Any) -> str:
     """Register a scanner that says the same of every model, and return its name."""
 
-    @scanner(name, question=f"What does {name} say?", cost=len(SCANNERS._parts))
+    @scanner(name, config=Config, question=f"What does {name} say?", cost=len(SCANNERS._parts))
     def look(model: Classifier, data: CleanData, cfg: Any, *, run: Any) -> ScanReport:
         CALLS.append((name, model.sha256()))
         for step in run.progress(range(3), "looking"):
@@ -127,7 +127,7 @@ def test_an_interrupted_comparison_tells_what_had_ended(
 ) -> None:
     models = MODEL.copy(), tiny_classifier("conv")
 
-    @scanner("first", question="First?", cost=1)
+    @scanner("first", config=Config, question="First?", cost=1)
     def first(model: Classifier, data: CleanData, cfg: Any, *, run: Any) -> ScanReport:
         if model.sha256() == models[which].sha256():
             raise KeyboardInterrupt
@@ -154,7 +154,7 @@ def test_the_end_of_the_budget_is_told_whatever_a_scanner_makes_of_it(
     monkeypatch.setattr(scanning, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     says("first", 0.001, 1)
 
-    @scanner("second", question="Second?", cost=2)
+    @scanner("second", config=Config, question="Second?", cost=2)
     def second(model: Classifier, data: CleanData, cfg: Any, *, run: Any) -> ScanReport:
         try:
             for _ in run.progress(iter(int, 1), "for ever"):

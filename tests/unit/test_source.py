@@ -159,7 +159,7 @@ def test_a_scan_speaks_of_what_it_scanned_and_no_report_is_written(
 ) -> None:
     digest = hashlib.sha256(model.read_bytes()).hexdigest()
     weights = unbackdoor.open_model(model, **HOW).model.sha256()
-    _swap_inside(monkeypatch, scanning, "_planned", lambda: swap(model, other))
+    _swap_inside(monkeypatch, scanning, "plan_checks", lambda: swap(model, other))
     audit = unbackdoor.scan(model, tiny_data(40), checks="weight_statistics", **HOW)
     told = audit.to_dict()
     assert (told["file_sha256"], told["model_sha256"]) == (digest, weights)

@@ -172,7 +172,7 @@ def open_case(
         further = _fitting(brought.all if isinstance(brought, CleanData) else brought, classifier, run)
     elif further is not None:
         further = _fitting(further, classifier, run)
-    elif data_set is not None or split is not None:
+    elif data_set is not None:
         further = images  # the method gets as many as were asked for, and the proof is marked
     of_training_part = data_set is not None and proof is None
     return Case(

@@ -312,7 +312,6 @@ def purify(
     require_classifier(model)
     if isinstance(images, CleanData) and augmentation == "none":
         augmentation = images.augmentation
-    same = proof is images
     images = as_images(images)
     if max_accuracy_drop is not None and not 0 <= max_accuracy_drop <= 1:
         raise InputError(
@@ -324,6 +323,8 @@ def purify(
         given, shown, same = split_proof(images, seed=seed)
     else:
         given, shown = images, as_images(proof, what="the images for the proof")
+        # By content: the same file that is read twice makes two sets.
+        same = shown is given or shown.fingerprint() == given.fingerprint()
     if promise not in get_args(Rule):
         raise InputError("there is no such rule of a promise", expected=get_args(Rule), got=promise)
     if max_accuracy_drop is not None and shown.labels is None:

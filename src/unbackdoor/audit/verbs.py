@@ -242,6 +242,7 @@ def verify(
     data: Data | None = None,
     *,
     triggers: Sequence[Path | str | RecoveredTrigger] | None = None,
+    checks: Sequence[Check | str] | None = None,
     level: float = LEVEL,
     budget: float | None = None,
     arch: str | None = None,
@@ -265,6 +266,7 @@ def verify(
         after: What is said to be its repair; of the same input and classes.
         data: Clean images, as for :func:`scan`; None: those that the first was opened with.
         triggers: Known triggers, or their files, to try beside the recovered ones.
+        checks: Checks of both scans; None is all. On ``after`` those that accused ``before`` come first.
         level: Accepted probability of a false alarm in each scan.
         budget: Seconds for both scans together; None is no limit.
         arch: See :func:`unbackdoor.open_model`, as for the four that follow; of both models, but of none that
@@ -308,6 +310,7 @@ def verify(
         second.model,
         first.images,
         triggers=read_triggers(triggers, first.model),
+        checks=checks,
         level=level,
         budget=budget,
         seed=seed,

@@ -71,6 +71,14 @@ Budget = Annotated[
         rich_help_panel="Method",
     ),
 ]
+Checks = Annotated[
+    str | None,
+    typer.Option(
+        help="Names of checks, separated by commas.",
+        show_default="all",
+        rich_help_panel="Method",
+    ),
+]
 Level = Annotated[
     float,
     typer.Option(help="Accepted probability of accusing a clean model.", rich_help_panel="Method"),
@@ -189,6 +197,11 @@ def _size(text: str | None) -> tuple[int, int] | None:
     if len(sides) not in (1, 2) or min(sides) < 1:
         raise ConfigError("the option --size", [f"expected a number or H,W, got {text!r}"])
     return (sides[0], sides[-1])
+
+
+def check_names(checks: str | None) -> list[str] | None:
+    """Return names of checks from a comma-separated text."""
+    return None if checks is None else [name.strip() for name in checks.split(",") if name.strip()]
 
 
 def command_line() -> str:

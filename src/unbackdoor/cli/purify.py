@@ -193,8 +193,11 @@ def purify(
 
 
 def _require_outputs(out: Path, others: Sequence[Path], source: Path, *, force: bool) -> None:
-    names = (out, out.with_name(out.name + shared.SUFFIX)) if not out.suffix else (out,)
-    if source.resolve() in (name.resolve() for name in names):
+    from unbackdoor.opening.write_back import ONNX, SUFFIXES
+
+    if out.suffix not in SUFFIXES:  # as it will most likely be called; what is opened decides
+        out = out.with_name(out.name + (ONNX if source.suffix == ONNX else shared.SUFFIX))
+    if source.resolve() == out.resolve():
         raise InputError(
             "the repaired model would replace the suspicious one", where=out, remedy="Choose another --out"
         )

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from unbackdoor.cli import auditor, defender, options
+from unbackdoor.cli import auditor, defender
+from unbackdoor.cli import options as shared
 from unbackdoor.cli.output import emit, say
 from unbackdoor.cli.progress import Display
 from unbackdoor.errors import ConfigError
@@ -18,15 +19,8 @@ FOUND, PARTIAL, UNSUPPORTED = 1, 2, 3
 def scan(
     model: defender.Model,
     data: auditor.MaybeData = None,
-    checks: Annotated[
-        str | None,
-        typer.Option(
-            help="Names of checks, separated by commas.",
-            show_default="all",
-            rich_help_panel="Method",
-        ),
-    ] = None,
-    settings: Annotated[
+    checks: auditor.Checks = None,
+    options: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
@@ -55,18 +49,18 @@ def scan(
     per_class: defender.PerClass = None,
     fraction: defender.Fraction = None,
     augmentation: defender.AugmentationChoice = None,
-    data_root: options.DataRoot = None,
+    data_root: shared.DataRoot = None,
     arch: auditor.Arch = None,
-    mean: options.Mean = None,
-    std: options.Std = None,
+    mean: shared.Mean = None,
+    std: shared.Std = None,
     size: auditor.Size = None,
     class_names: auditor.Classes = None,
-    seed: options.Seed = 0,
-    device: options.Device = "cpu",
-    precision: options.PrecisionOption = options.PrecisionPolicy.auto,
-    force: options.Force = False,
-    as_json: options.AsJson = False,
-    quiet: options.Quiet = False,
+    seed: shared.Seed = 0,
+    device: shared.Device = "cpu",
+    precision: shared.PrecisionOption = shared.PrecisionPolicy.auto,
+    force: shared.Force = False,
+    as_json: shared.AsJson = False,
+    quiet: shared.Quiet = False,
 ) -> None:
     """Look for a backdoor in a model that somebody else trained.
 
@@ -82,16 +76,16 @@ def scan(
     from unbackdoor.audit.references import read_references
 
     outputs = (*auditor.report_files(report), *(() if sarif_file is None else (sarif_file,)))
-    options.require_writable(outputs, force=force, inputs=(options.existing_model(model),))
-    limit = options.seconds_of(budget, "--budget")
-    named = _names(checks)
-    asked = _settings(settings, named)
+    shared.require_writable(outputs, force=force, inputs=(shared.existing_model(model),))
+    limit = shared.seconds_of(budget, "--budget")
+    named = auditor.check_names(checks)
+    asked = _settings(options, named)
     read_references(references or ())  # a wrong path is told before the work
     told = auditor.Told(
         arch, mean, std, size, class_names, data, clean, per_class, fraction, augmentation, data_root
     )
     with Display(quiet=quiet) as display:
-        run = options.open_run(seed, device, precision, display)
+        run = shared.open_run(seed, device, precision, display)
         audit = unbackdoor.scan(
             auditor.open_case(model, told, run, display, quiet=quiet),
             checks=named,
@@ -139,7 +133,7 @@ def _settings(texts: list[str] | None, names: list[str] | None) -> dict[str, dic
     from unbackdoor.registry import SCANNERS
 
     pairs: dict[str, dict[str, str]] = {}
-    for key, value in options.pairs(texts or [], "--set").items():
+    for key, value in shared.pairs(texts or [], "--set").items():
         check, dot, name = key.rpartition(".")
         if not dot:
             raise ConfigError("the option --set", [f"expected CHECK.KEY=VALUE, got {key}={value}"])
@@ -150,7 +144,3 @@ def _settings(texts: list[str] | None, names: list[str] | None) -> dict[str, dic
         config = SCANNERS[planned[check].scanner].configure_text(texts_of)
         out[check] = {name: getattr(config, name) for name in texts_of}
     return out
-
-
-def _names(checks: str | None) -> list[str] | None:
-    return None if checks is None else [name.strip() for name in checks.split(",") if name.strip()]

@@ -24,6 +24,7 @@ def verify(
         Path, typer.Argument(metavar="AFTER", help="Weights of its repair.", show_default=False)
     ],
     data: defender.Data,
+    checks: auditor.Checks = None,
     budget: auditor.Budget = None,
     level: auditor.Level = 0.05,
     triggers: auditor.Trigger = None,
@@ -64,6 +65,7 @@ def verify(
             first,
             auditor.open_second(after, first, told, run),
             triggers=triggers,
+            checks=auditor.check_names(checks),
             level=level,
             budget=limit,
             seed=seed,

@@ -139,7 +139,7 @@ def test_what_is_no_part_of_the_network_is_kept_and_the_patch_fits_the_file(
 
 def test_a_promise_that_cannot_be_kept_writes_nothing(case: tuple[Path, Path], tmp_path: Path) -> None:
     model, data = case
-    harsh = ["--method", "ft", "--set", "lr=1", "--set", "epochs=2", "--set", "batch_size=4"]
+    harsh = ["--method", "random_prune", "--set", "tolerance=1", "--set", "step=0.1"]
     out, patch = tmp_path / "out.safetensors", tmp_path / "p"
     outcome = call(
         *("purify", model, "--data", data, *harsh, *ARCH),

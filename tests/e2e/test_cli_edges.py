@@ -84,7 +84,7 @@ def test_the_verdict_is_shown_even_if_the_report_cannot_be_written(
     def full(*arguments: object) -> None:
         raise InputError("the disk is full")
 
-    monkeypatch.setattr("unbackdoor.files.write_json", full)
+    monkeypatch.setattr("unbackdoor.report.saving.write_json", full)
     code, out, err = call(*SCAN, "--report", "out")
     assert code == 2 and "Verdict: " in out and "the disk is full" in err
 

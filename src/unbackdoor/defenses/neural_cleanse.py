@@ -29,7 +29,7 @@ from unbackdoor.engine.fine_tuning import TOLERANCE
 from unbackdoor.engine.inference import accuracy
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe, train
-from unbackdoor.engine.trigger_search import Form, ReachConfig, reach, success
+from unbackdoor.engine.trigger_search import Form, TriggerSearchConfig, search_triggers, success
 from unbackdoor.errors import ConfigError, MethodFailed
 from unbackdoor.registry import defense, option
 from unbackdoor.triggers import RecoveredTrigger
@@ -41,7 +41,7 @@ RATES = (0.01, 0.03, 0.1, 0.3, 1.0)  # factors on train_lr, mildest first
 GONE = 0.01
 
 
-class NeuralCleanseConfig(ReachConfig):
+class NeuralCleanseConfig(TriggerSearchConfig):
     """Options of the repair."""
 
     form: Form = option(
@@ -99,12 +99,12 @@ def _easiest(
     """Return the class that is reached first, and the trigger of the one to repair with its size."""
     # A class that was asked for is waited for, however late it comes.
     enough = None if cfg.target >= 0 and not number else 1
-    found = reach(model, images, cfg, run, form=cfg.form, enough=enough, restart=number)
+    found = search_triggers(model, images, cfg, run, form=cfg.form, enough=enough, restart=number)
     if not bool(torch.isfinite(found.sizes).any()):
         raise MethodFailed("no change of the allowed sizes sends the images to any class")
     easiest = int(found.sizes.argmin())
     repaired = easiest if target < 0 else target
-    return easiest, found.triggers[repaired], float(found.tried[repaired])
+    return easiest, found.triggers[repaired], float(found.trigger_sizes[repaired])
 
 
 def _share(model: Classifier, trigger: RecoveredTrigger, images: Images, run: Run) -> float | None:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from unbackdoor.engine import rng
 from unbackdoor.engine.channels import prunable_sites
-from unbackdoor.engine.inference import as_seen, known
+from unbackdoor.engine.inference import correctly_classified, labelled_by_model
 from unbackdoor.engine.mask_relearning import recover
 from unbackdoor.engine.masks import Site, fold, keep_above, removed
 from unbackdoor.engine.run import Run
@@ -121,9 +121,9 @@ def purify(model: Classifier, data: CleanData, cfg: RNPConfig, *, run: Run) -> P
     levels = [0.0, *(float(level) for level in np.arange(cfg.step, cfg.highest + 1e-9, cfg.step))]
     held = data
     if cfg.criterion == "agreement":
-        held = replace(data, select=as_seen(model, data.select, run))
+        held = replace(data, select=labelled_by_model(model, data.select, run))
     elif cfg.criterion == "kept":
-        held = replace(data, select=known(model, data.select, run))
+        held = replace(data, select=correctly_classified(model, data.select, run))
     choice = harshest_within(
         model,
         levels,

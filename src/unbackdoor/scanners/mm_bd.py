@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from unbackdoor.engine.inference import frozen, logits_of, mode, together
+from unbackdoor.engine.inference import frozen, images_per_pass, logits_of, mode
 from unbackdoor.engine.row_adam import RowAdam
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.statistics.exact_tests import largest_of_gamma
@@ -147,7 +147,7 @@ def _ascend(model: Classifier, x: Tensor, active: Tensor, labels: Tensor, run: R
     """Return the margins of the inputs of the active rows towards their classes, and their gradients."""
     margins, gradients = [], []
     starts = x.shape[1]
-    for part in active.split(max(1, together(model.input_shape) // starts)):
+    for part in active.split(max(1, images_per_pass(model.input_shape) // starts)):
         own = x[part.to(x.device)].requires_grad_()  # (G, S, C, H, W)
         logits = logits_of(model, own.flatten(0, 1), run).unflatten(0, (len(part), starts))  # (G, S, K)
         wanted = labels[part].to(logits.device)[:, None, None].expand(-1, starts, 1)  # (G, S, 1)

@@ -36,8 +36,14 @@ from torch import Tensor
 
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.statistics.one_outlier import FEWEST
-from unbackdoor.engine.statistics.several_outliers import Extremes, smallest_few
-from unbackdoor.engine.trigger_search import Form, Reach, ReachConfig, reach, success
+from unbackdoor.engine.statistics.several_outliers import Outliers, smallest_few
+from unbackdoor.engine.trigger_search import (
+    Form,
+    TriggerSearch,
+    TriggerSearchConfig,
+    search_triggers,
+    success,
+)
 from unbackdoor.registry import Variant, option, scanner
 from unbackdoor.types import Classifier, CleanData, Finding, Images, ScanReport, Verdict, require_fit
 
@@ -49,7 +55,7 @@ _FIXED: dict[Form, float] = {"patch": 1 / 64, "blend": 8 / 255}
 _TESTS = 2
 
 
-class NeuralCleanseConfig(ReachConfig):
+class NeuralCleanseConfig(TriggerSearchConfig):
     """Options of the scan."""
 
     form: Form = option(
@@ -104,12 +110,12 @@ def scan(model: Classifier, data: CleanData, cfg: NeuralCleanseConfig, *, run: R
     majority = cfg.restarts // 2 + 1
     limit = cfg.level / _TESTS * majority / cfg.restarts  # for the p-value of one search and one test
     fixed = cfg.budget or _FIXED[cfg.form]
-    searches: list[Reach] = []
-    tests: list[tuple[Extremes, Extremes]] = []
+    searches: list[TriggerSearch] = []
+    tests: list[tuple[Outliers, Outliers]] = []
     for restart in range(cfg.restarts):
         part = parts[restart % len(parts)]
         searches.append(
-            reach(model, part, cfg, run, form=cfg.form, enough=enough, fixed=fixed, restart=restart)
+            search_triggers(model, part, cfg, run, form=cfg.form, enough=enough, fixed=fixed, restart=restart)
         )
         tests.append(_tests(searches[-1], enough, limit))
         if model.classes < FEWEST or _settled(tests, majority, cfg.restarts - majority, limit):
@@ -124,7 +130,7 @@ def scan(model: Classifier, data: CleanData, cfg: NeuralCleanseConfig, *, run: R
     findings.sort(key=lambda finding: 1.0 if finding.p_value is None else finding.p_value)
     best = findings[0]
     suspect = best.classes[0]
-    smallest = min(searches, key=lambda s: float(s.tried[suspect]))
+    smallest = min(searches, key=lambda s: float(s.trigger_sizes[suspect]))
     findings.append(_tried(model, data, smallest, suspect, run))
     if data.select_is_fit:
         skipped["held-out success"] = (
@@ -145,7 +151,7 @@ def _parts(images: Images, cfg: NeuralCleanseConfig, run: Run) -> list[Images]:
     return [images.subset(rows) for rows in order.tensor_split(cfg.restarts)]
 
 
-def _tests(found: Reach, enough: int, level: float) -> tuple[Extremes, Extremes]:
+def _tests(found: TriggerSearch, enough: int, level: float) -> tuple[Outliers, Outliers]:
     losses = torch.where(found.compared, found.losses.double().clamp_min(1e-12).log(), torch.inf)
     # Beyond those waited for, the order is not sure: a class given up early might have passed another.
     limit = losses.sort().values[enough - 1]
@@ -153,7 +159,7 @@ def _tests(found: Reach, enough: int, level: float) -> tuple[Extremes, Extremes]
     return smallest_few(losses, level=level), smallest_few(found.sizes.log(), level=level)
 
 
-def _settled(tests: Sequence[tuple[Extremes, Extremes]], majority: int, spare: int, limit: float) -> bool:
+def _settled(tests: Sequence[tuple[Outliers, Outliers]], majority: int, spare: int, limit: float) -> bool:
     """Return whether further searches cannot change the verdict."""
     for one in zip(*tests, strict=True):
         if _agreed(one, majority):
@@ -163,14 +169,18 @@ def _settled(tests: Sequence[tuple[Extremes, Extremes]], majority: int, spare: i
     return True
 
 
-def _agreed(tests: Sequence[Extremes], majority: int) -> list[int]:
+def _agreed(tests: Sequence[Outliers], majority: int) -> list[int]:
     """Return the classes that stand apart in at least so many searches."""
     votes = Counter(k for test in tests for k in test.positions)
     return [k for k, count in votes.items() if count >= majority]
 
 
 def _finding(
-    name: str, searches: Sequence[Reach], tests: Sequence[Extremes], cfg: NeuralCleanseConfig, values: Tensor
+    name: str,
+    searches: Sequence[TriggerSearch],
+    tests: Sequence[Outliers],
+    cfg: NeuralCleanseConfig,
+    values: Tensor,
 ) -> Finding:
     """Return the outcome in the middle as one finding; searches that were not made count as p = 1."""
     majority = cfg.restarts // 2 + 1
@@ -198,9 +208,9 @@ def _finding(
     )
 
 
-def _tried(model: Classifier, data: CleanData, found: Reach, label: int, run: Run) -> Finding:
+def _tried(model: Classifier, data: CleanData, found: TriggerSearch, label: int, run: Run) -> Finding:
     """Return how the recovered trigger does on images that it was not made with."""
-    trigger, size = found.triggers[label], float(found.tried[label])
+    trigger, size = found.triggers[label], float(found.trigger_sizes[label])
     rate = success(model, trigger, data.select, run)
     return Finding(
         statistic=RECOVERED,

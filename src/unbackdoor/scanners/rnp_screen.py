@@ -108,7 +108,7 @@ def screen_inputs(
         raise InputError("there is no image to screen", expected="at least 1", got=0, where=inputs.name)
     require_fit(model, inputs)
     exposure = exposure if exposure is not None else expose(model, data, cfg, run)
-    networks, voted = exposure.reached(), exposure.leader()
+    networks, voted = exposure.half_unlearned(), exposure.leader()
     scores, predicted = _scores(model, networks, voted, inputs, cfg, run)
     known, known_predicted = _scores(model, networks, voted, data.select, cfg, run)
     if cfg.centred:

@@ -1,8 +1,9 @@
 """Choose how long soft masks learn and how strongly they act, from clean images they were not learned on.
 
 Masks m act with strength s as 1 - s (1 - m): nothing at 0, all of them at 1. As everywhere, the choice sees
-no trigger, no target class and no test image. The images that decide are labelled as the model itself sees
-them (engine/inference.py, ``as_seen``), so that what counts is the share of predictions that change.
+no trigger, no target class and no test image. The images that decide carry the labels that the model itself
+gives them (``engine.inference.labelled_by_model``), so that the measure is the share of predictions that
+change.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from unbackdoor.defenses.awm.few_images import enlarged
-from unbackdoor.engine.inference import accuracy, as_seen
+from unbackdoor.engine.inference import accuracy, labelled_by_model
 from unbackdoor.engine.masks import Site, fold
 from unbackdoor.engine.run import Run
 from unbackdoor.types import Classifier, CleanData, Images
@@ -156,7 +157,7 @@ def learned_within(
 
     def unseen(images: Images, label: str) -> Images:
         shown = enlarged(images, views, data.augmentation, run.generator("held", label))
-        return as_seen(model, shown, run)
+        return labelled_by_model(model, shown, run)
 
     if data.select_is_fit:
         halves = either_half(data.fit, run.generator("halves"))

@@ -35,7 +35,7 @@ from unbackdoor.defenses.awm.few_images import enlarged, shuffled, with_replacem
 from unbackdoor.defenses.awm.mask_strength import LastGood, learned_within
 from unbackdoor.defenses.awm.universal_perturbation import FOUND, Universal, nothing_found, search
 from unbackdoor.defenses.awm.weight_masks import WeightMasks, maskable_weights
-from unbackdoor.engine.inference import as_seen, logits_of
+from unbackdoor.engine.inference import labelled_by_model, logits_of
 from unbackdoor.engine.masks import Site, fold
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import MethodFailed
@@ -180,7 +180,7 @@ def attack(
     network: Classifier, fit: Images, tau: float, cfg: AWMConfig, run: Run, draws: torch.Generator
 ) -> tuple[Universal, dict[str, Any]]:
     """Search the perturbation of a round against the masked network, and measure what it does."""
-    own = resident(as_seen(network, fit, run), run.device)  # once: the masks rest in this phase
+    own = resident(labelled_by_model(network, fit, run), run.device)  # once: the masks rest in this phase
     images = own if cfg.search_labels == "model" else fit
     delta = search(
         *(network, images, drawn(fit, cfg, draws), run, draws),

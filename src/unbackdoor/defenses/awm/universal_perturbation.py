@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unbackdoor.data.batches import to_float
-from unbackdoor.engine.inference import EVALUATION_BATCH, Network, logits_of, together
+from unbackdoor.engine.inference import EVALUATION_BATCH, Network, images_per_pass, logits_of
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import MethodFailed
 from unbackdoor.types import Images
@@ -62,7 +62,7 @@ class Universal:
         """Return the share of images that leave their label, or reach the class drawn for them."""
         aims = self.aims(images.truth, generator)
         moved = 0
-        size = min(EVALUATION_BATCH, together(images.shape))
+        size = min(EVALUATION_BATCH, images_per_pass(images.shape))
         for rows in torch.arange(len(images), device=aims.device).split(size):
             pixels = self.applied(to_float(images.pixels[rows], run.device), aims[rows])
             predicted = logits_of(network, pixels, run).argmax(1)

@@ -35,7 +35,7 @@ from unbackdoor.defenses.ims.gates import Position, gate_sites
 from unbackdoor.defenses.ims.invertible_gates import InvertibleGates
 from unbackdoor.defenses.ims.perturbations import Perturbations
 from unbackdoor.defenses.ims.prediction_overlap import agree, disagree
-from unbackdoor.engine.inference import Network, frozen, logits_of, mode, predict, told_apart
+from unbackdoor.engine.inference import Network, frozen, logits_of, mode, predict, require_several_classes
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import MethodFailed, UnsupportedModel
 from unbackdoor.registry import ONE_A_CLASS, Config, defense, option
@@ -121,7 +121,9 @@ class Game:
         sites = gate_sites(model, position=cfg.gates, squeeze_excite=cfg.squeeze_excite)
         self.gates = InvertibleGates(model, sites, cfg.sharpness)
         self.keep = 1.0  # weight of the clean term; raised where too few predictions are kept
-        self.base = F.log_softmax(told_apart(predict(model, images, run)), dim=1).to(run.device)  # (N, K)
+        self.base = F.log_softmax(require_several_classes(predict(model, images, run)), dim=1).to(
+            run.device
+        )  # (N, K)
         self.deltas = Perturbations(
             images.pixels.shape, run.device, budget=cfg.budget, steps=cfg.steps, bounded=cfg.bounded,
             warm=cfg.warm_start, weight_decay=cfg.weight_decay,

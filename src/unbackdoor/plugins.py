@@ -27,7 +27,7 @@ from unbackdoor.engine.run import Run
 from unbackdoor.engine.screening_statistics import ScreenerConfig, conformal_p_values, features, judged
 from unbackdoor.engine.selection import Choice, harshest_within
 from unbackdoor.engine.statistics.one_outlier import Outlier, smallest_outlier
-from unbackdoor.engine.statistics.several_outliers import Extremes, smallest_few
+from unbackdoor.engine.statistics.several_outliers import Outliers, smallest_few
 from unbackdoor.engine.training import Recipe, Trained, train
 from unbackdoor.errors import (
     ConfigError,
@@ -80,7 +80,6 @@ __all__ = [
     "CleanData",
     "Config",
     "ConfigError",
-    "Extremes",
     "Finding",
     "Geometry",
     "Head",
@@ -90,6 +89,7 @@ __all__ = [
     "Masks",
     "MethodFailed",
     "Outlier",
+    "Outliers",
     "Purified",
     "Recipe",
     "Run",

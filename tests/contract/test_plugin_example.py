@@ -53,7 +53,7 @@ SURFACE = {
     "run": {"Run"},
     "screening": {"ScreenerConfig", "conformal_p_values", "features", "judged"},
     "selection": {"Choice", "harshest_within"},
-    "statistics": {"Extremes", "Outlier", "smallest_few", "smallest_outlier"},
+    "statistics": {"Outlier", "Outliers", "smallest_few", "smallest_outlier"},
     "training": {"Recipe", "Trained", "train"},
     "types": {
         "Augmentation", "Classifier", "CleanData", "Finding", "Geometry", "Images", "Purified", "ScanReport",

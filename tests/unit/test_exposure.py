@@ -89,7 +89,7 @@ def test_depths_are_reached_in_order_and_the_model_is_untouched() -> None:
 def test_same_seed_same_votes_and_another_seed_others() -> None:
     again = expose(tiny_classifier("conv-bn"), DATA, QUICK, RUN)
     assert torch.equal(again.shares, exposed().shares)
-    assert [n.sha256() for n in again.reached()] == [n.sha256() for n in exposed().reached()]
+    assert [n.sha256() for n in again.half_unlearned()] == [n.sha256() for n in exposed().half_unlearned()]
     other = expose(tiny_classifier("conv-bn"), DATA, QUICK, Run.create(seed=1, policy="fp32"))
     assert not torch.equal(other.shares, exposed().shares)
 
@@ -113,7 +113,7 @@ def test_a_repeat_that_fails_is_told_and_counts_for_nothing(monkeypatch: pytest.
     monkeypatch.setattr(module, "unlearn", sometimes)
     found = expose(tiny_classifier("conv-bn"), DATA, QUICK, RUN)
     assert found.failed == ("no luck.",)
-    assert found.networks[0] is None and len(found.reached()) == 1
+    assert found.networks[0] is None and len(found.half_unlearned()) == 1
     assert found.winners()[0].tolist() == [-1] * len(REMAINING)
     assert "1 of 2 ended early" in weigh(found, RNPVoteConfig()).skipped["repeats"]
     monkeypatch.setattr(module, "unlearn", lambda *a, **k: (_ for _ in ()).throw(MethodFailed("never")))
@@ -260,9 +260,9 @@ def test_screening_by_hand() -> None:
     pixels = inputs.pixels.float() / 255
     with torch.no_grad():
         predicted = model(pixels).argmax(1)
-        kept = sum(n(pixels).log_softmax(1) for n in exposed().reached()) / 2
+        kept = sum(n(pixels).log_softmax(1) for n in exposed().half_unlearned()) / 2
         clean = DATA.select.pixels.float() / 255
-        own = sum(n(clean).log_softmax(1) for n in exposed().reached()) / 2
+        own = sum(n(clean).log_softmax(1) for n in exposed().half_unlearned()) / 2
         own = own.gather(1, model(clean).argmax(1)[:, None])[:, 0]
     scores = kept.gather(1, predicted[:, None])[:, 0]
     assert torch.allclose(found.scores, scores, atol=1e-5)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from planted import NAMES, planted
 from tiny import tiny_classifier
-from unbackdoor.engine.inference import together
+from unbackdoor.engine.inference import images_per_pass
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.trusted_caller import scan
 from unbackdoor.errors import MethodFailed
@@ -58,9 +58,9 @@ def test_classes_in_small_groups_bound_memory_and_change_nothing(monkeypatch: py
 
 
 def test_a_pass_holds_fewer_of_larger_images() -> None:
-    assert together((1, 8, 8)) == together((3, 32, 32)) == 512
-    assert together((3, 224, 224)) == 10
-    assert together((3, 2000, 2000)) == 1
+    assert images_per_pass((1, 8, 8)) == images_per_pass((3, 32, 32)) == 512
+    assert images_per_pass((3, 224, 224)) == 10
+    assert images_per_pass((3, 2000, 2000)) == 1
 
 
 def test_few_classes_get_numbers_and_no_verdict() -> None:

@@ -13,7 +13,7 @@ from planted import block_data, planted
 from tiny import NAMES, tiny_classifier, tiny_data
 from unbackdoor.engine.row_adam import RowAdam
 from unbackdoor.engine.run import Run
-from unbackdoor.engine.trigger_search import ReachConfig, reach, success
+from unbackdoor.engine.trigger_search import TriggerSearchConfig, search_triggers, success
 from unbackdoor.engine.trusted_caller import scan
 from unbackdoor.errors import InputError, MethodFailed
 from unbackdoor.metrics import Rate
@@ -65,7 +65,7 @@ def test_without_a_shortcut_nothing_is_claimed_and_two_searches_are_enough() -> 
 
 def test_one_search_that_ends_in_a_poor_change_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def sometimes(*args: object, restart: int = 0, **options: object) -> object:
-        found = reach(*args, restart=restart, **options)  # type: ignore[arg-type]
+        found = search_triggers(*args, restart=restart, **options)  # type: ignore[arg-type]
         if restart == 1:  # the planted class looks as far away as the others
             return replace(
                 found,
@@ -74,7 +74,7 @@ def test_one_search_that_ends_in_a_poor_change_hides_nothing(monkeypatch: pytest
             )
         return found
 
-    monkeypatch.setattr("unbackdoor.scanners.neural_cleanse.reach", sometimes)
+    monkeypatch.setattr("unbackdoor.scanners.neural_cleanse.search_triggers", sometimes)
     report = look(planted((2,)))
     assert report.verdict == "backdoor found" and report.findings[0].classes == (2,)
     assert "2 of 3 searches must agree, 3 were made" in report.findings[0].threshold_source
@@ -99,14 +99,14 @@ def test_few_images_serve_all_searches_and_few_classes_get_no_verdict() -> None:
 
 @pytest.mark.parametrize("form", ["patch", "blend"])
 def test_a_change_is_as_large_as_it_says_and_counts_are_those_of_success(form: str) -> None:
-    cfg = ReachConfig(steps=60, images=24)
-    found = reach(planted((2,)), DATA.fit, cfg, RUN, form=form)  # type: ignore[arg-type]
+    cfg = TriggerSearchConfig(steps=60, images=24)
+    found = search_triggers(planted((2,)), DATA.fit, cfg, RUN, form=form)  # type: ignore[arg-type]
     for k, trigger in enumerate(found.triggers):
         size = trigger.pattern.norm() if trigger.mask is None else trigger.mask.sum()
         assert (trigger.label, trigger.mask is None) == (k, form == "blend")
-        assert float(size) == pytest.approx(float(found.tried[k]), rel=1e-4)
+        assert float(size) == pytest.approx(float(found.trigger_sizes[k]), rel=1e-4)
         if math.isfinite(float(found.sizes[k])):
-            assert float(found.tried[k]) == float(found.sizes[k])
+            assert float(found.trigger_sizes[k]) == float(found.sizes[k])
             assert int(found.hits[k]) >= 0.9 * found.images
             assert success(planted((2,)), trigger, DATA.fit, RUN).value > 0.6
     assert int(found.sizes.argmin()) == 2
@@ -114,9 +114,9 @@ def test_a_change_is_as_large_as_it_says_and_counts_are_those_of_success(form: s
 
 def test_a_class_is_sought_alike_in_any_company() -> None:
     model, images = tiny_classifier("conv-bn"), tiny_data(40)
-    cfg = ReachConfig(steps=40, images=12)
-    everything = reach(model, images, cfg, RUN)
-    some = reach(model, images, cfg, RUN, enough=2)
+    cfg = TriggerSearchConfig(steps=40, images=12)
+    everything = search_triggers(model, images, cfg, RUN)
+    some = search_triggers(model, images, cfg, RUN, enough=2)
     first = everything.sizes.argsort()[:2]
     assert torch.allclose(everything.sizes[first], some.sizes[first])
     assert int(torch.isfinite(some.sizes).sum()) >= 2 and some.steps <= everything.steps
@@ -124,7 +124,9 @@ def test_a_class_is_sought_alike_in_any_company() -> None:
 
 
 def test_hopeless_classes_are_given_up_at_the_fixed_budget() -> None:
-    found = reach(planted((2,)), DATA.fit, ReachConfig(steps=60), RUN, enough=1, fixed=1 / 64)
+    found = search_triggers(
+        planted((2,)), DATA.fit, TriggerSearchConfig(steps=60), RUN, enough=1, fixed=1 / 64
+    )
     assert int(found.compared.sum()) == 2 and bool(found.compared[2])  # twice as many as are waited for
     assert bool(torch.isfinite(found.losses).all())
 
@@ -145,18 +147,18 @@ def test_success_counts_images_that_could_be_moved() -> None:
 
 def test_what_cannot_be_searched_is_refused() -> None:
     with pytest.raises(InputError, match="no image"):
-        reach(planted(), DATA.fit.subset([]), ReachConfig(), RUN)
+        search_triggers(planted(), DATA.fit.subset([]), TriggerSearchConfig(), RUN)
     constant = nn.Sequential(nn.Flatten(), nn.utils.skip_init(nn.Linear, 64, 4))
     with torch.no_grad():
         constant[1].weight.zero_()  # type: ignore[operator,union-attr]
         constant[1].bias.copy_(torch.tensor([0.0, 0.0, 1.0, 0.0]))  # type: ignore[operator,union-attr]
     model = Classifier(constant, input_shape=(1, 8, 8), class_names=NAMES).eval()
     with pytest.raises(MethodFailed, match="sends all images to one class"):
-        reach(model, tiny_data(8), ReachConfig(), RUN)
+        search_triggers(model, tiny_data(8), TriggerSearchConfig(), RUN)
     with torch.no_grad():
         constant[1].weight.fill_(float("nan"))  # type: ignore[operator,union-attr]
     with pytest.raises(MethodFailed, match="not finite"):
-        reach(model, tiny_data(8), ReachConfig(), RUN)
+        search_triggers(model, tiny_data(8), TriggerSearchConfig(), RUN)
 
 
 def test_the_part_is_declared() -> None:

@@ -116,7 +116,7 @@ class Unlearning:
         sites = prunable_sites(self._model)
         each = [
             suspicion(self._model, network, sites, self._data, cfg, self._run)
-            for network in self.exposure.reached()
+            for network in self.exposure.half_unlearned()
         ]
         scores = {name: torch.stack([one[name].float().cpu() for one in each]).mean(0) for name in each[0]}
         out = pruned(self._model, sites, scores, self._data, cfg, self._run)

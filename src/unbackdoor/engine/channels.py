@@ -30,34 +30,34 @@ def prunable_sites(model: Classifier) -> list[Site]:
 def producers(model: Classifier, sites: Sequence[Site]) -> dict[str, str | None]:
     """Return for each site the convolution or linear layer whose output it is or scales; None for neither.
 
-    Found by running one grey image: a batch norm belongs to the layer whose output tensor it is handed. Where
-    something lies between them, as in networks that normalise before they convolve, it belongs to none.
+    One grey image is run: a batch norm belongs to the layer whose output tensor is its input. Where something
+    lies between them, as in networks that normalise before they convolve, it belongs to none.
     """
     names = {module: name for name, module in model.named_modules()}
-    made: list[tuple[Tensor, str]] = []  # kept alive, so that identity means something
-    found: dict[str, str | None] = {}
-    wanted = {site.name for site in sites}
+    outputs: list[tuple[Tensor, str]] = []  # kept alive, so that identity means something
+    producer_of: dict[str, str | None] = {}
+    site_names = {site.name for site in sites}
 
-    def remember(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
-        made.append((out, names[module]))
+    def record_output(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+        outputs.append((out, names[module]))
 
-    def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found[names[module]] = next((name for out, name in made if out is inputs[0]), None)
+    def record_producer(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        producer_of[names[module]] = next((name for out, name in outputs if out is inputs[0]), None)
 
     handles = []
     for module, name in names.items():
         if isinstance(module, (*CONVS, nn.Linear)):
-            handles.append(module.register_forward_hook(remember))
-            found[name] = name
-        elif name in wanted:
-            handles.append(module.register_forward_pre_hook(look))
+            handles.append(module.register_forward_hook(record_output))
+            producer_of[name] = name
+        elif name in site_names:
+            handles.append(module.register_forward_pre_hook(record_producer))
     try:
         with mode(model, training=False), torch.no_grad():
             model(torch.full((1, *model.input_shape), 0.5, device=model.mean.device))
     finally:
         for handle in handles:
             handle.remove()
-    return {site.name: found.get(site.name) for site in sites}
+    return {site.name: producer_of.get(site.name) for site in sites}
 
 
 def mean_activations(model: Classifier, sites: Sequence[Site], images: Images, run: Run) -> Scores:

@@ -1,4 +1,4 @@
-"""Fine-tune all weights, at a learning rate that the network bears.
+"""Fine-tune all weights, at a learning rate that does not destroy the network.
 
 The published rates are for networks that SGD trained. One that AdamW trained, as transformers are, often lies
 in a minimum too sharp for them: the loss rises from the first steps on, and the network falls to chance.
@@ -21,10 +21,10 @@ TOLERANCE = 0.1  # largest fall of the accuracy on the very images that are trai
 
 @dataclass(frozen=True)
 class FineTuned:
-    """A fine-tuned model and the learning rate that it bore.
+    """A fine-tuned model and the learning rate that was used.
 
     Attributes:
-        model: A copy; what was given is as it was.
+        model: A copy; the model that was passed in is unchanged.
         lr: Peak learning rate that was used.
         losses: Mean training loss of each epoch.
     """
@@ -39,9 +39,9 @@ def fine_tune(
 ) -> FineTuned:
     """Train all weights of a copy, and start again at a tenth of the learning rate where that destroyed it.
 
-    Destroyed means that the loss stopped being finite, or that fewer of the very images that were trained on
-    are classified rightly than before, by more than ``TOLERANCE``. Nothing but these images is looked at, and
-    where the recipe's own rate is borne, the weights are those of :func:`unbackdoor.engine.training.train`.
+    Destroyed means that the loss is no longer finite, or that the accuracy on the very images that were
+    trained on has fallen by more than ``TOLERANCE``. No other images are used. Where the
+    recipe's own rate works, the weights are those of :func:`unbackdoor.engine.training.train`.
 
     Args:
         model: On the run's device.
@@ -51,7 +51,7 @@ def fine_tune(
         augmentation: What ``auto`` in the recipe stands for.
 
     Raises:
-        MethodFailed: If no learning rate is borne.
+        MethodFailed: If every learning rate destroys the network.
     """
     before = accuracy(model, images, run)
     tried = []

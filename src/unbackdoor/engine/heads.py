@@ -104,7 +104,7 @@ def find_head(model: Classifier) -> Head:
 
 
 def find_affine_head(model: Classifier, name: str | None = None) -> AffineHead:
-    """Return the layer whose input acts on the logits linearly, found by trying.
+    """Return the layer whose input acts on the logits linearly, found by experiment.
 
     A shift s is added to the input of every layer that could be the head, and the layer is accepted if the
     logits move by a positive multiple of W s, up to a constant for each image, for shifts of all sizes. So
@@ -113,7 +113,7 @@ def find_affine_head(model: Classifier, name: str | None = None) -> AffineHead:
 
     Args:
         model: The classifier; not changed.
-        name: Name of the layer inside the classifier where the user knows it; it is tried all the same.
+        name: Name of the layer inside the classifier where the user knows it; it is tested all the same.
 
     Raises:
         InputError: If no layer has the given name.
@@ -124,7 +124,7 @@ def find_affine_head(model: Classifier, name: str | None = None) -> AffineHead:
     draws = torch.Generator().manual_seed(0)
     pixels = torch.rand(_IMAGES, *model.input_shape, generator=draws).to(model.mean.device)
     logits, seen = _record(model, pixels, (nn.Linear, nn.Conv2d))
-    found: list[AffineHead] = []
+    fitting: list[AffineHead] = []
     reasons: dict[str, str] = {}
     for candidate, calls in reversed(seen.items()):
         module = cast("nn.Linear | nn.Conv2d", model.get_submodule(candidate))
@@ -143,23 +143,23 @@ def find_affine_head(model: Classifier, name: str | None = None) -> AffineHead:
             if isinstance(scale, str):
                 reasons[candidate] = scale
             else:
-                found.append(AffineHead(candidate, module, scale))
-    if len(found) == 1:
-        return found[0]
+                fitting.append(AffineHead(candidate, module, scale))
+    if len(fitting) == 1:
+        return fitting[0]
     # Those with as many outputs as there are classes first: one of them was meant to be the head.
-    told = sorted(reasons, key=lambda layer: reasons[layer].endswith(" outputs"))
-    listed = "; ".join(f"{layer} ({reasons[layer]})" for layer in told[:_LISTED])
-    listed += f" and {len(told) - _LISTED} more" if len(told) > _LISTED else ""
-    if found:
-        listed = "; ".join([f"{head.name} (fits)" for head in found] + [listed] * bool(listed))
+    rejected = sorted(reasons, key=lambda layer: reasons[layer].endswith(" outputs"))
+    listed = "; ".join(f"{layer} ({reasons[layer]})" for layer in rejected[:_LISTED])
+    listed += f" and {len(rejected) - _LISTED} more" if len(rejected) > _LISTED else ""
+    if fitting:
+        listed = "; ".join([f"{head.name} (fits)" for head in fitting] + [listed] * bool(listed))
     raise UnsupportedModel(
         "no single layer acts on the logits linearly"
-        if not found
+        if not fitting
         else "more than one layer fits as the head",
         expected="one linear layer or 1x1 convolution behind which nothing bends",
         got=listed or "no linear layer and no convolution was called",
         where=name or model.architecture or type(model.network).__name__,
-        remedy="Name the layer" if found else None,
+        remedy="Name the layer" if fitting else None,
     )
 
 
@@ -187,8 +187,8 @@ def _scale(
     size = float(inputs.float().square().mean().sqrt()) or 1.0
     weight = head.weight.detach().float()  # (K, D)
     direction = torch.randn(head.features, generator=draws).to(weight) * size  # (D,)
-    wanted = _centred(weight @ direction)  # (K,)
-    norm = float(wanted.square().sum())
+    expected = _centred(weight @ direction)  # (K,)
+    norm = float(expected.square().sum())
     if norm == 0:
         return "all its rows are equal"
     scale = None
@@ -196,11 +196,11 @@ def _scale(
         with head.shifted(factor * direction), mode(model, training=False), torch.no_grad():
             moved = _centred(model(pixels) - logits)  # (B, K)
         if scale is None:
-            scale = float((moved @ wanted).mean()) / (factor * norm)
+            scale = float((moved @ expected).mean()) / (factor * norm)
             if not scale > 1e-6:
                 return "the logits do not follow it"
-        off = float((moved - factor * scale * wanted).abs().max())
-        limit = _TOLERANCE * abs(factor) * scale * float(wanted.abs().max()) + 1e-5 * float(
+        off = float((moved - factor * scale * expected).abs().max())
+        limit = _TOLERANCE * abs(factor) * scale * float(expected.abs().max()) + 1e-5 * float(
             logits.abs().max()
         )
         if not off <= limit:
@@ -210,7 +210,7 @@ def _scale(
 
 
 def _centred(logits: Tensor) -> Tensor:
-    # A constant for each image is free: log-softmax takes one off, and no decision depends on it.
+    # A constant for each image does not matter: log-softmax subtracts one, and no decision depends on it.
     return logits.float() - logits.float().mean(-1, keepdim=True)
 
 

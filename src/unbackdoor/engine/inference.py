@@ -17,13 +17,13 @@ from unbackdoor.types import Images
 
 Network = Callable[[Tensor], Tensor]
 EVALUATION_BATCH = 500  # images; large enough to fill a processor
-_MOST = 512  # images in one pass; a processor gains nothing from more
-_NUMBERS = _MOST * 3 * 32 * 32  # numbers in them; a layer makes many times as many
+_MAX_IMAGES = 512  # images in one pass; a processor gains nothing from more
+_MAX_NUMBERS = _MAX_IMAGES * 3 * 32 * 32  # numbers in them; a layer makes many times as many
 
 
-def together(input_shape: tuple[int, int, int]) -> int:
+def images_per_pass(input_shape: tuple[int, int, int]) -> int:
     """Return how many images (C, H, W) go through a network at once, so that memory stays bounded."""
-    return max(1, min(_MOST, _NUMBERS // math.prod(input_shape)))
+    return max(1, min(_MAX_IMAGES, _MAX_NUMBERS // math.prod(input_shape)))
 
 
 def require_learner(model: nn.Module) -> None:
@@ -86,7 +86,7 @@ def predict(
         transform: Applied to each batch of uint8 pixels first, such as a trigger.
         label: Shows a progress bar under this name.
     """
-    size = min(EVALUATION_BATCH, together(images.shape))
+    size = min(EVALUATION_BATCH, images_per_pass(images.shape))
     starts = range(0, len(images), size)
     out: list[Tensor] = []
     for start in starts if label is None else run.progress(starts, label):
@@ -110,7 +110,7 @@ def accuracy(model: nn.Module, images: Images, run: Run, network: Network | None
     return float((predicted == images.truth).float().mean())
 
 
-def told_apart(logits: Tensor) -> Tensor:
+def require_several_classes(logits: Tensor) -> Tensor:
     """Return the logits (N, K) as they are.
 
     Raises:
@@ -118,7 +118,7 @@ def told_apart(logits: Tensor) -> Tensor:
             predictions would hold for that class alone.
     """
     seen = logits.argmax(1).unique()
-    # Numbers that are none have no largest; whoever computes with them says so.
+    # Logits that are not finite have no largest one; a later computation reports them.
     if len(seen) < 2 and bool(torch.isfinite(logits).all()):
         raise MethodFailed(
             "the model gives every clean image to one class",
@@ -129,23 +129,23 @@ def told_apart(logits: Tensor) -> Tensor:
     return logits
 
 
-def known(model: nn.Module, images: Images, run: Run) -> Images:
+def correctly_classified(model: nn.Module, images: Images, run: Run) -> Images:
     """Return the images that the model classifies rightly.
 
     Raises:
         MethodFailed: If there is none.
     """
-    right = as_seen(model, images, run).truth.cpu() == images.truth.cpu()
+    right = labelled_by_model(model, images, run).truth.cpu() == images.truth.cpu()
     if not right.any():
         raise MethodFailed("the model knows none of the held-out images", where=images.name)
     return images.subset(right.nonzero().flatten())
 
 
-def as_seen(model: nn.Module, images: Images, run: Run) -> Images:
+def labelled_by_model(model: nn.Module, images: Images, run: Run) -> Images:
     """Return the images labelled as the model classifies them.
 
-    Accuracy against these labels is agreement with the model. On few images it shows damage earlier than
-    accuracy against the truth does, where wrong answers that become right ones hide some of it.
+    Accuracy against these labels is agreement with the model. On few images it shows damage earlier
+    than accuracy against the true labels, where wrong answers that become right hide some of it.
     """
     with mode(model, training=False):
         return replace(images, labels=predict(model, images, run).argmax(1))

@@ -36,15 +36,15 @@ from unbackdoor.types import Classifier, Images, require_one_a_class
 
 Array = npt.NDArray[np.float64]
 _BLOCK = 1 << 18  # numbers; a block of logits of this size stays in the cache while K columns pass over it
-# Residual of the least-squares problem; residual^2 = 1 / (1 + |s|^2) in units of the gaps. A class that only
-# a shift of a million such units reaches is out of reach but for the rounding of its fp32 weights.
+# Residual of the least-squares problem; residual^2 = 1 / (1 + |s|^2) in units of the gaps. A class that needs
+# a shift of a million such units is reached by the rounding of its fp32 weights only.
 _INFEASIBLE = 1e-6
 _EXACT = 1e-6  # largest violation that is put down to rounding, in units of the largest gap
 
 
 @dataclass(frozen=True)
 class Solution:
-    """What one quadratic program has to say.
+    """The solution of one quadratic program.
 
     Attributes:
         shift: s (D,); all infinite where no shift can win the class every image.
@@ -100,19 +100,18 @@ def latent_shifts(
     """
     nnls()  # before any work is done
     require_one_a_class(model, images)
-    found = find_affine_head(model, head)
+    layer = find_affine_head(model, head)
     gaps = logit_gaps(model, images, run, quantile=quantile)
-    solutions = least_shifts(found.weight.detach().cpu().double().numpy(), gaps.numpy(), run)
+    solutions = least_shifts(layer.weight.detach().cpu().double().numpy(), gaps.numpy(), run)
     shifts = torch.from_numpy(np.stack([solution.shift for solution in solutions]))  # (K, D)
     norms = torch.tensor([solution.norm for solution in solutions], dtype=torch.float64)
-    return Latent(found, gaps, shifts, norms)
+    return Latent(layer, gaps, shifts, norms)
 
 
 def still_moved(model: Classifier, latent: Latent, k: int, images: Images, run: Run) -> float:
     """Return the share of the images outside class k that its shift, as it was found, sends there.
 
-    It tells how a repair against the shift went, and no more: a network can withstand the shift and obey
-    its trigger.
+    It measures a repair against the shift only: a network can resist the shift and still obey its trigger.
     """
     with mode(model, training=False):
         logits = predict(model, images, run) + latent.moved_logits(k).cpu()  # (N, K)
@@ -170,7 +169,7 @@ def logit_gaps(model: Classifier, images: Images, run: Run, *, quantile: float =
     # Gaps are differences of large numbers; with the 8 bits of bf16 they would be noise.
     exact = replace(run, precision=resolve("fp32", run.device))
     table: Tensor | None = None
-    kept: list[Tensor] = []
+    parts: list[Tensor] = []
     with mode(model, training=False):
         for start in run.progress(range(0, len(images), EVALUATION_BATCH), "logit gaps"):
             rows = range(start, min(start + EVALUATION_BATCH, len(images)))
@@ -178,11 +177,11 @@ def logit_gaps(model: Classifier, images: Images, run: Run, *, quantile: float =
             if not torch.isfinite(logits).all():
                 raise InputError("the model returns logits that are not finite", where=images.name)
             if quantile < 1:
-                kept.append(logits)
+                parts.append(logits)
             else:
                 block = largest_gaps(logits)
                 table = block if table is None else torch.maximum(table, block)
-    table = gap_quantiles(torch.cat(kept), quantile) if table is None else table
+    table = gap_quantiles(torch.cat(parts), quantile) if table is None else table
     return table.double()
 
 
@@ -231,7 +230,7 @@ def least_shifts(weight: Array, gaps: Array, run: Run | None = None) -> list[Sol
     Args:
         weight: W (K, D) of the head.
         gaps: R (K, K) with [k, j] the gap that class k must make up to class j.
-        run: Shows progress where it is given.
+        run: Shows progress; None shows none.
 
     Raises:
         UnsupportedModel: If all rows of W are equal.
@@ -240,19 +239,21 @@ def least_shifts(weight: Array, gaps: Array, run: Run | None = None) -> list[Sol
     solver = nnls()
     centred = weight - weight.mean(0)  # the same vector added to all rows changes nothing
     u, sizes, basis = np.linalg.svd(centred, full_matrices=False)
-    kept = sizes > max(weight.shape) * np.finfo(np.float64).eps * max(float(np.abs(weight).max()), sizes[0])
-    if not kept.any():
+    nonzero = sizes > max(weight.shape) * np.finfo(np.float64).eps * max(
+        float(np.abs(weight).max()), sizes[0]
+    )
+    if not nonzero.any():
         raise UnsupportedModel("the head gives every class the same weights")
-    reduced = u[:, kept] * sizes[kept]  # (K, rank)
+    reduced = u[:, nonzero] * sizes[nonzero]  # (K, rank)
     classes = range(len(weight))
     steps = classes if run is None else run.progress(classes, "shortest shifts")
-    return [_solve(solver, reduced, basis[kept], gaps[k], k) for k in steps]
+    return [_solve(solver, reduced, basis[nonzero], gaps[k], k) for k in steps]
 
 
 def _solve(solver: Callable[..., Any], reduced: Array, basis: Array, gaps: Array, k: int) -> Solution:
     others = np.arange(len(reduced)) != k
-    rows, wanted = (reduced[k] - reduced)[others], gaps[others]  # (K - 1, rank), (K - 1,)
-    size, unit = float(np.linalg.norm(rows, axis=1).max()), float(wanted.max())
+    rows, required = (reduced[k] - reduced)[others], gaps[others]  # (K - 1, rank), (K - 1,)
+    size, unit = float(np.linalg.norm(rows, axis=1).max()), float(required.max())
     if unit <= 0:
         raise MethodFailed(
             "the model gives every clean image to one class, so no other class has a boundary to measure",
@@ -261,11 +262,11 @@ def _solve(solver: Callable[..., Any], reduced: Array, basis: Array, gaps: Array
         )
     # Least-distance programming: the residual of this problem points along the shortest shift. In units of
     # the largest row and the largest gap, or the residual would hold a number too small to divide by.
-    system = np.vstack([rows.T / size, wanted / unit])  # (rank + 1, K - 1)
+    system = np.vstack([rows.T / size, required / unit])  # (rank + 1, K - 1)
     target = np.zeros(len(system))
     target[-1] = 1.0
     try:
-        factors, _ = solver(system, target, maxiter=30 * len(wanted))
+        factors, _ = solver(system, target, maxiter=30 * len(required))
     except RuntimeError as error:
         raise MethodFailed("the shortest shift was not found", got=str(error), where=f"class {k}") from error
     residual = system @ factors - target
@@ -275,7 +276,7 @@ def _solve(solver: Callable[..., Any], reduced: Array, basis: Array, gaps: Array
     # Divided by the residual's own last entry, not by 1 - its square: only so the multipliers fit the shift.
     duals[others] = factors * (unit / size**2) / -residual[-1]
     short = rows.T @ duals[others]  # (rank,)
-    worst = float((wanted - rows @ short).max()) / unit
+    worst = float((required - rows @ short).max()) / unit
     if worst > _EXACT:
         raise MethodFailed(
             "the shortest shift misses its constraints",

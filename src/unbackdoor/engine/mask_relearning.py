@@ -21,7 +21,7 @@ from unbackdoor.types import Classifier, CleanData
 
 
 def recover(
-    forgotten: Classifier,
+    unlearned: Classifier,
     sites: Sequence[Site],
     data: CleanData,
     run: Run,
@@ -36,7 +36,7 @@ def recover(
     """Learn masks in [0, 1] that bring the clean task back into an unlearned network.
 
     Args:
-        forgotten: The unlearned network; not changed.
+        unlearned: The network after unlearning; not changed.
         sites: What is masked.
         data: Its fitting part is learned.
         run: Seed, device, precision and progress.
@@ -52,7 +52,7 @@ def recover(
         final accuracy as evidence.
     """
     # A copy, because batch statistics would move the stored ones of the unlearned network.
-    network = forgotten.copy()
+    network = unlearned.copy()
     masks = Masks(network, sites)
     sums = {name: torch.zeros_like(mask) for name, mask in masks.values.items()}
     optimizer = torch.optim.SGD(masks.parameters(), lr=lr, momentum=momentum)
@@ -82,7 +82,7 @@ def recover(
                         sums[name] += mask.detach()
                     total, steps = total + float(loss.detach()), steps + 1
             losses.append(total / (steps - first))
-        reached = accuracy(network, data.fit, run, network=masks)
+        final_accuracy = accuracy(network, data.fit, run, network=masks)
     last = {name: mask.detach() for name, mask in masks.values.items()}
     scores = {name: value / steps for name, value in sums.items()} if averaged else last
-    return scores, {"losses": losses, "steps": steps, "accuracy": reached}
+    return scores, {"losses": losses, "steps": steps, "accuracy": final_accuracy}

@@ -56,8 +56,8 @@ def unit_sites(model: nn.Module, *, skip: Sequence[str] = ()) -> list[Site]:
     sites = []
     for name, module in model.named_modules():
         if isinstance(module, (*CONVS, nn.Linear)) and name not in skip:
-            owned = [p for p, value in module.named_parameters(recurse=False) if value is not None]
-            sites.append(Site(name, tuple(f"{name}.{p}" for p in owned), (module.weight.shape[0],)))
+            own = [p for p, value in module.named_parameters(recurse=False) if value is not None]
+            sites.append(Site(name, tuple(f"{name}.{p}" for p in own), (module.weight.shape[0],)))
     return sites
 
 

@@ -1,8 +1,8 @@
-"""Repeated unlearning, read at several depths: what RNP's further uses have in common.
+"""Repeated unlearning, with votes at several depths: what RNP's further uses have in common.
 
-One ascent says little: it sends clean images to some class whether or not there is a backdoor. Here it is
-repeated on resampled images with draws of its own each time, and the votes of held-out images are kept at
-fixed depths, so that a use can ask what stays the same. Everything below is done once and shared.
+One ascent shows little: it sends clean images to some class whether or not there is a backdoor. Here it is
+repeated on resampled images with its own random draws each time, and the votes of held-out images are
+recorded at fixed depths, so that a use can test what stays the same. It runs once, and all uses share it.
 
 Paper:   Li et al., ICML 2023, arXiv 2305.14876, further uses; Li et al. 2024, arXiv 2410.19427 (EBYD).
 Departs: the public code reads the votes of one network at one depth.
@@ -25,9 +25,9 @@ from unbackdoor.errors import InputError, MethodFailed
 from unbackdoor.registry import Config, option
 from unbackdoor.types import Augmentation, Classifier, CleanData, Images, require_labels
 
-# Shares of the clean skill that are left where the votes are read; the last is whatever the stop leaves.
+# Shares of the clean accuracy above chance at which the votes are taken; the last is at the stop.
 REMAINING = (0.75, 0.5, 0.25, 0.0)
-HALF = 1  # its networks are kept: deeper ones send every image to one class, which tells images apart no more
+HALF = 1  # its networks are kept: deeper ones send every image to one class, so that images differ no more
 
 
 class UnlearningConfig(Config):
@@ -64,7 +64,7 @@ class ExposureConfig(UnlearningConfig):
 
 @dataclass(frozen=True)
 class Exposure:
-    """What repeated unlearning brought to light.
+    """The votes and networks of a repeated unlearning: what it exposes of a model.
 
     Attributes:
         shares: (R, D, K) votes of the held-out images: share of the images of other classes that are sent
@@ -97,16 +97,16 @@ class Exposure:
         """Return the class with the largest attraction."""
         return int(self.attraction().argmax())
 
-    def reached(self) -> list[Classifier]:
+    def half_unlearned(self) -> list[Classifier]:
         """Return the networks at half of their skill.
 
         Raises:
             MethodFailed: If there is none.
         """
-        found = [network for network in self.networks if network is not None]
-        if not found:
+        networks = [network for network in self.networks if network is not None]
+        if not networks:
             raise MethodFailed("no repeat forgot half of the task", got="; ".join(self.failed[:1]) or None)
-        return found
+        return networks
 
     def evidence(self) -> dict[str, Any]:
         """Return the JSON-ready record; what was not reached is None."""
@@ -155,7 +155,7 @@ def unlearn_with(
 
 
 def expose(model: Classifier, data: CleanData, cfg: ExposureConfig, run: Run) -> Exposure:
-    """Unlearn again and again and read the votes on the way.
+    """Unlearn repeatedly and take the votes at each depth.
 
     Args:
         model: The classifier; not changed.
@@ -165,7 +165,7 @@ def expose(model: Classifier, data: CleanData, cfg: ExposureConfig, run: Run) ->
 
     Raises:
         InputError: If labels are missing or there is only one class.
-        MethodFailed: If the model does not know the images to begin with, or no repeat forgot anything.
+        MethodFailed: If the model hardly classifies the images at the start, or no repeat forgot anything.
     """
     require_labels(data, "repeated unlearning")
     if len(torch.unique(data.all.truth)) < 2:
@@ -187,19 +187,19 @@ def expose(model: Classifier, data: CleanData, cfg: ExposureConfig, run: Run) ->
     levels = [chance + share * (start - chance) for share in REMAINING]
     for r in run.progress(range(cfg.repeats), "unlearning again and again"):
         own = Run(rng.derive_seed(run.seed, "repeat", r), run.device, run.precision)
-        kept: list[Classifier] = []
+        halves: list[Classifier] = []
 
         def read(network: Classifier, depth: int, now: float, r: int = r) -> None:
             with mode(network, training=False):
                 shares[r, depth] = balanced_votes(predict(network, data.select, run).argmax(1), data.select)
             accuracies[r, depth] = now
 
-        def watch(network: Classifier, now: float, r: int = r, kept: list[Classifier] = kept) -> None:
+        def watch(network: Classifier, now: float, r: int = r, halves: list[Classifier] = halves) -> None:
             for depth, level in enumerate(levels):
                 if now <= level and accuracies[r, depth].isnan():
                     read(network, depth, now)
                     if depth == HALF:
-                        kept.append(network.copy())
+                        halves.append(network.copy())
 
         try:
             end = unlearn_with(
@@ -213,11 +213,11 @@ def expose(model: Classifier, data: CleanData, cfg: ExposureConfig, run: Run) ->
         except MethodFailed as error:
             failed.append(str(error))
         else:
-            # What lies deeper than the stop is read where it stopped.
+            # Depths below the stop take their votes at the stop.
             for depth in accuracies[r].isnan().nonzero().flatten().tolist():
                 read(end.model, depth, end.accuracy)
-            kept = kept or [end.model]
-        networks.append(kept[0] if kept else None)
+            halves = halves or [end.model]
+        networks.append(halves[0] if halves else None)
     if bool(accuracies.isnan().all()):
         raise MethodFailed("no repeat of the unlearning forgot anything", got=failed[0] if failed else None)
     return Exposure(shares, accuracies, tuple(networks), start, tuple(failed), not data.select_is_fit)
@@ -236,14 +236,14 @@ def resampled(images: Images, draws: torch.Generator) -> Images:
 def balanced_votes(predicted: Tensor, images: Images) -> Tensor:
     """Return the share (K,) of images of other classes that go to each class, every class counting the same.
 
-    A class' own images are left out: that they are sent to it says nothing.
+    A class' own images are left out: they belong there.
     """
     classes = images.classes
     counts = torch.zeros(classes, classes)  # (true, predicted)
     counts.index_put_((images.truth.cpu(), predicted.cpu()), torch.ones(len(predicted)), accumulate=True)
-    there = counts.sum(1) > 0
-    rates = counts[there] / counts[there].sum(1, keepdim=True)  # (classes that are there, K)
-    foreign = there.nonzero() != torch.arange(classes)  # (classes that are there, K)
+    present = counts.sum(1) > 0
+    rates = counts[present] / counts[present].sum(1, keepdim=True)  # (classes present, K)
+    foreign = present.nonzero() != torch.arange(classes)  # (classes present, K)
     return (rates * foreign).sum(0) / foreign.sum(0).clamp_min(1)
 
 

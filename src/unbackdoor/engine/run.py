@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Run:
-    """The surroundings of one call of a method; holds nothing that a defender would not have.
+    """The context of one call of a method; holds nothing that a defender would not have.
 
     Attributes:
         seed: Seed of the run.

@@ -72,14 +72,16 @@ def features(model: Classifier, images: Images, run: Run) -> tuple[Tensor, Tenso
     return torch.cat(caught), logits
 
 
-def conformal_p_values(scores: Tensor, known: Tensor) -> Tensor:
+def conformal_p_values(scores: Tensor, clean_scores: Tensor) -> Tensor:
     """Return for each score (N,) the share of clean scores (M,) that are as large, itself counted.
 
     If an image is exchangeable with the clean ones, its p-value is at most a with probability at most a. None
     is below 1 / (M + 1).
     """
-    above: Tensor = len(known) - torch.searchsorted(known.sort().values, scores.contiguous())  # (N,)
-    return (1 + above) / (len(known) + 1)
+    above: Tensor = len(clean_scores) - torch.searchsorted(
+        clean_scores.sort().values, scores.contiguous()
+    )  # (N,)
+    return (1 + above) / (len(clean_scores) + 1)
 
 
 def normal_p_values(scores: Tensor) -> Tensor:

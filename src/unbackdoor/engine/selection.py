@@ -1,6 +1,6 @@
 """Choose how far to prune from held-out clean images alone.
 
-Every pruning method offers a ladder of ever harsher models; this is the one rule that climbs it. It never
+Every pruning method makes a series of ever more pruned models; this rule chooses one of them. It never
 sees a trigger, a target class or a test image.
 """
 
@@ -17,7 +17,7 @@ from unbackdoor.types import Classifier, CleanData
 
 @dataclass(frozen=True)
 class Choice:
-    """The chosen rung and how it was chosen.
+    """The chosen level and how it was chosen.
 
     Attributes:
         level: The chosen level, or None if even the mildest costs too much.
@@ -54,7 +54,7 @@ def harshest_within(
         data: Its selection part decides.
         run: Device, precision and progress.
         tolerance: Largest accepted loss of accuracy, in 0..1. With fewer than 1 / tolerance images no image
-            may be lost: granting one was tried, and cost ten points of test accuracy.
+            may be lost: allowing one cost ten points of test accuracy.
     """
     base = accuracy(model, data.select, run)
     lowest = base - tolerance - 1e-6  # the last term is for rounding

@@ -150,19 +150,19 @@ def recipe_named(name: str, **changes: Any) -> Recipe:
     """Return a named recipe with some options changed.
 
     Raises:
-        ConfigError: If the name or an option is unknown; near matches are given.
+        ConfigError: If the name or an option is unknown; near matches are named.
     """
     if name not in RECIPES:
-        known = ", ".join(RECIPES)
+        available = ", ".join(RECIPES)
         raise ConfigError(
-            "the recipe", [f"unknown name {name!r}{near_match(name, RECIPES)}; there are: {known}"]
+            "the recipe", [f"unknown name {name!r}{near_match(name, RECIPES)}; there are: {available}"]
         )
     return Recipe.parse({**RECIPES[name].model_dump(), **changes}, subject=f"the recipe {name!r}")
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training run has to tell.
+    """The record of a training run.
 
     Attributes:
         losses: Mean training loss of each epoch.
@@ -177,7 +177,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Companion:
-    """A network that learns beside the classifier and has a hand in every batch.
+    """A network that learns beside the classifier and changes every batch.
 
     Attributes:
         network: On the run's device, in the mode in which it is to learn.

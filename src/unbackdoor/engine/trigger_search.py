@@ -12,7 +12,7 @@ is missing. Of many classes, those that are farthest from being reached are give
 
 Paper:   the patch: Wang et al., "Neural Cleanse", S&P 2019.
 Departs: there the budget is a penalty whose weight is steered for each class by itself, so that a class has
-         no size before it ends, and none can be given up. Images are never looked up by their labels: those
+         no size before it ends, and none can be given up. The labels of the images are not used: those
          that the model sends to the class anyway are left out.
 Cost:    at most steps x classes x (1 forward + 1 backward of `images` images).
 """
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unbackdoor.data.batches import to_float
-from unbackdoor.engine.inference import frozen, logits_of, mode, predict, together
+from unbackdoor.engine.inference import frozen, images_per_pass, logits_of, mode, predict
 from unbackdoor.engine.row_adam import RowAdam
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError, MethodFailed
@@ -44,7 +44,7 @@ Form = Literal["patch", "blend"]
 _RANGE: dict[Form, tuple[float, float]] = {"patch": (1 / 1024, 0.5), "blend": (1 / 1024, 0.5)}
 
 
-class ReachConfig(Config):
+class TriggerSearchConfig(Config):
     """Options of the search."""
 
     steps: int = option(
@@ -62,8 +62,8 @@ class ReachConfig(Config):
 
 
 @dataclass(frozen=True)
-class Reach:
-    """What every class needs.
+class TriggerSearch:
+    """The outcome of a search: the size of the change that every class needs.
 
     Attributes:
         sizes: (K,) size of the change that reached the class; infinite where it was given up.
@@ -71,7 +71,7 @@ class Reach:
         losses: (K,) mean loss at the fixed small budget; of classes that were given up before, the last.
         compared: (K,) bool, which classes came as far as the fixed budget.
         triggers: One for each class: the one that reached it, else the last.
-        tried: (K,) sizes of these: sum of the mask, or length of the perturbation.
+        trigger_sizes: (K,) sizes of these: sum of the mask, or length of the perturbation.
         hits: (K,) images of its own that the change sends to the class, at its size.
         images: Images that each class had.
         steps: Steps that were taken.
@@ -82,29 +82,29 @@ class Reach:
     losses: Tensor
     compared: Tensor
     triggers: tuple[RecoveredTrigger, ...]
-    tried: Tensor
+    trigger_sizes: Tensor
     hits: Tensor
     images: int
     steps: int
 
 
-def reach(
+def search_triggers(
     model: Classifier,
     images: Images,
-    cfg: ReachConfig,
+    cfg: TriggerSearchConfig,
     run: Run,
     *,
     form: Form = "patch",
     enough: int | None = None,
     fixed: float = 0.0,
     restart: int = 0,
-) -> Reach:
+) -> TriggerSearch:
     """Find how little of a change sends images to each class.
 
     Args:
         model: The classifier; not changed.
-        images: Clean images of any classes; labels are not looked at.
-        cfg: See :class:`ReachConfig`.
+        images: Clean images of any classes; labels are not used.
+        cfg: See :class:`TriggerSearchConfig`.
         run: Seed, device, precision and progress.
         form: See above.
         enough: Classes that are reached before the others are given up; all by default.
@@ -126,43 +126,46 @@ def reach(
     growth = math.log(highest / lowest)
     compare = math.ceil(cfg.steps * math.log(max(fixed, lowest) / lowest) / growth - 1e-9)
     # Classes that may stay, from a step on: twice as many as are waited for, then half as many again.
-    thin = {compare // 2: 2 * enough, compare: math.ceil(1.5 * enough)} if compare else {}
+    max_active = {compare // 2: 2 * enough, compare: math.ceil(1.5 * enough)} if compare else {}
     raw = start.to(run.device)
     optimizer, change = RowAdam(raw, cfg.lr), _FORMS[form].change
-    need = math.ceil(cfg.wanted * per_class - 1e-9)
+    hits_needed = math.ceil(cfg.wanted * per_class - 1e-9)
     sizes = torch.full((classes,), torch.inf, dtype=torch.float64)
     losses, hits = torch.zeros(classes), torch.zeros(classes, dtype=torch.int64)
-    kept, kept_at = raw.clone(), torch.zeros(classes, dtype=torch.float64)
+    latest, latest_size = raw.clone(), torch.zeros(classes, dtype=torch.float64)
     active, budget, step = torch.arange(classes), lowest, 0
     compared = torch.zeros(classes, dtype=torch.bool)
     with frozen(model), mode(model, training=False):
         for step in run.progress(range(cfg.steps + 1), "how far each class is"):
             budget = lowest * math.exp(growth * step / cfg.steps)
-            gradient, loss, count = _look(model, pixels, rows, raw, active, budget * unit, change, run)
+            gradient, loss, count = _evaluate(model, pixels, rows, raw, active, budget * unit, change, run)
             if not bool(torch.isfinite(loss).all()):
                 raise MethodFailed("the search for a trigger gave a loss that is not finite")
             if step <= compare:
                 losses[active] = loss
                 compared[active] = step == compare
-            open_ = ~torch.isfinite(sizes[active])  # not reached before this step
+            unreached = ~torch.isfinite(sizes[active])  # not reached before this step
             # The latest attempt stands for a class until it is reached.
-            late = active[open_]
-            kept[late], kept_at[late], hits[late] = raw[late], budget * unit, count[open_]
-            sizes[active[open_ & (count >= need)]] = budget * unit
+            pending = active[unreached]
+            latest[pending], latest_size[pending] = raw[pending], budget * unit
+            hits[pending] = count[unreached]
+            sizes[active[unreached & (count >= hits_needed)]] = budget * unit
             reached = torch.isfinite(sizes)
             if step >= compare and int(reached.sum()) >= enough:
                 break
             optimizer.step(active, gradient)
-            stay = ~reached[active] if step >= compare else torch.ones_like(open_)
-            if step in thin and len(active) > thin[step]:
+            stay = ~reached[active] if step >= compare else torch.ones_like(unreached)
+            if step in max_active and len(active) > max_active[step]:
                 ranks = loss.argsort(stable=True).argsort()
-                stay &= ranks < thin[step]
+                stay &= ranks < max_active[step]
             active = active[stay]
             if not len(active):
                 break
     with torch.no_grad():
-        triggers = [_FORMS[form].trigger(k, kept[k : k + 1], float(kept_at[k])) for k in range(classes)]
-    return Reach(sizes, budget * unit, losses, compared, tuple(triggers), kept_at, hits, per_class, step)
+        triggers = [_FORMS[form].trigger(k, latest[k : k + 1], float(latest_size[k])) for k in range(classes)]
+    return TriggerSearch(
+        sizes, budget * unit, losses, compared, tuple(triggers), latest_size, hits, per_class, step
+    )
 
 
 def success(model: Classifier, trigger: RecoveredTrigger, images: Images, run: Run) -> Rate:
@@ -178,7 +181,7 @@ def success(model: Classifier, trigger: RecoveredTrigger, images: Images, run: R
 # One step
 
 
-def _look(
+def _evaluate(
     model: Classifier,
     pixels: Tensor,
     rows: Tensor,
@@ -191,16 +194,16 @@ def _look(
     """Return gradients (A, ...), mean losses (A,) and hits (A,) of the active classes."""
     per_class = rows.shape[1]
     gradients, losses, hits = [], [], []
-    for part in active.split(max(1, together(model.input_shape) // per_class)):
+    for part in active.split(max(1, images_per_pass(model.input_shape) // per_class)):
         own = raw[part].requires_grad_()  # (G, ...)
         x = pixels[rows[part].to(pixels.device)]  # (G, B, C, H, W)
         logits = logits_of(model, change(x, own, size).flatten(0, 1), run).unflatten(0, (len(part), -1))
-        wanted = part.to(logits.device)[:, None].expand(-1, per_class)  # (G, B)
-        loss = F.cross_entropy(logits.movedim(2, 1), wanted, reduction="none").mean(1)  # (G,)
+        targets = part.to(logits.device)[:, None].expand(-1, per_class)  # (G, B)
+        loss = F.cross_entropy(logits.movedim(2, 1), targets, reduction="none").mean(1)  # (G,)
         (gradient,) = torch.autograd.grad(loss.sum(), own)
         gradients.append(gradient)
         losses.append(loss.detach().cpu())
-        hits.append((logits.argmax(2) == wanted).sum(1).cpu())
+        hits.append((logits.argmax(2) == targets).sum(1).cpu())
     return torch.cat(gradients), torch.cat(losses), torch.cat(hits)
 
 
@@ -267,7 +270,7 @@ def _start(model: Classifier, form: Form, run: Run, restart: int) -> Tensor:
     return 0.1 * torch.stack(draws)
 
 
-def _rows(model: Classifier, images: Images, cfg: ReachConfig, run: Run, restart: int) -> Tensor:
+def _rows(model: Classifier, images: Images, cfg: TriggerSearchConfig, run: Run, restart: int) -> Tensor:
     """Return for each class the images (K, B) it is sought with: equally many that are not there already."""
     if not len(images):
         raise InputError("there is no image to look for a trigger with", where=images.name)

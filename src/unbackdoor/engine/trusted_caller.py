@@ -1,7 +1,7 @@
 """The trusted caller: the only way a method is run.
 
 A method is untrusted code. It receives a deep copy of the model, copies of the clean images, its options
-and a seed, and nothing else; what comes back is checked before anybody looks at it.
+and a seed, and nothing else; what comes back is checked before anybody uses it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from unbackdoor.types import (
     silent,
 )
 
-PROBED = 8  # images that the repaired model is tried on before it is handed over
+PROBED = 8  # images that the repaired model is tried on before it is returned
 
 
 def run(
@@ -84,7 +84,7 @@ def run(
     data = as_clean_data(data, seed=seed)
     config = options if isinstance(options, Config) else part.configure(options, preset=preset)
     surroundings = Run.create(seed=seed, device=device, policy=precision, progress=progress)
-    returned, seconds = _lend(part, model, data, config, surroundings)
+    returned, seconds = _call_with_copies(part, model, data, config, surroundings)
     repaired = check_output(part, returned, model, data, surroundings)
     repaired.origin = model.origin
     purified: Purified = returned
@@ -108,7 +108,7 @@ def scan(
     precision: Policy = "auto",
     progress: Progress = silent,
 ) -> ScanReport:
-    """Run a scanner on a model and verify that it only looked.
+    """Run a scanner on a model and verify that it changed nothing.
 
     Args:
         scanner: Registered name, or a part.
@@ -136,7 +136,7 @@ def scan(
     data = as_clean_data(data, seed=seed)
     config = options if isinstance(options, Config) else part.configure(options, preset=preset)
     surroundings = Run.create(seed=seed, device=device, policy=precision, progress=progress)
-    returned, seconds = _lend(part, model, data, config, surroundings)
+    returned, seconds = _call_with_copies(part, model, data, config, surroundings)
     check_report(part, returned, model)
     report: ScanReport = returned
     return replace(report, seconds=seconds, method=_described(part, preset, config, surroundings))
@@ -155,7 +155,7 @@ def screen(
     precision: Policy = "auto",
     progress: Progress = silent,
 ) -> Screening:
-    """Run a screener on images of unknown origin and verify that it only looked.
+    """Run a screener on images of unknown origin and verify that it changed nothing.
 
     Args:
         screener: Registered name, or a part.
@@ -192,13 +192,13 @@ def screen(
     elif inputs.labels is None:
         raise InputError(f"the screener {part.name!r} needs labelled images", where=inputs.name)
     surroundings = Run.create(seed=seed, device=device, policy=precision, progress=progress)
-    returned, seconds = _lend(part, model, data, config, surroundings, inputs)
+    returned, seconds = _call_with_copies(part, model, data, config, surroundings, inputs)
     check_screening(part, returned, model, inputs)
     screening: Screening = returned
     return replace(screening, seconds=seconds, method=_described(part, preset, config, surroundings))
 
 
-def _lend(
+def _call_with_copies(
     part: Part[Any],
     model: Classifier,
     data: CleanData,
@@ -208,27 +208,27 @@ def _lend(
 ) -> tuple[Any, float]:
     """Call a part with copies, and refuse what it returns if it touched anything else."""
     check_inputs(part, model, data)
-    # The inputs themselves are never lent, only a copy, so that no hash of them is needed.
+    # The method gets a copy of the inputs, never the inputs themselves, so no hash of them is needed.
     before = (model.sha256(), data.fingerprint())
-    watched = Surroundings.take()
-    # Words could tell what numbers must not: the copy carries no origin and the images no name.
-    given = model.copy().to(surroundings.device)
-    given.origin = ""
-    shown = replace(data, fit=_anonymous(data.fit), select=_anonymous(data.select))
-    lent = (given, shown) if inputs is None else (given, shown, _anonymous(inputs))
+    process_state = Surroundings.take()
+    # Names could give away the truth: the copy carries no origin and the images no name.
+    model_copy = model.copy().to(surroundings.device)
+    model_copy.origin = ""
+    data_copy = replace(data, fit=_anonymous(data.fit), select=_anonymous(data.select))
+    arguments = (model_copy, data_copy) if inputs is None else (model_copy, data_copy, _anonymous(inputs))
     start = time.perf_counter()
     try:
-        returned = part.function(*lent, config, run=surroundings)
+        returned = part.function(*arguments, config, run=surroundings)
     except Exception as error:
-        _refuse_traces(part, watched, model, data, before, error)
+        _refuse_traces(part, process_state, model, data, before, error)
         if isinstance(error, UnbackdoorError):
             raise
         raise MethodFailed(f"the {part.kind} {part.name!r} raised {type(error).__name__}: {error}") from error
     except BaseException:
-        watched.restore()
+        process_state.restore()
         raise
     seconds = time.perf_counter() - start
-    _refuse_traces(part, watched, model, data, before, None)
+    _refuse_traces(part, process_state, model, data, before, None)
     return returned, seconds
 
 
@@ -321,10 +321,10 @@ def check_output(
 
 
 def check_report(part: Part[Any], returned: object, model: Classifier) -> None:
-    """Refuse a report that says nothing usable.
+    """Refuse a report that cannot be used.
 
     Raises:
-        MethodFailed: If it is no report, names a class that there is none of, gives a probability outside of
+        MethodFailed: If it is no report, names a class that does not exist, gives a probability outside of
             0..1, or a trigger that does not fit the model.
     """
 
@@ -349,11 +349,11 @@ def check_report(part: Part[Any], returned: object, model: Classifier) -> None:
 
 
 def check_screening(part: Part[Any], returned: object, model: Classifier, inputs: Images) -> None:
-    """Refuse a screening that says nothing usable.
+    """Refuse a screening that cannot be used.
 
     Raises:
         MethodFailed: If it is none, has not one finite number for each image, or gives a probability outside
-            of 0..1 or a class that there is none of.
+            of 0..1 or a class that does not exist.
     """
 
     def failed(problem: str, **facts: Any) -> MethodFailed:
@@ -391,7 +391,7 @@ class Surroundings:
 
     @classmethod
     def take(cls) -> Surroundings:
-        """Read it."""
+        """Read the current state."""
         return cls(rng.GlobalRandomness.take(), {name: read() for name, (read, _) in _FLAGS.items()})
 
     def changed(self) -> list[str]:
@@ -408,8 +408,8 @@ class Surroundings:
 
 
 def _hook_table(table: dict[int, Any]) -> tuple[Callable[[], Any], Callable[[Any], object]]:
-    def write(kept: Any) -> None:
-        for key in [key for key in table if key not in kept]:
+    def write(saved: Any) -> None:
+        for key in [key for key in table if key not in saved]:
             del table[key]
 
     return lambda: tuple(table), write
@@ -437,14 +437,14 @@ _FLAGS: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
 
 def _refuse_traces(
     part: Part[Any],
-    watched: Surroundings,
+    process_state: Surroundings,
     model: Classifier,
     data: CleanData,
     before: tuple[str, str],
     cause: BaseException | None,
 ) -> None:
-    changed = watched.changed()
-    watched.restore()
+    changed = process_state.changed()
+    process_state.restore()
     if model.sha256() != before[0]:
         changed.append("the weights it was given to read")
     if data.fingerprint() != before[1]:
@@ -456,17 +456,17 @@ def _refuse_traces(
 
 
 def _traces(model: nn.Module) -> list[str]:
-    found = []
+    traces = []
     for name, module in model.named_modules():
         for table in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             if getattr(module, table):
-                found.append(f"a hook on {name or 'the classifier'}")
+                traces.append(f"a hook on {name or 'the classifier'}")
         if hasattr(module, "parametrizations"):
-            found.append(f"a parametrisation on {name}")
+            traces.append(f"a parametrisation on {name}")
         if module.training:
-            found.append(f"training mode on {name or 'the classifier'}")
-    found += [f"a gradient on {name}" for name, p in model.named_parameters() if p.grad is not None]
-    return found
+            traces.append(f"training mode on {name or 'the classifier'}")
+    traces += [f"a gradient on {name}" for name, p in model.named_parameters() if p.grad is not None]
+    return traces
 
 
 def _anonymous(images: Images) -> Images:

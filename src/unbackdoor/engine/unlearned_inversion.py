@@ -57,7 +57,7 @@ def invert(
     """Return the smallest trigger found towards each class, and its success on the images that a step used.
 
     Of all checks at which the wanted success was reached, the one with the smallest mask counts; where it
-    never was, the last one, so that the success must be looked at.
+    never was, the last one, so that the returned success must be checked.
 
     Args:
         model: The classifier, possibly unlearned; not changed.
@@ -76,14 +76,14 @@ def invert(
     groups = len(labels)
     # Drawn for each class by itself: a class gets the same trigger alone and among others.
     shape = (channels + 1, height, width)
-    drawn = [torch.randn(shape, generator=run.generator("inversion start", k)) for k in classes]
-    start = 0.1 * torch.stack(drawn)  # (G, 1 + C, H, W)
+    starts = [torch.randn(shape, generator=run.generator("inversion start", k)) for k in classes]
+    start = 0.1 * torch.stack(starts)  # (G, 1 + C, H, W)
     start[:, :1] -= 2.0  # after the sigmoid: faint masks, grey patterns
     raw = start.to(run.device).requires_grad_()  # (G, 1 + C, H, W): mask, pattern
     optimizer = torch.optim.Adam([raw], lr=cfg.lr, betas=(0.5, 0.9))
     weight = torch.full((groups,), cfg.mask_weight, device=run.device)
     judge = _Schedule(groups, cfg)
-    hits, tried = torch.zeros(groups), torch.zeros(groups)
+    hits, attempts = torch.zeros(groups), torch.zeros(groups)
     stream = _endless(images, cfg.batch_size, run)
     with frozen(model), mode(model, training=False):
         for step in run.progress(range(1, cfg.steps + 1), "inverting a trigger"):
@@ -94,28 +94,28 @@ def invert(
             mask, pattern = raw.sigmoid().split([1, channels], 1)  # (G, 1, H, W), (G, C, H, W)
             stamped = mixed(pixels, pattern[:, None], mask[:, None])  # (G, B, C, H, W)
             logits = logits_of(model, stamped.flatten(0, 1), run).unflatten(0, (groups, -1))  # (G, B, K)
-            wanted = labels[:, None].expand(usable.shape)
-            losses = F.cross_entropy(logits.movedim(2, 1), wanted, reduction="none")  # (G, B)
+            targets = labels[:, None].expand(usable.shape)
+            losses = F.cross_entropy(logits.movedim(2, 1), targets, reduction="none")  # (G, B)
             fit = (losses * usable).sum(1) / usable.sum(1).clamp_min(1)  # (G,)
             sizes = mask.flatten(1).sum(1)  # (G,)
             loss = (fit + weight * sizes).sum()
             if not bool(torch.isfinite(loss)):
                 raise MethodFailed("the inversion gave a loss that is not finite", got=float(loss.detach()))
-            hits += ((logits.argmax(2) == wanted) & usable).sum(1).cpu()
-            tried += usable.sum(1).cpu()
+            hits += ((logits.argmax(2) == targets) & usable).sum(1).cpu()
+            attempts += usable.sum(1).cpu()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             if step % cfg.check == 0 or step == cfg.steps:
-                # Before the step: what was tried is what is kept. After the backward pass, which needs the
-                # weights as they were.
-                judge.look(raw.detach(), sizes.detach(), hits, tried, weight)
+                # Before the step, so that the trigger that was measured is the one that is saved; and after
+                # the backward pass, which needs the old weights.
+                judge.update(raw.detach(), sizes.detach(), hits, attempts, weight)
                 hits.zero_()
-                tried.zero_()
+                attempts.zero_()
             optimizer.step()
-    found = judge.best.sigmoid().cpu()
+    best = judge.best.sigmoid().cpu()
     out = []
     for g, k in enumerate(labels.tolist()):
-        trigger = RecoveredTrigger(k, found[g, 1:].clone(), found[g, 0].clone())
+        trigger = RecoveredTrigger(k, best[g, 1:].clone(), best[g, 0].clone())
         out.append((trigger, success(model, trigger, images, run)))
     return out
 
@@ -193,16 +193,16 @@ def invert_exposed(
         with mode(network, training=False):
             return float((predict(network, others, run).argmax(1) == label).float().mean())
 
-    shares = [share(network) for network in exposure.reached()]
+    shares = [share(network) for network in exposure.half_unlearned()]
     chosen = min(range(len(shares)), key=lambda i: shares[i])
-    ((trigger, fitted),) = invert(exposure.reached()[chosen], data.fit, [label], cfg, run)
+    ((trigger, fitted),) = invert(exposure.half_unlearned()[chosen], data.fit, [label], cfg, run)
     tried = success(model, trigger, data.select, run)
     trigger = replace(trigger, success=tried.value if tried.total else None)
     return ExposedTrigger(trigger, fitted, tried, shares[chosen], not data.select_is_fit)
 
 
 class _Schedule:
-    """Keeps the best trigger of each class and steers the weight of its mask, as Neural Cleanse does."""
+    """Keeps the best trigger of each class and adapts the weight of its mask, as Neural Cleanse does."""
 
     def __init__(self, groups: int, cfg: InversionConfig) -> None:
         self.cfg = cfg
@@ -210,10 +210,10 @@ class _Schedule:
         self.smallest = torch.full((groups,), torch.inf)
         self.up, self.down = torch.zeros(groups), torch.zeros(groups)
 
-    def look(self, raw: Tensor, sizes: Tensor, hits: Tensor, tried: Tensor, weight: Tensor) -> None:
+    def update(self, raw: Tensor, sizes: Tensor, hits: Tensor, attempts: Tensor, weight: Tensor) -> None:
         if not len(self.best):
             self.best = raw.clone()
-        good = (hits >= self.cfg.wanted * tried) & (tried > 0)  # (G,)
+        good = (hits >= self.cfg.wanted * attempts) & (attempts > 0)  # (G,)
         sizes = sizes.cpu()
         # Without success so far the latest attempt stands in for the best.
         take = (good & (sizes < self.smallest)) | ~torch.isfinite(self.smallest)

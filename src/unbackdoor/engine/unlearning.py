@@ -94,7 +94,7 @@ def unlearn(
         watch: Called after every accepted step with the network and its clean accuracy; must change nothing.
 
     Raises:
-        MethodFailed: If the model does not know the images to begin with, or the stop band is not reached.
+        MethodFailed: If the model hardly classifies the images at the start, or the stop band is not reached.
         UnsupportedModel: If no parameter learns.
     """
     require_learner(model)
@@ -128,7 +128,7 @@ def unlearn(
             optimizer.step()
             now = accuracy(out, checked, run)
         if not finite or now < low or now < trace[-1][1] - steepest:
-            # Too far at once: what falls that fast takes the backdoor with it. Go back, tread more softly.
+            # So fast a fall would remove the backdoor as well. Go back, and take smaller steps.
             restarts += 1
             _restore(out, safe)
             optimizer.state.clear()

@@ -36,8 +36,14 @@ from torch import Tensor
 
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.statistics.one_outlier import FEWEST
-from unbackdoor.engine.statistics.several_outliers import Extremes, smallest_few
-from unbackdoor.engine.trigger_search import Form, Reach, ReachConfig, reach, success
+from unbackdoor.engine.statistics.several_outliers import Outliers, smallest_few
+from unbackdoor.engine.trigger_search import (
+    Form,
+    TriggerSearch,
+    TriggerSearchConfig,
+    search_triggers,
+    success,
+)
 from unbackdoor.registry import Variant, option, scanner
 from unbackdoor.types import Classifier, CleanData, Finding, Images, ScanReport, Verdict, require_fit
 
@@ -49,7 +55,7 @@ _FIXED: dict[Form, float] = {"patch": 1 / 64, "blend": 8 / 255}
 _TESTS = 2
 
 
-class NeuralCleanseConfig(ReachConfig):
+class NeuralCleanseConfig(TriggerSearchConfig):
     """Options of the scan."""
 
     form: Form = option(
@@ -104,12 +110,12 @@ def scan(model: Classifier, data: CleanData, cfg: NeuralCleanseConfig, *, run: R
     majority = cfg.restarts // 2 + 1
     limit = cfg.level / _TESTS * majority / cfg.restarts  # for the p-value of one search and one test
     fixed = cfg.budget or _FIXED[cfg.form]
-    searches: list[Reach] = []
-    tests: list[tuple[Extremes, Extremes]] = []
+    searches: list[TriggerSearch] = []
+    tests: list[tuple[Outliers, Outliers]] = []
     for restart in range(cfg.restarts):
         part = parts[restart % len(parts)]
         searches.append(
-            reach(model, part, cfg, run, form=cfg.form, enough=enough, fixed=fixed, restart=restart)
+            search_triggers(model, part, cfg, run, form=cfg.form, enough=enough, fixed=fixed, restart=restart)
         )
         tests.append(_tests(searches[-1], enough, limit))
         if model.classes < FEWEST or _settled(tests, majority, cfg.restarts - majority, limit):
@@ -124,8 +130,8 @@ def scan(model: Classifier, data: CleanData, cfg: NeuralCleanseConfig, *, run: R
     findings.sort(key=lambda finding: 1.0 if finding.p_value is None else finding.p_value)
     best = findings[0]
     suspect = best.classes[0]
-    smallest = min(searches, key=lambda s: float(s.tried[suspect]))
-    findings.append(_tried(model, data, smallest, suspect, run))
+    smallest = min(searches, key=lambda s: float(s.trigger_sizes[suspect]))
+    findings.append(_recovered_trigger(model, data, smallest, suspect, run))
     if data.select_is_fit:
         skipped["held-out success"] = (
             "too few images to hold any out; the trigger was tried on those it was made with"
@@ -145,15 +151,15 @@ def _parts(images: Images, cfg: NeuralCleanseConfig, run: Run) -> list[Images]:
     return [images.subset(rows) for rows in order.tensor_split(cfg.restarts)]
 
 
-def _tests(found: Reach, enough: int, level: float) -> tuple[Extremes, Extremes]:
-    losses = torch.where(found.compared, found.losses.double().clamp_min(1e-12).log(), torch.inf)
+def _tests(search: TriggerSearch, enough: int, level: float) -> tuple[Outliers, Outliers]:
+    losses = torch.where(search.compared, search.losses.double().clamp_min(1e-12).log(), torch.inf)
     # Beyond those waited for, the order is not sure: a class given up early might have passed another.
     limit = losses.sort().values[enough - 1]
     losses = torch.where(losses <= limit, losses, torch.inf)
-    return smallest_few(losses, level=level), smallest_few(found.sizes.log(), level=level)
+    return smallest_few(losses, level=level), smallest_few(search.sizes.log(), level=level)
 
 
-def _settled(tests: Sequence[tuple[Extremes, Extremes]], majority: int, spare: int, limit: float) -> bool:
+def _settled(tests: Sequence[tuple[Outliers, Outliers]], majority: int, spare: int, limit: float) -> bool:
     """Return whether further searches cannot change the verdict."""
     for one in zip(*tests, strict=True):
         if _agreed(one, majority):
@@ -163,14 +169,18 @@ def _settled(tests: Sequence[tuple[Extremes, Extremes]], majority: int, spare: i
     return True
 
 
-def _agreed(tests: Sequence[Extremes], majority: int) -> list[int]:
+def _agreed(tests: Sequence[Outliers], majority: int) -> list[int]:
     """Return the classes that stand apart in at least so many searches."""
     votes = Counter(k for test in tests for k in test.positions)
     return [k for k, count in votes.items() if count >= majority]
 
 
 def _finding(
-    name: str, searches: Sequence[Reach], tests: Sequence[Extremes], cfg: NeuralCleanseConfig, values: Tensor
+    name: str,
+    searches: Sequence[TriggerSearch],
+    tests: Sequence[Outliers],
+    cfg: NeuralCleanseConfig,
+    values: Tensor,
 ) -> Finding:
     """Return the outcome in the middle as one finding; searches that were not made count as p = 1."""
     majority = cfg.restarts // 2 + 1
@@ -181,9 +191,9 @@ def _finding(
     if middle.p_value is not None:
         factor = _TESTS * cfg.restarts / majority
         # Without a class in common the searches found another one each time.
-        told = middle.p_value if common or factor * middle.p_value > cfg.level else 1.0
-        p_value = min(1.0, factor * told) if len(ranked) == majority else 1.0
-    left = max(int((~torch.isfinite(s.sizes)).sum()) for s in searches)
+        uncorrected = middle.p_value if common or factor * middle.p_value > cfg.level else 1.0
+        p_value = min(1.0, factor * uncorrected) if len(ranked) == majority else 1.0
+    unreached = max(int((~torch.isfinite(s.sizes)).sum()) for s in searches)
     return Finding(
         statistic=f"{name} ({cfg.form})",
         value=middle.statistic,
@@ -191,16 +201,18 @@ def _finding(
         threshold=math.nan if middle.critical is None else middle.critical,
         threshold_source=f"normal numbers, simulated; {_TESTS} tests share level {cfg.level:g}; "
         f"{majority} of {cfg.restarts} searches must agree, {len(tests)} were made; "
-        f"{left} of {len(values)} classes given up at size {searches[0].limit:.3g}",
+        f"{unreached} of {len(values)} classes given up at size {searches[0].limit:.3g}",
         p_value=p_value,
         classes=classes,
         per_class=tuple(values.tolist()),
     )
 
 
-def _tried(model: Classifier, data: CleanData, found: Reach, label: int, run: Run) -> Finding:
+def _recovered_trigger(
+    model: Classifier, data: CleanData, search: TriggerSearch, label: int, run: Run
+) -> Finding:
     """Return how the recovered trigger does on images that it was not made with."""
-    trigger, size = found.triggers[label], float(found.tried[label])
+    trigger, size = search.triggers[label], float(search.trigger_sizes[label])
     rate = success(model, trigger, data.select, run)
     return Finding(
         statistic=RECOVERED,

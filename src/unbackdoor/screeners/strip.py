@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from unbackdoor.data.batches import to_float
-from unbackdoor.engine.inference import logits_of, mode, together
+from unbackdoor.engine.inference import images_per_pass, logits_of, mode
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.screening_statistics import ScreenerConfig, classes_of, conformal_p_values, judged
 from unbackdoor.registry import option, screener
@@ -48,13 +48,13 @@ def screen(model: Classifier, data: CleanData, inputs: Images, cfg: StripConfig,
     predicted = classes_of(model, inputs, run)
     with mode(model, training=False):
         scores = -_entropies(model, inputs, overlays, cfg, run)
-        known = -_entropies(model, data.select, overlays, cfg, run)
+        clean_scores = -_entropies(model, data.select, overlays, cfg, run)
     return judged(
         scores,
-        conformal_p_values(scores, known),
+        conformal_p_values(scores, clean_scores),
         predicted,
         cfg.alpha,
-        len(known),
+        len(clean_scores),
         overlays=len(overlays),
         overlays_held_out=not data.select_is_fit,
     )
@@ -64,7 +64,7 @@ def screen(model: Classifier, data: CleanData, inputs: Images, cfg: StripConfig,
 def _entropies(model: Classifier, images: Images, overlays: Tensor, cfg: StripConfig, run: Run) -> Tensor:
     """Return the mean entropy (N,) of the predictions under all overlays, in nats."""
     out = []
-    size = max(1, together(images.shape) // len(overlays))
+    size = max(1, images_per_pass(images.shape) // len(overlays))
     for start in run.progress(range(0, len(images), size), "laying images over each other"):
         x = to_float(images.pixels[start : start + size], run.device, channels_last=False)
         mixed = (x[:, None] + cfg.strength * overlays).clamp_(0, 1)  # (B, M, C, H, W)

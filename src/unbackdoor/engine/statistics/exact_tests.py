@@ -54,9 +54,10 @@ def conformal(value: float, references: Sequence[float]) -> float:
 def largest_of_gamma(values: Tensor, *, sets: int = 20_000) -> float:
     """Return the p-value of the largest of some positive numbers, the others being of one gamma law.
 
-    The statistic is that of MM-BD: the law is fitted to all but the largest, and asked how likely the
-    largest of K of its numbers is so large. The fit leaves out the largest and knows little, so that this is
-    too small. It is therefore compared with itself, on numbers drawn from the law fitted to all of them.
+    The statistic is that of MM-BD: the law is fitted to all numbers but the largest, and gives the
+    probability that the largest of K of its numbers is so large. This probability is too small, because the
+    fit rests on few numbers and leaves out the largest. Its null law is therefore simulated: the same
+    statistic on numbers drawn from the law fitted to all of them.
 
     Args:
         values: (K,), float64, at least three; what is not positive is lifted to a thousandth of the largest.

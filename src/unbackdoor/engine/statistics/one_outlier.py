@@ -1,6 +1,6 @@
 """Does the smallest of K numbers stand apart from the others? Tests for one target class among K.
 
-The smallest of many numbers is always small. Both rules here therefore account for it having been picked:
+The smallest of many numbers is always small. Both rules here therefore account for the choice:
 one by Bonferroni's factor K, one by simulating the whole rule without any outlier.
 """
 

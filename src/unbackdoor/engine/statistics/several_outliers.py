@@ -2,13 +2,13 @@
 
 With two targets, the second hides the first from a test for one outlier: it widens the spread that the
 smallest number is measured in. So for every count r from 1 to a third of the numbers, the r-th smallest is
-measured in the spread of those above it, and the most telling r counts. How telling that is without any
-outlier is simulated: the same rule on normal numbers. So the p-value accounts for the choice of the class
-and for that of r.
+measured in the spread of those above it, and the most significant r counts. The law of that
+statistic without any outlier is simulated: the same rule on normal numbers. So the p-value accounts for the
+choice of the class and for that of r.
 
-The largest numbers may be unknown, if all that is known of them is that they are the largest. Location and
-spread are then read from the order of those that are known: a line through the numbers over the normal
-scores of their ranks. Nothing but ranks and known numbers enters, so that the simulation still is exact.
+The largest numbers may be unknown (censored), as long as they are larger than all others. Location and spread
+are then estimated from the known numbers in their order: a line through them over the normal scores of their
+ranks. Only ranks and known numbers are used, so that the simulation stays exact.
 
 Paper:   many outliers: Rosner, "Percentage points for a generalized ESD many-outlier procedure",
          Technometrics 25, 1983. Normal scores of censored samples: Gupta, Biometrika 39, 1952.
@@ -31,16 +31,16 @@ _NUMBERS = 4_000_000  # simulated numbers at most
 
 
 @dataclass(frozen=True)
-class Extremes:
-    """What the test says of the smallest numbers.
+class Outliers:
+    """The smallest of some numbers as outliers: the outcome of the test.
 
     Attributes:
         positions: The numbers that stand apart, smallest first; empty where none does.
         index: Position of the smallest number.
         statistic: Distance of the r-th smallest from the centre of the others in their spread, at the most
-            telling r.
+            significant r.
         critical: What it must exceed at that r and the level; None where there are too few numbers.
-        p_value: Probability of so telling a distance without any outlier; None likewise.
+        p_value: Probability of so significant a distance without any outlier; None likewise.
     """
 
     positions: tuple[int, ...]
@@ -50,29 +50,29 @@ class Extremes:
     p_value: float | None
 
 
-def smallest_few(values: Tensor, *, level: float = 0.05, most: int | None = None) -> Extremes:
+def smallest_few(values: Tensor, *, level: float = 0.05, most: int | None = None) -> Outliers:
     """Test whether the smallest numbers are too small.
 
     Args:
-        values: (K,); infinite ones are unknown, but above all others.
+        values: (K,); infinite ones are unknown, but larger than all others.
         level: Largest p-value that counts.
-        most: Largest number of outliers looked for; by default a third of the known numbers.
+        most: Largest number of outliers to test for; by default a third of the finite numbers.
 
     Returns:
         The outcome; without a p-value where fewer than
-        :data:`~unbackdoor.engine.statistics.one_outlier.FEWEST` are known.
+        :data:`~unbackdoor.engine.statistics.one_outlier.FEWEST` are finite.
     """
     order = values.double().argsort(stable=True)  # infinite ones last
-    known = int(torch.isfinite(values).sum())
-    if known < FEWEST:
-        return Extremes((), int(order[0]), 0.0, None, None)
-    many = max(1, known // 3 if most is None else min(most, known - FEWEST + 1))
-    numbers = values.double()[order[:known]]  # (m,)
-    distances = _distances(numbers[None], len(values), many)[0]  # (R,)
-    null, least = _null(len(values), known, many)  # (N, R) sorted downwards, (N,) sorted
+    finite = int(torch.isfinite(values).sum())
+    if finite < FEWEST:
+        return Outliers((), int(order[0]), 0.0, None, None)
+    max_outliers = max(1, finite // 3 if most is None else min(most, finite - FEWEST + 1))
+    numbers = values.double()[order[:finite]]  # (m,)
+    distances = _distances(numbers[None], len(values), max_outliers)[0]  # (R,)
+    null, least = _null(len(values), finite, max_outliers)  # (N, R) sorted downwards, (N,) sorted
     draws = len(least)
     # At least as large, itself among them, so that no p-value is 0.
-    beaten = torch.stack([(null[:, r] >= distances[r]).sum() for r in range(many)])
+    beaten = torch.stack([(null[:, r] >= distances[r]).sum() for r in range(max_outliers)])
     single = (1 + beaten) / (1 + draws)  # (R,)
     best = float(single.min())
     p_value = (1 + int((least <= best + 1e-12).sum())) / (1 + draws)
@@ -80,19 +80,19 @@ def smallest_few(values: Tensor, *, level: float = 0.05, most: int | None = None
     limit = float(least[max(math.floor(level * (1 + draws)) - 1, 0)])
     critical = null[max(math.floor(limit * (1 + draws)) - 1, 0)]  # (R,)
     beyond = p_value <= level
-    # The count that tells most: one too many measures a usual number, one too few is masked by the next.
-    told = int((distances / critical).argmax() if beyond else single.argmin())
-    positions = tuple(int(i) for i in order[: told + 1]) if beyond else ()
-    return Extremes(positions, int(order[0]), float(distances[told]), float(critical[told]), p_value)
+    # The most significant count: one too many measures a usual number, one too few is masked.
+    chosen = int((distances / critical).argmax() if beyond else single.argmin())
+    positions = tuple(int(i) for i in order[: chosen + 1]) if beyond else ()
+    return Outliers(positions, int(order[0]), float(distances[chosen]), float(critical[chosen]), p_value)
 
 
-def _distances(numbers: Tensor, total: int, many: int) -> Tensor:
-    """Return for sorted numbers (N, m) how far the r-th of each is below those above it, (N, many)."""
+def _distances(numbers: Tensor, total: int, max_outliers: int) -> Tensor:
+    """Return for sorted numbers (N, m) how far the r-th of each is below those above it, (N, R)."""
     out = []
-    known = numbers.shape[1]
-    for r in range(1, many + 1):
+    count = numbers.shape[1]
+    for r in range(1, max_outliers + 1):
         rest = numbers[:, r:]  # (N, m - r)
-        places = torch.arange(1, known - r + 1, dtype=torch.float64)
+        places = torch.arange(1, count - r + 1, dtype=torch.float64)
         scores = torch.special.ndtri((places - 0.375) / (total - r + 0.25))  # Blom's approximation
         centred = scores - scores.mean()
         spread = (rest * centred).sum(1) / (centred**2).sum()  # (N,) slope of the line
@@ -105,12 +105,12 @@ def _distances(numbers: Tensor, total: int, many: int) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def _null(total: int, known: int, many: int) -> tuple[Tensor, Tensor]:
+def _null(total: int, finite: int, max_outliers: int) -> tuple[Tensor, Tensor]:
     # A fixed seed: the null law is a constant, and two scans of one model must agree.
-    draws = rng.generator(0, "null law of the extremes", total, known, many)
+    draws = rng.generator(0, "null law of the extremes", total, finite, max_outliers)
     sets = min(_DRAWS, _NUMBERS // total)
-    numbers = torch.randn(sets, total, generator=draws, dtype=torch.float64).sort(1).values[:, :known]
-    distances = _distances(numbers, total, many)  # (N, R)
+    numbers = torch.randn(sets, total, generator=draws, dtype=torch.float64).sort(1).values[:, :finite]
+    distances = _distances(numbers, total, max_outliers)  # (N, R)
     ranks = distances.argsort(0, descending=True).argsort(0)  # 0 for the largest
     least = ((2 + ranks) / (1 + sets)).amin(1).sort().values  # as for a number from outside: itself and one
     return distances.sort(0, descending=True).values, least

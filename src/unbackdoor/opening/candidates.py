@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from unbackdoor.errors import InputError, MissingExtra, UnbackdoorError, UnsupportedModel
-from unbackdoor.networks.build import canonical, known
+from unbackdoor.networks.build import canonical, preprocessing
 from unbackdoor.networks.sources.optional_libraries import is_installed
 from unbackdoor.networks.spec import OWN, read_spec
 from unbackdoor.opening.load_tensors import proposal
@@ -111,7 +111,7 @@ def library_size(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
         return None
     fitting = [c for c in nearest(state) if c.fits]
     try:
-        return known(_preferred(fitting)[0].spec).size
+        return preprocessing(_preferred(fitting)[0].spec).size
     except UnbackdoorError:
         return None
 

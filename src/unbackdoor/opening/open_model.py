@@ -20,8 +20,8 @@ from unbackdoor.data.loaders import load_images
 from unbackdoor.engine.inference import mode
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import ConfigError, InputError, UnsupportedModel
-from unbackdoor.networks.build import canonical, known
-from unbackdoor.networks.sources import Known
+from unbackdoor.networks.build import canonical, preprocessing
+from unbackdoor.networks.sources import Preprocessing
 from unbackdoor.opening.candidates import Variants, find, library_size, refuse_to_guess
 from unbackdoor.opening.classifier_files import load_model
 from unbackdoor.opening.cost_limits import outputs_of
@@ -233,15 +233,24 @@ def _own_graph(
     stated = network.meta["input_shape"]
     raw = load_images_of(images, given.size or (stated[1:] if stated else None), progress)
     channels = network.meta["channels"] or (raw.shape[0] if raw is not None else _channels(network))
-    facts = Known(size=stated[1:], size_fixed=True, source=_GRAPH) if stated else Known()
+    facts = Preprocessing(size=stated[1:], size_fixed=True, source=_GRAPH) if stated else Preprocessing()
     size, size_source = _sizes(given, facts, None, raw.shape[1:] if raw is not None else None)[0]
     shape = (channels, *size)
     classes = outputs_of(network, shape, path)
     _require_separate(network, shape, path)
-    names, names_source = _class_names(given, Known(), raw, classes)
+    names, names_source = _class_names(given, Preprocessing(), raw, classes)
     filled = Filled(network, Adapted({}, Difference((), (), (), 0)))
     attempt = _opened_as(
-        path, lambda *_: {_GRAPH: filled}, given, Known(), raw, shape, size_source, names, run, progress
+        path,
+        lambda *_: {_GRAPH: filled},
+        given,
+        Preprocessing(),
+        raw,
+        shape,
+        size_source,
+        names,
+        run,
+        progress,
     )
     warnings = [_assumed_size(shape)] if size_source == _ASSUMED_SIZE else []
     architecture = ArchitectureOrigin("ONNX", _GRAPH, "; ".join(network.meta["notes"]))
@@ -258,7 +267,7 @@ def _by_names(
 ) -> Opened:
     """Open a file as a network that has its tensors: the named one, or a known one."""
     path, state = source.path, source.state()
-    facts = known(given.arch) if given.arch is not None else Known()
+    facts = preprocessing(given.arch) if given.arch is not None else Preprocessing()
     stated = facts.size if given.arch is not None else library_size(state)
     raw = load_images_of(images, given.size or stated, progress)
     channels, classes = ends(state)
@@ -274,7 +283,7 @@ def _by_names(
             variants = variants.first()
             warnings.append(f"{variants.note}; the most usual was assumed: {variants.specs[0]}")
     if given.arch is None:
-        facts = known(variants.specs[0])
+        facts = preprocessing(variants.specs[0])
     names, names_source = _class_names(given, facts, raw, classes)
     attempts: list[_Attempt] = []
     failures: list[UnsupportedModel] = []
@@ -372,7 +381,7 @@ def _opened_as(
     path: Path,
     build: Callable[[Shape, int], dict[str, Filled]],
     given: _Given,
-    facts: Known,
+    facts: Preprocessing,
     raw: Images | None,
     shape: Shape,
     size_source: str,
@@ -503,11 +512,11 @@ def _require_separate(network: nn.Module, shape: Shape, path: Path) -> None:
 # Facts and where they come from
 
 
-def _stated(given: _Given, facts: Known, filled: Filled) -> tuple[Convention | None, str]:
+def _stated(given: _Given, facts: Preprocessing, filled: Filled) -> tuple[Convention | None, str]:
     """Return the normalisation that somebody states of this very file, and who."""
     if given.convention is not None:
         return given.convention, "arguments"
-    if facts.about_the_file and facts.mean is not None and facts.std is not None:
+    if facts.for_these_weights and facts.mean is not None and facts.std is not None:
         return Convention(f"as in {facts.source}", facts.mean, facts.std), facts.source
     found = filled.adapted
     if found.mean is not None and found.std is not None:
@@ -522,7 +531,7 @@ def _channels(network: nn.Module) -> int:
     return first.in_channels if first is not None else 3
 
 
-def _default(facts: Known, channels: int) -> Convention | None:
+def _default(facts: Preprocessing, channels: int) -> Convention | None:
     if facts.mean is None or facts.std is None or len(facts.mean) not in (0, channels):
         return None
     return Convention(facts.source, facts.mean, facts.std)
@@ -538,7 +547,7 @@ def _all_conventions(channels: int, default: Convention | None) -> list[Conventi
 Plan = Iterator[tuple[Shape, tuple[str, ...], str]]
 
 
-def _plan(channels: int, given: _Given, facts: Known, variants: Variants, raw: Images | None) -> Plan:
+def _plan(channels: int, given: _Given, facts: Preprocessing, variants: Variants, raw: Images | None) -> Plan:
     """Yield input shapes, the specs to try for each, and where the size comes from; the likeliest first."""
     own = raw.shape[1:] if raw is not None else None
     for side, specs in sorted(variants.by_side.items(), key=lambda item: own is None or item[0] != own[0]):
@@ -553,7 +562,7 @@ def _plan(channels: int, given: _Given, facts: Known, variants: Variants, raw: I
 
 
 def _sizes(
-    given: _Given, facts: Known, side: int | None, own: tuple[int, int] | None
+    given: _Given, facts: Preprocessing, side: int | None, own: tuple[int, int] | None
 ) -> list[tuple[tuple[int, int], str]]:
     if given.size is not None:
         return [(given.size, "arguments")]
@@ -570,7 +579,7 @@ def _sizes(
 
 
 def _class_names(
-    given: _Given, facts: Known, raw: Images | None, classes: int | None
+    given: _Given, facts: Preprocessing, raw: Images | None, classes: int | None
 ) -> tuple[tuple[str, ...], str]:
     if given.class_names is not None:
         return tuple(given.class_names), "arguments"

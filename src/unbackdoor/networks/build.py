@@ -76,10 +76,10 @@ def canonical(spec: str) -> str:
     return f"{name}[{','.join(written)}]"
 
 
-def preprocessing(spec: str) -> Preprocessing:
+def preprocessing_of(spec: str) -> Preprocessing:
     """Return the preprocessing that the source of a spec states; empty for this package's own networks."""
     foreign = read_spec(spec)
-    return Preprocessing() if foreign.source == OWN else SOURCES[foreign.source].preprocessing(foreign)
+    return Preprocessing() if foreign.source == OWN else SOURCES[foreign.source].preprocessing_of(foreign)
 
 
 def network(spec: str, geometry: Geometry, *, seed: int = 0, device: str = "cpu") -> nn.Module:

@@ -27,22 +27,22 @@ class Source:
 
     Attributes:
         build: From a spec and a geometry to a bare network, in whatever device context it is called.
-        preprocessing: What the source's own files state about the input of this network.
+        preprocessing_of: What the source's own files state about the input of this network.
         from_card: Whether a model card may name it.
         skeleton: Whether it can be built without memory, to compare shapes first.
     """
 
     build: Callable[[Spec, Geometry], nn.Module]
-    preprocessing: Callable[[Spec], Preprocessing]
+    preprocessing_of: Callable[[Spec], Preprocessing]
     from_card: bool
     skeleton: bool = True
 
 
 SOURCES: dict[str, Source] = {
-    "timm": Source(timm.build, timm.preprocessing, from_card=True),
-    "torchvision": Source(torchvision.build, torchvision.preprocessing, from_card=True),
-    "hf": Source(huggingface.build, huggingface.preprocessing, from_card=False),
-    PYTHON: Source(python_file.build, python_file.preprocessing, from_card=False, skeleton=False),
+    "timm": Source(timm.build, timm.preprocessing_of, from_card=True),
+    "torchvision": Source(torchvision.build, torchvision.preprocessing_of, from_card=True),
+    "hf": Source(huggingface.build, huggingface.preprocessing_of, from_card=False),
+    PYTHON: Source(python_file.build, python_file.preprocessing_of, from_card=False, skeleton=False),
 }
 
 

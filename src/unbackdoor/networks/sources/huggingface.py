@@ -68,7 +68,7 @@ def _logits_only(kind: Any) -> Any:
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
 
-def preprocessing(spec: Spec) -> Preprocessing:
+def preprocessing_of(spec: Spec) -> Preprocessing:
     """Return the normalisation, size and class names that lie beside the weights."""
     folder, config = _config(spec)
     names = None

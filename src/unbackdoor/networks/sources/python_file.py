@@ -58,7 +58,7 @@ def build(spec: Spec, geometry: Geometry) -> nn.Module:
     return network
 
 
-def preprocessing(spec: Spec) -> Preprocessing:
+def preprocessing_of(spec: Spec) -> Preprocessing:
     """Return an empty preprocessing: a Python file states none."""
     return Preprocessing()
 

@@ -72,7 +72,7 @@ def build(spec: Spec, geometry: Geometry) -> nn.Module:
     return network
 
 
-def preprocessing(spec: Spec) -> Preprocessing:
+def preprocessing_of(spec: Spec) -> Preprocessing:
     """Return what timm's own weights of this name expect."""
     options = keywords(spec, OPTIONS)
     timm = _library(spec)

@@ -67,7 +67,7 @@ def build(spec: Spec, geometry: Geometry) -> nn.Module:
     return _with_channels(network, geometry.channels)
 
 
-def preprocessing(spec: Spec) -> Preprocessing:
+def preprocessing_of(spec: Spec) -> Preprocessing:
     """Return what torchvision's own weights of this name expect."""
     try:
         models = _library(spec)

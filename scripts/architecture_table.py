@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from unbackdoor.errors import UnbackdoorError
 from unbackdoor.files import atomic_write
-from unbackdoor.networks.build import known, network
+from unbackdoor.networks.build import network, preprocessing_of
 from unbackdoor.networks.geometry import Geometry
 from unbackdoor.networks.sources.optional_libraries import import_library
 from unbackdoor.networks.spec import read_spec
@@ -286,7 +286,7 @@ def same_outputs(one: Described, other: Described) -> bool:
 @functools.lru_cache(maxsize=8)
 @torch.no_grad()
 def _outputs(spec: str) -> Tensor:
-    facts = known(spec)
+    facts = preprocessing_of(spec)
     side = facts.size if facts.size is not None and facts.size_fixed else (_SMALL, _SMALL)
     net = network(spec, Geometry(3, *side, 10)).eval()
     state = net.state_dict()

@@ -127,7 +127,7 @@ def _opened(path: Path, images: Images, surroundings: Run) -> tuple[Classifier |
         opened = open_model(path, images=images, run=surroundings)
     except UnbackdoorError as error:
         return None, str(error)
-    return opened.model, opened.story
+    return opened.model, opened.provenance.to_dict()
 
 
 def _stamp(folder: Path, words: str) -> Stamp:

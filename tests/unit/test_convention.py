@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError
-from unbackdoor.opening.normalisation_guess import ROUNDS, Convention, infer, lowest_plausible, usual
+from unbackdoor.opening.normalisation_guess import (
+    ROUNDS,
+    Normalisation,
+    infer,
+    lowest_plausible,
+    usual_normalisations,
+)
 from unbackdoor.types import Images
 
 CENTRES = (40, 80, 120, 160)
@@ -19,7 +25,7 @@ CENTRES = (40, 80, 120, 160)
 class Brightness(nn.Module):
     """Classifies by mean brightness, with centres in the units of one convention."""
 
-    def __init__(self, convention: Convention, channels: int = 1, weights: tuple[float, ...] = ()) -> None:
+    def __init__(self, convention: Normalisation, channels: int = 1, weights: tuple[float, ...] = ()) -> None:
         super().__init__()
         levels = torch.tensor(CENTRES).div(255).view(-1, 1, 1, 1).expand(-1, channels, 1, 1)
         self.weights = torch.tensor(weights or (1.0 / channels,) * channels)
@@ -45,41 +51,43 @@ def run() -> Run:
     return Run.create(policy="fp32")
 
 
-@pytest.mark.parametrize("convention", usual(1), ids=lambda c: c.name)
-def test_every_usual_convention_is_found(convention: Convention) -> None:
+@pytest.mark.parametrize("convention", usual_normalisations(1), ids=lambda c: c.name)
+def test_every_usual_convention_is_found(convention: Normalisation) -> None:
     found = infer({"net": Brightness(convention)}, images(), run())
-    assert found.best.convention == convention
+    assert found.best.normalisation == convention
     assert found.best.accuracy == 1
     assert found.by_labels
     assert found.warning == ""
-    assert len(found.trials) == len(usual(1))
+    assert len(found.trials) == len(usual_normalisations(1))
 
 
 def test_the_usual_conventions_of_colour_images() -> None:
-    names = [convention.name for convention in usual(3)]
+    names = [convention.name for convention in usual_normalisations(3)]
     assert len(set(names)) == len(names) == 10
-    for convention in usual(3):
+    for convention in usual_normalisations(3):
         found = infer({"net": Brightness(convention, 3)}, images(40, 3), run())
         best = [t for t in found.trials if t.hits == found.best.hits]
-        assert convention in [trial.convention for trial in best]
+        assert convention in [trial.normalisation for trial in best]
 
 
 def test_the_variant_is_found_too() -> None:
-    true = Convention("true", (0.3,), (0.2,))
-    nets = {"wrong": Brightness(Convention("x", (0.9,), (0.9,))), "right": Brightness(true)}
-    found = infer(nets, images(), run(), conventions=[*usual(1), true])
-    assert (found.best.variant, found.best.convention) == ("right", true)
+    true = Normalisation("true", (0.3,), (0.2,))
+    nets = {"wrong": Brightness(Normalisation("x", (0.9,), (0.9,))), "right": Brightness(true)}
+    found = infer(nets, images(), run(), normalisations=[*usual_normalisations(1), true])
+    assert (found.best.variant, found.best.normalisation) == ("right", true)
 
 
 def test_ties_go_to_the_preferred_and_are_told() -> None:
-    true = Convention("true", (0.3,), (0.2,))
-    near = Convention("near", (0.301,), (0.2,))
+    true = Normalisation("true", (0.3,), (0.2,))
+    near = Normalisation("near", (0.301,), (0.2,))
     for preferred in (true, near):
-        found = infer({"net": Brightness(true)}, images(), run(), conventions=[true, near], prefer=preferred)
-        assert found.best.convention == preferred
-        assert [trial.convention for trial in found.alternatives] == [near if preferred is true else true]
-    found = infer({"net": Brightness(true)}, images(), run(), conventions=[near, true])
-    assert found.best.convention == true  # the lower loss
+        found = infer(
+            {"net": Brightness(true)}, images(), run(), normalisations=[true, near], prefer=preferred
+        )
+        assert found.best.normalisation == preferred
+        assert [trial.normalisation for trial in found.alternatives] == [near if preferred is true else true]
+    found = infer({"net": Brightness(true)}, images(), run(), normalisations=[near, true])
+    assert found.best.normalisation == true  # the lower loss
 
 
 def test_equal_losses_go_to_the_statistics_of_the_images() -> None:
@@ -93,17 +101,17 @@ def test_equal_losses_go_to_the_statistics_of_the_images() -> None:
     pixels = torch.full((40, 1, 8, 8), 33)
     pixels[:, :, :4] = 130  # mean .32, deviation .19: nearer to Fashion-MNIST's than to MNIST's
     held = Images(pixels.to(torch.uint8), truth, ("a", "b", "c", "d"))
-    statistics = [c for c in usual(1) if "MNIST" in c.name]
-    found = infer({"net": Blind()}, held, run(), conventions=statistics)
+    statistics = [c for c in usual_normalisations(1) if "MNIST" in c.name]
+    found = infer({"net": Blind()}, held, run(), normalisations=statistics)
     assert [c.name for c in statistics] == ["MNIST", "Fashion-MNIST"]
-    assert found.best.convention == statistics[1]
-    assert [trial.convention for trial in found.alternatives] == statistics[:1]
+    assert found.best.normalisation == statistics[1]
+    assert [trial.normalisation for trial in found.alternatives] == statistics[:1]
 
 
 def test_too_low_an_accuracy_is_warned_of_with_its_numbers() -> None:
     labels = torch.arange(80) % 4
     wrong = Images(images().pixels, labels.roll(1), ("a", "b", "c", "d"))
-    found = infer({"net": Brightness(Convention("none"))}, wrong, run())
+    found = infer({"net": Brightness(Normalisation("none"))}, wrong, run())
     assert "Clean accuracy is only" in found.warning
     assert "75% or more was to be expected" in found.warning
     # Every image would be right if b were called a, c were called b, and so on.
@@ -116,7 +124,7 @@ def test_the_rule_of_the_warning(classes: int, limit: float) -> None:
 
 
 def test_blue_before_red_is_noticed() -> None:
-    first = Brightness(Convention("none"), 3, weights=(1.0, 0.0, 0.0))
+    first = Brightness(Normalisation("none"), 3, weights=(1.0, 0.0, 0.0))
     draws = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (80, 3, 8, 8), generator=draws).to(torch.uint8)
     truth = torch.arange(80) % 4
@@ -127,21 +135,21 @@ def test_blue_before_red_is_noticed() -> None:
 
 
 def test_without_labels_there_is_only_a_weak_sign() -> None:
-    true = usual(1)[1]
+    true = usual_normalisations(1)[1]
     found = infer({"net": Brightness(true)}, images(labels=False), run())
     assert not found.by_labels
     assert "no labels" in found.warning
-    assert found.best.convention == true
+    assert found.best.normalisation == true
     assert found.interval == (0, 1)
     assert math.isnan(found.best.accuracy)
     assert found.facts()["judged_by"].endswith("(weak)")
-    one = infer({"net": Brightness(true)}, images(labels=False), run(), conventions=[true])
+    one = infer({"net": Brightness(true)}, images(labels=False), run(), normalisations=[true])
     assert one.warning == ""  # nothing was guessed
 
 
 def test_a_network_that_always_says_the_same_is_not_right_about_one_class() -> None:
     """[0, 255] drives many networks into one answer, which is right for images of that class alone."""
-    true = usual(1)[0]
+    true = usual_normalisations(1)[0]
     held = images()
     one = held.subset((held.truth == 3).nonzero().flatten())
     found = infer({"net": Brightness(true)}, one, run())
@@ -150,7 +158,7 @@ def test_a_network_that_always_says_the_same_is_not_right_about_one_class() -> N
 
 
 def test_few_images_are_told() -> None:
-    found = infer({"net": Brightness(usual(1)[0])}, images(8), run())
+    found = infer({"net": Brightness(usual_normalisations(1)[0])}, images(8), run())
     assert any("only 8 images" in note for note in found.notes)
     assert found.best.total == 8
 
@@ -158,22 +166,24 @@ def test_few_images_are_told() -> None:
 def test_rounds_take_the_classes_in_turns_and_end_at_the_last_image() -> None:
     held = images(600)
     ordered = held.subset(held.truth.argsort(stable=True))  # as a folder of class folders gives them
-    found = infer({"net": Brightness(usual(1)[2])}, ordered, run())
+    found = infer({"net": Brightness(usual_normalisations(1)[2])}, ordered, run())
     assert found.best.total == ROUNDS[-1][0]
     assert found.best.accuracy == 1
     assert found.trials[-1].total >= ROUNDS[0][0]
 
 
 def test_hundreds_of_trials_are_glanced_at_first() -> None:
-    right = usual(1)[2]
-    variants = {f"wrong {k}": Brightness(usual(1)[0]) for k in range(40)} | {"right": Brightness(right)}
-    found = infer(variants, images(200), run(), conventions=[right, *usual(1)[3:]])
+    right = usual_normalisations(1)[2]
+    variants = {f"wrong {k}": Brightness(usual_normalisations(1)[0]) for k in range(40)} | {
+        "right": Brightness(right)
+    }
+    found = infer(variants, images(200), run(), normalisations=[right, *usual_normalisations(1)[3:]])
     assert (found.best.variant, found.best.accuracy) == ("right", 1)
     assert found.trials[-1].total < ROUNDS[0][0]
 
 
 def test_the_networks_are_left_as_they_were_and_the_draw_is_seeded() -> None:
-    net = Brightness(usual(1)[0]).train()
+    net = Brightness(usual_normalisations(1)[0]).train()
     first = infer({"net": net}, images(120), run())
     again = infer({"net": net}, images(120), run())
     assert first.facts() == again.facts()
@@ -186,8 +196,8 @@ def test_overflow_is_a_bad_trial_and_no_error() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * torch.where(x.abs().amax() > 10, math.inf, 1.0)
 
-    found = infer({"net": Explodes(usual(1)[0])}, images(), run())
-    assert found.best.convention == usual(1)[0]
+    found = infer({"net": Explodes(usual_normalisations(1)[0])}, images(), run())
+    assert found.best.normalisation == usual_normalisations(1)[0]
 
 
 @pytest.mark.leaves_traces
@@ -239,8 +249,8 @@ def test_the_most_accurate_is_taken_only_over_what_it_clearly_beats(
     hits: tuple[int, int], preferred: str | None, taken: str
 ) -> None:
     conventions = {
-        "most accurate": Convention("most accurate", (0.0,), (1.0,)),
-        "sure": Convention("sure", (0.0,), (0.5,)),
+        "most accurate": Normalisation("most accurate", (0.0,), (1.0,)),
+        "sure": Normalisation("sure", (0.0,), (0.5,)),
     }
     network = Scripted({1.0: script(hits[0], 0.1), 2.0: script(hits[1], 5.0)})
     pixels = torch.arange(80, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 1, 8, 8)
@@ -250,9 +260,9 @@ def test_the_most_accurate_is_taken_only_over_what_it_clearly_beats(
         {"net": network},
         held,
         run(),
-        conventions=list(conventions.values()),
+        normalisations=list(conventions.values()),
         prefer=None if preferred is None else conventions[preferred],
     )
-    assert found.best.convention.name == taken
+    assert found.best.normalisation.name == taken
     told_apart = abs(hits[0] - hits[1]) > 4
     assert bool(found.alternatives) is not told_apart

@@ -113,7 +113,7 @@ def test_other_implementations_of_the_same_network(
     assert set(adapted.state) == set(own)
     assert all(torch.equal(adapted.state[name], own[name]) for name in own)
     assert all(torch.equal(theirs[old], own[new]) for new, old in adapted.renamed.items())
-    assert any("translated" in line for line in adapted.story())
+    assert any("translated" in line for line in adapted.changes_in_words())
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_what_belongs_to_the_training_is_left_out_and_told() -> None:
         adapted = adapt(theirs, shapes("small_cnn[width=4]"))
         assert adapted.fits
         assert list(adapted.dropped) == [name]
-        assert any("belongs to the training" in line for line in adapted.story())
+        assert any("belongs to the training" in line for line in adapted.changes_in_words())
     # Where the network itself has such a tensor, it is the network's.
     assert adapt(with_loss, with_loss).dropped == {}
 
@@ -355,7 +355,7 @@ def test_a_normalising_layer_in_the_file_tells_the_normalisation(names: tuple[st
     assert adapted.mean == pytest.approx(mean.tolist())
     assert adapted.std == pytest.approx(std.tolist())
     assert set(adapted.dropped) == set(names)
-    assert any("normalisation of the pixels" in line for line in adapted.story())
+    assert any("normalisation of the pixels" in line for line in adapted.changes_in_words())
     assert nearest(theirs)[0].fits
 
 

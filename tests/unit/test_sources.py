@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import fake_zoo
 from unbackdoor.errors import ConfigError, InputError, MissingExtra, UnsafeFile, UnsupportedModel
-from unbackdoor.networks.build import canonical, known, network
+from unbackdoor.networks.build import canonical, network, preprocessing_of
 from unbackdoor.networks.geometry import Geometry
 from unbackdoor.networks.sources import SOURCES, optional_libraries
 from unbackdoor.networks.spec import Spec, read_spec, value_of
@@ -113,7 +113,7 @@ def test_without_torchvision_our_own_family_takes_its_place(no_zoo: None, name: 
     keys = net.state_dict()
     stem = "conv1.weight" if name == "resnet18" else "features.0.0.weight"
     assert tuple(keys[stem].shape)[1:] == (3, 7, 7) if name == "resnet18" else (3, 3, 3)
-    facts = known(f"torchvision:{name}")
+    facts = preprocessing_of(f"torchvision:{name}")
     assert "of this package is the same network" in facts.note
     assert facts.size == (224, 224)
     assert facts.mean == (0.485, 0.456, 0.406)
@@ -195,10 +195,10 @@ def test_timm(zoo: Path) -> None:
     net = network("timm:tiny_net[depth=3]", GEOMETRY)
     assert net(torch.rand(2, 3, 16, 16)).shape == (2, 5)
     assert len(net.blocks) == 3  # type: ignore[arg-type]
-    facts = known("timm:tiny_net")
+    facts = preprocessing_of("timm:tiny_net")
     assert (facts.mean, facts.std, facts.size) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), (16, 16))
-    assert not facts.about_the_file
-    assert known("timm:tiny_net[img_size=32]").size == (32, 32)
+    assert not facts.for_these_weights
+    assert preprocessing_of("timm:tiny_net[img_size=32]").size == (32, 32)
     assert canonical("timm:tiny_net[depth=3]") == "timm:tiny_net[depth=3]"
 
 
@@ -272,7 +272,7 @@ def test_torchvision(zoo: Path) -> None:
     assert network("torchvision:tiny_net", GEOMETRY)(torch.rand(2, 3, 16, 16)).shape == (2, 5)
     grey = network("torchvision:tiny_net", Geometry(1, 16, 16, 5))
     assert grey(torch.rand(2, 1, 16, 16)).shape == (2, 5)
-    facts = known("torchvision:tiny_net")
+    facts = preprocessing_of("torchvision:tiny_net")
     assert facts.size == (32, 32)
     assert facts.mean == (0.485, 0.456, 0.406)
 
@@ -318,10 +318,10 @@ def test_transformers_returns_logits_under_its_own_keys(zoo: Path, hf_folder: An
 def test_the_preprocessor_tells_the_normalisation(
     hf_folder: Any, preprocessor: Any, mean: Any, std: Any
 ) -> None:
-    facts = known(f"hf:{hf_folder(preprocessor)}")
+    facts = preprocessing_of(f"hf:{hf_folder(preprocessor)}")
     assert facts.mean == mean
     assert facts.std == std
-    assert facts.about_the_file == (mean is not None)
+    assert facts.for_these_weights == (mean is not None)
     assert facts.class_names == ("cat", "dog")
     assert facts.size == (16, 16)
 
@@ -330,7 +330,7 @@ def test_labels_that_nobody_named_are_no_names(hf_folder: Any) -> None:
     folder = hf_folder(
         {"size": {"shortest_edge": 20}}, id2label={"0": "LABEL_0", "1": "LABEL_1"}, image_size=None
     )
-    facts = known(f"hf:{folder / 'config.json'}")
+    facts = preprocessing_of(f"hf:{folder / 'config.json'}")
     assert facts.class_names is None
     assert facts.size == (20, 20)
 
@@ -344,7 +344,7 @@ def test_configs_that_cannot_be_used(zoo: Path, hf_folder: Any, tmp_path: Path) 
         network(f"hf:{hf_folder()}[a=1]", GEOMETRY)
     (hf_folder() / "config.json").write_text("[1]")
     with pytest.raises(InputError, match="no JSON object"):
-        known(f"hf:{tmp_path / 'hf'}")
+        preprocessing_of(f"hf:{tmp_path / 'hf'}")
 
 
 # The user's own code -------------------------------------------------------------------------------

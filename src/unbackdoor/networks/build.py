@@ -9,8 +9,8 @@ from torch import nn
 
 from unbackdoor.errors import ConfigError
 from unbackdoor.networks.geometry import Geometry
-from unbackdoor.networks.sources import SOURCES, Known
-from unbackdoor.networks.spec import OWN, Spec, read_spec, shown, take_apart
+from unbackdoor.networks.sources import SOURCES, Preprocessing
+from unbackdoor.networks.spec import OWN, Spec, quoted, read_spec, take_apart
 from unbackdoor.registry import ARCHITECTURES, Config, near_match
 from unbackdoor.types import Classifier
 
@@ -35,12 +35,12 @@ def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
     if parsed.source != OWN:
         faults.append(f"expected one of this package, got one of the source {parsed.source}")
     elif parsed.name not in ARCHITECTURES:
-        known = list(ARCHITECTURES)
+        names = list(ARCHITECTURES)
         faults.append(
-            f"unknown name {parsed.name!r}{near_match(parsed.name, known)}; there are: {', '.join(known)}"
+            f"unknown name {parsed.name!r}{near_match(parsed.name, names)}; there are: {', '.join(names)}"
         )
     if faults:
-        raise ConfigError(f"the architecture {shown(spec)}", faults)
+        raise ConfigError(f"the architecture {quoted(spec)}", faults)
     return parsed.name, dict(parsed.options)
 
 
@@ -76,10 +76,10 @@ def canonical(spec: str) -> str:
     return f"{name}[{','.join(written)}]"
 
 
-def known(spec: str) -> Known:
-    """Return what the source of a spec knows of the network's input; nothing for our own registry."""
+def preprocessing_of(spec: str) -> Preprocessing:
+    """Return the preprocessing that the source of a spec states; empty for this package's own networks."""
     foreign = read_spec(spec)
-    return Known() if foreign.source == OWN else SOURCES[foreign.source].known(foreign)
+    return Preprocessing() if foreign.source == OWN else SOURCES[foreign.source].preprocessing_of(foreign)
 
 
 def network(spec: str, geometry: Geometry, *, seed: int = 0, device: str = "cpu") -> nn.Module:

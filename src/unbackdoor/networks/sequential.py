@@ -92,13 +92,13 @@ def numbers(token: str) -> dict[str, int]:
 
 def after(token: str, side: int) -> int:
     """Return the pixels a side that a layer leaves of ``side``; 0 or less where nothing is left."""
-    found = numbers(token)
+    values = numbers(token)
     if token[0] == "c":
-        kernel = found.get("k", 3)
-        return (side + 2 * found.get("p", kernel // 2) - kernel) // max(found.get("s", 1), 1) + 1
+        kernel = values.get("k", 3)
+        return (side + 2 * values.get("p", kernel // 2) - kernel) // max(values.get("s", 1), 1) + 1
     if token[0] in "mv":
-        kernel = found.get(token[0], 2)
-        return (side + 2 * found.get("p", 0) - kernel) // max(found.get("s", kernel), 1) + 1
+        kernel = values.get(token[0], 2)
+        return (side + 2 * values.get("p", 0) - kernel) // max(values.get("s", kernel), 1) + 1
     return side
 
 
@@ -138,26 +138,26 @@ class SequentialCNN(nn.Module):
 def _features(tokens: list[str], channels: int, activation: type[nn.Module]) -> tuple[list[nn.Module], int]:
     layers: list[nn.Module] = []
     for token in tokens:
-        found = numbers(token)
+        values = numbers(token)
         if token[0] == "c":
-            kernel = found.get("k", 3)
-            groups = found.get("g", 1)
-            outputs = found["c"]
+            kernel = values.get("k", 3)
+            groups = values.get("g", 1)
+            outputs = values["c"]
             if not (kernel and outputs and groups and channels % groups == outputs % groups == 0):
                 raise UnsupportedModel(
                     "the layer cannot be built", got=f"{token!r} after {channels} channels", where="features"
                 )
             layers.append(
                 nn.Conv2d(
-                    channels, outputs, kernel, max(found.get("s", 1), 1), found.get("p", kernel // 2),
+                    channels, outputs, kernel, max(values.get("s", 1), 1), values.get("p", kernel // 2),
                     groups=groups, bias=not token.endswith("n"),
                 )
             )  # fmt: skip
             channels = outputs
         elif token[0] in "mv":
-            kernel = max(found.get(token[0], 2), 1)
+            kernel = max(values.get(token[0], 2), 1)
             pool = nn.MaxPool2d if token[0] == "m" else nn.AvgPool2d
-            layers.append(pool(kernel, max(found.get("s", kernel), 1), found.get("p", 0)))
+            layers.append(pool(kernel, max(values.get("s", kernel), 1), values.get("p", 0)))
         else:
             layers.append(_plain(token, nn.BatchNorm2d(channels) if token == "b" else None, activation))
     return layers, channels

@@ -68,7 +68,7 @@ def read_spec(text: str) -> Spec:
     """
     spec, faults = take_apart(text)
     if faults:
-        raise ConfigError(f"the architecture {shown(text)}", faults)
+        raise ConfigError(f"the architecture {quoted(text)}", faults)
     return spec
 
 
@@ -80,7 +80,7 @@ def take_apart(text: str) -> tuple[Spec, list[str]]:
     """
     match = _SPEC.fullmatch(text.strip()) if len(text) <= MAX_SPEC else None
     if match is None:
-        raise ConfigError(f"the architecture {shown(text)}", [_FORMS])
+        raise ConfigError(f"the architecture {quoted(text)}", [_FORMS])
     options, faults = split_options(match["options"] or "")
     if match["python"]:
         return Spec(PYTHON, match["python"], options), faults
@@ -118,6 +118,6 @@ def value_of(text: str) -> bool | int | float | str:
     return text
 
 
-def shown(text: str) -> str:
+def quoted(text: str) -> str:
     """Return a spec quoted and cut short, for messages: it may come from a file."""
     return repr(text if len(text) <= 80 else text[:80] + "...")

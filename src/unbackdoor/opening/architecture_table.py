@@ -105,10 +105,10 @@ def names_hash(shapes: Shapes) -> str:
 
 def shapes_hash(shapes: Shapes, open_places: Sequence[str]) -> str:
     """Return 16 hex digits over names and shapes, with the open extents taken as 0."""
-    held = {name: list(shape) for name, shape in shapes.items() if not name.endswith(_COUNTERS)}
+    extents = {name: list(shape) for name, shape in shapes.items() if not name.endswith(_COUNTERS)}
     for name, axis in map(_place, open_places):
-        held[name][axis] = 0
-    return _digest(sorted(held.items()))
+        extents[name][axis] = 0
+    return _digest(sorted(extents.items()))
 
 
 def nameless_hash(shapes: Iterable[tuple[int, ...]]) -> str:
@@ -161,12 +161,12 @@ def forget_table() -> None:
 
 
 def _extents(shapes: Shapes, places: Sequence[str]) -> set[int]:
-    found: set[int] = set()
+    extents: set[int] = set()
     for name, axis in map(_place, places):
         if name not in shapes or len(shapes[name]) <= axis:
             return {-1, -2}  # another rank: no match
-        found.add(shapes[name][axis])
-    return found
+        extents.add(shapes[name][axis])
+    return extents
 
 
 def _place(text: str) -> tuple[str, int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from unbackdoor.errors import InputError, MissingExtra, UnbackdoorError, UnsupportedModel
-from unbackdoor.networks.build import canonical, known
+from unbackdoor.networks.build import canonical, preprocessing_of
 from unbackdoor.networks.sources.optional_libraries import is_installed
 from unbackdoor.networks.spec import OWN, read_spec
 from unbackdoor.opening.load_tensors import proposal
@@ -19,13 +19,13 @@ from unbackdoor.opening.recognise_chain import averaged
 
 # More than this many ways to complete a network would take minutes to try.
 _MAX_VARIANTS = 48
-# Where one of these is not known the network computes something else altogether.
+# With a wrong value of one of these the network computes something else.
 _DECISIVE = ("activation",)
 _NAMED = "named by the user"
 
 
 @dataclass(frozen=True)
-class Variants:
+class CandidateSet:
     """Specs that may be meant, the more usual first.
 
     Attributes:
@@ -33,7 +33,7 @@ class Variants:
         source: Where they come from, in words.
         decisive: Whether nothing but labelled images can decide between them.
         note: What no tensor shows, in words.
-        candidates: All that fit, for the story.
+        fitting: All that fit, for the provenance.
         absent: The network of a library that has these tensors, where that library is not installed.
     """
 
@@ -41,7 +41,7 @@ class Variants:
     source: str
     decisive: bool = False
     note: str = ""
-    candidates: tuple[Candidate, ...] = field(default=())
+    fitting: tuple[Candidate, ...] = field(default=())
     absent: str = ""
 
     @property
@@ -49,26 +49,26 @@ class Variants:
         """All specs."""
         return tuple(itertools.chain.from_iterable(self.by_side.values()))
 
-    def only(self, side: int | None) -> Variants:
+    def only(self, side: int | None) -> CandidateSet:
         """Return those for images of a size; all where there are none for it."""
         return replace(self, by_side={side: self.by_side[side]}) if side in self.by_side else self
 
-    def first(self) -> Variants:
+    def first(self) -> CandidateSet:
         """Return the most usual one alone."""
         side, specs = next(iter(self.by_side.items()))
         return replace(self, by_side={side: specs[:1]}, decisive=False)
 
 
-def find(
+def find_candidates(
     state: Mapping[str, Tensor], arch: str | None, *, side: int | None, exact: bool, where: Path
-) -> Variants:
+) -> CandidateSet:
     """Return the specs that may be meant.
 
     Args:
         state: Tensors by name.
         arch: What the user named, or None. Options that were not typed and that the tensors show, or that no
             tensor shows, are filled in.
-        side: Pixels a side of the images, where known.
+        side: Pixels a side of the images, or None.
         exact: Whether the model takes no other size.
         where: File, for messages.
 
@@ -79,7 +79,7 @@ def find(
     """
     named = read_spec(arch) if arch is not None else None
     if named is not None and named.source != OWN:
-        return Variants({None: (str(named),)}, _NAMED)
+        return CandidateSet({None: (str(named),)}, _NAMED)
     full = canonical(arch) if arch is not None else ""
     candidates = [c for c in nearest(state, side=side) if c.fits]
     if side is not None and not exact:
@@ -90,7 +90,9 @@ def find(
         agreeing = [
             c for c in candidates if read_spec(c.spec).name == named.name and _agrees(c.spec, named.options)
         ]
-        return _expanded(agreeing, named.options, _NAMED) if agreeing else Variants({None: (full,)}, _NAMED)
+        return (
+            _expanded(agreeing, named.options, _NAMED) if agreeing else CandidateSet({None: (full,)}, _NAMED)
+        )
     if not candidates:
         raise UnsupportedModel(
             "no known architecture has these tensors",
@@ -98,11 +100,11 @@ def find(
             where=where,
             remedy=f"Name the architecture. {proposal(state, side=side)}",
         )
-    preferred = _preferred(candidates)
-    variants = _expanded(preferred, {}, "guessed from names and shapes of the tensors")
-    if all(read_spec(c.spec).name == IN_ORDER for c in preferred) and (others := _foreign(candidates)):
-        return replace(variants, absent=others[0].spec)
-    return variants
+    preferred = _preferred_sources(candidates)
+    candidate_set = _expanded(preferred, {}, "guessed from names and shapes of the tensors")
+    if all(read_spec(c.spec).name == IN_ORDER for c in preferred) and (others := _of_libraries(candidates)):
+        return replace(candidate_set, absent=others[0].spec)
+    return candidate_set
 
 
 def library_size(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
@@ -111,12 +113,12 @@ def library_size(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
         return None
     fitting = [c for c in nearest(state) if c.fits]
     try:
-        return known(_preferred(fitting)[0].spec).size
+        return preprocessing_of(_preferred_sources(fitting)[0].spec).size
     except UnbackdoorError:
         return None
 
 
-def _preferred(candidates: list[Candidate]) -> list[Candidate]:
+def _preferred_sources(candidates: list[Candidate]) -> list[Candidate]:
     """Return our own families, else what an installed library has, else plain chains of layers.
 
     Raises:
@@ -126,7 +128,7 @@ def _preferred(candidates: list[Candidate]) -> list[Candidate]:
     families = [c for c in own if read_spec(c.spec).name != IN_ORDER]
     if families or len(own) == len(candidates):
         return families or own
-    foreign = _foreign(candidates)
+    foreign = _of_libraries(candidates)
     if installed := [c for c in map(_installed, foreign) if c is not None]:
         return installed
     if own:
@@ -135,7 +137,7 @@ def _preferred(candidates: list[Candidate]) -> list[Candidate]:
     raise MissingExtra(library, "zoo", f"the file, which holds the weights of {foreign[0].spec},")
 
 
-def _foreign(candidates: list[Candidate]) -> list[Candidate]:
+def _of_libraries(candidates: list[Candidate]) -> list[Candidate]:
     return [c for c in candidates if read_spec(c.spec).source != OWN]
 
 
@@ -146,16 +148,16 @@ def _installed(candidate: Candidate) -> Candidate | None:
     return replace(candidate, spec=at_hand[0]) if at_hand else None
 
 
-def refuse_to_guess(variants: Variants, where: Path) -> InputError:
-    """Return the error that lists the variants where no image can decide between them."""
+def refuse_to_guess(candidates: CandidateSet, where: Path) -> InputError:
+    """Return the error that lists the candidates where no image can decide between them."""
     return InputError(
         "several networks have these tensors, and without labelled images nothing tells which is meant",
-        expected="one of " + ", ".join(variants.specs[:8]),
+        expected="one of " + ", ".join(candidates.specs[:8]),
         where=where,
         remedy="Name the architecture, or give labelled clean images"
         + (
-            f'; they are the tensors of {variants.absent}: pip install "unbackdoor[zoo]"'
-            if variants.absent
+            f'; they are the tensors of {candidates.absent}: pip install "unbackdoor[zoo]"'
+            if candidates.absent
             else ""
         ),
     )
@@ -171,7 +173,7 @@ def _agrees(spec: str, typed: Mapping[str, str]) -> bool:
     return all(changed.get(key) == value for key, value in parsed.options.items())
 
 
-def _expanded(candidates: list[Candidate], typed: Mapping[str, str], source: str) -> Variants:
+def _expanded(candidates: list[Candidate], typed: Mapping[str, str], source: str) -> CandidateSet:
     by_side: dict[int | None, list[str]] = {}
     for candidate in candidates:
         specs = by_side.setdefault(candidate.side, [])
@@ -188,10 +190,10 @@ def _expanded(candidates: list[Candidate], typed: Mapping[str, str], source: str
                 specs.append(spec)
     unseen = any(key in c.choices and key not in typed for c in candidates for key in _DECISIVE)
     notes = dict.fromkeys(candidate.note for candidate in candidates if candidate.note)
-    return Variants(
+    return CandidateSet(
         {side: tuple(specs) for side, specs in by_side.items()},
         source,
         decisive=unseen or len(candidates) > 1,
         note="; ".join(notes),
-        candidates=tuple(candidates),
+        fitting=tuple(candidates),
     )

@@ -106,17 +106,17 @@ def load_model(
     """
     source = path if isinstance(path, Source) else open_source(path)
     path = source.path
-    known = source.card() if card is None else read_card(Path(card))
+    model_card = source.card() if card is None else read_card(Path(card))
     state = source.state()
-    if known is not None:
-        _require_match(source, known, state)
+    if model_card is not None:
+        _require_match(source, model_card, state)
         if architecture is None:
-            require_trusted(read_spec(known.architecture), card or path.with_suffix(".json"))
-        architecture = architecture or known.architecture
-        input_shape = input_shape or known.input_shape
-        class_names = class_names or known.class_names
-        mean = known.mean if mean is None else mean
-        std = known.std if std is None else std
+            require_trusted(read_spec(model_card.architecture), card or path.with_suffix(".json"))
+        architecture = architecture or model_card.architecture
+        input_shape = input_shape or model_card.input_shape
+        class_names = class_names or model_card.class_names
+        mean = model_card.mean if mean is None else mean
+        std = model_card.std if std is None else std
     if architecture is None or input_shape is None or class_names is None:
         raise InputError(
             "the model has no card",
@@ -132,7 +132,7 @@ def load_model(
         mean=mean or (),
         std=std or (),
         architecture=canonical(architecture),
-        origin=known.origin if known is not None else f"loaded from {path.name}",
+        origin=model_card.origin if model_card is not None else f"loaded from {path.name}",
     ).eval()
 
 
@@ -165,6 +165,6 @@ def _require_shapes(model: Classifier, state: Mapping[str, Tensor], path: Path) 
     spec = read_spec(model.architecture)
     if spec.source != OWN and not SOURCES[spec.source].skeleton:
         return  # comparing would run the user's code once more; the network at hand came from it
-    wanted = skeleton(model.architecture, model.input_shape, model.classes).state_dict()
-    if difference := compare(state, wanted):
-        raise misfit(difference, len(wanted), state, where=path)
+    expected = skeleton(model.architecture, model.input_shape, model.classes).state_dict()
+    if difference := compare(state, expected):
+        raise misfit(difference, len(expected), state, where=path)

@@ -38,7 +38,7 @@ def outputs_of(network: nn.Module, shape: tuple[int, int, int], where: Path | st
         UnsafeFile: If an image would take absurdly much memory or time.
         UnsupportedModel: If the network does not take images of this size, or returns no logits.
     """
-    # A few integers keep their numbers, because sizes may be computed from them.
+    # Small integer tensors keep their values, because sizes may be computed from them.
     state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     bare = {
         name: t.detach().to("meta") if t.is_floating_point() or t.numel() > _MAX_SIZES else t

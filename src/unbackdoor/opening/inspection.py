@@ -1,7 +1,7 @@
 """``inspect``: what a file of weights is, what loading it elsewhere would execute, and what lies in it.
 
-Nothing is executed, and nothing that is wrong with the content is raised: a file that is damaged or dangerous
-is what one wants to read about. Only a file that cannot be opened is an error.
+Nothing is executed. Faults of the content are reported and not raised, because a damaged or dangerous file is
+exactly what this is for. Only a file that cannot be opened is an error.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ class TensorFact:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """An architecture that the names and shapes speak for.
+class CandidateFact:
+    """An architecture that fits the names and shapes.
 
     Attributes:
         spec: Text that builds it.
         fits: Whether every tensor fits.
-        classes: Number of classes, where the weights tell it.
+        classes: Number of classes, where the weights show it.
         note: What differs, or what was found.
     """
 
@@ -77,7 +77,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Normalisation:
+class StatedNormalisation:
     """What is subtracted from pixels in [0, 1], and what they are divided by, one number for each channel.
 
     Attributes:
@@ -141,9 +141,9 @@ class Inspection:
     foreign: tuple[str, ...] = ()
     tensors: tuple[TensorFact, ...] = ()
     parameters: int = 0
-    candidates: tuple[Candidate, ...] = ()
+    candidates: tuple[CandidateFact, ...] = ()
     channels: int | None = None
-    normalisation: Normalisation | None = None
+    normalisation: StatedNormalisation | None = None
     beside: Mapping[str, Fact] = field(default_factory=dict)
     prefix: str = ""
     notes: tuple[str, ...] = ()
@@ -168,15 +168,15 @@ class Inspection:
 
 
 def inspect(model: Path | str | Source, progress: Progress = silent) -> Inspection:
-    """Tell what a file of weights is; nothing in it is executed.
+    """Describe a file of weights; nothing in it is executed.
 
     Args:
         model: The file, or what was opened already.
         progress: Shows how far the reading has come.
 
     Returns:
-        Format, hash, what loading would execute, tensors, likely architectures and normalisation. What is
-        wrong with the content is told there and not raised.
+        Format, hash, what loading would execute, tensors, likely architectures and normalisation. A fault
+        of the content is reported there and not raised.
 
     Raises:
         InputError: If the file cannot be opened.
@@ -255,10 +255,10 @@ def _facts(state: Mapping[str, Tensor]) -> Iterable[TensorFact]:
         yield TensorFact(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), bad)
 
 
-def _candidates(state: Mapping[str, Tensor]) -> tuple[Candidate, ...]:
+def _candidates(state: Mapping[str, Tensor]) -> tuple[CandidateFact, ...]:
     if not state:
         return ()
-    return tuple(Candidate(c.spec, c.fits, c.classes, c.note) for c in nearest(state))
+    return tuple(CandidateFact(c.spec, c.fits, c.classes, c.note) for c in nearest(state))
 
 
 def _channels(state: Mapping[str, Tensor]) -> int | None:
@@ -268,7 +268,7 @@ def _channels(state: Mapping[str, Tensor]) -> int | None:
     return None
 
 
-def _normalisation(source: Source) -> Normalisation | None:
+def _normalisation(source: Source) -> StatedNormalisation | None:
     try:
         card = source.card()
     except InputError:
@@ -276,7 +276,7 @@ def _normalisation(source: Source) -> Normalisation | None:
     if card is not None:
         assert source.card_file is not None
         said_by = f"the card {source.card_file.path.name}"
-        return Normalisation(tuple(card.mean), tuple(card.std), said_by) if card.mean else None
+        return StatedNormalisation(tuple(card.mean), tuple(card.std), said_by) if card.mean else None
     state = source.contents.tensors
     # Many networks carry it as a first layer with two buffers.
     for name, tensor in state.items():
@@ -287,7 +287,7 @@ def _normalisation(source: Source) -> Normalisation | None:
         if other in state and _is_row(state[other]) and state[other].numel() == tensor.numel():
             mean, std = (tuple(float(v) for v in t.flatten().tolist()) for t in (tensor, state[other]))
             if all(v > 0 for v in std) and all(abs(v) < 1e6 for v in (*mean, *std)):
-                return Normalisation(mean, std, f"the tensors {name} and {other}")
+                return StatedNormalisation(mean, std, f"the tensors {name} and {other}")
     return None
 
 

@@ -17,7 +17,7 @@ from unbackdoor.networks.spec import OWN, read_spec
 from unbackdoor.opening.recognise_architecture import IN_ORDER, nearest
 from unbackdoor.opening.rename_tensors import Adapted, Difference, adapt
 
-_SHOWN = 5
+_LISTED = 5
 _PROPOSED = 3
 
 
@@ -73,18 +73,18 @@ def fill(
         UnbackdoorError: See :func:`unbackdoor.networks.build.network`.
     """
     bare = skeleton(architecture, input_shape, classes)
-    wanted = bare.state_dict()
+    expected = bare.state_dict()
     spec = read_spec(architecture)
-    adapted = adapt(state, wanted, in_order=spec.source == OWN and spec.name == IN_ORDER)
+    adapted = adapt(state, expected, in_order=spec.source == OWN and spec.name == IN_ORDER)
     if not adapted.fits:
-        raise misfit(adapted.difference, len(wanted), state, where=where, side=input_shape[1])
-    typed = {name: tensor.to(wanted[name].dtype) for name, tensor in adapted.state.items()}
+        raise misfit(adapted.difference, len(expected), state, where=where, side=input_shape[1])
+    typed = {name: tensor.to(expected[name].dtype) for name, tensor in adapted.state.items()}
     # Only now: a number that float64 can hold may be an infinity in float32.
     require_finite(typed, where)
     if spec.source == OWN:
         bare.load_state_dict(typed, strict=True, assign=True)
         return Filled(bare, adapted)
-    if any(tensor.is_meta for tensor in wanted.values()):
+    if any(tensor.is_meta for tensor in expected.values()):
         # Networks of other libraries hold values that no state dict has, such as tables of positions: they
         # are computed by building the network again, which now costs no more than the file itself.
         channels, height, width = input_shape
@@ -146,8 +146,8 @@ def require_finite(state: Mapping[str, Tensor], where: Path | str) -> None:
 def some(names: tuple[str, ...]) -> str:
     """Return the first names, and how many more there are."""
     # Names come from the file: shown quoted, so that no control character reaches a terminal.
-    shown = ", ".join(repr(name[:120])[1:-1] for name in names[:_SHOWN])
-    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
+    listed = ", ".join(repr(name[:120])[1:-1] for name in names[:_LISTED])
+    return listed if len(names) <= _LISTED else f"{listed} and {len(names) - _LISTED} more"
 
 
 def _unbuilt(architecture: str, error: BaseException) -> UnbackdoorError:

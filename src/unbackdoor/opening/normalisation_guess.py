@@ -1,15 +1,14 @@
 """Which normalisation, and which of several variants of a network, is meant: judged by clean accuracy.
 
-A bare state dict does not say how pixels were scaled before they met the network, and some choices (an
-activation, a pooling) leave no trace in its tensors. All usual conventions are tried on clean images, first
-on a few, the better ones on more. The one with the most right answers leads, and wins over those that it
-beats clearly: an exact one-sided sign test, at 5 %, on the images on which the two disagree. All others are
-its equals, also where they have a few images less. Of these is taken: the convention of the architecture's
-own library; else the one with the lowest cross-entropy; of data sets' conventions whose losses are no clearer
-apart (a paired test, 1 %), the one whose numbers are nearest to the statistics of these images, because that
-is what most conventions are. Without labels, or with images of one class only, which a network that always
-says the same gets right too, a weak sign is left: how much the predictions say about the images (mutual
-information).
+A bare state dict does not say how pixels were scaled before the network, and some choices (an activation, a
+pooling) leave no trace in its tensors. All usual normalisations are tried on clean images: first on a few
+images, then the better ones on more. The normalisation with the most correct predictions leads. It is better
+than another one only by an exact one-sided sign test, at 5 %, on the images on which the two disagree; all
+others count as equal to it. Among the equal ones, that of the architecture's own library is taken; else the
+one with the lowest cross-entropy; and among those of data sets whose losses do not differ clearly (a paired
+test, 1 %) the one nearest to the statistics of these images, because most normalisations are such statistics.
+Without labels, or with images of one class only, which a constant prediction gets right too, only weak
+evidence is left: the mutual information of images and predictions.
 
 Rule of the warning: clean accuracy looks too low where the upper end of its 95 % interval lies under 60 %, or
 under three times chance where that is more, but never above 90 %.
@@ -35,20 +34,20 @@ from unbackdoor.types import Images
 
 # (images, how many of the best go on to the next round). Every round adds images to those of the last.
 ROUNDS = ((32, 24), (64, 12), (128, 6), (256, 4), (500, 4))
-# Before them where there are hundreds of trials, most of which a glance rules out.
-_GLANCE = (8, 96)
+# Comes before them where there are hundreds of trials: a few images rule out most of them.
+_FIRST_ROUND = (8, 96)
 _LARGE, _LARGE_ROUNDS = 96 * 96, 3  # pixels of an image beyond which fewer rounds must do
-LEVEL = 0.05  # of the sign test that tells two trials apart
-_Z = 2.326  # normal quantile of the test of losses, 1 %, because several are held against the lowest
+LEVEL = 0.05  # of the sign test that compares two trials
+_Z = 2.326  # normal quantile of the test of losses, 1 %, because several are compared with the lowest
 _LOW, _TIMES_CHANCE, _NEVER_ABOVE = 0.6, 3, 0.9
 _BATCH_PIXELS = 1 << 23  # values of one batch of float images, 32 MiB
 _LISTED = 20
-_PER_CLASS = 5  # images, from which on an agreement means something
-_FEW = 30  # images, below which an accuracy says little
+_PER_CLASS = 5  # images of a class from which on an agreement counts
+_MIN_IMAGES = 30  # images, below which an accuracy says little
 
 
 @dataclass(frozen=True)
-class Convention:
+class Normalisation:
     """A way to scale pixels in [0, 1] before they meet a network: ``(pixels - mean) / std``.
 
     Attributes:
@@ -70,34 +69,36 @@ class Convention:
 
 
 _RGB = (
-    Convention("CIFAR-10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    Convention("CIFAR-10, deviation of the image means", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    Convention("CIFAR-100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    Convention("ImageNet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    Convention("Tiny ImageNet", (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
-    Convention("GTSRB", (0.3403, 0.3121, 0.3214), (0.2724, 0.2608, 0.2669)),
-    Convention("SVHN", (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+    Normalisation("CIFAR-10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    Normalisation(
+        "CIFAR-10, deviation of the image means", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+    ),
+    Normalisation("CIFAR-100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    Normalisation("ImageNet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    Normalisation("Tiny ImageNet", (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
+    Normalisation("GTSRB", (0.3403, 0.3121, 0.3214), (0.2724, 0.2608, 0.2669)),
+    Normalisation("SVHN", (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
 )
-_GREY = (Convention("MNIST", (0.1307,), (0.3081,)), Convention("Fashion-MNIST", (0.2860,), (0.3530,)))
+_GREY = (Normalisation("MNIST", (0.1307,), (0.3081,)), Normalisation("Fashion-MNIST", (0.2860,), (0.3530,)))
 
 
-def usual(channels: int) -> tuple[Convention, ...]:
-    """Return the usual conventions for images of C channels."""
+def usual_normalisations(channels: int) -> tuple[Normalisation, ...]:
+    """Return the usual normalisations for images of C channels."""
     general = (
-        Convention("none, pixels in [0, 1]"),
-        Convention("pixels in [-1, 1]", (0.5,) * channels, (0.5,) * channels),
-        Convention("pixels in [0, 255]", (0.0,) * channels, (1 / 255,) * channels),
+        Normalisation("none, pixels in [0, 1]"),
+        Normalisation("pixels in [-1, 1]", (0.5,) * channels, (0.5,) * channels),
+        Normalisation("pixels in [0, 255]", (0.0,) * channels, (1 / 255,) * channels),
     )
     return general[:1] + {3: _RGB, 1: _GREY}.get(channels, ()) + general[1:]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What one variant of a network does under one convention.
+    """What one variant of a network does under one normalisation.
 
     Attributes:
         variant: Name of the variant.
-        convention: The scaling.
+        normalisation: How the pixels are scaled.
         total: Images tried.
         hits: Images classified as labelled; None without labels.
         loss: Mean cross-entropy in nats; NaN without labels.
@@ -105,7 +106,7 @@ class Trial:
     """
 
     variant: str
-    convention: Convention
+    normalisation: Normalisation
     total: int
     hits: int | None
     loss: float
@@ -120,9 +121,9 @@ class Trial:
         """Return the trial as a JSON object."""
         return {
             "variant": self.variant,
-            "convention": self.convention.name,
-            "mean": list(self.convention.mean),
-            "std": list(self.convention.std),
+            "convention": self.normalisation.name,
+            "mean": list(self.normalisation.mean),
+            "std": list(self.normalisation.std),
             "images": self.total,
             "accuracy": None if self.hits is None else self.hits / self.total,
             "loss": self.loss if math.isfinite(self.loss) else None,
@@ -132,15 +133,15 @@ class Trial:
 
 @dataclass(frozen=True)
 class Inferred:
-    """The variant and convention that were found, and how sure that is.
+    """The variant and the normalisation that were chosen, and how certain the choice is.
 
     Attributes:
         best: The trial that was taken.
         trials: All trials, best first; those tried on few images only come last.
         interval: 95 % interval of the clean accuracy; the whole unit interval without labels.
-        by_labels: Whether clean accuracy decided; otherwise only a weak sign did.
-        alternatives: Other variants or conventions that these images cannot tell from the best.
-        warning: Why the result should not be trusted, or empty.
+        by_labels: Whether clean accuracy decided; otherwise only the mutual information did.
+        alternatives: Other variants or normalisations that are as good as the best on these images.
+        warning: Why the result should not be trusted; empty if there is no reason.
         notes: Further observations, in words.
     """
 
@@ -171,37 +172,39 @@ def infer(
     images: Images,
     run: Run,
     *,
-    conventions: Sequence[Convention] | None = None,
-    prefer: Convention | None = None,
+    normalisations: Sequence[Normalisation] | None = None,
+    prefer: Normalisation | None = None,
 ) -> Inferred:
-    """Find the variant and the convention under which clean images are classified best.
+    """Find the variant and the normalisation under which clean images are classified best.
 
     Args:
         variants: Bare networks by name, the more usual first; they take scaled pixels.
         images: Clean images in the networks' input size, at best with labels.
         run: Device, precision, and the draw of the images.
-        conventions: What to try; None is :func:`usual`.
-        prefer: One of the conventions that wins over those that cannot be told apart from it.
+        normalisations: What to try; None is :func:`usual_normalisations`.
+        prefer: One of the normalisations; taken where it is among the equally good ones.
 
     Raises:
         InputError: If there is no image or no variant.
     """
-    tried = tuple(conventions) if conventions is not None else usual(images.shape[0])
-    if not len(images) or not variants or not tried:
+    candidates = (
+        tuple(normalisations) if normalisations is not None else usual_normalisations(images.shape[0])
+    )
+    if not len(images) or not variants or not candidates:
         raise InputError("there is nothing to judge by", expected="images, variants and conventions")
-    rows = _spread(images, run)
+    rows = _rows_in_turns(images, run)
     classes = 0 if images.labels is None else len(images.truth.unique())
     judged = images if classes > 1 else replace(images, labels=None)
-    alive = [(name, convention) for name in variants for convention in tried]
-    logits: dict[tuple[str, Convention], Tensor] = {}
+    alive = [(name, normalisation) for name in variants for normalisation in candidates]
+    logits: dict[tuple[str, Normalisation], Tensor] = {}
     out: list[Trial] = []
     done = 0
-    trials: dict[tuple[str, Convention], Trial] = {}
-    close = [convention for convention in tried if convention in _RGB + _GREY]
+    trials: dict[tuple[str, Normalisation], Trial] = {}
+    close = [normalisation for normalisation in candidates if normalisation in _RGB + _GREY]
     favourite = prefer or (min(close, key=lambda c: _distance(c, images)) if close else None)
     small = images.shape[1] * images.shape[2] <= _LARGE
     rounds = ROUNDS if small else ROUNDS[:_LARGE_ROUNDS]
-    for size, kept in rounds if len(alive) <= _GLANCE[1] else (_GLANCE, *rounds):
+    for size, survivors in rounds if len(alive) <= _FIRST_ROUND[1] else (_FIRST_ROUND, *rounds):
         part, seen = judged.subset(rows[done:size]), judged.subset(rows[:size])
         for pair in run.progress(alive, f"trying conventions on {len(seen)} images"):
             new = _logits(variants[pair[0]], pair[1], part, run)
@@ -211,40 +214,40 @@ def infer(
         done = len(seen)
         if done == len(rows):
             break
-        # Kept in any case, because among equals it will be taken.
+        # Always retained, because among equals it will be taken.
         preferred = [pair for pair in alive if pair[1] == favourite][:1]
-        preferred = [pair for pair in preferred if pair in alive[kept:]]
-        out = [trials[pair] for pair in alive[kept:] if pair not in preferred] + out
-        alive = alive[:kept] + preferred
+        preferred = [pair for pair in preferred if pair in alive[survivors:]]
+        out = [trials[pair] for pair in alive[survivors:] if pair not in preferred] + out
+        alive = alive[:survivors] + preferred
     used = judged.subset(rows[:done])
     top = alive[0]
     ties = [top]
     if used.labels is not None:
         right = {pair: _right(logits[pair], used) for pair in alive}
-        ties = [pair for pair in alive if not _differ(right[top], right[pair])]
+        ties = [pair for pair in alive if not _clearly_better(right[top], right[pair])]
     ties.sort(key=lambda pair: (prefer is not None and pair[1] != prefer, _finite(trials[pair].loss)))
     best = ties[0]
     if used.labels is not None and best[1] != prefer and best[1] in _RGB + _GREY:
         losses = {p: functional.cross_entropy(logits[p], used.truth, reduction="none") for p in ties}
         even = [p for p in ties if p[0] == best[0] and p[1] in _RGB + _GREY]
-        even = [p for p in even if not _worse(losses[p], losses[best])]
+        even = [p for p in even if not _clearly_worse(losses[p], losses[best])]
         best = min(even, key=lambda p: _distance(p[1], used))
     ties = [best, *(pair for pair in ties if pair != best)]
     trial = trials[best]
     ranked = (trial, *(trials[pair] for pair in alive if pair != best), *out)
     others = tuple(trials[pair] for pair in ties[1:])
     if trial.hits is None:
-        several = len(tried) * len(variants) > 1
+        several = len(candidates) * len(variants) > 1
         return Inferred(
             trial, ranked, Interval(0.0, 1.0), False, warning=_UNJUDGED[classes] if several else ""
         )
     interval = wilson(trial.hits, trial.total)
-    notes = _observed(variants[best[0]], best[1], used, logits[best], run)
-    warning = _suspicion(trial, interval, images.classes, len(tried) * len(variants))
+    notes = _observations(variants[best[0]], best[1], used, logits[best], run)
+    warning = _accuracy_warning(trial, interval, images.classes, len(candidates) * len(variants))
     if warning:
-        # Where the labels mislead, the most accurate trial is anything; the most decided one is the clue.
+        # With misleading labels accuracy says nothing; the trial with the most informative predictions does.
         clue = max(trials, key=lambda pair: trials[pair].information)
-        notes += _other_order(_logits(variants[clue[0]], clue[1], used, run), used, interval)
+        notes += _class_order_note(_logits(variants[clue[0]], clue[1], used, run), used, interval)
     return Inferred(trial, ranked, interval, True, others, warning, notes)
 
 
@@ -260,7 +263,7 @@ def lowest_plausible(classes: int) -> float:
     return min(_NEVER_ABOVE, max(_LOW, _TIMES_CHANCE / classes))
 
 
-def _suspicion(trial: Trial, interval: Interval, classes: int, tried: int) -> str:
+def _accuracy_warning(trial: Trial, interval: Interval, classes: int, tried: int) -> str:
     limit = lowest_plausible(classes)
     if interval.high >= limit:
         return ""
@@ -273,18 +276,18 @@ def _suspicion(trial: Trial, interval: Interval, classes: int, tried: int) -> st
     )
 
 
-def _observed(
-    network: nn.Module, convention: Convention, images: Images, logits: Tensor, run: Run
+def _observations(
+    network: nn.Module, normalisation: Normalisation, images: Images, logits: Tensor, run: Run
 ) -> tuple[str, ...]:
     """Return what else the images show: another order of colours or of classes."""
     notes = []
     total = len(images)
     here = wilson(int(_right(logits, images).sum()), total)
-    if total < _FEW:
+    if total < _MIN_IMAGES:
         notes.append(f"only {total} images were at hand, so that the accuracy is known roughly")
     if images.shape[0] == 3:
         swapped = replace(images, pixels=images.pixels.flip(1))
-        hits = int(_right(_logits(network, convention, swapped, run), swapped).sum())
+        hits = int(_right(_logits(network, normalisation, swapped, run), swapped).sum())
         if wilson(hits, total).low > here.high:
             notes.append(
                 f"with blue first instead of red the accuracy is {hits / total:.1%}: the model seems to "
@@ -293,7 +296,7 @@ def _observed(
     return tuple(notes)
 
 
-def _other_order(logits: Tensor, images: Images, here: Interval) -> tuple[str, ...]:
+def _class_order_note(logits: Tensor, images: Images, here: Interval) -> tuple[str, ...]:
     """Say so where each class is answered by one other class, as if the classes were in another order."""
     predicted = logits.argmax(1)
     shares = torch.zeros(images.classes, logits.shape[1])
@@ -315,7 +318,7 @@ def _other_order(logits: Tensor, images: Images, here: Interval) -> tuple[str, .
 # ---------------------------------------------------------------------------------------------------
 
 
-def _trial(pair: tuple[str, Convention], logits: Tensor, images: Images) -> Trial:
+def _trial(pair: tuple[str, Normalisation], logits: Tensor, images: Images) -> Trial:
     probabilities = logits.softmax(1).clamp_min(1e-12)
     mean = probabilities.mean(0)
     information = float(-(mean * mean.log()).sum() + (probabilities * probabilities.log()).sum(1).mean())
@@ -330,13 +333,13 @@ def _right(logits: Tensor, images: Images) -> Tensor:
 
 
 @torch.inference_mode()
-def _logits(network: nn.Module, convention: Convention, images: Images, run: Run) -> Tensor:
+def _logits(network: nn.Module, normalisation: Normalisation, images: Images, run: Run) -> Tensor:
     batch = max(1, _BATCH_PIXELS // math.prod(images.shape))
     out = []
     with mode(network, training=False):
         for start in range(0, len(images), batch):
-            pixels = convention(to_float(images.pixels[start : start + batch], run.device))  # (B, C, H, W)
-            # A wrong convention may overflow; such a trial is simply a bad one.
+            pixels = normalisation(to_float(images.pixels[start : start + batch], run.device))  # (B, C, H, W)
+            # A wrong normalisation may overflow; such a trial is simply a bad one.
             out.append(logits_of(network, pixels, run).cpu().nan_to_num(0.0, 1e4, -1e4))
     logits = torch.cat(out)  # (N, K)
     if images.labels is not None and logits.shape[1] < images.classes:
@@ -359,7 +362,7 @@ def _finite(loss: float) -> float:
     return loss if math.isfinite(loss) else math.inf
 
 
-def _differ(best: Tensor, other: Tensor) -> bool:
+def _clearly_better(best: Tensor, other: Tensor) -> bool:
     """Tell whether the first is right clearly more often, by an exact sign test on their disagreements."""
     wins, losses = int((best & ~other).sum()), int((other & ~best).sum())
     trials = wins + losses
@@ -367,20 +370,20 @@ def _differ(best: Tensor, other: Tensor) -> bool:
     return tail <= LEVEL
 
 
-def _worse(loss: Tensor, than: Tensor) -> bool:
+def _clearly_worse(loss: Tensor, than: Tensor) -> bool:
     """Tell whether losses (N,) are clearly the higher ones, by a paired one-sided z-test."""
     gap = loss - than
     return bool(gap.mean() > _Z * gap.std() / math.sqrt(len(gap)))
 
 
-def _distance(convention: Convention, images: Images) -> float:
-    """Return how far a convention's numbers are from the statistics of the images."""
+def _distance(normalisation: Normalisation, images: Images) -> float:
+    """Return how far a normalisation's numbers are from the statistics of the images."""
     pixels = images.pixels.float().div(255).transpose(0, 1).flatten(1)  # (C, N H W)
     own = torch.cat([pixels.mean(1), pixels.std(1, correction=0)]).cpu()
-    return float((own - torch.tensor([*convention.mean, *convention.std])).norm())
+    return float((own - torch.tensor([*normalisation.mean, *normalisation.std])).norm())
 
 
-def _spread(images: Images, run: Run) -> Tensor:
+def _rows_in_turns(images: Images, run: Run) -> Tensor:
     """Return the rows in a random order that takes the classes in turns."""
     shuffled = torch.randperm(len(images), generator=run.generator("convention"))
     if images.labels is None:

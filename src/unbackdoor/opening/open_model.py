@@ -1,9 +1,9 @@
 """Open a file of weights that somebody else wrote: as a classifier, with everything that had to be assumed.
 
-Nothing in the file is executed. What the file does not say is taken, in this order, from the arguments, from
-a card beside it, from the configuration of the architecture's source, and last from clean images: a way to
-read them under which the model is not clearly less accurate than under any other (the whole rule stands in
-``normalisation_guess``). Its provenance tells which of these it was, for each fact.
+Nothing in the file is executed. What the file does not state is taken, in this order, from the arguments, a
+card beside it, from the configuration of the architecture's source, and last from clean images: the
+normalisation with which the model classifies them best (``normalisation_guess`` states the whole rule). The
+provenance names the source of each fact.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from unbackdoor.data.loaders import load_images
 from unbackdoor.engine.inference import mode
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import ConfigError, InputError, UnsupportedModel
-from unbackdoor.networks.build import canonical, known
-from unbackdoor.networks.sources import Known
-from unbackdoor.opening.candidates import Variants, find, library_size, refuse_to_guess
+from unbackdoor.networks.build import canonical, preprocessing_of
+from unbackdoor.networks.sources import Preprocessing
+from unbackdoor.opening.candidates import CandidateSet, find_candidates, library_size, refuse_to_guess
 from unbackdoor.opening.classifier_files import load_model
 from unbackdoor.opening.cost_limits import outputs_of
 from unbackdoor.opening.load_tensors import Filled, fill, require_finite
-from unbackdoor.opening.normalisation_guess import Convention, Inferred, infer, usual
+from unbackdoor.opening.normalisation_guess import Inferred, Normalisation, infer, usual_normalisations
 from unbackdoor.opening.provenance import ArchitectureOrigin, NameChanges, NormalisationOrigin, Provenance
 from unbackdoor.opening.recognise_architecture import ends
 from unbackdoor.opening.rename_tensors import Adapted, Difference
@@ -40,7 +40,7 @@ from unbackdoor.weights.source import Source, open_source
 _USUAL_SIDE = 32
 _ASSUMED_SIZE = "assumed"
 _LARGE = 96 * 96  # pixels of an image
-_ASSUMED = Convention("none, pixels in [0, 1]")
+_ASSUMED = Normalisation("none, pixels in [0, 1]")
 _GRAPH = "the file's own graph"
 
 
@@ -98,9 +98,9 @@ def open_model(
         images: Clean images, at best labelled, or where to load them from. Without any, an architecture or a
             normalisation that the file does not show is assumed, with a warning.
         class_names: K names, in logit order.
-        mean: Per-channel mean; empty for no normalisation; None for not known: then of the usual ones that
-            the images do not tell from the most accurate (sign test, 5 %), the library's own is taken, else
-            the one with the lowest loss.
+        mean: Per-channel mean; empty for no normalisation; None if unknown: then of the usual ones that
+            are not clearly less accurate than the best on the images (sign test, 5 %), the library's own is
+            taken, else the one with the lowest loss.
         std: Per-channel deviation, likewise.
         size: (H, W) of the model's input.
         run: Device, precision and seed of the trials; None is the CPU and seed 0.
@@ -119,16 +119,16 @@ def open_model(
     """
     run = run or Run.create(progress=progress)
     _require_arguments(mean, std, size)
-    given = _Given(arch, class_names, mean, std, size)
+    arguments = _Arguments(arch, class_names, mean, std, size)
     source = path if isinstance(path, Source) else open_source(path)
     card = source.card()
     if card is not None:
-        return _with_card(source, card, given, images, run, progress)
-    return _bare(source, given, images, run, progress)
+        return _with_card(source, card, arguments, images, run, progress)
+    return _without_card(source, arguments, images, run, progress)
 
 
 @dataclass(frozen=True)
-class _Given:
+class _Arguments:
     arch: str | None
     class_names: Sequence[str] | None
     mean: Sequence[float] | None
@@ -136,10 +136,10 @@ class _Given:
     size: tuple[int, int] | None
 
     @property
-    def convention(self) -> Convention | None:
+    def normalisation(self) -> Normalisation | None:
         if self.mean is None or self.std is None:
             return None
-        return Convention("as given", tuple(self.mean), tuple(self.std))
+        return Normalisation("as given", tuple(self.mean), tuple(self.std))
 
 
 def _require_arguments(
@@ -163,66 +163,66 @@ def _require_arguments(
 def _with_card(
     source: Source,
     card: ModelCard,
-    given: _Given,
+    arguments: _Arguments,
     images: Images | Path | str | None,
     run: Run,
     progress: Progress,
 ) -> Opened:
     path = source.path
-    if given.class_names is not None and len(given.class_names) != len(card.class_names):
-        raise _names_misfit(len(card.class_names), given.class_names, path)
-    shape = (card.input_shape[0], *given.size) if given.size is not None else None
+    if arguments.class_names is not None and len(arguments.class_names) != len(card.class_names):
+        raise _names_misfit(len(card.class_names), arguments.class_names, path)
+    shape = (card.input_shape[0], *arguments.size) if arguments.size is not None else None
     model = load_model(
         source,
-        architecture=given.arch,
+        architecture=arguments.arch,
         input_shape=shape,
-        class_names=given.class_names,
-        mean=given.mean,
-        std=given.std,
+        class_names=arguments.class_names,
+        mean=arguments.mean,
+        std=arguments.std,
     )
-    held, told = _fitting_images(images, model.input_shape, model.class_names, progress)
+    conformed, image_changes = _fitting_images(images, model.input_shape, model.class_names, progress)
     mean, std = normalisation(model)
-    scale = given.convention or Convention("the card's", mean, std)
-    inferred = _judge({model.architecture: model.network}, held, [scale], None, run)
+    scale = arguments.normalisation or Normalisation("the card's", mean, std)
+    inferred = _infer_normalisation({model.architecture: model.network}, conformed, [scale], None, run)
     provenance = Provenance(
         path.name,
         True,
-        ArchitectureOrigin(model.architecture, "named by the user" if given.arch else "the card"),
+        ArchitectureOrigin(model.architecture, "named by the user" if arguments.arch else "the card"),
         NameChanges(),
-        NormalisationOrigin.of(scale, "arguments" if given.convention else "the card"),
+        NormalisationOrigin.of(scale, "arguments" if arguments.normalisation else "the card"),
         model.input_shape,
-        "arguments" if given.size else "the card",
+        "arguments" if arguments.size else "the card",
         model.classes,
-        "arguments" if given.class_names else "the card",
+        "arguments" if arguments.class_names else "the card",
     )
-    return Opened(model, held, provenance.measured(told, inferred, []), source=source)
+    return Opened(model, conformed, provenance.measured(image_changes, inferred, []), source=source)
 
 
 # ---------------------------------------------------------------------------------------------------
 # Without one
 
 
-def _bare(
-    source: Source, given: _Given, images: Images | Path | str | None, run: Run, progress: Progress
+def _without_card(
+    source: Source, arguments: _Arguments, images: Images | Path | str | None, run: Run, progress: Progress
 ) -> Opened:
-    if source.graph is not None and not source.contents.dangerous and given.arch is None:
+    if source.graph is not None and not source.contents.dangerous and arguments.arch is None:
         try:
             network = import_graph(source.graph)
         except UnsupportedModel as unknown:  # an operator that is not imported
             if source.contents.problem is not None:
                 raise
             try:
-                return _by_names(source, given, images, run, progress)
+                return _by_names(source, arguments, images, run, progress)
             except UnsupportedModel:
-                raise unknown from None  # what it is, and not what it resembles
-        return _own_graph(source, network, given, images, run, progress)
-    return _by_names(source, given, images, run, progress)
+                raise unknown from None  # the fault of the graph, not of the guess
+        return _own_graph(source, network, arguments, images, run, progress)
+    return _by_names(source, arguments, images, run, progress)
 
 
 def _own_graph(
     source: Source,
     network: fx.GraphModule,
-    given: _Given,
+    arguments: _Arguments,
     images: Images | Path | str | None,
     run: Run,
     progress: Progress,
@@ -231,17 +231,30 @@ def _own_graph(
     path = source.path
     require_finite(network.state_dict(), path)
     stated = network.meta["input_shape"]
-    raw = load_images_of(images, given.size or (stated[1:] if stated else None), progress)
+    raw = load_images_of(images, arguments.size or (stated[1:] if stated else None), progress)
     channels = network.meta["channels"] or (raw.shape[0] if raw is not None else _channels(network))
-    facts = Known(size=stated[1:], size_fixed=True, source=_GRAPH) if stated else Known()
-    size, size_source = _sizes(given, facts, None, raw.shape[1:] if raw is not None else None)[0]
+    stated_by_graph = (
+        Preprocessing(size=stated[1:], size_fixed=True, source=_GRAPH) if stated else Preprocessing()
+    )
+    size, size_source = _sizes(arguments, stated_by_graph, None, raw.shape[1:] if raw is not None else None)[
+        0
+    ]
     shape = (channels, *size)
     classes = outputs_of(network, shape, path)
     _require_separate(network, shape, path)
-    names, names_source = _class_names(given, Known(), raw, classes)
+    names, names_source = _class_names(arguments, Preprocessing(), raw, classes)
     filled = Filled(network, Adapted({}, Difference((), (), (), 0)))
-    attempt = _opened_as(
-        path, lambda *_: {_GRAPH: filled}, given, Known(), raw, shape, size_source, names, run, progress
+    attempt = _open_at_shape(
+        path,
+        lambda *_: {_GRAPH: filled},
+        arguments,
+        Preprocessing(),
+        raw,
+        shape,
+        size_source,
+        names,
+        run,
+        progress,
     )
     warnings = [_assumed_size(shape)] if size_source == _ASSUMED_SIZE else []
     architecture = ArchitectureOrigin("ONNX", _GRAPH, "; ".join(network.meta["notes"]))
@@ -251,60 +264,64 @@ def _own_graph(
 
 def _by_names(
     source: Source,
-    given: _Given,
+    arguments: _Arguments,
     images: Images | Path | str | None,
     run: Run,
     progress: Progress,
 ) -> Opened:
-    """Open a file as a network that has its tensors: the named one, or a known one."""
+    """Open a file as a network that has its tensors: the named one, or a registered one."""
     path, state = source.path, source.state()
-    facts = known(given.arch) if given.arch is not None else Known()
-    stated = facts.size if given.arch is not None else library_size(state)
-    raw = load_images_of(images, given.size or stated, progress)
+    preprocessing = preprocessing_of(arguments.arch) if arguments.arch is not None else Preprocessing()
+    stated = preprocessing.size if arguments.arch is not None else library_size(state)
+    raw = load_images_of(images, arguments.size or stated, progress)
     channels, classes = ends(state)
     channels = channels or (raw.shape[0] if raw is not None else 3)
-    warnings = [facts.note] if facts.note else []
-    side = given.size[0] if given.size else (raw.shape[1] if raw is not None else None)
-    variants = find(state, given.arch, side=side, exact=given.size is not None, where=path)
+    warnings = [preprocessing.note] if preprocessing.note else []
+    side = arguments.size[0] if arguments.size else (raw.shape[1] if raw is not None else None)
+    candidates = find_candidates(
+        state, arguments.arch, side=side, exact=arguments.size is not None, where=path
+    )
     if raw is None or raw.labels is None:
-        variants = variants.only(side)
-        if len(variants.specs) > 1 and variants.decisive:
-            raise refuse_to_guess(variants, path)
-        if len(variants.specs) > 1:
-            variants = variants.first()
-            warnings.append(f"{variants.note}; the most usual was assumed: {variants.specs[0]}")
-    if given.arch is None:
-        facts = known(variants.specs[0])
-    names, names_source = _class_names(given, facts, raw, classes)
+        candidates = candidates.only(side)
+        if len(candidates.specs) > 1 and candidates.decisive:
+            raise refuse_to_guess(candidates, path)
+        if len(candidates.specs) > 1:
+            candidates = candidates.first()
+            warnings.append(f"{candidates.note}; the most usual was assumed: {candidates.specs[0]}")
+    if arguments.arch is None:
+        preprocessing = preprocessing_of(candidates.specs[0])
+    names, names_source = _class_names(arguments, preprocessing, raw, classes)
     attempts: list[_Attempt] = []
     failures: list[UnsupportedModel] = []
-    for shape, specs, size_source in _plan(channels, given, facts, variants, raw):
+    for shape, specs, size_source in _shapes_to_try(channels, arguments, preprocessing, candidates, raw):
         if attempts and attempts[-1].convincing:
             break
 
         def build(shape: Shape, classes: int, specs: tuple[str, ...] = specs) -> dict[str, Filled]:
-            return _filled(specs, state, shape, classes, path)
+            return _fill_all(specs, state, shape, classes, path)
 
         try:
             attempts.append(
-                _opened_as(path, build, given, facts, raw, shape, size_source, names, run, progress)
+                _open_at_shape(
+                    path, build, arguments, preprocessing, raw, shape, size_source, names, run, progress
+                )
             )
         except UnsupportedModel as error:
-            # Another size may do; if none does, the first reason is the one to tell.
+            # Another size may fit; if none does, the first error is raised.
             failures.append(error)
-    if not attempts and given.class_names is not None and classes not in (None, len(names)):
-        # Built with as many outputs as there are names, no network fits; the names are what is wrong.
+    if not attempts and arguments.class_names is not None and classes not in (None, len(names)):
+        # No network with as many outputs as names fits, so the names are wrong.
         raise _names_misfit(classes, names, path) from failures[0]
     if not attempts:
         raise failures[0]
     attempt = max(attempts, key=lambda a: a.inferred.interval.low if a.inferred is not None else 0.0)
-    if given.size is None and raw is None and attempt.size_source == _ASSUMED_SIZE:
+    if arguments.size is None and raw is None and attempt.size_source == _ASSUMED_SIZE:
         warnings.append(_assumed_size(attempt.shape))
     architecture = ArchitectureOrigin(
         attempt.model.architecture,
-        variants.source,
-        variants.note,
-        tuple(candidate.spec for candidate in variants.candidates),
+        candidates.source,
+        candidates.note,
+        tuple(candidate.spec for candidate in candidates.fitting),
     )
     return _with_provenance(source, attempt, architecture, names_source, warnings)
 
@@ -356,7 +373,7 @@ class _Attempt:
     images: Images | None
     shape: tuple[int, int, int]
     size_source: str
-    scale: Convention
+    scale: Normalisation
     scale_source: str
     inferred: Inferred | None
     changes: tuple[str, ...]
@@ -368,11 +385,11 @@ class _Attempt:
         return self.inferred is None or (self.inferred.by_labels and not self.inferred.warning)
 
 
-def _opened_as(
+def _open_at_shape(
     path: Path,
     build: Callable[[Shape, int], dict[str, Filled]],
-    given: _Given,
-    facts: Known,
+    arguments: _Arguments,
+    preprocessing: Preprocessing,
     raw: Images | None,
     shape: Shape,
     size_source: str,
@@ -384,32 +401,34 @@ def _opened_as(
     filled = build(shape, len(names))
     outputs, probabilities = _probe(next(iter(filled.values())).network, shape, path)
     if outputs != len(names):
-        if given.class_names is not None:
+        if arguments.class_names is not None:
             raise _names_misfit(outputs, names, path)
         names = _numbered(outputs) if raw is None or len(raw.class_names) != outputs else raw.class_names
-    held, told = (None, ()) if raw is None else conform(
+    conformed, image_changes = (None, ()) if raw is None else conform(
         raw, input_shape=shape, class_names=names, progress=progress
     )  # fmt: skip
     first = next(iter(filled.values()))
-    fixed, source = _stated(given, facts, first)
-    default = _default(facts, shape[0]) if fixed is None else None
-    tried = [fixed] if fixed is not None else _all_conventions(shape[0], default)
+    fixed, source = _stated_normalisation(arguments, preprocessing, first)
+    default = _library_normalisation(preprocessing, shape[0]) if fixed is None else None
+    normalisations = [fixed] if fixed is not None else _all_normalisations(shape[0], default)
     warnings = []
-    inferred = _judge({spec: f.network for spec, f in filled.items()}, held, tried, default, run)
+    inferred = _infer_normalisation(
+        {spec: f.network for spec, f in filled.items()}, conformed, normalisations, default, run
+    )
     if inferred is None:
         spec = next(iter(filled))
         scale = fixed or default or _ASSUMED
         if fixed is None:
-            source = facts.source if default is not None else "assumed"
+            source = preprocessing.source if default is not None else "assumed"
             warnings.append(
                 f"The normalisation is not known; {scale.name} was assumed. Give clean images, or mean "
                 "and std"
             )
     else:
-        spec, scale = inferred.best.variant, inferred.best.convention
+        spec, scale = inferred.best.variant, inferred.best.normalisation
         if fixed is None:
             source = "inferred from clean accuracy" if inferred.by_labels else "guessed from predictions"
-        warnings += _second_thoughts(filled[spec].network, inferred, held, tried, run)
+        warnings += _choice_warnings(filled[spec].network, inferred, conformed, normalisations, run)
     if probabilities:
         warnings.append(
             "The network returns probabilities instead of logits: leave its softmax out, or what is computed "
@@ -425,13 +444,15 @@ def _opened_as(
         architecture=canonical(spec) if spec != _GRAPH else "",  # no text builds it again
         origin=f"loaded from {path.name}",
     ).eval()
-    return _Attempt(model, chosen, held, shape, size_source, scale, source, inferred, told, tuple(warnings))
+    return _Attempt(
+        model, chosen, conformed, shape, size_source, scale, source, inferred, image_changes, tuple(warnings)
+    )
 
 
-def _filled(
+def _fill_all(
     specs: tuple[str, ...], state: Mapping[str, Tensor], shape: tuple[int, int, int], classes: int, path: Path
 ) -> dict[str, Filled]:
-    """Return the variants that can be built for this shape."""
+    """Return the networks of all specs that can be built for this shape."""
     if len(specs) > 1:
         # Once for all of them, so that they share their memory: several are of our own families, in float32.
         state = {
@@ -452,7 +473,7 @@ def _filled(
 
 @torch.no_grad()
 def _probe(network: nn.Module, shape: tuple[int, int, int], path: Path) -> tuple[int, bool]:
-    """Return the number of outputs for an image, and whether they look like probabilities."""
+    """Return the number of outputs for an image, and whether they are probabilities."""
     pixels = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
     try:
         with mode(network, training=False):
@@ -503,17 +524,21 @@ def _require_separate(network: nn.Module, shape: Shape, path: Path) -> None:
 # Facts and where they come from
 
 
-def _stated(given: _Given, facts: Known, filled: Filled) -> tuple[Convention | None, str]:
-    """Return the normalisation that somebody states of this very file, and who."""
-    if given.convention is not None:
-        return given.convention, "arguments"
-    if facts.about_the_file and facts.mean is not None and facts.std is not None:
-        return Convention(f"as in {facts.source}", facts.mean, facts.std), facts.source
-    found = filled.adapted
-    if found.mean is not None and found.std is not None:
+def _stated_normalisation(
+    arguments: _Arguments, preprocessing: Preprocessing, filled: Filled
+) -> tuple[Normalisation | None, str]:
+    """Return the normalisation that is stated for this file, and who states it."""
+    if arguments.normalisation is not None:
+        return arguments.normalisation, "arguments"
+    if preprocessing.for_these_weights and preprocessing.mean is not None and preprocessing.std is not None:
+        return Normalisation(
+            f"as in {preprocessing.source}", preprocessing.mean, preprocessing.std
+        ), preprocessing.source
+    adapted = filled.adapted
+    if adapted.mean is not None and adapted.std is not None:
         channels = _channels(filled.network)
-        mean, std = (v * channels if len(v) == 1 else v for v in (found.mean, found.std))
-        return Convention("as stored in the file", mean, std), "a normalising layer in the file"
+        mean, std = (v * channels if len(v) == 1 else v for v in (adapted.mean, adapted.std))
+        return Normalisation("as stored in the file", mean, std), "a normalising layer in the file"
     return None, ""
 
 
@@ -522,30 +547,40 @@ def _channels(network: nn.Module) -> int:
     return first.in_channels if first is not None else 3
 
 
-def _default(facts: Known, channels: int) -> Convention | None:
-    if facts.mean is None or facts.std is None or len(facts.mean) not in (0, channels):
+def _library_normalisation(preprocessing: Preprocessing, channels: int) -> Normalisation | None:
+    if (
+        preprocessing.mean is None
+        or preprocessing.std is None
+        or len(preprocessing.mean) not in (0, channels)
+    ):
         return None
-    return Convention(facts.source, facts.mean, facts.std)
+    return Normalisation(preprocessing.source, preprocessing.mean, preprocessing.std)
 
 
-def _all_conventions(channels: int, default: Convention | None) -> list[Convention]:
+def _all_normalisations(channels: int, default: Normalisation | None) -> list[Normalisation]:
     if default is None:
-        return list(usual(channels))
+        return list(usual_normalisations(channels))
     same = (default.mean, default.std)
-    return [default, *(c for c in usual(channels) if (c.mean, c.std) != same)]
+    return [default, *(c for c in usual_normalisations(channels) if (c.mean, c.std) != same)]
 
 
-Plan = Iterator[tuple[Shape, tuple[str, ...], str]]
+ShapesToTry = Iterator[tuple[Shape, tuple[str, ...], str]]
 
 
-def _plan(channels: int, given: _Given, facts: Known, variants: Variants, raw: Images | None) -> Plan:
+def _shapes_to_try(
+    channels: int,
+    arguments: _Arguments,
+    preprocessing: Preprocessing,
+    candidates: CandidateSet,
+    raw: Images | None,
+) -> ShapesToTry:
     """Yield input shapes, the specs to try for each, and where the size comes from; the likeliest first."""
     own = raw.shape[1:] if raw is not None else None
-    for side, specs in sorted(variants.by_side.items(), key=lambda item: own is None or item[0] != own[0]):
-        for size, source in _sizes(given, facts, side, own):
+    for side, specs in sorted(candidates.by_side.items(), key=lambda item: own is None or item[0] != own[0]):
+        for size, source in _sizes(arguments, preprocessing, side, own):
             shape = (channels, *size)
             if size[0] * size[1] > _LARGE and len(specs) > 1:
-                # Trying everything on large images takes long: the most usual first, the rest if it must be.
+                # Large images are slow: the most usual spec first, the others only if it is not convincing.
                 yield shape, specs[:1], source
                 yield shape, specs[1:], source
             else:
@@ -553,29 +588,29 @@ def _plan(channels: int, given: _Given, facts: Known, variants: Variants, raw: I
 
 
 def _sizes(
-    given: _Given, facts: Known, side: int | None, own: tuple[int, int] | None
+    arguments: _Arguments, preprocessing: Preprocessing, side: int | None, own: tuple[int, int] | None
 ) -> list[tuple[tuple[int, int], str]]:
-    if given.size is not None:
-        return [(given.size, "arguments")]
+    if arguments.size is not None:
+        return [(arguments.size, "arguments")]
     if side is not None:
         return [((side, side), "the shapes of the tensors")]
-    stated = facts.size
-    if stated is not None and (facts.size_fixed or own is None or own == stated):
-        return [(stated, facts.source)]
+    stated = preprocessing.size
+    if stated is not None and (preprocessing.size_fixed or own is None or own == stated):
+        return [(stated, preprocessing.source)]
     if stated is not None and own is not None:
-        # The library's own weights want its size; others may have been trained on images such as these.
-        both = [(own, "the images"), (stated, facts.source)]
+        # The library's own weights need its size; others may have been trained on images of this size.
+        both = [(own, "the images"), (stated, preprocessing.source)]
         return both if min(own) < min(stated) else both[1:]
     return [(own, "the images")] if own is not None else [((_USUAL_SIDE, _USUAL_SIDE), _ASSUMED_SIZE)]
 
 
 def _class_names(
-    given: _Given, facts: Known, raw: Images | None, classes: int | None
+    arguments: _Arguments, preprocessing: Preprocessing, raw: Images | None, classes: int | None
 ) -> tuple[tuple[str, ...], str]:
-    if given.class_names is not None:
-        return tuple(given.class_names), "arguments"
-    if facts.class_names is not None and classes in (None, len(facts.class_names)):
-        return facts.class_names, facts.source
+    if arguments.class_names is not None:
+        return tuple(arguments.class_names), "arguments"
+    if preprocessing.class_names is not None and classes in (None, len(preprocessing.class_names)):
+        return preprocessing.class_names, preprocessing.source
     if raw is not None and raw.class_names and classes in (None, len(raw.class_names)):
         return raw.class_names, "the images, in their order"
     return _numbered(classes or 1), "numbered"
@@ -615,31 +650,31 @@ def _fitting_images(
     return conform(raw, input_shape=shape, class_names=names, progress=progress)
 
 
-def _judge(
+def _infer_normalisation(
     networks: Mapping[str, nn.Module],
     images: Images | None,
-    conventions: Sequence[Convention],
-    prefer: Convention | None,
+    normalisations: Sequence[Normalisation],
+    prefer: Normalisation | None,
     run: Run,
 ) -> Inferred | None:
     if images is None or not len(images):
         return None
     placed = {spec: network.to(run.device) for spec, network in networks.items()}
     try:
-        return infer(placed, images, run, conventions=conventions, prefer=prefer)
+        return infer(placed, images, run, normalisations=normalisations, prefer=prefer)
     finally:
         for network in placed.values():
             network.cpu()
 
 
-def _second_thoughts(
+def _choice_warnings(
     network: nn.Module,
     inferred: Inferred,
     images: Images | None,
-    tried: Sequence[Convention],
+    normalisations: Sequence[Normalisation],
     run: Run,
 ) -> list[str]:
-    """Return warnings about a choice that the images do not bear out, or cannot make."""
+    """Return warnings about a choice that the images contradict or leave open."""
     out = []
     others = {trial.variant for trial in inferred.alternatives} - {inferred.best.variant}
     if others:
@@ -648,10 +683,12 @@ def _second_thoughts(
             + ", ".join(sorted(others)[:5])
             + f"; the one with the lowest loss was taken: {inferred.best.variant}"
         )
-    if inferred.warning and len(tried) == 1 and inferred.by_labels and images is not None:
-        every = _judge({"": network}, images, _all_conventions(images.shape[0], None), None, run)
+    if inferred.warning and len(normalisations) == 1 and inferred.by_labels and images is not None:
+        every = _infer_normalisation(
+            {"": network}, images, _all_normalisations(images.shape[0], None), None, run
+        )
         if every is not None and every.interval.low > inferred.interval.high:
-            best = every.best.convention
+            best = every.best.normalisation
             out.append(
                 f"With another normalisation ({best.name}: mean {_listed(best.mean)}, std "
                 f"{_listed(best.std)}) the clean accuracy would be {every.best.accuracy:.1%} instead of "

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from unbackdoor.opening.normalisation_guess import Convention, Inferred
+from unbackdoor.opening.normalisation_guess import Inferred, Normalisation
 from unbackdoor.opening.rename_tensors import Adapted
 
 
@@ -17,7 +17,7 @@ class ArchitectureOrigin:
     Attributes:
         spec: Text that builds it, or ``ONNX``.
         source: Who named it.
-        note: What no tensor shows, in words.
+        note: What the tensors leave open, in words.
         fitting: All specs that fit the tensors.
     """
 
@@ -49,7 +49,7 @@ class NameChanges:
     def of(cls, adapted: Adapted) -> NameChanges:
         """Return the changes of a translation."""
         return cls(
-            tuple(adapted.story()),
+            tuple(adapted.changes_in_words()),
             {old: new for new, old in adapted.renamed.items()},
             dict(adapted.dropped),
             tuple(adapted.filled),
@@ -74,9 +74,9 @@ class NormalisationOrigin:
     source: str
 
     @classmethod
-    def of(cls, convention: Convention, source: str) -> NormalisationOrigin:
-        """Return a convention with its source."""
-        return cls(convention.name, tuple(convention.mean), tuple(convention.std), source)
+    def of(cls, normalisation: Normalisation, source: str) -> NormalisationOrigin:
+        """Return a normalisation with its source."""
+        return cls(normalisation.name, tuple(normalisation.mean), tuple(normalisation.std), source)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Provenance:
 
     Attributes:
         file: Name of the file.
-        card: Whether a card beside it told the rest.
+        card: Whether a card beside it states the rest.
         architecture: Which network was built.
         names: How the file's names became the network's.
         normalisation: How pixels are scaled.
@@ -135,7 +135,7 @@ class Provenance:
 
         Args:
             changes: What was done to the images, in words.
-            inferred: What was found on them; None where there are none.
+            inferred: The choice that was made on them; None where there are none.
             warnings: What is to be shown loudly beside its own warning.
         """
         if inferred is None:

@@ -45,11 +45,11 @@ class Candidate:
     Attributes:
         spec: Spec to build it from.
         fits: Whether its tensors are exactly those of the state dict, after the translation of names.
-        classes: Number of classes, or None where no head was found.
+        classes: Number of classes, or None where there is no head.
         input_channels: Channels of the image, or None.
         side: Pixels a side of the images that it is for; None where any size does.
         note: What was assumed or what is missing, in words.
-        matched: Share of the network's tensors that were found.
+        matched: Share of the network's tensors that the file has.
         choices: Options that no tensor shows, with what they may be, the more usual first.
         same: Other specs of the same network.
     """
@@ -68,40 +68,44 @@ class Candidate:
 def nearest(state: Mapping[str, Tensor], *, side: int | None = None) -> list[Candidate]:
     """Return the architectures that a state dict fits, then those that it nearly fits, the nearest first.
 
-    Only names and shapes are looked at, nothing is run, and no other library is imported.
+    Only names and shapes are used, nothing is run, and no other library is imported.
 
     Args:
         state: Tensors by name; a wrapper's prefix, a normalising layer and pruning masks do no harm.
-        side: Pixels a side of the images that the model is for, where known.
+        side: Pixels a side of the images that the model is for, or None.
     """
     if not state or len(state) > _MAX_TENSORS:
         return []
-    held, names = _plain(state)
-    match = _table_match(held, names)
+    stored, names = _plain(state)
+    match = _table_match(stored, names)
     channels, classes = _ends(names, match)
-    found: list[Candidate] = []
+    candidates: list[Candidate] = []
     if channels is not None and classes is not None:
-        for known in (names, _without_body(names)):
-            guesses = [guess for family in _FAMILIES for guess in family(known)] if known else []
-            found += [c for g in guesses if (c := _checked(g, held, channels, classes, side)) is not None]
-            if any(c.fits for c in found):
+        for shapes in (names, _without_body(names)):
+            guesses = [guess for family in _FAMILIES for guess in family(shapes)] if shapes else []
+            candidates += [
+                c for g in guesses if (c := _checked(g, stored, channels, classes, side)) is not None
+            ]
+            if any(c.fits for c in candidates):
                 break
         else:
             plain = [_of_chain(chain) for chain in chains(names, side)]
-            found += [c for g in plain if (c := _checked(g, held, channels, classes, side)) is not None]
+            candidates += [
+                c for g in plain if (c := _checked(g, stored, channels, classes, side)) is not None
+            ]
     if match is not None:
-        found += _of_libraries(match, channels)
-    elif not any(c.fits for c in found):
-        found += _under_other_names(names, channels, classes)
-    unique = {candidate.spec: candidate for candidate in found if candidate.matched >= _WORTH_NAMING}
+        candidates += _of_libraries(match, channels)
+    elif not any(c.fits for c in candidates):
+        candidates += _under_other_names(names, channels, classes)
+    unique = {candidate.spec: candidate for candidate in candidates if candidate.matched >= _WORTH_NAMING}
     ranked = sorted(unique.values(), key=lambda c: (not c.fits, -round(c.matched, 3)))
     return ranked[:_MAX_CANDIDATES]
 
 
 def ends(state: Mapping[str, Tensor]) -> tuple[int | None, int | None]:
     """Return the image channels and the classes that first and last layers show, or None for either."""
-    held, names = _plain(state)
-    return _ends(names, _table_match(held, names) if 0 < len(state) <= _MAX_TENSORS else None)
+    stored, names = _plain(state)
+    return _ends(names, _table_match(stored, names) if 0 < len(state) <= _MAX_TENSORS else None)
 
 
 def in_libraries(state: Mapping[str, Tensor]) -> bool:
@@ -138,7 +142,7 @@ def _stages(names: Shapes) -> dict[int, int]:
     for name in names:
         if match := _STAGE.match(name):
             blocks.setdefault(int(match[1]), set()).add(int(match[2]))
-    return {stage: len(found) for stage, found in sorted(blocks.items())}
+    return {stage: len(indices) for stage, indices in sorted(blocks.items())}
 
 
 def _rows(names: Shapes, name: str) -> int | None:
@@ -146,8 +150,8 @@ def _rows(names: Shapes, name: str) -> int | None:
 
 
 def _has(names: Shapes, pattern: str) -> bool:
-    found = re.compile(pattern)
-    return any(found.search(name) for name in names)
+    regex = re.compile(pattern)
+    return any(regex.search(name) for name in names)
 
 
 def _is_preact(names: Shapes) -> bool:
@@ -276,7 +280,7 @@ def _of_chain(chain: Chain) -> _Guess:
 
 
 def _checked(guess: _Guess, state: Shapes, channels: int, classes: int, side: int | None) -> Candidate | None:
-    """Build a guess without memory and hold its tensors against those of the file."""
+    """Build a guess without memory and compare its tensors with those of the file."""
     size = guess.side or side or 32
     try:
         skeleton = network(guess.spec, Geometry(channels, size, size, classes), device="meta").state_dict()
@@ -300,12 +304,12 @@ def _checked(guess: _Guess, state: Shapes, channels: int, classes: int, side: in
 # Networks of other libraries
 
 
-def _table_match(held: Shapes, names: Shapes) -> Match | None:
+def _table_match(stored: Shapes, names: Shapes) -> Match | None:
     """Return what the table has under these names, or with another name of the last layer."""
-    for known in (held, names, _without_body(names)):
-        head = head_of(known)
+    for shapes in (stored, names, _without_body(names)):
+        head = head_of(shapes)
         others = [name for name in linear_heads() if name != head and _is_usual_head(name)] if head else []
-        for view in (known, *(_with_head(known, str(head), name) for name in others)):
+        for view in (shapes, *(_with_head(shapes, str(head), name) for name in others)):
             if (match := lookup(view)) is not None:
                 return match
     return None
@@ -350,10 +354,10 @@ def _under_other_names(names: Shapes, channels: int | None, classes: int | None)
 
 def _plain(state: Shapes) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the tensors without masks and normalisation, by the file's names and without a common prefix."""
-    held, _ = fold_masks(state)
-    held, _ = leave_training(held)
-    held, _, _, _ = take_normalisation(held)
-    return held, _without_prefix(held)
+    remaining, _ = fold_masks(state)
+    remaining, _ = leave_training(remaining)
+    remaining, _, _, _ = take_normalisation(remaining)
+    return remaining, _without_prefix(remaining)
 
 
 def _without_body(names: Shapes) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 Names and shapes show the layers with weights, and the numbers in names such as ``features.8.weight`` show how
 many layers without weights stand between them. What they are is filled in as is usual (activation, pooling,
 dropout, in this order), and the first linear layer's inputs say how far the image must have been pooled.
-Whatever still can be told by nothing here (max or average, which activation) is left as a choice.
+What the file does not show (max or average pooling, which activation) is left as a choice.
 """
 
 from __future__ import annotations
@@ -76,10 +76,10 @@ def modules(state: Mapping[str, Tensor]) -> list[Module] | None:
     for name, tensor in state.items():
         parent, _, leaf = name.rpartition(".")
         groups.setdefault(parent, {})[leaf] = tensor
-    found = [_module(name, tensors) for name, tensors in groups.items()]
-    layers = [module for module in found if module is not None]
+    parsed = [_module(name, tensors) for name, tensors in groups.items()]
+    layers = [module for module in parsed if module is not None]
     # Deeper names are blocks within blocks, whose skips cannot be seen: ``layer1.0.conv1``.
-    if len(layers) < len(found) or any(module.name.count(".") > 1 for module in layers):
+    if len(layers) < len(parsed) or any(module.name.count(".") > 1 for module in layers):
         return None
     # safetensors sorts its names, so that the order of a file is not always that of the network.
     for order in (list, _by_number, _by_layer):
@@ -94,7 +94,7 @@ def chains(state: Mapping[str, Tensor], side: int | None = None) -> list[Chain]:
 
     Args:
         state: Tensors by name.
-        side: Pixels a side of the images that it is for, where known.
+        side: Pixels a side of the images that it is for, or None.
     """
     layers = modules(state)
     if layers is None or layers[-1].kind != "linear":
@@ -109,7 +109,7 @@ def chains(state: Mapping[str, Tensor], side: int | None = None) -> list[Chain]:
     if rest or end * end != pixels or end < 1:
         return []
     head = _head(linears)
-    found: dict[str, Chain] = {}
+    by_spec: dict[str, Chain] = {}
     for tokens in itertools.islice(_fillings(convs), 1 << _MAX_FREE_POOLS):
         features = "-".join(tokens)
         if (
@@ -119,7 +119,7 @@ def chains(state: Mapping[str, Tensor], side: int | None = None) -> list[Chain]:
         ):
             spec = _spec(features, head, end)
             if len(spec) + 30 <= MAX_SPEC:
-                found[spec] = Chain(spec, None, _choices(tokens, head))
+                by_spec[spec] = Chain(spec, None, _choices(tokens, head))
         for size in (side,) if side else USUAL_SIDES:
             left = _left(tokens, size)
             exact = left == end
@@ -127,12 +127,12 @@ def chains(state: Mapping[str, Tensor], side: int | None = None) -> list[Chain]:
             if left < end or (not exact and end > 1):
                 continue
             spec = _spec(features, head, 1 if end == 1 else 0)
-            if len(spec) + 30 <= MAX_SPEC and spec not in found:
-                found[spec] = Chain(spec, size if end > 1 else None, _choices(tokens, head))
-        if len(found) >= _MAX_SPECS:
+            if len(spec) + 30 <= MAX_SPEC and spec not in by_spec:
+                by_spec[spec] = Chain(spec, size if end > 1 else None, _choices(tokens, head))
+        if len(by_spec) >= _MAX_SPECS:
             break
     usual = sorted(
-        found.values(), key=lambda chain: USUAL_SIDES.index(chain.side) if chain.side in USUAL_SIDES else 0
+        by_spec.values(), key=lambda chain: USUAL_SIDES.index(chain.side) if chain.side in USUAL_SIDES else 0
     )
     return usual[:_MAX_SPECS]
 

@@ -1,4 +1,4 @@
-"""From the names in somebody's checkpoint to the names of a network of the same layers; every change is told.
+"""From the names in a checkpoint to the names of a network of the same layers; every change is listed.
 
 What is done, in this order, and nothing else:
 
@@ -6,7 +6,7 @@ What is done, in this order, and nothing else:
    norm and the ``neuron_mask`` that pruning defenses (ANP, RNP) put beside it.
 2. What belongs to the training is left out: the weights of a loss, the counter of an averaged model.
 3. A mean and a deviation stored by a normalising layer inside the model (``normalize.mean``) are taken out;
-   where they look like a normalisation of pixels they are reported as one.
+   where their values fit a normalisation of pixels they are reported as one.
 4. A prefix that stands before all remaining names, or before all but the head's (``backbone.``), is taken off
    where the names then fit.
 5. ``num_batches_tracked``, which old checkpoints lack and which no result depends on, is filled in.
@@ -100,41 +100,41 @@ class Adapted:
         """Whether the tensors are exactly those of the network."""
         return not self.difference
 
-    def story(self) -> list[str]:
+    def changes_in_words(self) -> list[str]:
         """Return what was changed, one sentence a kind of change."""
-        told = []
+        sentences = []
         if self.folded:
-            told.append(
+            sentences.append(
                 f"{len(self.folded)} pruned weights were multiplied with their masks: {_some(self.folded)}"
             )
         if self.renamed:
             pairs = [f"{old} -> {new}" for new, old in self.renamed.items()]
-            told.append(f"{len(pairs)} names were translated: {_some(pairs)}")
+            sentences.append(f"{len(pairs)} names were translated: {_some(pairs)}")
         for reason in dict.fromkeys(self.dropped.values()):
             names = [name for name, why in self.dropped.items() if why == reason]
-            told.append(f"left out, {reason}: {_some(names)}")
+            sentences.append(f"left out, {reason}: {_some(names)}")
         if self.filled:
-            told.append(
+            sentences.append(
                 f"{len(self.filled)} counters {TRACKED} were missing and set to 0; no result depends on them"
             )
-        return told
+        return sentences
 
 
-def adapt(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, in_order: bool = False) -> Adapted:
+def adapt(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, in_order: bool = False) -> Adapted:
     """Bring a state dict under the names of a network.
 
     Args:
         state: Tensors by the file's names.
-        wanted: Tensors of the network by its names; only their shapes are looked at.
+        expected: Tensors of the network by its names; only their shapes are used.
         in_order: Whether the network is a plain chain, whose layers may be matched by their order.
     """
-    held, folded = fold_masks(state, wanted)
-    held, training = leave_training(held, wanted)
-    held, pixels, mean, std = take_normalisation(held, wanted)
-    best = _translate(held, wanted, in_order)
-    for shorter in _shortened(held) if best[2] else ():
-        stripped = {new: held[old] for new, old in shorter.items()}
-        other = _translate(stripped, wanted, in_order)
+    remaining, folded = fold_masks(state, expected)
+    remaining, training = leave_training(remaining, expected)
+    remaining, pixels, mean, std = take_normalisation(remaining, expected)
+    best = _translate(remaining, expected, in_order)
+    for shorter in _shortened(remaining) if best[2] else ():
+        stripped = {new: remaining[old] for new, old in shorter.items()}
+        other = _translate(stripped, expected, in_order)
         if other[2].matching > best[2].matching:
             renamed = {new: shorter[other[1].get(new, new)] for new in other[0]}
             best = (other[0], {new: old for new, old in renamed.items() if new != old}, other[2])
@@ -148,16 +148,16 @@ def adapt(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, in_order
     return Adapted(translated, difference, renamed, dropped, filled, folded, mean, std)
 
 
-def compare(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Difference:
+def compare(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Difference:
     """Return where two sets of tensors differ in names and shapes."""
     different = tuple(
-        f"{name} is {form(state[name])} instead of {form(wanted[name])}"
-        for name in wanted
-        if name in state and form(wanted[name]) != form(state[name])
+        f"{name} is {form(state[name])} instead of {form(expected[name])}"
+        for name in expected
+        if name in state and form(expected[name]) != form(state[name])
     )
-    missing = tuple(name for name in wanted if name not in state)
-    unexpected = tuple(name for name in state if name not in wanted)
-    return Difference(missing, unexpected, different, len(wanted) - len(missing) - len(different))
+    missing = tuple(name for name in expected if name not in state)
+    unexpected = tuple(name for name in state if name not in expected)
+    return Difference(missing, unexpected, different, len(expected) - len(missing) - len(different))
 
 
 def form(tensor: Tensor) -> str:
@@ -167,12 +167,12 @@ def form(tensor: Tensor) -> str:
 
 
 def fold_masks(
-    state: Mapping[str, Tensor], wanted: Mapping[str, Tensor] | None = None
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor] | None = None
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Return the tensors with masks and what they mask replaced by their product, and those names."""
     out: dict[str, Tensor] = {}
     folded = []
-    masks = {name for name in state if wanted is None or name not in wanted}  # not the network's own
+    masks = {name for name in state if expected is None or name not in expected}  # not the network's own
     for name, tensor in state.items():
         owner, _, last = name.rpartition(".")
         beside = f"{owner}.{CHANNEL_MASK}"
@@ -193,29 +193,31 @@ def fold_masks(
 
 
 def leave_training(
-    state: Mapping[str, Tensor], wanted: Mapping[str, Tensor] | None = None
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors without those that only the training has, and the names left out with the reason."""
-    out = {n: t for n, t in state.items() if (wanted is not None and n in wanted) or not _TRAINING.search(n)}
+    out = {
+        n: t for n, t in state.items() if (expected is not None and n in expected) or not _TRAINING.search(n)
+    }
     reason = "it belongs to the training and not to the network"
     # A file of nothing else is not one of these.
     return (out, {n: reason for n in state if n not in out}) if out else (dict(state), {})
 
 
 def take_normalisation(
-    state: Mapping[str, Tensor], wanted: Mapping[str, Tensor] | None = None
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str], tuple[float, ...] | None, tuple[float, ...] | None]:
     """Take a mean and a deviation of pixels out of a state dict.
 
     Returns:
         The remaining tensors, the names taken out with the reason, and mean and deviation for pixels in
-        [0, 1], or None where there are none that look like a normalisation.
+        [0, 1], or None where they are no normalisation of pixels.
     """
     pairs: dict[str, dict[str, str]] = {}
     for name, tensor in state.items():
         match = _STATISTICS.fullmatch(name)
         small = tensor.numel() in (1, 3) and tensor.is_floating_point()
-        if match and small and (wanted is None or name not in wanted):
+        if match and small and (expected is None or name not in expected):
             word = "mean" if match["word"].lower().startswith("m") else "std"
             parent = name[: match.start("word")]
             pairs.setdefault(parent, {})[word] = name
@@ -238,31 +240,31 @@ def take_normalisation(
 
 
 def _translate(
-    state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], in_order: bool
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], in_order: bool
 ) -> tuple[dict[str, Tensor], dict[str, str], Difference]:
     """Return tensors by the network's names, the file's names where they differ, and what does not fit."""
-    difference = compare(state, wanted)
+    difference = compare(state, expected)
     if not difference:
         return dict(state), {}, difference
     rules = [_by_synonyms]
     if in_order:
         rules = [_by_order]
-    names = {name: name for name in wanted if name in state}  # the network's name -> the file's
+    names = {name: name for name in expected if name in state}  # the network's name -> the file's
     for rule in rules:
-        names = rule(state, wanted, names)
+        names = rule(state, expected, names)
     out = {new: state[old] for new, old in names.items()}
-    taken = set(names.values())
-    out |= {name: tensor for name, tensor in state.items() if name not in taken and name not in out}
-    return out, {new: old for new, old in names.items() if new != old}, compare(out, wanted)
+    used = set(names.values())
+    out |= {name: tensor for name, tensor in state.items() if name not in used and name not in out}
+    return out, {new: old for new, old in names.items() if new != old}, compare(out, expected)
 
 
 def _by_synonyms(
-    state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], names: dict[str, str]
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], names: dict[str, str]
 ) -> dict[str, str]:
-    free_new = [name for name in wanted if name not in names]
-    taken = set(names.values())
-    free_old = [name for name in state if name not in taken]
-    head_new, head_old = head_of(wanted), head_of(state)
+    free_new = [name for name in expected if name not in names]
+    used = set(names.values())
+    free_old = [name for name in state if name not in used]
+    head_new, head_old = head_of(expected), head_of(state)
 
     def canon(head: str | None, single: bool) -> Callable[[str], str]:
         def apply(name: str) -> str:
@@ -280,36 +282,36 @@ def _by_synonyms(
             ".1." in name and canon(None, False)(name).find("shortcut.1.") >= 0 for name in tensors
         )
 
-    by_canon: dict[str, list[str]] = {}
+    old_by_canon: dict[str, list[str]] = {}
     old_canon = canon(head_old, single(state))
     for name in free_old:
-        by_canon.setdefault(old_canon(name), []).append(name)
-    new_canon = canon(head_new, single(wanted))
-    wanted_canon: dict[str, list[str]] = {}
+        old_by_canon.setdefault(old_canon(name), []).append(name)
+    new_canon = canon(head_new, single(expected))
+    new_by_canon: dict[str, list[str]] = {}
     for name in free_new:
-        wanted_canon.setdefault(new_canon(name), []).append(name)
-    found = dict(names)
-    for key, news in wanted_canon.items():
-        olds = by_canon.get(key, [])
+        new_by_canon.setdefault(new_canon(name), []).append(name)
+    matched = dict(names)
+    for key, news in new_by_canon.items():
+        olds = old_by_canon.get(key, [])
         # One to one, and of one shape: anything else is left for the report.
-        if len(news) == len(olds) == 1 and form(wanted[news[0]]) == form(state[olds[0]]):
-            found[news[0]] = olds[0]
-    return found
+        if len(news) == len(olds) == 1 and form(expected[news[0]]) == form(state[olds[0]]):
+            matched[news[0]] = olds[0]
+    return matched
 
 
 def _by_order(
-    state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], names: dict[str, str]
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], names: dict[str, str]
 ) -> dict[str, str]:
-    old, new = modules(state), modules(wanted)
+    old, new = modules(state), modules(expected)
     if old is None or new is None or len(old) != len(new):
         return names
-    found: dict[str, str] = {}
+    matched: dict[str, str] = {}
     for there, here in zip(new, old, strict=True):
         if (there.kind, there.shape, there.bias) != (here.kind, here.shape, here.bias):
             return names
         dot_new, dot_old = (f"{m.name}." if m.name else "" for m in (there, here))
-        found |= {dot_new + leaf: dot_old + leaf for leaf in there.leaves if leaf in here.leaves}
-    return found
+        matched |= {dot_new + leaf: dot_old + leaf for leaf in there.leaves if leaf in here.leaves}
+    return matched
 
 
 def head_of(tensors: Mapping[str, Tensor]) -> str | None:
@@ -319,11 +321,11 @@ def head_of(tensors: Mapping[str, Tensor]) -> str | None:
         for name, tensor in tensors.items()
         if tensor.dim() == 2 and name.endswith(".weight")
     ]
-    known = [name for name in flat if name in _HEADS]
+    heads = [name for name in flat if name in _HEADS]
     for name in _HEAD_LISTS:
         numbered = [x for x in flat if x.startswith(f"{name}.") and x.removeprefix(f"{name}.").isdecimal()]
-        known += sorted(numbered, key=lambda x: int(x.rpartition(".")[2]))[-1:]
-    return known[0] if len(known) == 1 else None
+        heads += sorted(numbered, key=lambda x: int(x.rpartition(".")[2]))[-1:]
+    return heads[0] if len(heads) == 1 else None
 
 
 def without_body_prefix(state: Mapping[str, Tensor]) -> dict[str, str]:
@@ -341,12 +343,12 @@ def without_body_prefix(state: Mapping[str, Tensor]) -> dict[str, str]:
 def _shortened(state: Mapping[str, Tensor]) -> Iterator[dict[str, str]]:
     """Yield shorter names with what they stand for: without a prefix of all, then without one of the body."""
     prefix = _common_prefix(state)
-    whole = {name.removeprefix(prefix): name for name in state}
+    unprefixed = {name.removeprefix(prefix): name for name in state}
     if prefix:
-        yield whole
-    body = without_body_prefix({new: state[old] for new, old in whole.items()})
+        yield unprefixed
+    body = without_body_prefix({new: state[old] for new, old in unprefixed.items()})
     if body:
-        yield {new: whole[old] for new, old in body.items()}
+        yield {new: unprefixed[old] for new, old in body.items()}
 
 
 def _common_prefix(state: Iterable[str]) -> str:
@@ -365,5 +367,5 @@ def _common_prefix(state: Iterable[str]) -> str:
 
 def _some(names: tuple[str, ...] | list[str], limit: int = 5) -> str:
     # Names come from the file: shown quoted, so that no control character reaches a terminal.
-    shown = ", ".join(repr(str(name)[:120])[1:-1] for name in list(names)[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+    listed = ", ".join(repr(str(name)[:120])[1:-1] for name in list(names)[:limit])
+    return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"

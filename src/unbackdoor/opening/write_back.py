@@ -1,4 +1,4 @@
-"""Weights in the format that was asked for: safetensors, a checkpoint, or the ONNX that they came in."""
+"""Weights in the requested format: safetensors, a checkpoint, or the ONNX that they came in."""
 
 from __future__ import annotations
 
@@ -96,29 +96,29 @@ def output_name(path: Path, opened: Opened | None) -> Path:
 
 def stored_types(opened: Opened) -> dict[str, torch.dtype]:
     """Return the types that the file of the original stores the network's tensors in."""
-    held = opened.source.contents.tensors if opened.source is not None else {}
+    stored = opened.source.contents.tensors if opened.source is not None else {}
     pairs = ((name, opened.names.get(name, name)) for name in opened.model.network.state_dict())
-    return {name: held[old].dtype for name, old in pairs if old in held}
+    return {name: stored[old].dtype for name, old in pairs if old in stored}
 
 
 def repaired_state(opened: Opened, model: Classifier) -> dict[str, Tensor]:
     """Return what the file of the original would hold if it were the repaired model.
 
-    Whatever is no part of the network, such as a layer that normalises pixels, and all that did not change
-    stays as it was, so that whoever loaded the original can load this.
+    What is not part of the network, such as a layer that normalises pixels, and what did not change stays as
+    it was, so that the code that loads the original also loads this.
     """
     assert opened.source is not None
-    held = opened.source.contents.tensors
-    out = dict(held)
+    stored = opened.source.contents.tensors
+    out = dict(stored)
     before = opened.model.network.state_dict()
     for name, tensor in model.network.state_dict().items():
         old = opened.names.get(name, name)
-        if old in held and not torch.equal(tensor, before[name]):
-            out[old] = tensor.to(held[old].dtype)
+        if old in stored and not torch.equal(tensor, before[name]):
+            out[old] = tensor.to(stored[old].dtype)
             # A mask beside it was multiplied in, and would count twice.
             mask = f"{old.rpartition('.')[0]}.{CHANNEL_MASK}"
-            if mask in held and old.endswith(".weight"):
-                out[mask] = torch.ones_like(held[mask])
+            if mask in stored and old.endswith(".weight"):
+                out[mask] = torch.ones_like(stored[mask])
     return out
 
 
@@ -217,19 +217,19 @@ def write_weights(
             content: dict[str, Any] = {prefix + name: tensor for name, tensor in plain.items()}
             for key in reversed(nest):
                 content = {key: content}
-            # Through a file of Python's: torch's own tells of a full disk in no words that can be recognised.
+            # Through a file of Python's: torch's own error for a full disk cannot be recognised.
             with draft.open("wb") as file:
                 torch.save(content, file)
 
 
 def _write_into(path: Path, state: Mapping[str, Tensor], source: Path | Source | None) -> None:
-    held = open_source(source) if isinstance(source, Path) else source
-    if held is None or held.graph is None:
+    original = open_source(source) if isinstance(source, Path) else source
+    if original is None or original.graph is None:
         raise InputError(
             "ONNX is written only where the weights are those of an ONNX file",
             got=path.name,
             where="--out",
             remedy=f"Choose a name that ends in {SAFETENSORS}",
         )
-    prefix = held.contents.prefix
-    write_initializers(path, held.graph, {prefix + name: tensor for name, tensor in state.items()})
+    prefix = original.contents.prefix
+    write_initializers(path, original.graph, {prefix + name: tensor for name, tensor in state.items()})

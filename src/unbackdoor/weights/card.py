@@ -125,7 +125,7 @@ def read_card(file: Path | StoredFile) -> ModelCard:
         InputError: If the file cannot be read, is too large, or is not a card.
 
     Returns:
-        The card; its hashes are not yet held against the weights.
+        The card; its hashes are not yet compared with the weights.
     """
     if not isinstance(file, StoredFile):
         try:

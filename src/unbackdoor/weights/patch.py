@@ -201,16 +201,16 @@ def _changed(name: str, state: Mapping[str, Tensor], entry: Entry) -> Tensor:
     count = entry.changed if entry.sparse else len(bits)
     if not 0 <= entry.changed <= len(bits):
         raise IntegrityError("the patch changes more entries than there are", where=repr(name)[:120])
-    wanted = count * (size + (8 if entry.sparse else 0))
+    expected_size = count * (size + (8 if entry.sparse else 0))
     try:
         unpacker = zlib.decompressobj()
-        raw = bytearray(unpacker.decompress(entry.packed, wanted + 1))
+        raw = bytearray(unpacker.decompress(entry.packed, expected_size + 1))
     except zlib.error as error:
         raise InputError("the patch is damaged", got=str(error), where=repr(name)[:120]) from error
-    if len(raw) != wanted:
+    if len(raw) != expected_size:
         raise UnsafeFile(
             "an entry of the patch does not unpack to what it announces",
-            expected=f"{wanted} bytes",
+            expected=f"{expected_size} bytes",
             got=f"{len(raw)} or more",
             where=repr(name)[:120],
         )

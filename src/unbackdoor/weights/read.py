@@ -142,11 +142,10 @@ def read_contents(file: Path | StoredFile) -> Contents:
         file: File with weights, or what was read of it.
 
     Returns:
-        What was found. What is wrong with the content stands in ``problem`` and ``names``; nothing was
-        executed.
+        The contents. A fault of them stands in ``problem`` and ``names``; nothing was executed.
 
     Raises:
-        InputError: If the file cannot be read at all, or is of no known format.
+        InputError: If the file cannot be read at all, or is of no supported format.
         UnsafeFile: If it is larger than any model this package can build.
     """
     file = _stored(file)
@@ -155,15 +154,15 @@ def read_contents(file: Path | StoredFile) -> Contents:
         magic = sniff(file)
     except InputError as unknown:
         # The oldest pickles begin with any letter. They hold no tensors, but they may hold code.
-        found = _hidden_pickle(file, trail)
-        if not found:
+        dangerous = _hidden_pickle(file, trail)
+        if not dangerous:
             raise
         return Contents("pickle", names=_named(trail), problem=unknown)
-    reading = _Reading(file, trail)
+    reader = _FileReader(file, trail)
     problem: UnbackdoorError | None = None
     state: Mapping[str, Tensor] = {}
     try:
-        state = reading.read(magic)
+        state = reader.read(magic)
     except UnbackdoorError as error:
         problem = _placed(error, file.path)
     except _BROKEN as error:
@@ -175,15 +174,15 @@ def read_contents(file: Path | StoredFile) -> Contents:
         trail.note(f"the prefix {short(prefix)} was taken off all names")
     state = states.unpruned({name[len(prefix) :]: tensor for name, tensor in state.items()}, trail)
     return Contents(
-        reading.format,
+        reader.format,
         tensors=state,
         names=_named(trail),
         notes=tuple(trail.notes),
-        beside=reading.beside,
+        beside=reader.beside,
         prefix=prefix,
-        nest=reading.nest,
+        nest=reader.nest,
         problem=problem,
-        metadata=reading.metadata,
+        metadata=reader.metadata,
     )
 
 
@@ -191,7 +190,7 @@ def sniff(file: Path | StoredFile) -> Magic:
     """Return the kind of a file, judged by its first bytes.
 
     Raises:
-        InputError: If the file cannot be read or is of no known kind.
+        InputError: If the file cannot be read or is of no supported kind.
         UnsafeFile: If the file is larger than any model this package can build.
     """
     file = _stored(file)
@@ -199,7 +198,7 @@ def sniff(file: Path | StoredFile) -> Magic:
 
 
 def bytes_needed(head: bytes, size: int) -> int:
-    """Return how many bytes of a file are looked at: none but the first ones of what is of no known kind."""
+    """Return how many bytes of a file are read: only the first ones of a file of no supported kind."""
     try:
         _kind(head, size, None)
     except UnbackdoorError:
@@ -241,8 +240,8 @@ def _kind(head: bytes, size: int, where: object) -> Magic:
     )
 
 
-class _Reading:
-    """One reading of one file; what has been learned of it survives an error."""
+class _FileReader:
+    """Reads one file; what has been read before an error stays in its attributes."""
 
     def __init__(self, file: StoredFile, trail: Trail) -> None:
         self._file = file
@@ -291,14 +290,14 @@ class _Reading:
         else:
             described, saved_by_torch = checkpoints.read_stream(data, self._trail)
             self.format = "old checkpoint" if saved_by_torch else "pickle"
-        found = states.find(described, self._trail)
-        self.beside, self.nest = found.beside, found.nest
-        return materialise(found.refs, len(data))
+        result = states.find_state_dict(described, self._trail)
+        self.beside, self.nest = result.beside, result.nest
+        return materialise(result.refs, len(data))
 
 
 def _hidden_pickle(file: StoredFile, trail: Trail) -> bool:
-    # A file of one format may also be a pickle, for whoever loads it as one. Only danger is told: any text
-    # has names.
+    # A file of one format may also load as a pickle. Only dangerous names are reported, because any text
+    # yields names.
     inner = Trail()
     checkpoints.scan(bytes(file.content[:_POLYGLOT]), inner)
     danger = {name: level for name, level in inner.names.items() if level == "dangerous"}

@@ -30,7 +30,7 @@ class Source:
         size: Its bytes.
         sha256: Hash of the very bytes that were parsed.
         contents: What it is and holds, also where it is dangerous or damaged.
-        main: The file itself; its bytes are kept where a graph is made of them.
+        main: The file itself; its bytes are retained where a network is built from its graph.
         card_file: The card beside it, or None.
         card_problem: Why the file beside it could not be read, or None.
     """
@@ -55,7 +55,7 @@ class Source:
         return self.main if self.contents.format == "onnx" else None
 
     def card(self) -> ModelCard | None:
-        """Return the card beside it, or None; its hashes are not yet held against the weights.
+        """Return the card beside it, or None; its hashes are not yet compared with the weights.
 
         Raises:
             InputError: If the file beside it is no card, or cannot be read.
@@ -102,7 +102,7 @@ def open_source(path: Path | str) -> Source:
         path: The file; ``.safetensors`` is appended where only that exists.
 
     Returns:
-        The file as it is now. What is wrong with its content is told there and not raised.
+        The file as it is now. A fault of its content is reported there and not raised.
 
     Raises:
         InputError: If it cannot be opened.

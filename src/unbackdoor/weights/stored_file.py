@@ -37,7 +37,7 @@ class StoredFile:
         path: Where it lay.
         size: Its bytes.
         sha256: Hash of all of them.
-        content: Its bytes; the first ones only where the reader asked for no more.
+        content: Its bytes; only the first ones where the reader needs no more.
         others: Files that it names and that were read, by their names in it.
     """
 
@@ -96,7 +96,7 @@ def read_file(path: Path, keep: Keep | None = None) -> StoredFile:
 
     Args:
         path: The file.
-        keep: Tells from head and size how many bytes to keep, and may refuse the file; None keeps all.
+        keep: Returns from head and size how many bytes to keep, and may refuse the file; None keeps all.
 
     Raises:
         InputError: If it cannot be read, or is no ordinary file.
@@ -106,13 +106,13 @@ def read_file(path: Path, keep: Keep | None = None) -> StoredFile:
     with _opened(path) as descriptor:
         before = os.fstat(descriptor)
         head = os.pread(descriptor, HEAD, 0)
-        wanted = before.st_size if keep is None else min(keep(head, before.st_size), before.st_size)
-        # Memory of nobody else, which reads like a file.
-        content: Buffer = mmap.mmap(-1, wanted) if wanted else b""
+        retained = before.st_size if keep is None else min(keep(head, before.st_size), before.st_size)
+        # Private memory that can be read like a file.
+        content: Buffer = mmap.mmap(-1, retained) if retained else b""
         digest = hashlib.sha256()
         at = 0
         with memoryview(content) as view:
-            while at < wanted:
+            while at < retained:
                 count = os.readv(descriptor, [view[at : at + _CHUNK]])
                 if not count:
                     break

@@ -1,4 +1,4 @@
-"""A recovered trigger as files: what it looks like, and the exact numbers."""
+"""A recovered trigger as files: a picture of it, and its exact values."""
 
 from __future__ import annotations
 
@@ -54,18 +54,18 @@ def write_trigger(folder: Path, trigger: RecoveredTrigger, facts: Mapping[str, A
     tensors_of = {name: t.detach().float().cpu().contiguous() for name, t in trigger.tensors().items()}
     pattern = tensors_of["pattern"]
     # A picture has 1 or 3 channels; of other patterns the mean is shown.
-    shown = pattern if len(pattern) in (1, 3) else pattern.mean(0, keepdim=True)
+    displayed = pattern if len(pattern) in (1, 3) else pattern.mean(0, keepdim=True)
     if trigger.mask is None:
-        row = 0.5 + shown / (2 * (float(shown.abs().max()) or 1.0))  # (C, H, W)
+        row = 0.5 + displayed / (2 * (float(displayed.abs().max()) or 1.0))  # (C, H, W)
     else:
         mask = tensors_of["mask"]
-        row = torch.cat([shown, mask.expand_as(shown), shown * mask], 2)  # (C, H, 3 W)
+        row = torch.cat([displayed, mask.expand_as(displayed), displayed * mask], 2)  # (C, H, 3 W)
     pixels = (row * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
     picture, tensors = folder / PNG, folder / TENSORS
     with atomic_write(picture) as draft:
-        Image.fromarray(pixels[:, :, 0] if len(shown) == 1 else pixels).save(draft, format="PNG")
-    told = {**facts, "class": trigger.label, "check": trigger.check}
-    metadata = {"facts": json.dumps(told, sort_keys=True, allow_nan=False)}
+        Image.fromarray(pixels[:, :, 0] if len(displayed) == 1 else pixels).save(draft, format="PNG")
+    record = {**facts, "class": trigger.label, "check": trigger.check}
+    metadata = {"facts": json.dumps(record, sort_keys=True, allow_nan=False)}
     with atomic_write(tensors) as draft:
         save_file(tensors_of, draft, metadata=metadata)
     return {"picture": picture, "tensors": tensors}
@@ -92,7 +92,7 @@ def read_trigger(path: Path, model: Classifier) -> RecoveredTrigger:
             where=file,
         )
 
-    wanted = {"pattern": model.input_shape, "mask": model.input_shape[1:]}
+    expected = {"pattern": model.input_shape, "mask": model.input_shape[1:]}
     try:
         with safe_open(file, framework="pt", device="cpu") as stored:
             facts = json.loads((stored.metadata() or {})["facts"])
@@ -100,7 +100,7 @@ def read_trigger(path: Path, model: Classifier) -> RecoveredTrigger:
             names = [name for name in _NAMES if name == "pattern" or name in stored.keys()]  # noqa: SIM118
             for name in names:  # before anything is allocated
                 shape = tuple(stored.get_slice(name).get_shape())
-                if shape != wanted[name]:
+                if shape != expected[name]:
                     raise misfit(f"a {name} of shape {shape}")
             tensors = {name: stored.get_tensor(name).float() for name in names}
     except (

@@ -1,8 +1,8 @@
 """Where a network can come from other than our own registry: one file a prefix.
 
-A source builds a bare, untrained network from the rest of a spec, and may know a normalisation, an input size
-and class names. Which of them may be named by a file rather than by the user is said here: a model card can
-come from a stranger, so that it may name a member of a library, but never a folder or a Python file.
+A source builds a bare, untrained network from the rest of a spec, and may state a normalisation, an input
+size and class names. This module also decides which sources a file may name, and which only the user: a model
+card can come from a stranger, so it may name a network of a library, but never a folder or a Python file.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import nn
 from unbackdoor.errors import UnsafeFile
 from unbackdoor.networks.geometry import Geometry
 from unbackdoor.networks.sources import huggingface, python_file, timm, torchvision
-from unbackdoor.networks.sources.preprocessing import Known
+from unbackdoor.networks.sources.preprocessing import Preprocessing
 from unbackdoor.networks.spec import OWN, PYTHON, Spec
 
-__all__ = ["SOURCES", "Known", "Source", "require_trusted"]
+__all__ = ["SOURCES", "Preprocessing", "Source", "require_trusted"]
 
 
 @dataclass(frozen=True)
@@ -27,22 +27,22 @@ class Source:
 
     Attributes:
         build: From a spec and a geometry to a bare network, in whatever device context it is called.
-        known: What the source's own files say of the input of this network.
+        preprocessing_of: What the source's own files state about the input of this network.
         from_card: Whether a model card may name it.
         skeleton: Whether it can be built without memory, to compare shapes first.
     """
 
     build: Callable[[Spec, Geometry], nn.Module]
-    known: Callable[[Spec], Known]
+    preprocessing_of: Callable[[Spec], Preprocessing]
     from_card: bool
     skeleton: bool = True
 
 
 SOURCES: dict[str, Source] = {
-    "timm": Source(timm.build, timm.known, from_card=True),
-    "torchvision": Source(torchvision.build, torchvision.known, from_card=True),
-    "hf": Source(huggingface.build, huggingface.known, from_card=False),
-    PYTHON: Source(python_file.build, python_file.known, from_card=False, skeleton=False),
+    "timm": Source(timm.build, timm.preprocessing_of, from_card=True),
+    "torchvision": Source(torchvision.build, torchvision.preprocessing_of, from_card=True),
+    "hf": Source(huggingface.build, huggingface.preprocessing_of, from_card=False),
+    PYTHON: Source(python_file.build, python_file.preprocessing_of, from_card=False, skeleton=False),
 }
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from unbackdoor.errors import ConfigError, InputError, UnsupportedModel
 from unbackdoor.networks.geometry import Geometry
 from unbackdoor.networks.sources.optional_libraries import import_library
-from unbackdoor.networks.sources.preprocessing import Known
+from unbackdoor.networks.sources.preprocessing import Preprocessing
 from unbackdoor.networks.spec import Spec
 
 _MAX_JSON = 4 << 20  # bytes
@@ -68,15 +68,15 @@ def _logits_only(kind: Any) -> Any:
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
 
-def known(spec: Spec) -> Known:
+def preprocessing_of(spec: Spec) -> Preprocessing:
     """Return the normalisation, size and class names that lie beside the weights."""
     folder, config = _config(spec)
     names = None
     labels = config.get("id2label")
     if isinstance(labels, dict) and set(labels) == {str(k) for k in range(len(labels))}:
-        found = tuple(str(labels[str(k)]) for k in range(len(labels)))
+        ordered = tuple(str(labels[str(k)]) for k in range(len(labels)))
         # transformers writes LABEL_0, LABEL_1, ... where nobody gave names.
-        names = None if found == tuple(f"LABEL_{k}" for k in range(len(found))) else found
+        names = None if ordered == tuple(f"LABEL_{k}" for k in range(len(ordered))) else ordered
     size = _size(config.get("image_size"))
     fixed = size is not None
     mean = std = None
@@ -98,13 +98,13 @@ def known(spec: Spec) -> Known:
             channels = len(mean) if mean else 3
             old_mean, old_std = mean or (0.0,) * channels, std or (1.0,) * channels
             mean, std = tuple(m / scale for m in old_mean), tuple(s / scale for s in old_std)
-    return Known(
+    return Preprocessing(
         mean=mean,
         std=std,
         size=size,
         size_fixed=fixed,
         class_names=names,
-        about_the_file=mean is not None,
+        for_these_weights=mean is not None,
         source=preprocessor.name if mean is not None else "config.json",
     )
 

@@ -56,10 +56,10 @@ def is_installed(library: str) -> bool:
 
 def _versions() -> str:
     """Return the versions that are installed, without importing anything."""
-    found = []
+    versions = []
     for name in ("torch", *_LIBRARIES):
         try:
-            found.append(f"{name} {metadata.version(name)}")
+            versions.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             continue
-    return ", ".join(found) or "no versions"
+    return ", ".join(versions) or "no versions"

@@ -1,4 +1,4 @@
-"""What a source knows of a network's input, and the options that a library may be given."""
+"""The preprocessing that a source states for a network, and the options that a library accepts."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _MAX_NUMBER = 100_000
 
 
 @dataclass(frozen=True)
-class Known:
-    """What a source says of the input of a network.
+class Preprocessing:
+    """The preprocessing and the class names that a source states for a network.
 
     Attributes:
         mean: Per-channel mean; None where nothing is said, empty for no normalisation.
@@ -23,9 +23,9 @@ class Known:
         size: (H, W), or None where nothing is said.
         size_fixed: Whether the network takes no other size.
         class_names: Names in logit order, or None.
-        about_the_file: True where this was written for these very weights; False where it is what the
+        for_these_weights: True if it was written for exactly these weights; False if it is what the
             library's own weights of this name use.
-        source: Where it was read, in words.
+        source: Where it was read, as text.
         note: Something to tell the user, or empty.
     """
 
@@ -34,7 +34,7 @@ class Known:
     size: tuple[int, int] | None = None
     size_fixed: bool = False
     class_names: tuple[str, ...] | None = None
-    about_the_file: bool = False
+    for_these_weights: bool = False
     source: str = ""
     note: str = ""
 

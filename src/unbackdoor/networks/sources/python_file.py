@@ -19,7 +19,7 @@ from torch import nn
 
 from unbackdoor.errors import InputError, UnsupportedModel
 from unbackdoor.networks.geometry import Geometry
-from unbackdoor.networks.sources.preprocessing import Known
+from unbackdoor.networks.sources.preprocessing import Preprocessing
 from unbackdoor.networks.spec import Spec, value_of
 
 
@@ -58,9 +58,9 @@ def build(spec: Spec, geometry: Geometry) -> nn.Module:
     return network
 
 
-def known(spec: Spec) -> Known:
-    """Return nothing: a Python file says nothing of its network's input."""
-    return Known()
+def preprocessing_of(spec: Spec) -> Preprocessing:
+    """Return an empty preprocessing: a Python file states none."""
+    return Preprocessing()
 
 
 def _module(path: Path) -> object:

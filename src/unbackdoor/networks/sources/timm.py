@@ -9,7 +9,7 @@ from torch import nn
 from unbackdoor.errors import ConfigError
 from unbackdoor.networks.geometry import Geometry
 from unbackdoor.networks.sources.optional_libraries import import_library
-from unbackdoor.networks.sources.preprocessing import Known, keywords
+from unbackdoor.networks.sources.preprocessing import Preprocessing, keywords
 from unbackdoor.networks.spec import Spec
 from unbackdoor.registry import near_match
 
@@ -72,7 +72,7 @@ def build(spec: Spec, geometry: Geometry) -> nn.Module:
     return network
 
 
-def known(spec: Spec) -> Known:
+def preprocessing_of(spec: Spec) -> Preprocessing:
     """Return what timm's own weights of this name expect."""
     options = keywords(spec, OPTIONS)
     timm = _library(spec)
@@ -84,7 +84,7 @@ def known(spec: Spec) -> Known:
     if isinstance(side, int):
         size = (3, side, side)
     mean, std = config.get("mean"), config.get("std")
-    return Known(
+    return Preprocessing(
         mean=None if mean is None else tuple(mean),
         std=None if std is None else tuple(std),
         size=None if size is None else (int(size[1]), int(size[2])),

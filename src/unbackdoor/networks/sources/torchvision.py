@@ -13,7 +13,7 @@ from torch import nn
 from unbackdoor.errors import ConfigError, MissingExtra
 from unbackdoor.networks.geometry import Geometry
 from unbackdoor.networks.sources.optional_libraries import import_library
-from unbackdoor.networks.sources.preprocessing import Known, keywords
+from unbackdoor.networks.sources.preprocessing import Preprocessing, keywords
 from unbackdoor.networks.spec import OWN, Spec, read_spec
 from unbackdoor.registry import ARCHITECTURES, near_match
 
@@ -67,7 +67,7 @@ def build(spec: Spec, geometry: Geometry) -> nn.Module:
     return _with_channels(network, geometry.channels)
 
 
-def known(spec: Spec) -> Known:
+def preprocessing_of(spec: Spec) -> Preprocessing:
     """Return what torchvision's own weights of this name expect."""
     try:
         models = _library(spec)
@@ -75,7 +75,7 @@ def known(spec: Spec) -> Known:
         own = own_equivalent(spec)
         if own is None:
             raise
-        return Known(
+        return Preprocessing(
             *IMAGENET,
             size=(224, 224),
             source="torchvision's weights of this name",
@@ -86,7 +86,7 @@ def known(spec: Spec) -> Known:
     transforms = weights.DEFAULT.transforms() if len(weights) else None
     crop = getattr(transforms, "crop_size", None)
     side = keywords(spec, OPTIONS).get("image_size", crop[0] if crop else None)
-    return Known(
+    return Preprocessing(
         mean=tuple(transforms.mean) if transforms is not None else None,
         std=tuple(transforms.std) if transforms is not None else None,
         size=(int(side), int(side)) if side is not None else None,

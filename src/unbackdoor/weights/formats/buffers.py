@@ -16,5 +16,5 @@ def short(value: object) -> str:
 
 def listed(names: list[str], limit: int = 5) -> str:
     """Return the first names of a list, and how many more there are."""
-    shown = ", ".join(short(name)[1:-1] for name in names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+    text = ", ".join(short(name)[1:-1] for name in names[:limit])
+    return text if len(names) <= limit else f"{text} and {len(names) - limit} more"

@@ -29,7 +29,7 @@ Fact = str | int | float | bool
 
 
 @dataclass
-class Found:
+class LocatedStateDict:
     """A state dict in a checkpoint.
 
     Attributes:
@@ -43,15 +43,15 @@ class Found:
     nest: tuple[str, ...] = ()
 
 
-def find(described: object, trail: Trail) -> Found:
+def find_state_dict(described: object, trail: Trail) -> LocatedStateDict:
     """Return the state dict that a checkpoint holds at the top, under a usual key, or as a whole module.
 
     Raises:
         InputError: If it holds none.
     """
-    found = _search(described, trail, "", 0)
-    if found is not None:
-        return found
+    located = _search(described, trail, "", 0)
+    if located is not None:
+        return located
     mapping = as_mapping(described)
     keys = listed([str(key) if isinstance(key, str | int) else "?" for key in list(mapping or {})[:6]])
     several = [short(key)[1:-1] for key in mapping or {} if isinstance(key, str) and _holds(mapping, key)]
@@ -69,12 +69,12 @@ def find(described: object, trail: Trail) -> Found:
     )
 
 
-def _search(value: object, trail: Trail, path: str, depth: int) -> Found | None:
+def _search(value: object, trail: Trail, path: str, depth: int) -> LocatedStateDict | None:
     refs = _tensors(value, trail)
     if refs:
         if path:
             trail.note(f"the weights lie under {path}")
-        return Found(refs)
+        return LocatedStateDict(refs)
     listing = isinstance(value, list | tuple)
     if isinstance(value, list | tuple):  # (state dict, epoch), as some scripts save it
         value = {str(place): entry for place, entry in enumerate(value[:_LISTED])}
@@ -93,18 +93,18 @@ def _search(value: object, trail: Trail, path: str, depth: int) -> Found | None:
             + listed([short(key)[1:-1] for key in candidates])
         )
     for key in keys or candidates if len(candidates) <= 1 else []:
-        found = _search(mapping[key], trail, f"{path}.{key}"[:200].lstrip("."), depth + 1)
-        if found is not None:
-            if not listing and (found.nest or as_mapping(mapping[key]) is not None):
-                found.nest = (key, *found.nest)
+        located = _search(mapping[key], trail, f"{path}.{key}"[:200].lstrip("."), depth + 1)
+        if located is not None:
+            if not listing and (located.nest or as_mapping(mapping[key]) is not None):
+                located.nest = (key, *located.nest)
             for name, beside in mapping.items():
                 fact = _fact(beside)
                 if isinstance(name, str) and name != key:
                     if fact is not None:
-                        found.beside.setdefault(name[:200], fact)
+                        located.beside.setdefault(name[:200], fact)
                     elif "optim" in name.lower() and as_mapping(beside):
                         trail.note(f"the state of an optimizer lies beside the weights, under {short(name)}")
-            return found
+            return located
     return None
 
 

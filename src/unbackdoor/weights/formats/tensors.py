@@ -1,4 +1,4 @@
-"""Tensors that a file describes, checked before a byte of memory is taken for them."""
+"""Tensors that a file describes, checked before any memory is allocated for them."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def sizes(values: object) -> tuple[int, ...]:
     """
     if not isinstance(values, list | tuple) or len(values) > MAX_AXES or not all(natural(v) for v in values):
         raise InputError(
-            "a tensor has an absurd shape", expected=f"at most {MAX_AXES} sizes", got=_shown(values)
+            "a tensor has an absurd shape", expected=f"at most {MAX_AXES} sizes", got=_short_sizes(values)
         )
     return tuple(values)
 
@@ -134,15 +134,15 @@ def check(name: str, ref: TensorRef) -> None:
     window = ref.storage.store.windows.get(ref.storage.key)
     if window is None:
         raise InputError("the bytes of a tensor are missing", got=f"tensor {short(name)}")
-    held = window.size // ref.dtype.itemsize
+    available = window.size // ref.dtype.itemsize
     last = (
         ref.storage.first + ref.offset + sum((n - 1) * s for n, s in zip(ref.shape, ref.stride, strict=True))
     )
-    if last >= held:
+    if last >= available:
         raise InputError(
             "a tensor reaches beyond its bytes",
             expected=f"at least {last + 1} elements",
-            got=f"{held}, tensor {short(name)}",
+            got=f"{available}, tensor {short(name)}",
         )
 
 
@@ -161,7 +161,7 @@ def materialise(refs: Mapping[str, TensorRef], file_size: int) -> dict[str, Tens
     for name, ref in refs.items():
         check(name, ref)
         described += ref.count * ref.dtype.itemsize
-    # A stride of zero lets one stored number stand for any amount of tensor: counted before copying.
+    # With a stride of zero one stored number fills a tensor of any size: counted before copying.
     if described > MAX_TIED * file_size:
         raise UnsafeFile(
             "the file describes more than it holds",
@@ -187,8 +187,8 @@ def _copied(ref: TensorRef) -> Tensor:
 
 
 def _absurd(name: str, ref: TensorRef) -> UnsafeFile:
-    return UnsafeFile("a tensor has an absurd shape", got=f"{_shown(ref.shape)}, tensor {short(name)}")
+    return UnsafeFile("a tensor has an absurd shape", got=f"{_short_sizes(ref.shape)}, tensor {short(name)}")
 
 
-def _shown(values: object) -> str:
+def _short_sizes(values: object) -> str:
     return short(list(values[:8])) if isinstance(values, list | tuple) else type(values).__name__

@@ -1,7 +1,7 @@
 """Zip archives under bounds: every entry is where the directory says, once, and as long as it says.
 
-The directory at the end of a zip file and the headers before its entries tell the same story twice. Where
-they differ, two readers see two files, and a scanner may look at the harmless one. Such an archive is
+The directory at the end of a zip file and the headers before its entries state the same facts twice. Where
+they differ, two readers see two files, and a scanner may check the harmless one. Such an archive is
 refused, as are entries that overlap, expand without measure, are encrypted, or have names that lead out of a
 folder.
 """
@@ -152,7 +152,7 @@ class Archive:
             raise self._unsafe(
                 "the directory of the archive is not where it is said to be", f"{offset} + {size}, not {end}"
             )
-        found: dict[str, Entry] = {}
+        entries: dict[str, Entry] = {}
         folded: set[str] = set()
         spans: list[tuple[int, int]] = []
         at = offset
@@ -163,14 +163,14 @@ class Archive:
                 raise self._unsafe("two entries of the archive have one name", short(entry.name))
             folded.add(entry.name.lower())
             spans.append((header, entry.start + entry.packed))
-            found[entry.name] = entry
+            entries[entry.name] = entry
         if at != end:
             raise self._unsafe(
                 "the directory of the archive has more entries than it counts", f"{end - at} bytes"
             )
         self._check_spans(sorted(spans), offset)
-        self._check_sizes(found)
-        return found
+        self._check_sizes(entries)
+        return entries
 
     def _locate(self) -> tuple[int, int, int, int]:
         # Returns where the directory ends, its number of entries, its size and its offset.
@@ -291,8 +291,8 @@ class Archive:
                     "entries of the archive overlap, so that it unpacks to more than it holds", f"at {begin}"
                 )
 
-    def _check_sizes(self, found: Mapping[str, Entry]) -> None:
-        packed = [entry for entry in found.values() if entry.method == DEFLATED]
+    def _check_sizes(self, entries: Mapping[str, Entry]) -> None:
+        packed = [entry for entry in entries.values() if entry.method == DEFLATED]
         total = sum(entry.size for entry in packed)
         for entry in packed:
             if entry.size > MAX_RATIO * max(entry.packed, 16):

@@ -68,7 +68,7 @@ def read(archive: Archive, data: Buffer, trail: Trail, where: object) -> dict[st
         raise InputError("the archive holds no list of weights", expected=f"one entry *{_LIST}", where=where)
     content = archive.inside(inner[0], checkpoints.MAX_PICKLE)
     described = checkpoints.read_zip(Archive(content, where), content, trail, where)
-    return states.find(described, trail).refs
+    return states.find_state_dict(described, trail).refs
 
 
 def _remark(archive: Archive, trail: Trail) -> None:

@@ -6,12 +6,12 @@ Departs: a softmax at the very end is left out, because every method here works 
          the running statistics.
 
 Convolutions, normalisations, linear layers and activations become modules under the names of their weights,
-so that ``layer1.0.conv1`` is found again. What lies between becomes calls of functions. The usual operators
-of classifiers are known; any other is refused by its name.
+so that ``layer1.0.conv1`` has the same name here. All else becomes calls of functions. The usual operators
+of classifiers are supported; any other is refused by its name.
 
-Where each tensor of the network stands in the file is kept (``Place``), so that ``onnx_write`` can put a
-repaired one back. What the file can make of a few bytes, by sharing and folding constants, is bounded by the
-bytes it has; what the network does with an image, by ``models.effort``.
+The place of each tensor in the file is recorded (``Place``), so that ``write`` can put a repaired one back.
+The memory that a file can demand by sharing and folding constants is bounded by its size; the cost of an
+image is bounded by ``opening.cost_limits``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from unbackdoor.errors import InputError, UnbackdoorError, UnsafeFile, Unsupport
 from unbackdoor.weights.formats.buffers import short
 from unbackdoor.weights.formats.onnx import initializers as onnx
 from unbackdoor.weights.formats.onnx.node import LARGEST, Call, Place, Value
-from unbackdoor.weights.formats.onnx.operators import OPERATORS, WEIGHTS, is_whole
+from unbackdoor.weights.formats.onnx.operators import OPERATORS, WEIGHTS, makes_sizes
 from unbackdoor.weights.formats.tensors import MAX_TIED
 from unbackdoor.weights.stored_file import StoredFile, stored
 
@@ -42,7 +42,7 @@ _COLOURS = (1, 3, 4)
 
 @dataclass(frozen=True)
 class Graph:
-    """What can be told of a graph without building the network.
+    """What a graph shows without building the network.
 
     Attributes:
         operators: Number of operators.
@@ -56,14 +56,14 @@ class Graph:
 
 
 def describe_graph(file: Path | StoredFile) -> Graph:
-    """Tell what a graph holds.
+    """Describe a graph.
 
     Raises:
         UnbackdoorError: If the file cannot be parsed, see :func:`import_graph`.
     """
     graph = onnx.parse(stored(file)).graph
-    held = {tensor.name for tensor in graph.initializer}
-    inputs = [value for value in graph.input if value.name not in held]
+    initializers = {tensor.name for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in initializers]
     shape = _input_shape(inputs[0]) if len(inputs) == 1 else None
     return Graph(len(graph.node), _unknown(graph), shape)
 
@@ -116,9 +116,9 @@ class Builder:
         self.uses: dict[str, int] = {}
         self.notes: list[str] = []
         self.places: dict[str, Place] = {}
-        self.whole: set[fx.Node] = set()  # integers computed from sizes, which other sizes may be made of
+        self.size_nodes: set[fx.Node] = set()  # integers computed from sizes; may be sizes again
         self.batch = 0  # images of the example that the exporter has fixed; 0 where it left them open
-        self._taken: set[str] = set()
+        self._used_names: set[str] = set()
         self._above: set[str] = set()
         self._spent = 0
 
@@ -167,12 +167,12 @@ class Builder:
         module.graph.eliminate_dead_code()
         module.delete_all_unused_submodules()
         module.recompile()
-        kept = module.state_dict().keys()
+        state_names = module.state_dict().keys()
         module.meta.update(
             input_shape=shape,
             channels=_channels(inputs[0]) if shape is None else shape[0],
             notes=tuple(self.notes),
-            places={name: place for name, place in self.places.items() if name in kept},
+            places={name: place for name, place in self.places.items() if name in state_names},
         )
         return module.eval()
 
@@ -192,7 +192,7 @@ class Builder:
             UnsafeFile: If the file makes far more than it holds.
         """
         self._spent += count * width
-        if self._spent > MAX_TIED * self.tensors.held + _SLACK:
+        if self._spent > MAX_TIED * self.tensors.bytes_read + _SLACK:
             raise UnsafeFile("the graph makes far more of its weights than it holds", where=self.path)
 
     def _operators(self, graph: Any) -> None:
@@ -210,8 +210,8 @@ class Builder:
             made = OPERATORS[kind](call)
             for name, value in zip(call.outputs, made if isinstance(made, list) else [made], strict=False):
                 self._define(name, value)
-                if isinstance(value, fx.Node) and is_whole(call):
-                    self.whole.add(value)
+                if isinstance(value, fx.Node) and makes_sizes(call):
+                    self.size_nodes.add(value)
 
     def _is_end(self, call: Call, graph: Any) -> bool:
         return call.outputs[0] == graph.output[0].name and self.uses[call.outputs[0]] == 1
@@ -235,19 +235,19 @@ class Builder:
         target = self.place(name, "constant")
         self.spend(value.numel(), value.element_size())
         self.places[target] = place
-        held = value.clone()
-        self.root[target] = nn.Parameter(held) if held.is_floating_point() and held.dim() else held
+        weight = value.clone()
+        self.root[target] = nn.Parameter(weight) if weight.is_floating_point() and weight.dim() else weight
         return self.graph.get_attr(target)
 
     def place(self, name: str, kind: str) -> str:
-        """Return a free attribute path, at best the one that the exporter kept in a name."""
+        """Return a free attribute path, if possible the one in the name that the exporter wrote."""
         parts = name.split(".")
-        whole = all(_SEGMENT.fullmatch(part) for part in parts) and len(parts) < 20
+        valid = all(_SEGMENT.fullmatch(part) for part in parts) and len(parts) < 20
         # None may hide an attribute of a module, or lie within another layer.
-        clear = whole and not hasattr(fx.GraphModule, parts[0]) and parts[0] not in vars(nn.Module())
+        clear = valid and not hasattr(fx.GraphModule, parts[0]) and parts[0] not in vars(nn.Module())
         if not clear or self._clashes(name):
-            name = f"{kind}_{len(self._taken)}"
-        self._taken.add(name)
+            name = f"{kind}_{len(self._used_names)}"
+        self._used_names.add(name)
         above = name.rpartition(".")[0]
         while above:
             self._above.add(above)
@@ -257,7 +257,7 @@ class Builder:
     def _clashes(self, name: str) -> bool:
         above = name
         while above:
-            if above in self._taken:
+            if above in self._used_names:
                 return True
             above = above.rpartition(".")[0]
         return name in self._above

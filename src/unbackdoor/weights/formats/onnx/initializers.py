@@ -25,7 +25,7 @@ MAX_BYTES = (1 << 31) - 1  # what a protocol buffer can have
 MAX_FIELDS = 500_000
 _DEPTH = 20  # messages within each other, such as graphs in attributes of nodes
 
-# Numbers of the tags by which the first three bytes of a model are known: the version, then a text or a
+# Numbers of the tags by which the first three bytes of a model are recognised: the version, then a text or a
 # graph.
 _VERSION_TAG = 0x08
 _NEXT_TAGS = (0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42)
@@ -136,7 +136,7 @@ class Tensors:
         self.outside: dict[str, int] = {}
 
     @property
-    def held(self) -> int:
+    def bytes_read(self) -> int:
         """Bytes of the model and of the other files that were read so far."""
         return self._file.size + sum(self.outside.values())
 
@@ -159,7 +159,7 @@ class Tensors:
         dtype, carrier, field = TYPES[message.data_type]
         numbers = self._numbers(message, np.dtype(carrier), field, count, where)
         self._described += numbers.nbytes
-        if self._described > MAX_TIED * self.held:
+        if self._described > MAX_TIED * self.bytes_read:
             raise UnsafeFile("the model describes more than it holds", got=self._described, where=where)
         tensor = torch.from_numpy(numbers.reshape(shape))
         return tensor != 0 if dtype == torch.bool else tensor.view(dtype)
@@ -179,21 +179,21 @@ class Tensors:
             raise _missing(count * carrier.itemsize, len(raw), where)
         return np.frombuffer(raw, carrier).copy()
 
-    def _external(self, message: Any, wanted: int, where: str) -> bytes:
+    def _external(self, message: Any, expected: int, where: str) -> bytes:
         facts = {entry.key: entry.value for entry in message.external_data}
         location = facts.get("location", "")
         file = self._inside(location, where)
         try:
-            offset, length = int(facts.get("offset") or 0), int(facts.get("length") or wanted)
+            offset, length = int(facts.get("offset") or 0), int(facts.get("length") or expected)
         except ValueError as error:
             raise InputError("the place of a tensor is no number", where=where) from error
-        if not natural(offset) or length != wanted:
-            raise _missing(wanted, length, where)
-        held = self._file.other(location, file)
-        self.outside[location] = held.size
-        if offset + length > held.size:
-            raise _missing(offset + length, held.size, where)
-        return bytes(held.content[offset : offset + length])
+        if not natural(offset) or length != expected:
+            raise _missing(expected, length, where)
+        stored = self._file.other(location, file)
+        self.outside[location] = stored.size
+        if offset + length > stored.size:
+            raise _missing(offset + length, stored.size, where)
+        return bytes(stored.content[offset : offset + length])
 
     def _inside(self, location: str, where: str) -> Path:
         parts = PurePosixPath(location).parts

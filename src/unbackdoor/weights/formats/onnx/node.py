@@ -47,7 +47,7 @@ class Builder(Protocol):
     uses: dict[str, int]
     notes: list[str]
     places: dict[str, Place]
-    whole: set[fx.Node]
+    size_nodes: set[fx.Node]
     batch: int
 
     def value(self, name: str) -> Value:
@@ -104,14 +104,16 @@ class Call:
         return [int(i) for i in self._attributes[name].ints] if name in self._attributes else default
 
     def tensor(self, name: str) -> Tensor | None:
-        found = self._attributes.get(name)
-        return self.builder.tensors.read(found.t) if found is not None and found.HasField("t") else None
+        attribute = self._attributes.get(name)
+        if attribute is None or not attribute.HasField("t"):
+            return None
+        return self.builder.tensors.read(attribute.t)
 
     def operand(self, position: int) -> Value:
         return self.operands[position] if position < len(self.operands) else None
 
     def constant(self, position: int) -> Tensor | None:
-        """Return an operand that is known now; None where it is left out."""
+        """Return a constant operand; None where it is left out."""
         value = self.operand(position)
         if isinstance(value, fx.Node):
             raise self.refused(f"with a computed operand {position}")
@@ -142,7 +144,7 @@ class Call:
     def lengths(self, position: int) -> fx.Node | list[int] | None:
         """Return sizes, constant or computed from the sizes of other values; None where left out."""
         value = self.operand(position)
-        if isinstance(value, fx.Node) and value in self.builder.whole:
+        if isinstance(value, fx.Node) and value in self.builder.size_nodes:
             return value
         return self.sizes(position)
 

@@ -18,18 +18,18 @@ WEIGHTS = ("weight", "bias", "running_mean", "running_var")
 _LONGEST = 1 << 20  # entries of what the network makes from nothing but sizes
 
 
-def is_whole(call: Call) -> bool:
-    """Tell whether an operator makes integers of sizes, which may be sizes themselves."""
+def makes_sizes(call: Call) -> bool:
+    """Tell whether an operator computes integers from sizes, which may be sizes themselves."""
     if call.kind == "Shape":
         return True
     if call.kind == "Cast":
         return call.integer("to", 0) in (6, 7)
-    known = (
-        value in call.builder.whole if isinstance(value, fx.Node) else not value.is_floating_point()
+    from_sizes = (
+        value in call.builder.size_nodes if isinstance(value, fx.Node) else not value.is_floating_point()
         for value in call.operands
         if value is not None
     )
-    return call.kind in _OF_SIZES and all(known)
+    return call.kind in _OF_SIZES and all(from_sizes)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -37,7 +37,7 @@ def is_whole(call: Call) -> bool:
 
 
 def _with(call: Call, layer: nn.Module, **tensors: Tensor | None) -> nn.Module:
-    # Layers are made without memory and filled, so that no generator is drawn from.
+    # Layers are built without memory and then filled, so that no random generator advances.
     for name, tensor in tensors.items():
         if tensor is None:
             continue
@@ -299,8 +299,10 @@ def _float(x: Tensor) -> Tensor:
 
 def _quotient(x: Any, y: Any) -> Any:
     # Integers are divided as in C.
-    whole = not any(isinstance(v, float) or (isinstance(v, Tensor) and v.is_floating_point()) for v in (x, y))
-    return torch.div(x, y, rounding_mode="trunc" if whole else None)
+    integers = not any(
+        isinstance(v, float) or (isinstance(v, Tensor) and v.is_floating_point()) for v in (x, y)
+    )
+    return torch.div(x, y, rounding_mode="trunc" if integers else None)
 
 
 def _gathered(x: Tensor, places: Tensor, axis: int) -> Tensor:
@@ -374,15 +376,15 @@ def _checked(call: Call, made: Any) -> Tensor:
 def _constant(call: Call) -> Value:
     made = call.tensor("value")
     if made is None and (numbers := call.integers("value_ints", [call.integer("value_int", 0)])) is not None:
-        held = call._attributes
-        if "value_float" in held:
+        attributes = call._attributes
+        if "value_float" in attributes:
             made = torch.tensor(call.number_of("value_float", 0.0))
-        elif "value_int" in held:
+        elif "value_int" in attributes:
             made = torch.tensor(numbers[0])
-        elif "value_ints" in held:
+        elif "value_ints" in attributes:
             made = torch.tensor(numbers)
-        elif "value_floats" in held:
-            made = torch.tensor([float(f) for f in held["value_floats"].floats])
+        elif "value_floats" in attributes:
+            made = torch.tensor([float(f) for f in attributes["value_floats"].floats])
     if made is None:
         raise call.refused("of this kind")
     return made
@@ -407,11 +409,11 @@ def _cast(call: Call) -> Value:
     if isinstance(value, Tensor) and to in onnx.TYPES:
         call.builder.spend(value.numel(), 8)
         return value.to(onnx.TYPES[to][0])
-    if value in call.builder.whole and to in (6, 7, 9):
+    if value in call.builder.size_nodes and to in (6, 7, 9):
         return call.builder.call(_typed, call.node(), onnx.TYPES[to][0])
     if to != 1:
         raise call.refused("to another type than float32")
-    return call.builder.call(_float, call.node()) if value in call.builder.whole else value
+    return call.builder.call(_float, call.node()) if value in call.builder.size_nodes else value
 
 
 def _mean(call: Call) -> Value:
@@ -503,10 +505,10 @@ def _split(call: Call) -> Value:
     sizes = call.sizes(1)
     if sizes is None or len(sizes) != parts or parts > 64:
         raise call.refused("without sizes")
-    whole = call.node()
+    node = call.node()
     at, made = 0, []
     for size in sizes:
-        made.append(call.builder.call(_sliced, whole, (at,), (at + size,), (axis,)))
+        made.append(call.builder.call(_sliced, node, (at,), (at + size,), (axis,)))
         at += size
     return made  # type: ignore[return-value]
 
@@ -528,8 +530,8 @@ def _shape(call: Call) -> Value:
 
 
 def _constant_of_shape(call: Call) -> Value:
-    sizes, given = call.lengths(0), call.tensor("value")
-    fill = given if given is not None else torch.zeros(1)
+    sizes, stated = call.lengths(0), call.tensor("value")
+    fill = stated if stated is not None else torch.zeros(1)
     if sizes is None or fill.numel() != 1:
         raise call.refused("with such constants")
     if isinstance(sizes, fx.Node):
@@ -549,8 +551,8 @@ def _where(call: Call) -> Value:
 
 
 def _axes(call: Call) -> tuple[int, ...]:
-    given = call.sizes(1) if len(call.operands) > 1 else call.integers("axes", [])
-    return tuple(given or ())
+    axes = call.sizes(1) if len(call.operands) > 1 else call.integers("axes", [])
+    return tuple(axes or ())
 
 
 def _squeeze(call: Call) -> Value:

@@ -2,8 +2,8 @@
 
 A weight that one operator uses is replaced under its name. One that several use, or that the file computes
 from others, becomes a weight of its own for the operator whose tensor changed. Weights that lay in other
-files are taken in, so that the new file stands alone. Nothing is written that does not open to the very
-tensors that were to be written. Needs the extra ``onnx``.
+files are included, so that the new file is complete. The written file is opened again and must hold exactly
+these tensors. Needs the extra ``onnx``.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def require_room(file: Path | StoredFile) -> None:
     for message in _tensors(onnx.parse(file)):
         if message.data_location == onnx.EXTERNAL:
             tensors.read(message)
-    if tensors.held > onnx.MAX_BYTES:
-        raise _too_large(file.path, tensors.held)
+    if tensors.bytes_read > onnx.MAX_BYTES:
+        raise _too_large(file.path, tensors.bytes_read)
 
 
 def _too_large(path: Path, size: int) -> UnsupportedModel:
@@ -70,29 +70,30 @@ def write_graph(
         IntegrityError: If what was written does not open to these tensors.
     """
     source = stored(source)
-    wanted = {name: t.detach().cpu() for name, t in after.items()}
-    if wanted.keys() != before.keys() or any(wanted[n].shape != t.shape for n, t in before.items()):
-        odd = sorted(n for n in wanted.keys() | before.keys() if n not in wanted or n not in before)[:3]
+    repaired = {name: t.detach().cpu() for name, t in after.items()}
+    if repaired.keys() != before.keys() or any(repaired[n].shape != t.shape for n, t in before.items()):
+        odd = sorted(n for n in repaired.keys() | before.keys() if n not in repaired or n not in before)[:3]
         raise InputError("the repaired model has other tensors than the file", got=odd, where=source.path)
     changed = [
         name
-        for name, tensor in wanted.items()
+        for name, tensor in repaired.items()
         if not name.endswith(_COUNTER) and not torch.equal(tensor, before[name].cpu())
     ]
     if odd := [name for name in changed if name not in places]:
         raise InputError("a changed tensor has no place in the file", where=f"{source.path}, {short(odd[0])}")
     model = onnx.parse(source)
     operands = _Operands(model.graph, places)
-    # Last those that go by the name of a weight: whoever shares it has a weight of its own by then.
+    # Tensors under the name of a shared weight come last: by then the other users have weights of their own.
     for name in sorted(changed, key=lambda name: operands.of(name) == name):
-        operands.put(name, wanted)
-    asked = {(place.node, place.position): wanted[name] for name, place in places.items()}
+        operands.put(name, repaired)
+    expected = {(place.node, place.position): repaired[name] for name, place in places.items()}
 
     def check(draft: Path) -> None:
         network = import_graph(draft)
-        state, found = network.state_dict(), network.meta["places"]
-        reread = {(place.node, place.position): state[name] for name, place in found.items()}
-        if reread.keys() != asked.keys() or not all(torch.equal(reread[at], asked[at]) for at in asked):
+        state, new_places = network.state_dict(), network.meta["places"]
+        reread = {(place.node, place.position): state[name] for name, place in new_places.items()}
+        same_places = reread.keys() == expected.keys()
+        if not same_places or not all(torch.equal(reread[at], expected[at]) for at in expected):
             raise IntegrityError("the file that was written does not hold the repaired weights", where=path)
 
     _store(path, source, model, check)
@@ -106,12 +107,13 @@ def write_initializers(path: Path, source: Path | StoredFile, state: Mapping[str
     """
     source = stored(source)
     model = onnx.parse(source)
-    held = {message.name: message for message in model.graph.initializer}
-    if held.keys() != state.keys() or any(tuple(held[n].dims) != tuple(t.shape) for n, t in state.items()):
-        odd = sorted(short(name) for name in held.keys() ^ state.keys())[:3]
+    messages = {message.name: message for message in model.graph.initializer}
+    other_names = messages.keys() != state.keys()
+    if other_names or any(tuple(messages[n].dims) != tuple(t.shape) for n, t in state.items()):
+        odd = sorted(short(name) for name in messages.keys() ^ state.keys())[:3]
         raise InputError("the weights are not those of the file", got=odd, where=source.path)
     for name, tensor in state.items():
-        _fill(held[name], tensor.detach().cpu())
+        _fill(messages[name], tensor.detach().cpu())
 
     def check(draft: Path) -> None:
         reread = onnx.read(stored(draft), Trail())
@@ -127,11 +129,12 @@ class _Operands:
     def __init__(self, graph: Any, places: Mapping[str, Place]) -> None:
         self._graph = graph
         self._places = places
-        self._held = {message.name: message for message in graph.initializer}
+        self._initializers = {message.name: message for message in graph.initializer}
         self._uses: dict[str, int] = {}
         for name in [name for node in graph.node for name in node.input] + [v.name for v in graph.output]:
             self._uses[name] = self._uses.get(name, 0) + 1
-        self._taken = {*self._held, *self._uses, *(name for node in graph.node for name in node.output)}
+        outputs = {name for node in graph.node for name in node.output}
+        self._used_names = {*self._initializers, *self._uses, *outputs}
 
     def of(self, name: str) -> str:
         """Return the name of the value that stands where a tensor of the network does."""
@@ -145,18 +148,18 @@ class _Operands:
             for other in self._places:
                 if other != name and self.of(other) == operand:
                     self.put(other, state)
-        node, message = self._graph.node[place.node], self._held.get(operand)
+        node, message = self._graph.node[place.node], self._initializers.get(operand)
         shape = None if message is None else tuple(message.dims)
         value = _as_in_file(state[name], place, shape)
         _unscale(node, place)
         if message is None or self._uses[operand] > 1 or tuple(value.shape) != shape:
             fresh = name
-            while fresh in self._taken:
+            while fresh in self._used_names:
                 fresh += "_"
-            self._taken.add(fresh)
+            self._used_names.add(fresh)
             self._uses[operand] -= 1
             self._uses[fresh] = 1
-            message = self._held[fresh] = self._graph.initializer.add(name=fresh)
+            message = self._initializers[fresh] = self._graph.initializer.add(name=fresh)
             node.input[place.position] = fresh
         _fill(message, value)
 
@@ -173,10 +176,10 @@ def _as_in_file(tensor: Tensor, place: Place, shape: tuple[int, ...] | None) -> 
 
 def _unscale(node: Any, place: Place) -> None:
     # The tensor that is written holds the factor already.
-    kept = [attribute for attribute in node.attribute if attribute.name != place.scale]
-    if len(kept) < len(node.attribute):
+    remaining = [attribute for attribute in node.attribute if attribute.name != place.scale]
+    if len(remaining) < len(node.attribute):
         del node.attribute[:]
-        node.attribute.extend(kept)
+        node.attribute.extend(remaining)
 
 
 def _fill(message: Any, tensor: Tensor) -> None:

@@ -115,10 +115,10 @@ def _tensors(data: Buffer, start: int, entries: Mapping[str, Any]) -> dict[str, 
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    held = dict(pairs)
-    if len(held) != len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
         raise UnsafeFile("a name stands twice in the header, and readers choose differently")
-    return held
+    return mapping
 
 
 def _no_number(text: str) -> float:

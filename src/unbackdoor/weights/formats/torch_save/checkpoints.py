@@ -66,7 +66,7 @@ def read_entry(archive: Archive, data: Buffer, main: Entry, trail: Trail, *, fol
         return StorageRef(store, key, dtype, count)
 
     described = _read(io.BytesIO(archive.content(main, MAX_PICKLE)), trail, storage)
-    # Only now, because the names had to be met first.
+    # Only now, because the names had to be recorded first.
     if order is not None and archive.content(order, 64).strip() not in (b"little", b""):
         raise InputError(
             "the checkpoint was written on a machine of another byte order", expected="little endian"
@@ -77,7 +77,7 @@ def read_entry(archive: Archive, data: Buffer, main: Entry, trail: Trail, *, fol
 def scan_beside(archive: Archive, trail: Trail, where: object, *, but: Entry | None, depth: int = 0) -> None:
     """List the names of all pickles in an archive, those within archives within it too.
 
-    A loader may read any of them, and file scanners that look at one alone miss the others.
+    A loader may read any of them, and file scanners that check only one miss the others.
     """
     for entry in archive.entries.values():
         if entry is not but and entry.size:
@@ -85,7 +85,7 @@ def scan_beside(archive: Archive, trail: Trail, where: object, *, but: Entry | N
 
 
 def _scan(archive: Archive, entry: Entry, trail: Trail, where: object, depth: int) -> None:
-    # Bytes of weights may look like anything; only what says of itself that it is a pickle is read as one.
+    # Bytes of weights may resemble anything; only what declares itself a pickle is read as one.
     head = archive.head(entry)
     named = entry.name.lower().endswith((".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib"))
     if head.startswith(b"PK\x03\x04"):
@@ -100,7 +100,7 @@ def _scan(archive: Archive, entry: Entry, trail: Trail, where: object, depth: in
 def scan(content: bytes, trail: Trail) -> bool:
     """List the names of the pickles that bytes begin with; return whether there was a whole one."""
     stream = io.BytesIO(content)
-    whole = False
+    complete = False
     while stream.tell() < len(content):
         try:
             _read(stream, trail, pickles.Stub, depth=1)
@@ -109,8 +109,8 @@ def scan(content: bytes, trail: Trail) -> bool:
             break
         except InputError:
             break
-        whole = True
-    return whole
+        complete = True
+    return complete
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -253,14 +253,14 @@ def read_tar(data: Buffer, trail: Trail) -> object:
     contents = {
         name: bytes(data[start : start + size]) for name, (start, size) in members.items() if name in _PARTS
     }
-    known: dict[object, Any] = {}
-    _tar_storages(contents["storages"], trail, known)
-    _tar_tensors(contents["tensors"], trail, known)
+    objects: dict[object, Any] = {}
+    _tar_storages(contents["storages"], trail, objects)
+    _tar_tensors(contents["tensors"], trail, objects)
 
     def stored(saved: object) -> object:
         if isinstance(saved, tuple):
             return saved[0]
-        return known[int(str(saved))]
+        return objects[int(str(saved))]
 
     return _read(io.BytesIO(contents["pickle"]), trail, stored)
 
@@ -269,9 +269,9 @@ _PARTS = ("storages", "tensors", "pickle")
 
 
 def _members(data: Buffer) -> dict[str, tuple[int, int]]:
-    found: dict[str, tuple[int, int]] = {}
+    members: dict[str, tuple[int, int]] = {}
     at = 0
-    while at + _BLOCK <= len(data) and len(found) < 1000:
+    while at + _BLOCK <= len(data) and len(members) < 1000:
         header = bytes(data[at : at + _BLOCK])
         name = header[:100].split(b"\0")[0].decode("utf-8", "replace")
         if not name:
@@ -282,12 +282,12 @@ def _members(data: Buffer) -> dict[str, tuple[int, int]]:
             raise InputError("the tar archive is damaged", got=f"no size at {at}") from error
         if at + _BLOCK + size > len(data):
             raise InputError("the tar archive is cut short", got=f"member {short(name)}")
-        if name in found:
+        if name in members:
             raise UnsafeFile("two members of the tar archive have one name", got=short(name))
         if header[156:157] in (b"0", b"\0"):  # a file; links and devices are not followed
-            found[name] = (at + _BLOCK, size)
+            members[name] = (at + _BLOCK, size)
         at += _BLOCK + -(-size // _BLOCK) * _BLOCK
-    return found
+    return members
 
 
 def _nothing(saved: object) -> object:
@@ -312,7 +312,7 @@ def _guarded(read: Callable[[bytes, Trail, dict[object, Any]], None]) -> Callabl
 
 
 @_guarded
-def _tar_storages(content: bytes, trail: Trail, known: dict[object, Any]) -> None:
+def _tar_storages(content: bytes, trail: Trail, objects: dict[object, Any]) -> None:
     stream = io.BytesIO(content)
     store = Store()
     for _ in _counted(stream, trail):
@@ -320,17 +320,17 @@ def _tar_storages(content: bytes, trail: Trail, known: dict[object, Any]) -> Non
         dtype = pickles.storage_type(kind)
         name, at = str(int(key)), stream.tell()
         stream.seek(_place(content, at, store, name, dtype))
-        known[int(key)] = StorageRef(store, name, dtype, store.windows[name].size // dtype.itemsize)
+        objects[int(key)] = StorageRef(store, name, dtype, store.windows[name].size // dtype.itemsize)
     for view in cast("list[Any]", _read(stream, trail, _nothing)):
         target, root, first, size = view
         if not natural(first) or not natural(size):
             raise TypeError("a view without a size")
-        base = known[int(root)]
-        known[int(target)] = StorageRef(store, base.key, base.dtype, size, base.first + first)
+        base = objects[int(root)]
+        objects[int(target)] = StorageRef(store, base.key, base.dtype, size, base.first + first)
 
 
 @_guarded
-def _tar_tensors(content: bytes, trail: Trail, known: dict[object, Any]) -> None:
+def _tar_tensors(content: bytes, trail: Trail, objects: dict[object, Any]) -> None:
     stream = io.BytesIO(content)
     for _ in _counted(stream, trail):
         key, storage, _ = cast("tuple[Any, ...]", _read(stream, trail, _nothing))
@@ -340,7 +340,7 @@ def _tar_tensors(content: bytes, trail: Trail, known: dict[object, Any]) -> None
         shape = struct.unpack(f"<{axes}q", stream.read(8 * axes))
         stride = struct.unpack(f"<{axes}q", stream.read(8 * axes))
         (offset,) = struct.unpack("<q", stream.read(8))
-        base = known[int(storage)]
+        base = objects[int(storage)]
         if not isinstance(base, StorageRef) or not natural(offset):
             raise TypeError("a tensor without a storage")
-        known[int(key)] = TensorRef(base, base.dtype, offset, sizes(shape), sizes(stride))
+        objects[int(key)] = TensorRef(base, base.dtype, offset, sizes(shape), sizes(stride))

@@ -1,8 +1,8 @@
 """What a pickle names, judged without importing it: tensors, well-known classes, unknown code or danger.
 
 A list of bad names is never complete, so the lists here are of good ones. A name of the standard library, of
-torch or of numpy that no list has is dangerous, whatever it is. Only names of modules that nobody here knows,
-such as the user's own networks, are left between the two: to load them is to run code that was not looked at.
+torch or of numpy that no list has is dangerous, whatever it is. Only names of modules that are unknown here,
+such as the user's own networks, are left between the two: to load them is to run code that was not checked.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _PLAIN = re.compile(
     r"|torch\.\w+Storage|torch\.storage\.(Untyped|Typed)Storage"
     r"|torch\.(bool|bfloat16|float(16|32|64)|u?int(8|16|32|64)|complex(32|64|128)|float8_\w+)"
 )
-# Each of these makes a value of data given, and calls nothing of the caller's choice.
+# Each of these builds a value from its arguments, and calls nothing that the pickle chooses.
 _LIBRARY = re.compile(
     r"argparse\.Namespace|types\.SimpleNamespace|collections\.(defaultdict|deque|Counter)"
     r"|(builtins|__builtin__)\.(frozenset|list|dict|tuple|int|long|float|bool|str|unicode|bytes|bytearray"
@@ -49,7 +49,7 @@ _LIBRARY = re.compile(
     r"|torch\.(Tensor|Generator|contiguous_format|channels_last|preserve_format|strided)"
     r"|torch\._utils\._rebuild_(qtensor|sparse_tensor|device_tensor_from_numpy)"
     r"|torch\.serialization\._get_layout"
-    # It opens a pickle inside; what that names is met when it is read, see ``pickles``.
+    # It opens a pickle inside; its names are recorded when it is read, see ``pickle_reader``.
     r"|torch\.storage\._load_from_bytes|unbackdoor\.(networks|models)\.[a-z]\w*\.[A-Z]\w*|unbackdoor\.types\.Classifier"
     r"|torch\.nn\.(modules|parallel|utils|intrinsic|quantized|qat)(\.\w+)*\.[A-Z]\w*|torch\.nn\.[A-Z]\w*"
     r"|torch\.nn\.functional\.\w+|torch\.nn\.init\.\w+_"

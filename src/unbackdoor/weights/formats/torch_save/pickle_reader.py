@@ -5,8 +5,7 @@ one calls it. Here the first writes the name down and the second notes what woul
 only the handful of functions by which torch describes a tensor are understood, and they yield a description.
 No class of the file, and none of the process, is ever looked up.
 
-The names are written down the moment they are met, so that a pickle that breaks off afterwards has still told
-them.
+Each name is recorded when it is read, so that the names before a fault are reported too.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ MAX_NAMES = 1000
 _LONGEST = 500  # characters of a name; nothing that long can be imported
 _NESTED = 3  # pickles within pickles that are opened
 
-# Everything that reading nonsense raises in pickletools and here.
+# Everything that a malformed pickle raises in pickletools and here.
 BROKEN = (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, EOFError, RuntimeError)
 _OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
 _MAPPINGS = {"collections.OrderedDict", "builtins.dict", "collections.defaultdict", "collections.Counter"}
@@ -40,7 +39,7 @@ _REBUILDS = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3")
 
 @dataclass
 class Trail:
-    """What is met on the way through a file, kept whether or not the file can be read to its end.
+    """What was read of a file, also where the file cannot be read to its end.
 
     Attributes:
         names: Names beyond plain tensors that its pickles would import, and how dangerous each is.
@@ -50,8 +49,8 @@ class Trail:
     names: dict[Name, Danger] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def met(self, name: Name) -> None:
-        """Write a name down, unless it belongs to plain tensors."""
+    def record(self, name: Name) -> None:
+        """Record a name, unless it belongs to plain tensors."""
         danger = judge(name)
         if danger == "plain" or name in self.names:
             return
@@ -138,11 +137,11 @@ def as_mapping(value: object) -> dict[Any, Any] | None:
     if not isinstance(value, Stub) or value.cls not in _MAPPINGS:
         return value.items if isinstance(value, Stub) and value.items else None
     out: dict[Any, Any] = {}
-    for given in value.args if isinstance(value.args, tuple) else ():
-        if isinstance(given, dict):
-            out.update(given)
-        elif isinstance(given, list):  # as Python 2 wrote it
-            out.update({pair[0]: pair[1] for pair in given if _is_pair(pair)})
+    for argument in value.args if isinstance(value.args, tuple) else ():
+        if isinstance(argument, dict):
+            out.update(argument)
+        elif isinstance(argument, list):  # as Python 2 wrote it
+            out.update({pair[0]: pair[1] for pair in argument if _is_pair(pair)})
     return {**out, **(value.items or {})}
 
 
@@ -157,7 +156,7 @@ def read(
 
     Args:
         stream: Where it begins; left behind its last byte.
-        trail: Is told every name, the moment it is met.
+        trail: Records every name when it is read.
         persistent: Turns the file's references to things outside the pickle into what stands for them.
         nested: Reads a checkpoint that lies within the pickle, from its bytes, the trail and its depth.
         depth: How many pickles this one lies inside.
@@ -192,7 +191,7 @@ class _Machine:
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
         self._odd = 0
-        self._unopened = 0  # times that the function which opens pickles inside was met and not seen at work
+        self._unopened = 0  # calls of the function that opens inner pickles whose content was not read
 
     def run(self, stream: IO[bytes]) -> object:
         try:
@@ -333,14 +332,14 @@ class _Machine:
         if isinstance(name, str) and isinstance(module, str):
             self._named(module, name)
         else:
-            # The text would come out of a call, so that nobody can tell it without making the call.
+            # The text is the result of a call, so that it is unknown without making the call.
             self._trail.names[COMPUTED] = "dangerous"
             self.push(COMPUTED)
 
     def _named(self, module: str, name: str) -> None:
-        found = Name(module[:_LONGEST], name[:_LONGEST])
-        self._trail.met(found)
-        self.push(found)
+        global_name = Name(module[:_LONGEST], name[:_LONGEST])
+        self._trail.record(global_name)
+        self.push(global_name)
 
     def extension(self, code: Any) -> None:
         # What a number of the extension table means, the loading process decides.
@@ -384,7 +383,7 @@ class _Machine:
 
     def _called(self, function: Any, args: Any) -> Any:
         if not isinstance(function, Name):
-            # What a call returns is called in turn; only making the call would tell what that is.
+            # The result of a call is called; it is unknown without making the call.
             self._trail.names[COMPUTED] = "dangerous"
         if not isinstance(function, Name) or not isinstance(args, tuple):
             return Stub(function, args)
@@ -393,7 +392,7 @@ class _Machine:
                 try:
                     return _tensor(args)
                 except (*BROKEN, InputError) as error:
-                    return Faulty(error)  # and on: what would be loaded after it must be told as well
+                    return Faulty(error)  # reading goes on: the names after it must be reported too
             if function.name in ("_rebuild_parameter", "_rebuild_parameter_with_state") and args:
                 return args[0]
         if function == Name("torch._tensor", "_rebuild_from_type_v2") and len(args) >= 3:
@@ -409,7 +408,7 @@ class _Machine:
         ):
             return args[0].encode("latin1")
         if function == _OPENS and len(args) == 1 and isinstance(args[0], bytes):
-            self._unopened -= 1  # its inside is read now, and its names are met
+            self._unopened -= 1  # its content is read now, and its names are recorded
             return self._inner(args[0])
         return Stub(function, args)
 

@@ -89,21 +89,21 @@ def _own(name: Name) -> bool:
 
 
 def _declared(
-    archive: Archive, root: str, module: Stub, known: dict[str, dict[str, set[str]]]
+    archive: Archive, root: str, module: Stub, by_file: dict[str, dict[str, set[str]]]
 ) -> set[str] | None:
     if not isinstance(module.made_by, Name):
         return None
     file = module.made_by.module.replace(".", "/")
-    if file not in known:
-        known[file] = {}
+    if file not in by_file:
+        by_file[file] = {}
         entry = archive.entries.get(f"{root}/code/{file}.py")
         text = archive.content(entry, _MAX_TEXT).decode("utf-8", "replace") if entry is not None else ""
         for match in _CLASS.finditer(text):
-            known[file][match["name"]] = {
+            by_file[file][match["name"]] = {
                 *_TEXT.findall(match["parameters"]),
                 *_TEXT.findall(match["buffers"]),
             }
-    return known[file].get(module.made_by.name)
+    return by_file[file].get(module.made_by.name)
 
 
 def _constants(archive: Archive, data: Buffer, trail: Trail, root: str) -> dict[str, TensorRef]:
@@ -112,11 +112,11 @@ def _constants(archive: Archive, data: Buffer, trail: Trail, root: str) -> dict[
     if entry is None:
         return {}
     values = checkpoints.read_entry(archive, data, entry, trail, folder=f"{root}/constants/")
-    found = {
+    constants = {
         f"constants.{i}": value
         for i, value in enumerate(values if isinstance(values, list | tuple) else ())
         if isinstance(value, TensorRef)
     }
-    if found:
+    if constants:
         trail.note("the program was frozen: its weights have lost their names and are numbered as constants")
-    return found
+    return constants

@@ -1,4 +1,4 @@
-"""What every benchmark needs: turns taken by the contestants, ratios, and a machine in words.
+"""What every benchmark needs: contestants run in turn, ratios, and a description of the machine.
 
 Times of a shared machine mean nothing by themselves. The contestants therefore run in turn, A B A B, each
 ratio is that of two neighbours in time, and the median of the ratios is reported with both extremes.
@@ -102,9 +102,9 @@ def stages(module: ModuleType, names: Mapping[str, str]) -> Iterator[dict[str, f
     before = {name: getattr(module, name) for name in names}
 
     def clocked(name: str) -> Callable[..., Any]:
-        def timed(*given: Any, **named: Any) -> Any:
+        def timed(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
-            out = before[name](*given, **named)
+            out = before[name](*args, **kwargs)
             seconds[names[name]] += time.perf_counter() - start
             return out
 

@@ -32,14 +32,14 @@ Loader = DataLoader[tuple[Tensor, int]]
 
 @dataclass(frozen=True)
 class Setting:
-    """What a method meets.
+    """What every method under test is given.
 
     Attributes:
         data: The data set.
         run: Seed, device and precision of ours.
         model: The victim.
         truth: Its attack.
-        drawn: All of the defender's images.
+        clean_images: All of the defender's images.
         clean: The same, split into those that are fitted and those that are held out.
         test: Clean test images.
     """
@@ -48,7 +48,7 @@ class Setting:
     run: Run
     model: Classifier
     truth: AttackTruth
-    drawn: Images
+    clean_images: Images
     clean: CleanData
     test: Images
 
@@ -56,7 +56,7 @@ class Setting:
     def subject(self) -> str:
         """In one line."""
         whom = f"{self.model.architecture}, {self.data.name}, {self.truth.attack}"
-        return f"{whom}, {len(self.drawn)} clean images, ours in {self.run.precision.name}"
+        return f"{whom}, {len(self.clean_images)} clean images, ours in {self.run.precision.name}"
 
     def facts(self, arguments: argparse.Namespace) -> dict[str, Any]:
         """Return the sizes for the record."""
@@ -65,7 +65,7 @@ class Setting:
             "data": self.data.name,
             "attack": self.truth.attack,
             "victim": "given" if arguments.victim else f"{arguments.victim_steps} steps",
-            "clean_images": len(self.drawn),
+            "clean_images": len(self.clean_images),
             "test_images": len(self.test),
             "precision": self.run.precision.name,
             "quick": arguments.quick,
@@ -109,12 +109,12 @@ def prepare(arguments: argparse.Namespace, *, augmented: bool = True) -> Setting
     run = Run.create(seed=arguments.seed)
     model, truth = find_victim(arguments, data, run)
     _, pool = reserve(data.train)
-    drawn = draw_clean(pool, count=arguments.clean, seed=arguments.seed)
-    given = {"augmentation": data.augmentation} if augmented else {}
-    clean = CleanData.split(drawn, seed=arguments.seed, **given)
+    clean_images = draw_clean(pool, count=arguments.clean, seed=arguments.seed)
+    options = {"augmentation": data.augmentation} if augmented else {}
+    clean = CleanData.split(clean_images, seed=arguments.seed, **options)
     order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
     test = data.test.subset(order[: arguments.test_images])
-    return Setting(data, run, model, truth, drawn, clean, test)
+    return Setting(data, run, model, truth, clean_images, clean, test)
 
 
 def find_victim(arguments: argparse.Namespace, data: DataSet, run: Run) -> tuple[Classifier, AttackTruth]:

@@ -55,7 +55,7 @@ AWM = SimpleNamespace(alpha=0.9, gamma=1e-8, trigger_norm=1000, outer=20, inner=
 BATCH = 128
 OURS = {"rnp": ("rnp:robust", "rnp:reference"), "awm": ("awm", "awm:reference")}
 TOLERATED = 0.02  # points of test accuracy for the oracle's row
-SHOWN = {"torch": torch, "nn": nn, "init": init, "F": F, "Tensor": Tensor, "Parameter": Parameter}
+NAMESPACE = {"torch": torch, "nn": nn, "init": init, "F": F, "Tensor": Tensor, "Parameter": Parameter}
 Outcome = dict[str, Any]
 
 
@@ -64,7 +64,7 @@ class Scene:
 
     def __init__(self, setting: Setting, workers: int) -> None:
         self.setting, self.workers = setting, workers
-        self.model, self.drawn = setting.model, setting.drawn
+        self.model, self.clean_images = setting.model, setting.clean_images
         self.evaluating = 0.0
 
     def network(self) -> nn.Module:
@@ -74,10 +74,10 @@ class Scene:
     def timed(self, test: Callable[..., Any]) -> Callable[..., Any]:
         """Return their evaluation with a clock on it."""
 
-        def clocked(*given: Any, **named: Any) -> Any:
+        def clocked(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             try:
-                return test(*given, **named)
+                return test(*args, **kwargs)
             finally:
                 self.evaluating += time.perf_counter() - start
 
@@ -86,13 +86,13 @@ class Scene:
 
 def released_rnp(scene: Scene, folder: Path) -> Outcome:
     """Play ``main`` of bboylyg/RNP: unlearn, recover, prune by threshold, evaluate after each epoch."""
-    layers = definitions(folder / "models" / "mask_batchnorm.py", {"MaskBatchNorm2d"}, SHOWN)
+    layers = definitions(folder / "models" / "mask_batchnorm.py", {"MaskBatchNorm2d"}, NAMESPACE)
     names = {"train_step_unlearning", "train_step_recovering", "clip_mask"}
     names |= {"pruning", "evaluate_by_threshold", "test"}
-    code = definitions(folder / "main.py", names, {**SHOWN, "device": "cpu", "np": np})
+    code = definitions(folder / "main.py", names, {**NAMESPACE, "device": "cpu", "np": np})
     code["test"] = scene.timed(code["test"])
     mean, std = scene.model.mean.flatten().tolist(), scene.model.std.flatten().tolist()
-    fit: Any = DataLoader(Pictures(scene.drawn, mean, std, augmented=True), BATCH, shuffle=True)
+    fit: Any = DataLoader(Pictures(scene.clean_images, mean, std, augmented=True), BATCH, shuffle=True)
     tests = test_loaders(scene.setting, mean, std, scene.workers)
     criterion = nn.CrossEntropyLoss()
 
@@ -138,17 +138,17 @@ def released_rnp(scene: Scene, folder: Path) -> Outcome:
 def released_awm(scene: Scene, folder: Path) -> Outcome:
     """Play ``main`` of jinghuichen/AWM: twenty rounds of search and masking, evaluated after each."""
     former = SimpleNamespace(Conv2d=FormerConv2d)
-    layers = definitions(folder / "models" / "maskedconv.py", {"MaskedConv2d"}, {**SHOWN, "nn": former})
-    inner = len(scene.drawn) // BATCH * AWM.inner
+    layers = definitions(folder / "models" / "maskedconv.py", {"MaskedConv2d"}, {**NAMESPACE, "nn": former})
+    inner = len(scene.clean_images) // BATCH * AWM.inner
     code = definitions(
         folder / "main.py",
         {"mask_train", "clip_mask", "Regularization", "test"},
-        {**SHOWN, "args": AWM, "device": "cpu", "np": np},
+        {**NAMESPACE, "args": AWM, "device": "cpu", "np": np},
     )
     code["test"] = scene.timed(code["test"])
-    given = TensorDataset(to_float(scene.drawn.pixels), scene.drawn.truth)
-    drawing = RandomSampler(given, replacement=True, num_samples=inner * BATCH)
-    fit: Any = DataLoader(given, BATCH, sampler=drawing)
+    data_set = TensorDataset(to_float(scene.clean_images.pixels), scene.clean_images.truth)
+    sampler = RandomSampler(data_set, replacement=True, num_samples=inner * BATCH)
+    fit: Any = DataLoader(data_set, BATCH, sampler=sampler)
     sets = (scene.setting.test, triggered(scene.setting.test, scene.setting.truth))
     tests = [DataLoader(TensorDataset(to_float(s.pixels), s.truth), BATCH) for s in sets]
     net = nn.Sequential(_Normalise(scene.model), scene.network())
@@ -233,10 +233,10 @@ def ask(name: str) -> Outcome:
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"{name} failed")
-    told: Outcome = json.loads(done.stdout.splitlines()[-1])
-    took = f"{told['seconds']:.1f} s, {told['algorithm']:.1f} s without evaluation"
-    print(f"{name}: ACC {told['acc']:.4f}, ASR {told['asr']:.4f}, {took}", flush=True)
-    return told
+    outcome: Outcome = json.loads(done.stdout.splitlines()[-1])
+    took = f"{outcome['seconds']:.1f} s, {outcome['algorithm']:.1f} s without evaluation"
+    print(f"{name}: ACC {outcome['acc']:.4f}, ASR {outcome['asr']:.4f}, {took}", flush=True)
+    return outcome
 
 
 def main() -> None:
@@ -261,12 +261,12 @@ def main() -> None:
     outcome: dict[str, Outcome] = {"before": before}
     for method in methods:
         names = (f"released {method}", *OURS[method])
-        told = [[ask(name) for name in names] for _ in range(arguments.pairs)]
+        rounds = [[ask(name) for name in names] for _ in range(arguments.pairs)]
         for place, name in enumerate(names):
-            outcome[name] = told[-1][place]
+            outcome[name] = rounds[-1][place]
             if place:
                 for key, label in (("seconds", "end to end"), ("algorithm", "algorithm alone")):
-                    pairs = [r[0][key] for r in told], [r[place][key] for r in told]
+                    pairs = [r[0][key] for r in rounds], [r[place][key] for r in rounds]
                     result.add(f"released {method} : {name}, {label}", Ratio.of(*pairs))
     result.facts["outcome"] = outcome
     result.show({}, arguments.json)

@@ -306,20 +306,20 @@ def main() -> None:
     }
     result = Result("awm", setting.subject, settings)
     contestants = {"ours": sides.ours, "floor": sides.floor, "plain": sides.plain}
-    whole = interleave(arguments.pairs, contestants, warmup=False)
+    totals = interleave(arguments.pairs, contestants, warmup=False)
     parts = sides.seconds
     once = [
         algorithm + evaluation / arguments.rounds
         for algorithm, evaluation in zip(parts["plain, algorithm"], parts["plain, evaluation"], strict=True)
     ]
-    result.add("ours : plain version, end to end", Ratio.of(whole["plain"], whole["ours"]))
+    result.add("ours : plain version, end to end", Ratio.of(totals["plain"], totals["ours"]))
     for name in ("algorithm", "search", "masking"):
         label = "algorithm alone" if name == "algorithm" else f"of it: {name}"
         result.add(f"  {label}", Ratio.of(parts[f"plain, {name}"], parts[f"ours, {name}"]))
-    result.add("  with one evaluation each", Ratio.of(once, whole["ours"]))
+    result.add("  with one evaluation each", Ratio.of(once, totals["ours"]))
     result.add("floor : ours, algorithm (1 is the floor)", Ratio.of(parts["ours, algorithm"], parts["floor"]))
     result.facts["outcome"] = sides.outcome
-    seconds = {name: values for name, values in whole.items() if name != "floor"}
+    seconds = {name: values for name, values in totals.items() if name != "floor"}
     result.show({**seconds, **parts}, arguments.json)
 
 

@@ -160,9 +160,9 @@ def main() -> None:
         measure(arguments, read(Path(name) / "store", None))
 
 
-def measure(arguments: argparse.Namespace, found: list[Done]) -> None:
+def measure(arguments: argparse.Namespace, cells_done: list[Done]) -> None:
     """Divide the time and print."""
-    cells = [cell for cell in found if cell.timings][arguments.skip :]
+    cells = [cell for cell in cells_done if cell.timings][arguments.skip :]
     if not cells:
         raise SystemExit("no cell of this store knows the times of its parts")
     wall = 0.0
@@ -182,7 +182,7 @@ def measure(arguments: argparse.Namespace, found: list[Done]) -> None:
     )
     settings = {
         "victims": len(cells) - len(repairs), "repairs": len(repairs),
-        "left_out": sum(not cell.timings for cell in found), "skipped": arguments.skip,
+        "left_out": sum(not cell.timings for cell in cells_done), "skipped": arguments.skip,
         "quick": arguments.quick,
     }  # fmt: skip
     result = Result("bench_overhead", subject, settings)

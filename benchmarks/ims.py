@@ -83,8 +83,8 @@ class Plain:
         if self.mode == "none":
             return out
         a = self.a[i] if self.mode == "forward" else 1 - self.a[i]
-        kept = torch.sigmoid(self.cfg.sharpness * (a - 0.5))
-        return out * (kept + self.s[i] * (1 - kept)).view(1, -1, 1, 1)
+        retained = torch.sigmoid(self.cfg.sharpness * (a - 0.5))
+        return out * (retained + self.s[i] * (1 - retained)).view(1, -1, 1, 1)
 
     def probabilities(self, mode: str, x: Tensor) -> Tensor:
         """Return softmax outputs (B, K) of one of the three networks."""
@@ -331,21 +331,21 @@ def main() -> None:
         "steps": sides.cfg.steps,
     }
     result = Result("ims", setting.subject, settings)
-    whole = interleave(arguments.pairs, contestants, warmup=False)
+    totals = interleave(arguments.pairs, contestants, warmup=False)
     sides.count()
     parts = sides.seconds
     algorithm = parts["ours, algorithm"]
-    result.add("ours : plain version, end to end", Ratio.of(whole["plain"], whole["ours"]))
+    result.add("ours : plain version, end to end", Ratio.of(totals["plain"], totals["ours"]))
     result.add("  algorithm alone", Ratio.of(parts["plain, algorithm"], algorithm))
-    result.add("  algorithm alone, both in fp32", Ratio.of(parts["plain, algorithm"], whole["lean"]))
-    result.add("floor : ours, algorithm (1 is the floor)", Ratio.of(algorithm, whole["floor"]))
+    result.add("  algorithm alone, both in fp32", Ratio.of(parts["plain, algorithm"], totals["lean"]))
+    result.add("floor : ours, algorithm (1 is the floor)", Ratio.of(algorithm, totals["floor"]))
     result.facts["images_forward"] = sides.images
     result.facts["outcome"] = sides.outcome
     result.notes.append(
         f"images that went forward: plain {sides.images['plain']}, ours {sides.images['ours']}, "
         f"{sides.images['plain'] / sides.images['ours']:.2f} times as many"
     )
-    result.show({**whole, **parts}, arguments.json)
+    result.show({**totals, **parts}, arguments.json)
 
 
 if __name__ == "__main__":

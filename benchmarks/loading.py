@@ -167,10 +167,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     rows = list(range(0, len(parts[0]), stride))[: arguments.images]
     images = parts[0].subset(rows)
     encoded = list(encoded_images(source.files[0]))
-    few = [encoded[row] for row in rows]
+    epoch_images = [encoded[row] for row in rows]
     del encoded
     loader = DataLoader(
-        Encoded(few),
+        Encoded(epoch_images),
         BATCH,
         shuffle=True,
         num_workers=arguments.num_workers,
@@ -186,12 +186,12 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     settings = {
         "data": source.name,
         "images": total,
-        "epoch_images": len(few),
+        "epoch_images": len(epoch_images),
         "num_workers": arguments.num_workers,
         "decode_workers": cores,
         "quick": arguments.quick,
     }
-    subject = f"{source.name}, {total} images at the start, {len(few)} in an epoch"
+    subject = f"{source.name}, {total} images at the start, {len(epoch_images)} in an epoch"
     result = Result("loading", subject, settings)
     del parts
     consume(loader)  # starts the workers; everything else has run once already or needs no warming
@@ -203,8 +203,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
             "first start": first_start,
             "epoch": lambda: consume(batches(images, BATCH, generator=torch.Generator().manual_seed(0))),
             "epoch, per image": lambda: consume(loader),
-            "cold decode": lambda: cold(few, cores),
-            "cold decode, one core": lambda: cold(few, 0),
+            "cold decode": lambda: cold(epoch_images, cores),
+            "cold decode, one core": lambda: cold(epoch_images, 0),
         },
         warmup=False,
     )

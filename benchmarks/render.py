@@ -10,7 +10,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 MARK = "## Measured\n"
-# What chose the strength of the contestants of authors.py; all others choose on held-out clean images.
+# How the contestants of authors.py chose the strength of their repair; all others use held-out clean images.
 CHOSEN_BY = {
     "released rnp": "the test sets",
     "released awm": "nothing: the last round",
@@ -52,12 +52,12 @@ def beside_the_released_code(folder: Path) -> str:
         "| contestant | ACC | ASR | strength chosen by | seconds | without evaluation | peak MB |",
         "|---|---:|---:|---|---:|---:|---:|",
     ]
-    for name, told in record["outcome"].items():
-        cells = [name, f"{100 * told['acc']:.1f} %", f"{100 * told['asr']:.1f} %"]
+    for name, outcome in record["outcome"].items():
+        cells = [name, f"{100 * outcome['acc']:.1f} %", f"{100 * outcome['asr']:.1f} %"]
         if name == "before":
             cells += [""] * 4
         else:
-            seconds = [f"{told[key]:.0f}" for key in ("seconds", "algorithm", "peak_mb")]
+            seconds = [f"{outcome[key]:.0f}" for key in ("seconds", "algorithm", "peak_mb")]
             cells += [CHOSEN_BY.get(name, "held-out clean images"), *seconds]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -65,8 +65,8 @@ def beside_the_released_code(folder: Path) -> str:
 
 def readme(text: str, folder: Path) -> str:
     """Return the README with its last section made anew."""
-    head, found, _ = text.partition(MARK)
-    assert found, "the README has lost its section of measurements"
+    head, mark, _ = text.partition(MARK)
+    assert mark, "the README has lost its section of measurements"
     note = (
         "Made by `python benchmarks/render.py` from `measured/`. Do not edit. The records of authors, awm, "
         "ims, rnp and tac_repair are of one pair each, on a machine that was training networks at the same "

@@ -214,7 +214,7 @@ class Floor:
         self.model = model.copy().train()
         batch = min(len(clean.fit), cfg.batch_size)
         self.pixels, self.labels = to_float(clean.fit.pixels[:batch]), clean.fit.truth[:batch]
-        self.held = to_float(clean.select.pixels)
+        self.held_out = to_float(clean.select.pixels)
         self.weights = [*self.model.parameters()]
         norms = [m for m in self.model.modules() if isinstance(m, nn.BatchNorm2d)]
         self.scales = [norm.weight for norm in norms]  # as many values as there are masks
@@ -224,7 +224,7 @@ class Floor:
         """Return the seconds of one repair with so many unlearning steps, at the rates of this moment."""
         unlearning = steps * usual(lambda: self._learn(self.weights))
         recovering = self.recovering * usual(lambda: self._learn(self.scales))
-        return unlearning + recovering + len(levels_of(self.cfg)) * usual(self._look)
+        return unlearning + recovering + len(levels_of(self.cfg)) * usual(self._evaluate_level)
 
     def _learn(self, learned: list[nn.Parameter]) -> None:
         for weight in self.weights:
@@ -234,9 +234,9 @@ class Floor:
         loss = F.cross_entropy(logits_of(self.model, self.pixels, self.run), self.labels)
         torch.autograd.grad(loss, learned)
 
-    def _look(self) -> None:
+    def _evaluate_level(self) -> None:
         with torch.inference_mode():
-            logits_of(self.model, self.held, self.run)
+            logits_of(self.model, self.held_out, self.run)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -332,23 +332,23 @@ def main() -> None:
         "recover_epochs": arguments.epochs,
     }
     result = Result("rnp", setting.subject, settings)
-    whole = interleave(arguments.pairs, {"ours": sides.ours, "plain": sides.plain}, warmup=False)
+    totals = interleave(arguments.pairs, {"ours": sides.ours, "plain": sides.plain}, warmup=False)
     parts = sides.seconds
     once = [
         algorithm + evaluation / sides.evaluations
         for algorithm, evaluation in zip(parts["plain, algorithm"], parts["plain, evaluation"], strict=True)
     ]
-    result.add("ours : plain version, end to end", Ratio.of(whole["plain"], whole["ours"]))
+    result.add("ours : plain version, end to end", Ratio.of(totals["plain"], totals["ours"]))
     result.add("  algorithm alone", Ratio.of(parts["plain, algorithm"], parts["ours, algorithm"]))
     for stage in STAGES.values():
         result.add(f"  of it: {stage}", Ratio.of(parts[f"plain, {stage}"], parts[f"ours, {stage}"]))
-    result.add("  with one evaluation each", Ratio.of(once, whole["ours"]))
+    result.add("  with one evaluation each", Ratio.of(once, totals["ours"]))
     floor = Ratio.of(parts["ours, algorithm"][-1:], [sides.bare()])
     result.add("floor : ours, algorithm (1 is the floor)", floor)
     result.facts["unlearning_steps"] = sides.steps
     result.facts["plain_evaluations"] = sides.evaluations
     result.facts["outcome"] = sides.outcome
-    result.show({**whole, **parts}, arguments.json)
+    result.show({**totals, **parts}, arguments.json)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from unbackdoor.engine.latent_shift import Solution, largest_gaps, least_shifts
 Array = npt.NDArray[np.float64]
 SIZES = ((10, 512), (43, 512), (200, 512), (1000, 2048))
 BROADCAST = 1 << 24  # numbers in one batch of pairwise differences
-FLOORS = {"10 x 512": 3.0, "43 x 512": 3.0, "200 x 512": 3.0}  # ratios that are wanted at the least
+FLOORS = {"10 x 512": 3.0, "43 x 512": 3.0, "200 x 512": 3.0}  # the least acceptable ratios
 
 
 def problem(classes: int, features: int, images: int, seed: int) -> tuple[Array, Tensor, Array]:
@@ -45,15 +45,15 @@ def problem(classes: int, features: int, images: int, seed: int) -> tuple[Array,
 
 def by_projected_gradients(weight: Array, gaps: Array, k: int, accuracy: float) -> tuple[Array, int]:
     """Return the shortest shift (D,) to class k, and the steps that it took."""
-    rows, wanted = np.delete(weight[k] - weight, k, axis=0), np.delete(gaps[k], k)
+    rows, margins = np.delete(weight[k] - weight, k, axis=0), np.delete(gaps[k], k)
     factors = np.zeros(len(rows))
     rate = 1 / np.linalg.norm(rows, 2) ** 2
     steps = 0
     while steps < 200_000:
         steps += 1
         shift = rows.T @ factors
-        missing = wanted - rows @ shift
-        if missing.max() <= accuracy * wanted.max() and abs(factors @ missing) <= accuracy * (shift @ shift):
+        missing = margins - rows @ shift
+        if missing.max() <= accuracy * margins.max() and abs(factors @ missing) <= accuracy * (shift @ shift):
             break
         factors = np.maximum(0, factors + rate * missing)
     return shift, steps
@@ -63,16 +63,16 @@ def by_slsqp(weight: Array, gaps: Array, k: int) -> float:
     """Return the norm of the shortest shift to class k."""
     from scipy.optimize import minimize
 
-    rows, wanted = np.delete(weight[k] - weight, k, axis=0), np.delete(gaps[k], k)
-    found = minimize(
+    rows, margins = np.delete(weight[k] - weight, k, axis=0), np.delete(gaps[k], k)
+    solution = minimize(
         lambda s: 0.5 * s @ s,
         np.zeros(weight.shape[1]),
         jac=lambda s: s,
         method="SLSQP",
-        constraints={"type": "ineq", "fun": lambda s: rows @ s - wanted, "jac": lambda s: rows},
+        constraints={"type": "ineq", "fun": lambda s: rows @ s - margins, "jac": lambda s: rows},
         options={"maxiter": 200},
     )
-    return float(np.linalg.norm(found.x))
+    return float(np.linalg.norm(solution.x))
 
 
 def all_pairs(logits: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def main() -> None:
             facts[name] = _said(solutions, time.process_time() - middle, middle - start)
             continue
         norms: dict[str, Any] = {}
-        few = range(min(arguments.plain_classes, classes))
+        subset = range(min(arguments.plain_classes, classes))
         rounds = 1 if arguments.quick else max(1, 600 // classes)  # a millisecond is too short for a clock
 
         def ours(
@@ -127,7 +127,9 @@ def main() -> None:
             for _ in range(rounds):
                 into["ours"] = least_shifts(w, r)
 
-        def plain(w: Array = weight, r: Array = gaps, into: dict[str, Any] = norms, ks: range = few) -> None:
+        def plain(
+            w: Array = weight, r: Array = gaps, into: dict[str, Any] = norms, ks: range = subset
+        ) -> None:
             into["plain"] = [by_projected_gradients(w, r, k, arguments.accuracy) for k in ks]
 
         def slsqp(w: Array = weight, r: Array = gaps, into: dict[str, Any] = norms) -> None:
@@ -144,15 +146,16 @@ def main() -> None:
         contestants = {"ours": ours, "plain": plain, "blocked": blocked, "all pairs": broadcast}
         if position == 0:
             contestants["slsqp"] = slsqp
-        taken = interleave(arguments.pairs, contestants)
-        per_class = [t / classes / rounds for t in taken["ours"]]
+        times_of = interleave(arguments.pairs, contestants)
+        per_class = [t / classes / rounds for t in times_of["ours"]]
         result.add(
-            f"{name}: projected gradients : ours", Ratio.of([t / len(few) for t in taken["plain"]], per_class)
+            f"{name}: projected gradients : ours",
+            Ratio.of([t / len(subset) for t in times_of["plain"]], per_class),
         )
         if position == 0:
-            result.add(f"{name}: SLSQP : ours", Ratio.of(taken["slsqp"], per_class))
-        result.add(f"{name}: gaps of all pairs : ours", Ratio.of(taken["all pairs"], taken["blocked"]))
-        seconds |= {f"{name}, {label}": times for label, times in taken.items()}
+            result.add(f"{name}: SLSQP : ours", Ratio.of(times_of["slsqp"], per_class))
+        result.add(f"{name}: gaps of all pairs : ours", Ratio.of(times_of["all pairs"], times_of["blocked"]))
+        seconds |= {f"{name}, {label}": times for label, times in times_of.items()}
         exact = [solution.norm for solution in norms["ours"]]
         start, _ = time.process_time(), [largest_gaps(logits) for _ in range(rounds)]
         middle, _ = time.process_time(), [least_shifts(weight, gaps) for _ in range(rounds)]
@@ -168,8 +171,8 @@ def main() -> None:
             facts[name]["disagreement_slsqp"] = abs(norms["slsqp"] / exact[0] - 1)
     result.facts["programs"] = facts
     for name, said in facts.items():
-        whole, table = said["all_classes_cpu_seconds"], said["gap_table_cpu_seconds"]
-        result.notes.append(f"{name}: all classes in {whole:.4f} s of CPU time, gaps in {table:.4f} s")
+        total, table = said["all_classes_cpu_seconds"], said["gap_table_cpu_seconds"]
+        result.notes.append(f"{name}: all classes in {total:.4f} s of CPU time, gaps in {table:.4f} s")
     result.show(seconds, arguments.json)
 
 

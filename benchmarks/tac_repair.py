@@ -118,7 +118,7 @@ class Plain:
         return target, torch.from_numpy(shifts[target]).float()
 
     def _shifted(self, pixels: Tensor, shift: Tensor) -> Tensor:
-        hook = self.head.register_forward_pre_hook(lambda _, given: (given[0] + shift,))
+        hook = self.head.register_forward_pre_hook(lambda _, inputs: (inputs[0] + shift,))
         try:
             logits: Tensor = self.network(pixels)
         finally:
@@ -147,9 +147,11 @@ class Comparison:
         self.tests = test_loaders(setting, mean, std, arguments.num_workers)
         augmented = setting.clean.augmentation == "crop+flip"
         self.loaders: tuple[Loader, Loader] = (
-            DataLoader(Pictures(setting.drawn, mean, std, augmented=False), self.cfg.batch_size),
+            DataLoader(Pictures(setting.clean_images, mean, std, augmented=False), self.cfg.batch_size),
             DataLoader(
-                Pictures(setting.drawn, mean, std, augmented=augmented), self.cfg.batch_size, shuffle=True
+                Pictures(setting.clean_images, mean, std, augmented=augmented),
+                self.cfg.batch_size,
+                shuffle=True,
             ),
         )
 
@@ -178,11 +180,11 @@ class Comparison:
         """Measure the rates of the passes that are needed."""
         setting, cfg = self.setting, self.cfg
         model = setting.model.copy().train()
-        pixels = to_float(setting.drawn.pixels)
-        batch, labels = pixels[: cfg.batch_size], setting.drawn.truth[: cfg.batch_size]
+        pixels = to_float(setting.clean_images.pixels)
+        batch, labels = pixels[: cfg.batch_size], setting.clean_images.truth[: cfg.batch_size]
         weights = [*model.requires_grad_(True).parameters()]
 
-        def look() -> None:
+        def forward() -> None:
             with torch.inference_mode():
                 logits_of(model, pixels, setting.run)
 
@@ -191,7 +193,7 @@ class Comparison:
             torch.autograd.grad(loss, weights)
 
         steps = cfg.epochs * math.ceil(len(pixels) / cfg.batch_size)
-        self.seconds["floor"].append(usual(look) + steps * usual(learn))
+        self.seconds["floor"].append(usual(forward) + steps * usual(learn))
 
 
 def main() -> None:
@@ -210,16 +212,16 @@ def main() -> None:
     settings = setting.facts(arguments) | {"preset": "reference", "epochs": arguments.epochs}
     result = Result("tac_repair", setting.subject, settings)
     contestants = {"ours": sides.ours, "floor": sides.floor, "plain": sides.plain}
-    whole = interleave(arguments.pairs, contestants, warmup=False)
+    totals = interleave(arguments.pairs, contestants, warmup=False)
     parts = sides.seconds
-    result.add("ours : plain version, end to end", Ratio.of(whole["plain"], whole["ours"]))
+    result.add("ours : plain version, end to end", Ratio.of(totals["plain"], totals["ours"]))
     for name in PARTS:
         label = "algorithm alone" if name == "algorithm" else f"of it: {name}"
         result.add(f"  {label}", Ratio.of(parts[f"plain, {name}"], parts[f"ours, {name}"]))
     floor = Ratio.of(parts["ours, algorithm"], parts["floor"])
     result.add("floor : ours, algorithm (1 is the floor)", floor)
     result.facts["outcome"] = sides.outcome
-    result.show(parts | {"ours": whole["ours"], "plain": whole["plain"]}, arguments.json)
+    result.show(parts | {"ours": totals["ours"], "plain": totals["plain"]}, arguments.json)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ class Described:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What a file can be told by."""
+        """What identifies a file."""
         return names_hash(self.shapes), shapes_hash(self.shapes, (*self.classes, *self.channels))
 
     @property

@@ -42,19 +42,19 @@ def busy(loops: int) -> Iterator[None]:
 
 def main() -> int:
     """Parse, run, and print one line a run and a verdict as JSON."""
-    words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    words.add_argument("--runs", type=int, default=5)
-    words.add_argument("--loops", type=int, default=4, help="busy processes beside the command")
-    words.add_argument("command", nargs="+", help="after --")
-    given = words.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--loops", type=int, default=4, help="busy processes beside the command")
+    parser.add_argument("command", nargs="+", help="after --")
+    arguments = parser.parse_args()
     seconds, codes = [], []
-    with busy(given.loops):
-        for number in range(1, given.runs + 1):
+    with busy(arguments.loops):
+        for number in range(1, arguments.runs + 1):
             start = time.monotonic()
-            codes.append(subprocess.run(given.command, check=False).returncode)
+            codes.append(subprocess.run(arguments.command, check=False).returncode)
             seconds.append(round(time.monotonic() - start, 1))
-            print(f"run {number} of {given.runs}: exit code {codes[-1]}, {seconds[-1]} s", flush=True)
-    verdict = {"loops": given.loops, "exit_codes": codes, "seconds": seconds, "longest": max(seconds)}
+            print(f"run {number} of {arguments.runs}: exit code {codes[-1]}, {seconds[-1]} s", flush=True)
+    verdict = {"loops": arguments.loops, "exit_codes": codes, "seconds": seconds, "longest": max(seconds)}
     print(json.dumps(verdict))
     return int(any(codes))
 

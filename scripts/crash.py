@@ -43,8 +43,8 @@ from unbackdoor.files import sha256_file
 from unbackdoor.opening.classifier_files import load_model
 
 _MARK = "UNBACKDOOR_CRASH_RUN"  # in the environment of the driver and so of all that it starts
-_LOOK = 0.0005  # seconds between two looks for a moment that lasts milliseconds
-_PATIENCE = 600.0  # seconds after which a moment that was aimed at is given up
+_POLL_SECONDS = 0.0005  # between two checks for a moment that lasts milliseconds
+_PATIENCE = 600.0  # seconds to wait for the chosen moment before giving it up
 _MUST_DIE = 600.0  # seconds that the driver's processes have to follow it; a starting server imports first
 _AIMS = (("any", 0.6), ("publish", 0.15), ("commit", 0.15), ("start", 0.1))
 _OWN_TIME = {"seconds", "peak_mb", "commit"}  # the columns that two runs may differ in
@@ -111,7 +111,7 @@ def one_life(run: Experiment, store: Path) -> bool:
         _wait(driver, run.draw.uniform(0, run.ready))
     else:
         while driver.poll() is None and not _working(store) - before:
-            time.sleep(_LOOK)
+            time.sleep(_POLL_SECONDS)
         if aim == "any":
             _wait(driver, run.draw.uniform(0, run.span))
         else:
@@ -141,9 +141,9 @@ def faults_of(store: Path, reference: Path, allowed: int) -> Iterator[str]:
         reference: The store of the undisturbed run.
         allowed: How many cells the kills may have cost.
     """
-    wanted = _states(reference)
-    if _states(store) != wanted:
-        yield f"the cells are {_states(store)} and not {wanted}"
+    expected = _states(reference)
+    if _states(store) != expected:
+        yield f"the cells are {_states(store)} and not {expected}"
     for name in ("work", "drivers", "checkpoints"):
         left = sorted(file.name for file in (store / name).iterdir()) if (store / name).exists() else []
         if left:
@@ -154,8 +154,8 @@ def faults_of(store: Path, reference: Path, allowed: int) -> Iterator[str]:
     with Store(store) as opened:
         members = [cell for label in opened.suites() for cell, _ in opened.members(label)]
         tries = sum(cell.tries for cell in members)
-        if tries > wanted["done"] + allowed:
-            yield f"{tries} cells were started, more than {wanted['done']} and {allowed} lost to kills"
+        if tries > expected["done"] + allowed:
+            yield f"{tries} cells were started, more than {expected['done']} and {allowed} lost to kills"
         finished = {cell.key for cell in members if cell.state == "done"}
         there = {folder.name for folder in opened.artefacts.glob("*/*")}
         if finished != there:
@@ -225,7 +225,7 @@ def _watch(driver: subprocess.Popen[bytes], store: Path, aim: str, before: set[s
                 "judge",
             ):
                 return
-        time.sleep(_LOOK)
+        time.sleep(_POLL_SECONDS)
 
 
 def _step(folder: Path) -> str:
@@ -275,14 +275,14 @@ def _outlived(run: Experiment, mark: str) -> None:
 
 
 def _marked(mark: str) -> list[int]:
-    wanted = f"{_MARK}={mark}".encode()
-    found = []
+    marker = f"{_MARK}={mark}".encode()
+    pids = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             # What has ended and was not waited for has no environment any more.
-            if wanted in (folder / "environ").read_bytes():
-                found.append(int(folder.name))
-    return found
+            if marker in (folder / "environ").read_bytes():
+                pids.append(int(folder.name))
+    return pids
 
 
 def _command(pid: int) -> str:
@@ -322,25 +322,29 @@ def _unloadable(folder: Path, kind: str) -> Iterator[str]:
 
 def main() -> int:
     """Run the experiment and print its verdict."""
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("suite", help="label of a suite")
-    words.add_argument("--kills", type=int, default=50)
-    words.add_argument("--seed", type=int, default=0)
-    words.add_argument("--only", help="run only what matches; see unbackdoor bench run --help")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("suite", help="label of a suite")
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", help="run only what matches; see unbackdoor bench run --help")
     # One thread each: two threads that wait for each other on a busy machine take many times as long.
-    words.add_argument("--workers", type=int, default=processors())
-    words.add_argument("--suites", type=Path, default=SHIPPED)
-    words.add_argument("--folder", type=Path, help="where the stores are made and kept; default: nowhere")
-    given = words.parse_args()
+    parser.add_argument("--workers", type=int, default=processors())
+    parser.add_argument("--suites", type=Path, default=SHIPPED)
+    parser.add_argument("--folder", type=Path, help="where the stores are made and kept; default: nowhere")
+    options = parser.parse_args()
     command = [
-        sys.executable, "-m", "unbackdoor", "bench", "run", given.suite, "--suites", str(given.suites),
-        "--workers", str(given.workers), "--quiet", *(["--only", given.only] if given.only else []),
+        sys.executable, "-m", "unbackdoor", "bench", "run", options.suite, "--suites", str(options.suites),
+        "--workers", str(options.workers), "--quiet", *(["--only", options.only] if options.only else []),
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as temporary:
-        folder = given.folder or Path(temporary)
-        run = Experiment(command, folder, given.workers, random.Random(given.seed))
-        verdict = experiment(run, given.kills)
-    print(json.dumps({"suite": given.suite, "only": given.only, "seed": given.seed, **verdict}, indent=2))
+        folder = options.folder or Path(temporary)
+        run = Experiment(command, folder, options.workers, random.Random(options.seed))
+        verdict = experiment(run, options.kills)
+    print(
+        json.dumps({"suite": options.suite, "only": options.only, "seed": options.seed, **verdict}, indent=2)
+    )
     return 0 if verdict["good"] else 1
 
 

@@ -53,38 +53,43 @@ def main() -> None:
     run(work.parse_args())
 
 
-def run(told: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
     """Make the rows that are missing."""
-    data = load_dataset(told.data)
+    data = load_dataset(arguments.data)
     _, pool = reserve(data.train)
-    images = draw_clean(pool, count=told.images, seed=0)
+    images = draw_clean(pool, count=arguments.images, seed=0)
     done = {(r["model"], r["what"], r.get("method")) for r in rows()}
-    surroundings = Run.create(seed=0)
-    for card_file in sorted(told.folder.glob("*/card.json")):
+    context = Run.create(seed=0)
+    for card_file in sorted(arguments.folder.glob("*/card.json")):
         name = card_file.parent.name
-        if told.only not in name:
+        if arguments.only not in name:
             continue
         card = json.loads(card_file.read_text(encoding="utf-8"))
-        model, opened = _opened(card_file.parent / card["file"], images, surroundings)
+        model, opened = _opened(card_file.parent / card["file"], images, context)
         if model is None:
             _add({"model": name, "what": "open", "error": opened})
             continue
         target, stamp = card["truth"]["target"], _stamp(card_file.parent, card["truth"]["trigger"])
-        before = _judge(model, stamp, target, data.test, surroundings)
-        base = {"model": name, "target": target, "attack": card["truth"]["attack"], "images": told.images}
-        held = CleanData.split(images, augmentation=data.augmentation, seed=0)
+        before = _judge(model, stamp, target, data.test, context)
+        base = {
+            "model": name,
+            "target": target,
+            "attack": card["truth"]["attack"],
+            "images": arguments.images,
+        }
+        clean = CleanData.split(images, augmentation=data.augmentation, seed=0)
         if (name, "scan", None) not in done:
-            audit = scan(model, held, budget=told.budget)
-            found = audit_json(audit, model.class_names)
+            audit = scan(model, clean, budget=arguments.budget)
+            record = audit_json(audit, model.class_names)
             _add(
                 {
                     **base,
                     "what": "scan",
                     "opened": opened,
                     **{f"{k}_before": v for k, v in before.items()},
-                    "verdict": found["verdict"],
-                    "classes": [c["index"] for c in found["classes"]],
-                    "reasons": found["reasons"],
+                    "verdict": record["verdict"],
+                    "classes": [c["index"] for c in record["classes"]],
+                    "reasons": record["reasons"],
                     "checks": [
                         {
                             "check": c["check"],
@@ -94,13 +99,13 @@ def run(told: argparse.Namespace) -> None:
                             "strongest": [k["index"] for k in c["classes"]],
                             "seconds": c["seconds"],
                         }
-                        for c in found["checks"]
+                        for c in record["checks"]
                     ],
-                    "triggers": found["triggers"],
-                    "seconds": found["seconds"],
+                    "triggers": record["triggers"],
+                    "seconds": record["seconds"],
                 }
             )
-        for method in filter(None, told.methods.split(",")):
+        for method in filter(None, arguments.methods.split(",")):
             if (name, "purify", method) in done:
                 continue
             row = {
@@ -111,8 +116,8 @@ def run(told: argparse.Namespace) -> None:
             }
             start = time.perf_counter()
             try:
-                repaired = caller.run(method, model, held, seed=0).model
-                after = _judge(repaired, stamp, target, data.test, surroundings)
+                repaired = caller.run(method, model, clean, seed=0).model
+                after = _judge(repaired, stamp, target, data.test, context)
                 der = defense_effectiveness(
                     acc_before=before["acc"], acc=after["acc"], asr_before=before["asr"], asr=after["asr"]
                 )
@@ -164,8 +169,8 @@ def _judge(model: Classifier, stamp: Stamp, target: int, test: Images, run: Run)
 
     acc = agreement(predict(model, test, run).argmax(1), test.truth)
     others = test.subset((test.truth != target).nonzero().flatten())
-    said = predict(model, others, run, transform=stamped).argmax(1)
-    asr, ra = agreement(said, torch.full_like(said, target)), agreement(said, others.truth)
+    predicted = predict(model, others, run, transform=stamped).argmax(1)
+    asr, ra = agreement(predicted, torch.full_like(predicted, target)), agreement(predicted, others.truth)
     return {"acc": acc.value, "asr": asr.value, "ra": ra.value}
 
 
@@ -177,10 +182,10 @@ def rows() -> list[dict[str, Any]]:
 
 
 def _add(row: dict[str, Any]) -> None:
-    kept = rows()
+    existing = rows()
     with atomic_write(ROWS) as draft:
         draft.write_text(
-            "".join(json.dumps(r, allow_nan=False) + "\n" for r in [*kept, row]), encoding="utf-8"
+            "".join(json.dumps(r, allow_nan=False) + "\n" for r in [*existing, row]), encoding="utf-8"
         )
     print(json.dumps({k: row.get(k) for k in ("model", "what", "method", "verdict", "acc", "asr", "error")}))
 

@@ -22,12 +22,12 @@ R = TypeVar("R", Row, ScanRow)
 
 def main() -> None:
     """Merge rows, and scans where there are some."""
-    words = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    words.add_argument("committed", type=Path)
-    words.add_argument("new", type=Path)
-    told = words.parse_args()
-    write_rows(told.committed, merged(read_rows(told.committed), read_rows(told.new)))
-    committed, new = (path.with_suffix(".scans.jsonl") for path in (told.committed, told.new))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("committed", type=Path)
+    parser.add_argument("new", type=Path)
+    arguments = parser.parse_args()
+    write_rows(arguments.committed, merged(read_rows(arguments.committed), read_rows(arguments.new)))
+    committed, new = (path.with_suffix(".scans.jsonl") for path in (arguments.committed, arguments.new))
     if new.exists():
         old = read_scans(committed) if committed.exists() else []
         write_rows(committed, merged(old, read_scans(new)))

@@ -85,8 +85,8 @@ class Trial:
         self.run = Run.create(seed=0)
         self.model, self.truth = load_model(victim), load_truth(victim)
         _, pool = reserve(data.train)
-        drawn = draw_clean(pool, count=500, seed=sample)
-        self.clean = CleanData.split(drawn, augmentation=data.augmentation, seed=sample)
+        clean_images = draw_clean(pool, count=500, seed=sample)
+        self.clean = CleanData.split(clean_images, augmentation=data.augmentation, seed=sample)
         order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
         self.test = data.test.subset(order[:2000])
         self.rows: list[dict[str, Any]] = []
@@ -263,10 +263,10 @@ def main() -> None:
     work.add_argument("attacks", nargs="+", metavar="ATTACK")
     work.add_argument("--sample", type=int, default=1, help="of the defender's 500 images")
     work.add_argument("--threads", type=int, default=1)
-    told = work.parse_args()
-    torch.set_num_threads(told.threads)
-    for attack in told.attacks:
-        run(told.system, attack, told.sample)
+    arguments = work.parse_args()
+    torch.set_num_threads(arguments.threads)
+    for attack in arguments.attacks:
+        run(arguments.system, attack, arguments.sample)
 
 
 if __name__ == "__main__":

@@ -104,17 +104,17 @@ def suite(label: str, is_current: IsCurrent | None = None) -> Document:
 def four_systems(is_current: IsCurrent | None = None) -> Document:
     """Return what RNP, AWM, IMS and TAC reached, beside a repair by recovered triggers and the controls."""
     full, short, beside = (_repairs(label, is_current) for label in (FOUR, SHORT, BESIDE))
-    looks = Rows((*_scans(FOUR, is_current).pairs, *_scans(SHORT, is_current).pairs))
+    scans = Rows((*_scans(FOUR, is_current).pairs, *_scans(SHORT, is_current).pairs))
     rows = Rows((*full.pairs, *short.pairs))
     lead = (
         Verbatim(
             f"{len(full.pairs):,} rows of [{FOUR}]({FOUR}.md), {len(short.pairs):,} of "
             f"[{SHORT}]({SHORT}.md), which has fewer epochs for networks that are costly to train, "
-            f"{len(beside.pairs):,} of [{BESIDE}]({BESIDE}.md), and {len(looks.pairs):,} scans: the part of "
+            f"{len(beside.pairs):,} of [{BESIDE}]({BESIDE}.md), and {len(scans.pairs):,} scans: the part of "
             "these suites that has been run. Their own pages show every attack with intervals. How the "
             "systems are built, and what the rows say of each: [docs/four-systems.md](../four-systems.md)."
         ),
-        *age_of(full, short, beside, looks),
+        *age_of(full, short, beside, scans),
         Verbatim(
             "Reported by the papers, at settings of their own (none at this width): RNP, CIFAR-10, mean "
             "over twelve attacks with 500 images and the threshold swept against the test ASR: ASR 5.03 %, "
@@ -140,7 +140,7 @@ def four_systems(is_current: IsCurrent | None = None) -> Document:
         (
             Section("beside-ft", "Beside fine-tuning on the same networks", tables=(table,)),
             Section("attacks", "Attack by attack", (_matrix_words(rows),), _matrices(rows, main)),
-            scan_section(looks),
+            scan_section(scans),
             _rnp_section(is_current),
         ),
         _colophon(f"results/{FOUR}.jsonl, results/{SHORT}.jsonl and results/{BESIDE}.jsonl"),
@@ -180,7 +180,7 @@ def _rnp_section(is_current: IsCurrent | None) -> Section:
 def detection(is_current: IsCurrent | None = None) -> Document:
     """Return how well the scanners detect."""
     scans = Rows(tuple(pair for label in SCANNERS for pair in _scans(label, is_current).pairs))
-    whole, roc = detection_tables(scans)
+    overview, roc = detection_tables(scans)
     lead = (
         Verbatim(
             f"{len(scans.pairs):,} scans of the suites {' and '.join(f'`{label}`' for label in SCANNERS)}: "
@@ -206,7 +206,7 @@ def detection(is_current: IsCurrent | None = None) -> Document:
     failed = scans.where(lambda row: row.error is not None).all
     words = "They are in none of the numbers above."
     sections = (
-        Section("scanners", "Scanners", tables=(whole,)),
+        Section("scanners", "Scanners", tables=(overview,)),
         Section("roc", "ROC: share found where this share of the clean networks is accused", tables=(roc,)),
         Section(
             "by-attack", "By attack: found at p = 0.05", tables=(detection_by_attack("by-attack-0", scans),)

@@ -49,21 +49,26 @@ def main() -> None:
     run(work.parse_args())
 
 
-def run(told: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
     """Make the rows that are missing."""
     data = load_dataset("cifar10")
     _, pool = reserve(data.train)
     clean = CleanData.split(
-        draw_clean(pool, count=told.images, seed=0), augmentation=data.augmentation, seed=0
+        draw_clean(pool, count=arguments.images, seed=0), augmentation=data.augmentation, seed=0
     )
-    test = draw_clean(data.test, count=told.clean, seed=0)
+    test = draw_clean(data.test, count=arguments.clean, seed=0)
     done = {(row["victim"], row["screener"]) for row in rows()}
-    for file in sorted(told.victims.glob("*/model.safetensors")):
+    for file in sorted(arguments.victims.glob("*/model.safetensors")):
         folder = file.parent
         if load_truth(file).attack == "none":
             continue
         model, truth = load_model(file), load_truth(file)
-        base = {"victim": folder.name, "attack": truth.attack, "target": truth.target, "images": told.images}
+        base = {
+            "victim": folder.name,
+            "attack": truth.attack,
+            "target": truth.target,
+            "images": arguments.images,
+        }
         for name in SCREENERS:
             if (folder.name, name) in done:
                 continue
@@ -74,7 +79,7 @@ def run(told: argparse.Namespace) -> None:
                 return caller.screen(name, model, clean, images, seed=0).scores
 
             try:
-                scores = judge_screening(screened, truth, test, most=told.triggered, labelled=labelled)
+                scores = judge_screening(screened, truth, test, most=arguments.triggered, labelled=labelled)
                 row |= scores.to_json()
             except UnbackdoorError as error:
                 row["error"] = str(error)
@@ -87,15 +92,15 @@ def _recovered(model: Classifier, clean: CleanData, data: DataSet, truth: Attack
     start = time.perf_counter()
     unlearned = unlearn(model, clean, seed=0)
     leader = unlearned.exposure.leader()
-    found = unlearned.recover_trigger().trigger
+    trigger = unlearned.recover_trigger().trigger
     seconds = time.perf_counter() - start
-    rate = success(model, found, data.test, Run.create(seed=0))
+    rate = success(model, trigger, data.test, Run.create(seed=0))
     return {
         "voted": leader,
         "voted_target": leader == truth.target,
         "success": rate.value,
-        "mask_l1": found.norms()["mask_l1"],
-        **asdict(resemblance(found, truth, draw_clean(data.test, count=1000, seed=0))),
+        "mask_l1": trigger.norms()["mask_l1"],
+        **asdict(resemblance(trigger, truth, draw_clean(data.test, count=1000, seed=0))),
         "seconds": seconds,
     }
 

@@ -38,26 +38,28 @@ def main() -> None:
     parser.add_argument("--clean", type=int, default=50)
     parser.add_argument("--references", type=int, default=30, help="of the clean networks")
     parser.add_argument("--poisoned", type=int, default=10, help="networks of each attack")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     data, cfg = load_dataset("digits"), RNPVoteConfig()
     _, pool = reserve(data.train, fraction=0.1)
     clean = CleanData.split(draw_clean(pool, count=100, seed=0), augmentation=data.augmentation)
     # The references and the networks that are judged by them are never the same.
-    known = [exposed("none", seed, data, clean, cfg) for seed in range(given.references)]
-    calibrated = replace_references(cfg, known)
+    references = [exposed("none", seed, data, clean, cfg) for seed in range(arguments.references)]
+    calibrated = replace_references(cfg, references)
     rows = []
     for attack in ("none", "badnets", "blended"):
-        seeds = range(given.references, given.clean) if attack == "none" else range(given.poisoned)
+        seeds = (
+            range(arguments.references, arguments.clean) if attack == "none" else range(arguments.poisoned)
+        )
         counts = [0, 0, 0, 0]
         for seed in seeds:
             votes = exposed(attack, seed, data, clean, cfg)
-            one, report = stability(votes, cfg.alpha), weigh(votes, calibrated)
-            stable = one.p_value is not None and one.p_value <= cfg.alpha
-            found = report.verdict == "backdoor found"
-            right = attack != "none" and one.classes == (3 * seed % 10,)
+            finding, report = stability(votes, cfg.alpha), weigh(votes, calibrated)
+            stable = finding.p_value is not None and finding.p_value <= cfg.alpha
+            accused = report.verdict == "backdoor found"
+            right = attack != "none" and finding.classes == (3 * seed % 10,)
             counts = [
                 c + int(x)
-                for c, x in zip(counts, (stable, stable and right, found, found and right), strict=True)
+                for c, x in zip(counts, (stable, stable and right, accused, accused and right), strict=True)
             ]
         numbers = [str(c) if attack != "none" or i % 2 == 0 else NOTHING for i, c in enumerate(counts)]
         rows.append(tuple(map(Cell, (attack, str(len(seeds)), *numbers))))
@@ -67,9 +69,9 @@ def main() -> None:
     print("\n".join(table_lines(Table("votes", "", "", heads, rows))))
 
 
-def replace_references(cfg: RNPVoteConfig, known: list[Exposure]) -> RNPVoteConfig:
+def replace_references(cfg: RNPVoteConfig, references: list[Exposure]) -> RNPVoteConfig:
     """Return the options with the attractions of clean networks."""
-    return cfg.model_copy(update={"references": tuple(float(e.attraction().max()) for e in known)})
+    return cfg.model_copy(update={"references": tuple(float(e.attraction().max()) for e in references)})
 
 
 if __name__ == "__main__":

@@ -190,14 +190,14 @@ def test_an_agenda_follows_what_others_do(tmp_path: Path) -> None:
         assert agenda.next() is None  # its repairs wait for it
         other.claim("v" * 64)
         other.release()
-        agenda.look()
+        agenda.refresh()
         assert agenda.next() == "v" * 64  # it waits anew
         other.claim("v" * 64)
         other.finish("v" * 64, {"scores": RATES}, seconds=0)
-        agenda.look()
+        agenda.refresh()
         assert (agenda.left, agenda.next()) == (3, f"{0:064x}")
         other.claim(f"{1:064x}")
-        agenda.look()
+        agenda.refresh()
         assert (agenda.next(), agenda.next()) == (f"{2:064x}", None)
         assert agenda.counts == {"waiting": 2, "running": 1, "done": 1, "failed": 0}
 
@@ -207,11 +207,11 @@ def test_a_retry_beside_a_running_driver_gives_nothing_up(tmp_path: Path) -> Non
         agenda = Agenda(store, "demo-v1")
         other.claim("v" * 64)
         other.fail("v" * 64, "boom", seconds=0)
-        agenda.look()
+        agenda.refresh()
         assert agenda.counts["failed"] == 4
         assert agenda.left == 0
         assert other.retry("demo-v1") == 4
-        agenda.look()
+        agenda.refresh()
         assert (agenda.left, agenda.next()) == (4, "v" * 64)
 
 
@@ -246,7 +246,7 @@ def test_an_answer_costs_what_changed_and_not_what_there_is(tmp_path: Path) -> N
                 assert key is not None
                 assert store.claim(key)
                 store.finish(key, fine({"kind": "victim"})["result"], seconds=0)
-                agenda.look()
+                agenda.refresh()
             counted.append(steps[0])
     assert counted[1] <= 2 * counted[0] + 10
 

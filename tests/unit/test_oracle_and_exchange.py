@@ -16,7 +16,7 @@ from unbackdoor.bench import work
 from unbackdoor.bench.cells import Planned, address, plan
 from unbackdoor.bench.code_version import is_current
 from unbackdoor.bench.driver import Agenda
-from unbackdoor.bench.exchange import give, take, with_pinned
+from unbackdoor.bench.exchange import export_victims, import_victims, with_pinned
 from unbackdoor.bench.results import rows_of
 from unbackdoor.bench.store import Store, artefact_folder
 from unbackdoor.bench.suites import SHIPPED, load_suite
@@ -111,7 +111,7 @@ def given(tmp_path: Path) -> Path:
         )
         store.claim(victim.key)
         store.finish(victim.key, {"scores": counts(90, 100)}, seconds=1.0)
-        (folder,) = give(store, "try-v1", tmp_path / "victims")
+        (folder,) = export_victims(store, "try-v1", tmp_path / "victims")
     assert folder.name == f"badnets-0.1-seed0-{victim.key[:8]}"
     return folder
 
@@ -119,8 +119,8 @@ def given(tmp_path: Path) -> Path:
 def test_a_victim_travels(given: Path, tmp_path: Path) -> None:
     cells = plan(load_suite(written(tmp_path)), fake_data())
     with Store(tmp_path / "two") as store:
-        (key,) = take(store, given.parent)
-        assert take(store, given.parent) == []  # nothing new
+        (key,) = import_victims(store, given.parent)
+        assert import_victims(store, given.parent) == []  # nothing new
         store.register("try-v1", "x", "", [cell.entry() for cell in cells])
         assert store.counts("try-v1")["done"] == 1
         cell = store.get(key)
@@ -132,7 +132,7 @@ def test_a_victim_travels(given: Path, tmp_path: Path) -> None:
 
 def test_an_own_result_is_not_replaced(given: Path, tmp_path: Path) -> None:
     with Store(tmp_path / "one") as store:
-        assert take(store, given.parent) == []
+        assert import_victims(store, given.parent) == []
 
 
 @pytest.mark.parametrize("harm", ["weights", "spec", "missing", "no json", "path", "no scores", "empty"])
@@ -156,7 +156,7 @@ def test_a_harmed_victim_is_refused(given: Path, tmp_path: Path, harm: str) -> N
     source = tmp_path / "nowhere" if harm == "empty" else given.parent
     with Store(tmp_path / "two") as store:
         with pytest.raises((InputError, IntegrityError)) as caught:
-            take(store, source)
+            import_victims(store, source)
         assert isinstance(caught.value, UnbackdoorError)
         assert not list((tmp_path / "two" / "artefacts").glob("*/*"))
         assert not list((tmp_path / "two" / "work").glob("*"))
@@ -265,14 +265,14 @@ def test_a_victim_taken_over_before_there_were_pins_is_pinned_by_another_import(
     given: Path, tmp_path: Path
 ) -> None:
     with Store(tmp_path / "two") as store:
-        (key,) = take(store, given.parent)
+        (key,) = import_victims(store, given.parent)
         store._db.execute("DELETE FROM pinned")
-        assert take(store, given.parent) == []
+        assert import_victims(store, given.parent) == []
         assert list(store.pinned()) == [key]
         store.collect_garbage()
         assert store.artefact(key).exists()
     with Store(tmp_path / "one") as store:  # it trained the victim itself
-        take(store, given.parent)
+        import_victims(store, given.parent)
         assert not store.pinned()
 
 
@@ -280,7 +280,7 @@ def test_the_committed_victims_are_whole_and_those_of_the_suite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Store(tmp_path) as store:
-        keys = take(store, COMMITTED)
+        keys = import_victims(store, COMMITTED)
         assert len(keys) == len(list(COMMITTED.glob("*/cell.json"))) >= 6
         suite = load_suite(SHIPPED / "cifar10-small-v1.toml")
         spec = next(iter(store.pinned().values()))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unbackdoor.data.clean_images import bring
+from unbackdoor.data.clean_images import resolve_clean_images
 from unbackdoor.data.conform import conform
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import ConfigError, InputError
@@ -138,7 +138,7 @@ def open_case(
     data_set: str | None = None
     notes: tuple[str, ...] = ()
     if isinstance(data, Path | str):
-        found = bring(
+        found = resolve_clean_images(
             data,
             clean=clean,
             per_class=per_class,
@@ -168,7 +168,7 @@ def open_case(
         classifier, images = opened.model, opened.images
     assert not isinstance(images, Path)
     if proof is not None:
-        brought = bring(proof).images if isinstance(proof, Path | str) else proof
+        brought = resolve_clean_images(proof).images if isinstance(proof, Path | str) else proof
         further = _fitting(brought.all if isinstance(brought, CleanData) else brought, classifier, run)
     elif further is not None:
         further = _fitting(further, classifier, run)

@@ -44,7 +44,7 @@ class Planned:
         kind: ``victim``, ``repair`` or ``scan``.
         spec: All that is needed to do it, JSON-ready.
         parent: Address of the victim of a repair or a scan.
-        labels: The columns of its row that are known beforehand.
+        labels: The columns of its row that are known before it runs.
     """
 
     key: str
@@ -120,7 +120,7 @@ def _cells(suite: Suite, data: Mapping[str, DataSet]) -> Iterator[Planned]:
             }
             victim = Planned(address(spec), "victim", spec, None, labels)
             yield victim
-            yield from _looks(suite, shared, victim)
+            yield from _repairs_and_scans(suite, shared, victim)
 
 
 def _victims(
@@ -139,11 +139,11 @@ def _victims(
             yield model, width, recipe, attack, options, seed
 
 
-def _looks(suite: Suite, shared: Mapping[str, Any], victim: Planned) -> Iterator[Planned]:
-    """Yield the repairs and scans of a victim, by what the defender owns."""
+def _repairs_and_scans(suite: Suite, shared: Mapping[str, Any], victim: Planned) -> Iterator[Planned]:
+    """Yield the repairs and scans of a victim, for every number of clean images and seed of the defender."""
     parts = (victim.labels["attack"], victim.labels["architecture"])
     for count, seed in product(suite.defender.clean_images, suite.defender.seeds):
-        owned = {
+        defender_spec = {
             **shared,
             "victim": victim.key,
             **{name: victim.spec[name] for name in ("dataset", "data_sha256", "augmentation")},
@@ -155,7 +155,7 @@ def _looks(suite: Suite, shared: Mapping[str, Any], victim: Planned) -> Iterator
             part: Part[Any] = DEFENSES[defense.name]
             for preset in defense.presets:
                 spec = {
-                    **owned,
+                    **defender_spec,
                     "kind": "repair",
                     "defense": defense.name,
                     "options": part.configure(defense.options, preset=preset).model_dump(),
@@ -172,7 +172,7 @@ def _looks(suite: Suite, shared: Mapping[str, Any], victim: Planned) -> Iterator
             part = SCANNERS[scanner.name]
             for preset in scanner.presets:
                 spec = {
-                    **owned,
+                    **defender_spec,
                     "kind": "scan",
                     "scanner": scanner.name,
                     "options": part.configure(scanner.options, preset=preset).model_dump(),
@@ -185,14 +185,14 @@ def _looks(suite: Suite, shared: Mapping[str, Any], victim: Planned) -> Iterator
 def _impossible(suite: Suite, data: Mapping[str, DataSet]) -> Iterator[str]:
     for entry in suite.data:
         loaded = data[entry.name]
-        for part, wanted, images in (
+        for part, expected, images in (
             ("train", entry.train_sha256, loaded.train),
             ("test", entry.test_sha256, loaded.test),
         ):
-            if wanted and images.fingerprint() != wanted:
+            if expected and images.fingerprint() != expected:
                 yield (
                     f"data {entry.name}: the {part} part is not the one of the suite: "
-                    f"expected {wanted[:12]}, got {images.fingerprint()[:12]}"
+                    f"expected {expected[:12]}, got {images.fingerprint()[:12]}"
                 )
         training, pool = reserve(loaded.train)
         for count in suite.defender.clean_images:

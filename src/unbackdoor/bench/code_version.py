@@ -42,7 +42,7 @@ class Sources:
     """The source files of some packages, each parsed at most once.
 
     Args:
-        packages: Folder of each package by its name; None looks for installed ones.
+        packages: Folder of each package by its name; None searches for installed ones.
     """
 
     def __init__(self, packages: Mapping[str, Path] | None = None) -> None:
@@ -56,7 +56,7 @@ class Sources:
     def file(self, module: str) -> Path | None:
         """Return the file of a module; None where there is no such module."""
         if module not in self._files:
-            self._files[module] = self._found(module)
+            self._files[module] = self._locate(module)
         return self._files[module]
 
     def members(self, package: str) -> list[str]:
@@ -76,7 +76,7 @@ class Sources:
         """
         if module not in self._imports:
             tree, file = self._tree(module), self.file(module)
-            assert file is not None  # of a module that was found
+            assert file is not None  # only existing modules get here
             package = module if file.stem == "__init__" else module.rpartition(".")[0]
             self._imports[module] = frozenset(imported(tree, package)) if tree else frozenset()
         return self._imports[module]
@@ -118,7 +118,7 @@ class Sources:
         lines = [f"{name} {self._digest(name)}" for name in self.closure(start, ends=ends)]
         return hashlib.sha256("\n".join([also, *lines]).encode()).hexdigest()[:16]
 
-    def _found(self, module: str) -> Path | None:
+    def _locate(self, module: str) -> Path | None:
         top, *rest = module.split(".")
         for folder in _places(top) if self._packages is None else self._packages.get(top, ()):
             if not rest and folder.is_file():
@@ -134,7 +134,7 @@ class Sources:
         """Return the syntax of a module without what runs nothing; None where it is machine code."""
         if module not in self._trees:
             file = self.file(module)
-            assert file is not None  # of a module that was found
+            assert file is not None  # only existing modules get here
             source = file.suffix == ".py"
             self._trees[module] = _Bare().visit(ast.parse(file.read_bytes())) if source else None
         return self._trees[module]
@@ -142,7 +142,7 @@ class Sources:
     def _digest(self, module: str) -> str:
         if module not in self._digests:
             tree, file = self._tree(module), self.file(module)
-            assert file is not None  # of a module that was found
+            assert file is not None  # only existing modules get here
             content = file.read_bytes() if tree is None else _text(tree).encode()
             self._digests[module] = hashlib.sha256(content).hexdigest()
         return self._digests[module]
@@ -155,15 +155,15 @@ def imported(tree: ast.AST, package: str) -> set[str]:
         tree: Of a module.
         package: That relative imports start from.
     """
-    found = set()
+    names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             name = ".".join([*base, *filter(None, [node.module])])
-            found |= {name} | {f"{name}.{alias.name}" for alias in node.names}
-    return found
+            names |= {name} | {f"{name}.{alias.name}" for alias in node.names}
+    return names
 
 
 def victim_version(attack: str, architecture: str, sources: Sources | None = None) -> str:
@@ -194,7 +194,7 @@ def scan_version(scanner: str, attack: str, architecture: str, sources: Sources 
 
 def sample_version() -> str:
     """Return the version of the code that draws a defender's images."""
-    return _remembered((SPLITS,), "")
+    return _cached_version((SPLITS,), "")
 
 
 def is_current(row: Any) -> bool:
@@ -229,11 +229,11 @@ def _version(entry: str, parts: Iterable[Part[Any]], sources: Sources | None) ->
     sources_of = sources or _INSTALLED
     start = tuple(sorted({entry, *(name for part in parts for name in _modules(part, sources_of))}))
     also = " ".join(str(part.version) for part in parts)
-    return _remembered(start, also) if sources is None else sources.version(start, also=also)
+    return _cached_version(start, also) if sources is None else sources.version(start, also=also)
 
 
 @cache
-def _remembered(start: tuple[str, ...], also: str) -> str:
+def _cached_version(start: tuple[str, ...], also: str) -> str:
     return _INSTALLED.version(start, also=also)  # a suite asks once for every cell
 
 

@@ -47,7 +47,7 @@ class Detection:
 
 
 @dataclass(frozen=True)
-class _Look:
+class _ScanResult:
     backdoored: bool
     p_value: float
     classes: tuple[int, ...]
@@ -56,28 +56,28 @@ class _Look:
 
 
 def detections(rows: Iterable[ScanRow]) -> list[Detection]:
-    """Return one entry for each scanner in the order of their first row, and one for all together.
+    """Return one entry for each scanner in the order of their first row, and one for all combined.
 
-    A scan without a calibrated p-value (``undecided``) counts as p = 1: it accuses nobody. All together is
-    what ``unbackdoor scan`` makes of the scanners that gave one (``audit/evidence.py``). Networks whose
+    A scan without a calibrated p-value (``undecided``) counts as p = 1: it accuses nobody. The combined
+    entry joins the p-values as ``unbackdoor scan`` does (``audit/evidence.py``). Networks whose
     attack did not take, and failed scans, are left out.
     """
-    good = [row for row in rows if row.error is None and WEAK not in row.flags]
+    usable = [row for row in rows if row.error is None and WEAK not in row.flags]
     out, by_network = [], {}  # type: ignore[var-annotated]
-    for name in dict.fromkeys(_name(row) for row in good):
-        looks = []
-        for row in (row for row in good if _name(row) == name):
+    for name in dict.fromkeys(_name(row) for row in usable):
+        scans = []
+        for row in (row for row in usable if _name(row) == name):
             counted = row.p_value is not None and row.verdict != "undecided"
             p_value = row.p_value if counted and row.p_value is not None else 1.0
-            look = _Look(
+            scan = _ScanResult(
                 row.attack != "none", p_value, tuple(row.classes or ()), row.target_found, row.seconds or 0.0
             )
-            looks.append(look)
+            scans.append(scan)
             if counted:
-                by_network.setdefault(_network(row), []).append(look)
-        out.append(_detection(name, looks))
-    together = [_together(looks) for looks in by_network.values()]
-    return [*out, _detection(COMBINED, together)] if together else out
+                by_network.setdefault(_network(row), []).append(scan)
+        out.append(_detection(name, scans))
+    combined = [_combined(scans) for scans in by_network.values()]
+    return [*out, _detection(COMBINED, combined)] if combined else out
 
 
 def by_attack(rows: Iterable[ScanRow]) -> dict[str, list[Detection]]:
@@ -102,35 +102,35 @@ def _network(row: ScanRow) -> tuple[object, ...]:
     )
 
 
-def _together(looks: Sequence[_Look]) -> _Look:
-    p_values = [look.p_value for look in looks]
+def _combined(scans: Sequence[_ScanResult]) -> _ScanResult:
+    p_values = [scan.p_value for scan in scans]
     adjusted = holm(p_values)
-    first = min(range(len(looks)), key=adjusted.__getitem__)
-    strongest, p_value = looks[first], adjusted[first]
-    for one in agreements(p_values, [look.classes for look in looks])[:1]:
-        if one.p_value < p_value:
-            strongest, p_value = looks[one.places[0]], one.p_value
-    seconds = sum(look.seconds for look in looks)
-    return _Look(looks[0].backdoored, p_value, strongest.classes, strongest.target_found, seconds)
+    first = min(range(len(scans)), key=adjusted.__getitem__)
+    strongest, p_value = scans[first], adjusted[first]
+    for agreement in agreements(p_values, [scan.classes for scan in scans])[:1]:
+        if agreement.p_value < p_value:
+            strongest, p_value = scans[agreement.places[0]], agreement.p_value
+    seconds = sum(scan.seconds for scan in scans)
+    return _ScanResult(scans[0].backdoored, p_value, strongest.classes, strongest.target_found, seconds)
 
 
-def _detection(name: str, looks: Sequence[_Look]) -> Detection:
-    bad = [look for look in looks if look.backdoored]
-    clean = [look for look in looks if not look.backdoored]
-    found = [look for look in bad if look.p_value <= LEVEL]
-    aimed = [look for look in found if look.target_found is not None]
-    scores = torch.tensor([-look.p_value for look in looks])
-    marks = torch.tensor([look.backdoored for look in looks])
-    both = bool(bad) and bool(clean)
+def _detection(name: str, scans: Sequence[_ScanResult]) -> Detection:
+    backdoored = [scan for scan in scans if scan.backdoored]
+    clean = [scan for scan in scans if not scan.backdoored]
+    found = [scan for scan in backdoored if scan.p_value <= LEVEL]
+    aimed = [scan for scan in found if scan.target_found is not None]
+    scores = torch.tensor([-scan.p_value for scan in scans])
+    is_backdoored = torch.tensor([scan.backdoored for scan in scans])
+    both = bool(backdoored) and bool(clean)
     return Detection(
         name,
         len(clean),
-        len(bad),
-        auroc(scores, marks) if both else None,
-        tpr_at_fpr(scores, marks, LEVEL) if both else None,
-        tuple(tpr_at_fpr(scores, marks, fpr) for fpr in FPRS) if both else (),
-        Rate(sum(look.p_value <= LEVEL for look in clean), len(clean)),
-        Rate(len(found), len(bad)),
-        Rate(sum(bool(look.target_found) for look in aimed), len(aimed)),
-        sum(look.seconds for look in looks) / len(looks) if looks else 0.0,
+        len(backdoored),
+        auroc(scores, is_backdoored) if both else None,
+        tpr_at_fpr(scores, is_backdoored, LEVEL) if both else None,
+        tuple(tpr_at_fpr(scores, is_backdoored, fpr) for fpr in FPRS) if both else (),
+        Rate(sum(scan.p_value <= LEVEL for scan in clean), len(clean)),
+        Rate(len(found), len(backdoored)),
+        Rate(sum(bool(scan.target_found) for scan in aimed), len(aimed)),
+        sum(scan.seconds for scan in scans) / len(scans) if scans else 0.0,
     )

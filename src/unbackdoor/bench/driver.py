@@ -19,8 +19,8 @@ from unbackdoor.bench.jobs import Answer, make_job
 from unbackdoor.bench.store import Cell, State, Store
 from unbackdoor.errors import DiskFull, IntegrityError
 
-_LOOK = 0.5  # seconds between two looks at the clock
-_LOOK_AT_STORE = 5.0  # seconds between two looks at what other drivers did, while all slots are busy
+_POLL_SECONDS = 0.5  # between two checks of the clock and of the running cells
+_STORE_POLL_SECONDS = 5.0  # between two reads of other drivers' changes, while all slots are busy
 LOST = "its victim failed"
 _OPEN = ("waiting", "running")
 
@@ -65,7 +65,7 @@ def drive(
         store: Open store in which the suite is registered.
         label: Of the suite.
         engine: Where cells run; it is left open.
-        place: What every job is told about the machine: store, data root, cache, device, limits.
+        place: What every job needs to know about the machine: store, data root, cache, device, limits.
         only: Pattern over ``dataset/architecture/attack/defense``; victims that are needed run too.
         budget: Seconds after which no cell is left running.
         watch: Called about twice a second.
@@ -88,27 +88,27 @@ def drive(
     running: dict[Future[Answer], Cell] = {}
     agenda = Agenda(store, label, only)
     progress.counts = agenda.counts
-    looked = -_LOOK_AT_STORE
+    polled = -_STORE_POLL_SECONDS
     try:
         while True:
-            _end_if(asked_to_stop)
+            _stop_if_asked(asked_to_stop)
             late = end is not None and time.monotonic() >= end
-            if time.monotonic() - looked >= _LOOK_AT_STORE or len(running) < engine.slots:
-                looked = time.monotonic()
+            if time.monotonic() - polled >= _STORE_POLL_SECONDS or len(running) < engine.slots:
+                polled = time.monotonic()
                 store.reclaim()
-                agenda.look()
+                agenda.refresh()
                 if not late:
                     _start(store, engine, agenda, running, progress, place, asked_to_stop)
             watch(progress)
             if late or (not running and not agenda.left):
                 return not late
-            done, _ = wait(running, timeout=_LOOK, return_when=FIRST_COMPLETED)
+            done, _ = wait(running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
             if not running:
-                time.sleep(_LOOK)  # the rest is with other drivers
+                time.sleep(_POLL_SECONDS)  # the rest is with other drivers
             for future in done:
                 _record(store, running.pop(future), future.result(), progress)
             if done:
-                agenda.look()
+                agenda.refresh()
     finally:
         store.release()
 
@@ -116,8 +116,8 @@ def drive(
 class Agenda:
     """What is to do in a suite, kept in memory and brought up to date from the store's changes alone.
 
-    Looking costs what has changed since the last look and not what the suite holds, so a driver can look
-    after every answer at any size.
+    The cost of :meth:`refresh` grows with the number of changes and not with the size of the suite, so that a
+    driver can call it after every answer.
 
     Args:
         store: Open store in which the suite is registered.
@@ -132,14 +132,14 @@ class Agenda:
 
     def __init__(self, store: Store, label: str, only: str | None = None) -> None:
         self._store = store
-        self._seen = store.last_change()  # read first: what changes meanwhile is told again
+        self._seen = store.last_change()  # read first: changes made meanwhile are reported again
         self._states: dict[str, State] = {}
         self.counts: Counter[str] = Counter({"waiting": 0, "running": 0, "done": 0, "failed": 0})
         self.left = 0
         members = [(key, parent, name_of(labels)) for key, parent, labels in store.outline(label)]
         self.names = {key: name for key, _, name in reversed(members)}
         self._parents = {key: parent for key, parent, _ in members}
-        self._order = _asked(members, only)
+        self._order = _matching(members, only)
         self._places = {key: place for place, key in enumerate(self._order)}
         self._repairs: dict[str, list[str]] = {}
         for key in self._order:
@@ -151,13 +151,13 @@ class Agenda:
         for key in self._parents:  # victims stand before their repairs
             self._enter(key, states[key])
 
-    def look(self) -> None:
-        """Take up what has changed, and give up the repairs whose victim failed."""
-        self._take()
+    def refresh(self) -> None:
+        """Apply the changes of the store, and mark the repairs failed whose victim failed."""
+        self._apply_changes()
         if self._orphans:
             self._store.give_up(self._orphans, LOST)
             self._orphans = []
-            self._take()
+            self._apply_changes()
 
     def next(self) -> str | None:
         """Return the first cell that could start, each once until it waits anew; None where there is none."""
@@ -167,7 +167,7 @@ class Agenda:
                 return key
         return None
 
-    def _take(self) -> None:
+    def _apply_changes(self) -> None:
         self._seen, changes = self._store.changes(self._seen)
         for key, state in changes:
             if key in self._states:
@@ -212,7 +212,7 @@ def _start(
 ) -> None:
     """Claim ready cells in order until every slot has one."""
     while len(running) < engine.slots and (key := agenda.next()) is not None:
-        _end_if(asked_to_stop)
+        _stop_if_asked(asked_to_stop)
         claimed, cell = store.claim(key), store.get(key)
         if cell is None:
             raise IntegrityError(
@@ -221,15 +221,15 @@ def _start(
                 remedy="Start the run again",
             )
         if not claimed:
-            continue  # another driver was faster; the next look says so
+            continue  # another driver was faster; the next refresh shows it
         parent = store.get(cell.parent) if cell.parent is not None else None
         job = make_job(cell, parent, owner=store.owner, place=place)
         running[engine.submit(job)] = cell
         progress.running[key] = (agenda.names[key], job["work"], time.monotonic())
-    agenda.look()
+    agenda.refresh()
 
 
-def _end_if(asked_to_stop: Callable[[], bool]) -> None:
+def _stop_if_asked(asked_to_stop: Callable[[], bool]) -> None:
     if asked_to_stop():
         raise KeyboardInterrupt
 
@@ -245,7 +245,7 @@ def name_of(labels: Mapping[str, Any]) -> str:
     return "/".join(parts)
 
 
-def _asked(members: Iterable[tuple[str, str | None, str]], only: str | None) -> list[str]:
+def _matching(members: Iterable[tuple[str, str | None, str]], only: str | None) -> list[str]:
     """Return the keys whose names match, in order, each with its victim before it and none twice."""
     keys: dict[str, None] = {}
     for key, parent, name in members:

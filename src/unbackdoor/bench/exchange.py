@@ -32,7 +32,7 @@ _CODE = frozenset({"code", "attack_code", "epoch"})
 _LATER = frozenset({"augmentation", "normalisation"})
 
 
-def give(store: Store, label: str, folder: Path) -> list[Path]:
+def export_victims(store: Store, label: str, folder: Path) -> list[Path]:
     """Copy the trained victims of a suite into a folder each, and return those folders.
 
     Args:
@@ -40,7 +40,7 @@ def give(store: Store, label: str, folder: Path) -> list[Path]:
         label: Of the suite.
         folder: Where they go; folders that are there already are replaced.
     """
-    given = []
+    folders = []
     for cell, labels in store.members(label):
         if cell.kind != "victim" or cell.state != "done" or cell.result is None:
             continue
@@ -60,12 +60,12 @@ def give(store: Store, label: str, folder: Path) -> list[Path]:
             draft.rename(target)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-        given.append(target)
-    return given
+        folders.append(target)
+    return folders
 
 
-def take(store: Store, folder: Path) -> list[str]:
-    """Take victims over from a folder that :func:`give` made, and return the addresses that were new.
+def import_victims(store: Store, folder: Path) -> list[str]:
+    """Take over the victims that :func:`export_victims` wrote to a folder, and return the new addresses.
 
     The weights are trusted no further than their hash goes: they are read by the safe reader, and what the
     judge is said to have measured can be measured again.
@@ -77,7 +77,7 @@ def take(store: Store, folder: Path) -> list[str]:
     files = sorted(folder.glob(f"*/{CELL}"))
     if not files:
         raise InputError("there is no victim to take over", expected=f"*/{CELL}", where=folder)
-    return [key for file in files if (key := _take(store, file)) is not None]
+    return [key for file in files if (key := _import_victim(store, file)) is not None]
 
 
 def with_pinned(store: Store, cells: Sequence[Planned]) -> list[Planned]:
@@ -93,20 +93,22 @@ def with_pinned(store: Store, cells: Sequence[Planned]) -> list[Planned]:
     pinned = store.pinned()
     if not pinned:
         return list(cells)
-    there = {_form(spec, _CODE): (key, spec) for key, spec in pinned.items()}
-    own = store.trained(cell.key for cell in cells if cell.kind == "victim")
-    new: dict[str, str] = {}  # address of a planned victim -> of the one in its place
+    by_form = {_form(spec, _CODE): (key, spec) for key, spec in pinned.items()}
+    trained = store.trained(cell.key for cell in cells if cell.kind == "victim")
+    replaced: dict[str, str] = {}  # address of a planned victim -> of the one in its place
     out = []
     for cell in cells:
-        if cell.kind == "victim" and cell.key not in own:
-            found = there.get(_form(cell.spec, _CODE)) or there.get(_form(cell.spec, _CODE | _LATER))
-            if found is not None:
-                new[cell.key] = found[0]
-                out.append(replace(cell, key=found[0], spec=found[1]))
+        if cell.kind == "victim" and cell.key not in trained:
+            pinned_victim = by_form.get(_form(cell.spec, _CODE)) or by_form.get(
+                _form(cell.spec, _CODE | _LATER)
+            )
+            if pinned_victim is not None:
+                replaced[cell.key] = pinned_victim[0]
+                out.append(replace(cell, key=pinned_victim[0], spec=pinned_victim[1]))
                 continue
-        elif cell.parent is not None and cell.parent in new:
-            spec = {**cell.spec, "victim": new[cell.parent]}
-            out.append(replace(cell, key=address(spec), spec=spec, parent=new[cell.parent]))
+        elif cell.parent is not None and cell.parent in replaced:
+            spec = {**cell.spec, "victim": replaced[cell.parent]}
+            out.append(replace(cell, key=address(spec), spec=spec, parent=replaced[cell.parent]))
             continue
         out.append(cell)
     return out
@@ -127,17 +129,17 @@ def _changed(config: type[Config], values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
 
-def _take(store: Store, file: Path) -> str | None:
-    told = _read(file)
-    key, spec = str(told["key"]), dict(told["spec"])
+def _import_victim(store: Store, file: Path) -> str | None:
+    record = _read(file)
+    key, spec = str(record["key"]), dict(record["spec"])
     if address(spec) != key or spec.get("kind") != "victim":
         raise IntegrityError("the specification is not the one of its address", got=key[:12], where=file)
-    if any(Path(name).name != name for name in told["sha256"]) or MODEL not in told["sha256"]:
+    if any(Path(name).name != name for name in record["sha256"]) or MODEL not in record["sha256"]:
         raise IntegrityError("the list of files is not one of a victim", where=file)
     work = store.folder / "work" / uuid.uuid4().hex
     work.mkdir(parents=True)
     try:
-        for name, digest in told["sha256"].items():
+        for name, digest in record["sha256"].items():
             source = file.parent / name
             if not source.is_file():
                 raise InputError("a file of the victim is missing", where=source)
@@ -152,15 +154,15 @@ def _take(store: Store, file: Path) -> str | None:
             work.rename(target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return key if store.adopt(key, spec, told["result"], sha256=weights) else None
+    return key if store.adopt(key, spec, record["result"], sha256=weights) else None
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        told = json.loads(file.read_text(encoding="utf-8"))
-        missing = {"key", "spec", "result", "sha256"} - set(told)
+        record = json.loads(file.read_text(encoding="utf-8"))
+        missing = {"key", "spec", "result", "sha256"} - set(record)
     except (OSError, ValueError, TypeError) as error:
         raise InputError("the record of a victim cannot be read", got=str(error), where=file) from None
-    if missing or "scores" not in told["result"]:
+    if missing or "scores" not in record["result"]:
         raise InputError("the record of a victim is not complete", got=sorted(missing), where=file)
-    return dict(told)
+    return dict(record)

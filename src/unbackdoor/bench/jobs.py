@@ -19,11 +19,11 @@ Kind = Literal["victim", "repair", "scan"]
 
 
 class Place(TypedDict, total=False):
-    """What a job is told about the machine.
+    """What a job needs to know about the machine.
 
     Attributes:
         store: Folder of the store.
-        data_root: Where data sets are looked for first, or None.
+        data_root: First place to search for data sets, or None.
         cache: Where decoded data sets are kept, or None for the default.
         device: ``cpu`` by default.
         limits: Fields of :class:`unbackdoor.bench.isolate.Limits`.
@@ -47,7 +47,7 @@ class Job(TypedDict):
         work: Name of the folder to work in.
         place: Of the machine.
         trained: Attack and architecture of the victim, which the specification of a repair does not name;
-            absent where they are not known, and then the worker's code cannot be compared.
+            absent where they are unknown, and then the worker's code cannot be compared.
     """
 
     key: str
@@ -100,21 +100,21 @@ def make_job(cell: Cell, parent: Cell | None, *, owner: str, place: Mapping[str,
     return job
 
 
-def read_job(told: Mapping[str, Any]) -> Job:
+def read_job(message: Mapping[str, Any]) -> Job:
     """Return a job as it came, where it can be done here.
 
     Raises:
         EngineFailed: If it has another form, or was planned with other code than is installed here.
     """
     forms = {"key": str, "kind": str, "spec": dict, "work": str, "place": dict}
-    wrong = [name for name, form in forms.items() if not isinstance(told.get(name), form)]
-    if wrong or "victim" not in told:
+    wrong = [name for name, form in forms.items() if not isinstance(message.get(name), form)]
+    if wrong or "victim" not in message:
         raise EngineFailed(
             "a job has another form than this version of unbackdoor gives it",
             got=f"wrong or missing: {', '.join(wrong or ['victim'])}",
             remedy="Give every worker the version of the driver",
         )
-    job = cast(Job, dict(told))
+    job = cast(Job, dict(message))
     spec, trained = job["spec"], job.get("trained")
     if trained is None or "code" not in spec:
         return job

@@ -97,8 +97,8 @@ def judge_scan(verdict: str, classes: Sequence[int], truth: AttackTruth) -> dict
         ``right``: its verdict agrees with the truth, None where it left it undecided. ``target_found``: the
         attacker's class is among those it suspects; None where there is no single such class.
     """
-    there = truth.trigger.mapping != "none"
+    attacked = truth.trigger.mapping != "none"
     return {
-        "right": None if verdict == "undecided" else (verdict == "backdoor found") == there,
+        "right": None if verdict == "undecided" else (verdict == "backdoor found") == attacked,
         "target_found": truth.target in classes if truth.target is not None else None,
     }

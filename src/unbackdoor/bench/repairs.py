@@ -60,7 +60,7 @@ def repair_and_judge(
 
 @cache
 def running_commit() -> str:
-    """Return the commit of the code that runs; where no commit can be told, the version of the package.
+    """Return the commit of the code that runs; where no commit can be determined, the version of the package.
 
     It is never empty, so that a result without one can only be of a time before results carried theirs.
     """

@@ -25,12 +25,12 @@ _T95 = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 def rows_of(store: Store, label: str) -> list[Row]:
     """Return one row for every finished or failed repair of a suite, in the suite's order."""
-    return [_row(*found) for found in _ended(store, label, "repair")]
+    return [_row(*ended) for ended in _ended(store, label, "repair")]
 
 
 def scans_of(store: Store, label: str) -> list[ScanRow]:
     """Return one row for every finished or failed scan of a suite, in the suite's order."""
-    return [_scan_row(*found) for found in _ended(store, label, "scan")]
+    return [_scan_row(*ended) for ended in _ended(store, label, "scan")]
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def _row(cell: Cell, labels: dict[str, Any], victim: _Victim) -> Row:
 def _scan_row(cell: Cell, labels: dict[str, Any], victim: _Victim) -> ScanRow:
     result = cell.result or {}
     names = ("verdict", "classes", "statistic", "value", "p_value", "right", "target_found")
-    told = {name: result[name] for name in names if name in result}
-    return ScanRow(**labels, **told, **_measured(cell, victim))
+    columns = {name: result[name] for name in names if name in result}
+    return ScanRow(**labels, **columns, **_measured(cell, victim))
 
 
 def _measured(cell: Cell, victim: _Victim) -> dict[str, Any]:

@@ -20,7 +20,7 @@ R = TypeVar("R", bound=BaseModel)
 
 
 class _Experiment(BaseModel):
-    """The columns that say which victim was looked at."""
+    """The columns that identify the victim."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -37,10 +37,10 @@ class _Experiment(BaseModel):
 
     def key(self) -> tuple[Any, ...]:
         """Return what makes this row a different experiment from another."""
-        return tuple(getattr(self, name) for name in type(self).asked())
+        return tuple(getattr(self, name) for name in type(self).key_columns())
 
     @classmethod
-    def asked(cls) -> tuple[str, ...]:
+    def key_columns(cls) -> tuple[str, ...]:
         """Return the columns that were known before anything ran."""
         names = list(cls.model_fields)
         return tuple(names[: names.index("defender_seed") + 1])

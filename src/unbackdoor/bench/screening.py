@@ -16,12 +16,12 @@ from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Images
 
 FPR = 0.01
-VISIBLE = 1 / 255  # mean change of a pixel's value from which on the attacker's trigger is there
+VISIBLE = 1 / 255  # mean change of a pixel's value from which on the attacker's trigger counts as present
 
 
 @dataclass(frozen=True)
 class Separation:
-    """How well triggered images are told from one kind of clean ones.
+    """How well triggered images are separated from one kind of clean ones.
 
     Attributes:
         auroc: Probability that a triggered image scores higher.
@@ -38,7 +38,7 @@ class Separation:
 
 @dataclass(frozen=True)
 class ScreeningScores:
-    """How well scores tell triggered images from clean ones.
+    """How well scores separate triggered images from clean ones.
 
     Attributes:
         all: Against all clean images.
@@ -67,7 +67,7 @@ def judge_screening(
 ) -> ScreeningScores:
     """Measure a screening with the truth.
 
-    The triggered images are those that are not of the wanted class already; the clean ones are the whole set.
+    The triggered images are those whose label the attack changes; the clean ones are the whole set.
 
     Args:
         screen: Images to scores (N,), high for suspicious. It is called once, with all images in one set, so
@@ -87,16 +87,16 @@ def judge_screening(
     eligible = eligible.subset(torch.arange(len(eligible))[:most])
     pixels = torch.cat([test.pixels, stamped(eligible.pixels, truth)])
     labels = torch.cat([test.truth, truth.target_labels(eligible.truth)]) if labelled else None
-    given = Images(pixels, labels, test.class_names, "images to screen")
-    scores = screen(given)
-    if tuple(scores.shape) != (len(given),):
-        raise InputError("scores do not fit the images", expected=(len(given),), got=tuple(scores.shape))
-    clean, found = scores[: len(test)], scores[len(test) :]
+    mixture = Images(pixels, labels, test.class_names, "images to screen")
+    scores = screen(mixture)
+    if tuple(scores.shape) != (len(mixture),):
+        raise InputError("scores do not fit the images", expected=(len(mixture),), got=tuple(scores.shape))
+    clean, triggered = scores[: len(test)], scores[len(test) :]
 
     def against(negatives: Tensor) -> Separation | None:
         if not len(negatives):
             return None
-        both = torch.cat([negatives, found])
+        both = torch.cat([negatives, triggered])
         positive = torch.arange(len(both)) >= len(negatives)
         return Separation(
             auroc(both, positive),
@@ -108,9 +108,9 @@ def judge_screening(
     everything = against(clean)
     assert everything is not None  # an attack that has eligible images has clean ones
     if truth.target is None:
-        return ScreeningScores(everything, None, None, len(found))
+        return ScreeningScores(everything, None, None, len(triggered))
     target = test.truth == truth.target  # (N,)
-    return ScreeningScores(everything, against(clean[target]), against(clean[~target]), len(found))
+    return ScreeningScores(everything, against(clean[target]), against(clean[~target]), len(triggered))
 
 
 @dataclass(frozen=True)
@@ -127,21 +127,21 @@ class Resemblance:
     cosine: float
 
 
-def resemblance(found: RecoveredTrigger, truth: AttackTruth, images: Images) -> Resemblance:
-    """Hold a recovered trigger against the attacker's.
+def resemblance(recovered: RecoveredTrigger, truth: AttackTruth, images: Images) -> Resemblance:
+    """Compare a recovered trigger with the attacker's.
 
     Args:
-        found: The recovered trigger.
+        recovered: The recovered trigger.
         truth: The attack.
         images: Images (N, C, H, W) that both are put on, at least one.
     """
     plain = images.pixels.float() / 255
     ours, theirs = (
         put.float() / 255 - plain  # (N, C, H, W)
-        for put in (found.apply_bytes(images.pixels), stamped(images.pixels, truth))
+        for put in (recovered.apply_bytes(images.pixels), stamped(images.pixels, truth))
     )
     there = theirs.abs().mean(0).amax(0) >= VISIBLE  # (H, W)
-    covered = found.pattern.abs().amax(0) >= VISIBLE if found.mask is None else found.mask >= 0.5
+    covered = recovered.pattern.abs().amax(0) >= VISIBLE if recovered.mask is None else recovered.mask >= 0.5
     covered = covered.to(there.device)  # (H, W)
     either = int((there | covered).sum())
     cosine = torch.cosine_similarity(ours.mean(0).flatten(), theirs.mean(0).flatten(), dim=0)

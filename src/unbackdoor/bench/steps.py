@@ -51,7 +51,7 @@ class Reporter:
 
     Args:
         folder: Of the step.
-        images_a_step: Training images of one item of a loop, 0 where that is not known.
+        images_a_step: Training images of one item of a loop, 0 where that is unknown.
     """
 
     def __init__(self, folder: Path, images_a_step: int = 0) -> None:
@@ -91,12 +91,12 @@ def data_of(task: Mapping[str, Any], *parts: Literal["train", "test"]) -> DataSe
     cache = Path(place["cache"]) if place.get("cache") else None
     data = load_dataset(str(spec["dataset"]), root=root, cache=cache)
     hashes = dict(zip(("train", "test"), spec["data_sha256"], strict=True))
-    found: dict[str, tuple[Any, Any]] = {
+    comparisons: dict[str, tuple[Any, Any]] = {
         part: (hashes[part], getattr(data, part).fingerprint()) for part in parts
     }
     facts = facts_of(data)
-    found |= {name: (spec[name], facts[name]) for name in facts if name in spec}
-    for what, (expected, got) in found.items():
+    comparisons |= {name: (spec[name], facts[name]) for name in facts if name in spec}
+    for what, (expected, got) in comparisons.items():
         if expected != got:
             raise IntegrityError(
                 f"the data set {data.name!r} is not the one that was planned with, judging by: {what}",
@@ -154,11 +154,11 @@ def sample_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Draw a defender's clean images and write them, without anything that says where they are from."""
     spec, data = task["spec"], data_of(task, "train")
     _, pool = reserve(data.train)
-    drawn = draw_clean(pool, count=spec["clean_images"], seed=spec["seed"])
-    facts = {"class_names": json.dumps(drawn.class_names), "augmentation": data.augmentation}
+    sample = draw_clean(pool, count=spec["clean_images"], seed=spec["seed"])
+    facts = {"class_names": json.dumps(sample.class_names), "augmentation": data.augmentation}
     with atomic_write(folder / SAMPLE) as draft:
-        save_file({"pixels": drawn.pixels, "labels": drawn.truth}, draft, metadata=facts)
-    return {"images": len(drawn)}
+        save_file({"pixels": sample.pixels, "labels": sample.truth}, draft, metadata=facts)
+    return {"images": len(sample)}
 
 
 def hand_over(victim: Path, folder: Path) -> None:
@@ -170,7 +170,7 @@ def hand_over(victim: Path, folder: Path) -> None:
 
 def method_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Run a defense on the model and the clean images of its folder, and leave the repaired model there."""
-    spec, run, clean = task["spec"], run_of(task, folder), _owned(folder, task)
+    spec, run, clean = task["spec"], run_of(task, folder), _clean_data(folder, task)
     repaired = call(
         spec["defense"],
         model_of(folder / MODEL),
@@ -188,7 +188,7 @@ def method_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def scan_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Run a scanner on the model and the clean images of its folder, and leave its findings there."""
-    spec, run, clean = task["spec"], run_of(task, folder), _owned(folder, task)
+    spec, run, clean = task["spec"], run_of(task, folder), _clean_data(folder, task)
     report = scan(
         spec["scanner"],
         model_of(folder / MODEL),
@@ -222,7 +222,7 @@ def scan_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def _owned(folder: Path, task: Mapping[str, Any]) -> CleanData:
+def _clean_data(folder: Path, task: Mapping[str, Any]) -> CleanData:
     """Read the defender's images of a folder."""
     tensors = load_file(folder / SAMPLE)
     with safe_open(folder / SAMPLE, framework="pt") as file:

@@ -173,12 +173,12 @@ class Store:
             IntegrityError: If the label stands for another content in this store.
         """
         listed = [(cell, json.dumps(labels)) for cell, labels in cells]
-        known = self._known(label, sha256)
-        if known and self._lists(label, listed):
+        registered = self._is_registered(label, sha256)
+        if registered and self._lists(label, listed):
             return  # the ordinary case when a run is taken up again
         with self._transaction():
             # Asked again: another driver may have come first.
-            if not self._known(label, sha256):
+            if not self._is_registered(label, sha256):
                 self._db.execute("INSERT INTO suite VALUES (?, ?, ?)", (label, sha256, content))
             # The code may have changed since: the suite's rows now are the cells of the present code.
             self._db.execute("DELETE FROM member WHERE suite = ?", (label,))
@@ -194,23 +194,23 @@ class Store:
                 ((label, cell["key"], place, labels) for place, (cell, labels) in enumerate(listed)),
             )
 
-    def _known(self, label: str, sha256: str) -> bool:
-        known = self._db.execute("SELECT sha256 FROM suite WHERE label = ?", (label,)).fetchone()
-        if known is not None and known["sha256"] != sha256:
+    def _is_registered(self, label: str, sha256: str) -> bool:
+        row = self._db.execute("SELECT sha256 FROM suite WHERE label = ?", (label,)).fetchone()
+        if row is not None and row["sha256"] != sha256:
             raise IntegrityError(
                 f"{label} stands for another content in this store",
-                expected=known["sha256"][:12],
+                expected=row["sha256"][:12],
                 got=sha256[:12],
                 where=self.folder,
                 remedy="Raise the version of the suite",
             )
-        return known is not None
+        return row is not None
 
     def _lists(self, label: str, listed: list[tuple[dict[str, Any], str]]) -> bool:
         """Return whether the members of a suite are these, in this order; their keys stand for the specs."""
         rows = self._db.execute("SELECT key, labels FROM member WHERE suite = ? ORDER BY place", (label,))
-        wanted = ((cell["key"], labels) for cell, labels in listed)
-        return all(row is not None and tuple(row) == one for row, one in zip_longest(rows, wanted))
+        expected = ((cell["key"], labels) for cell, labels in listed)
+        return all(row is not None and tuple(row) == one for row, one in zip_longest(rows, expected))
 
     def members(self, label: str) -> list[tuple[Cell, dict[str, Any]]]:
         """Return the cells of a suite in order, each with the labels of its row."""
@@ -266,7 +266,7 @@ class Store:
         """Return what cells became after a change, whoever changed them; the cost is that of the changes.
 
         Args:
-            since: Number of the last change that is known; 0 for all.
+            since: Number of the last change already read; 0 for all.
 
         Returns:
             Number of the last change, and key and present state of each changed cell.
@@ -340,9 +340,9 @@ class Store:
 
     def trained(self, keys: Iterable[str]) -> set[str]:
         """Return which of some cells are done."""
-        wanted = set(keys)
+        requested = set(keys)
         rows = self._db.execute("SELECT key FROM cell WHERE kind = 'victim' AND state = 'done'")
-        return {row["key"] for row in rows} & wanted
+        return {row["key"] for row in rows} & requested
 
     def give_up(self, keys: Iterable[str], error: str) -> None:
         """Fail those of some waiting cells whose victim has failed, all in one transaction."""
@@ -366,8 +366,8 @@ class Store:
     def reclaim(self) -> int:
         """Put back the unfinished cells of drivers that are no longer alive; return how many."""
         # Fetched whole: a statement that an interrupt left open would hold back other drivers.
-        found = self._db.execute("SELECT DISTINCT owner FROM cell WHERE state = 'running'").fetchall()
-        owners = [row["owner"] for row in found]
+        rows = self._db.execute("SELECT DISTINCT owner FROM cell WHERE state = 'running'").fetchall()
+        owners = [row["owner"] for row in rows]
         dead = [owner for owner in owners if owner != self.owner and not self._alive(owner)]
         total = 0
         for owner in dead:
@@ -399,8 +399,8 @@ class Store:
             owner = "-".join(folder.name.split("-")[:2])
             if owner != self.owner and owner not in living and not self._alive(owner):
                 shutil.rmtree(folder, ignore_errors=True)
-        # Nobody but a driver has files written. Those that were there before we looked for drivers, and
-        # found none, are nobody's.
+        # Only drivers cause files to be written. Drafts that existed before the search for living drivers,
+        # which returned none, belong to no driver.
         for draft in [] if living else drafts:
             draft.unlink(missing_ok=True)
         for owner in owners - living:
@@ -417,21 +417,21 @@ class Store:
 
         Victims that were taken over stay: a suite that is planned later may go on with them.
         """
-        wanted = {
+        referenced = {
             row["key"] for row in self._db.execute("SELECT key FROM member UNION SELECT key FROM pinned")
         }
-        wanted |= {
+        referenced |= {
             row["parent"]
             for row in self._db.execute(
                 "SELECT DISTINCT parent FROM cell JOIN member USING (key) WHERE parent IS NOT NULL"
             )
         }
-        folders = [f for f in sorted(self.artefacts.glob("*/*")) if f.name not in wanted and _old(f)]
+        folders = [f for f in sorted(self.artefacts.glob("*/*")) if f.name not in referenced and _old(f)]
         if dry_run:
             return folders
         with self._transaction():
             for row in self._db.execute("SELECT key FROM cell WHERE state <> 'running'").fetchall():
-                if row["key"] not in wanted:
+                if row["key"] not in referenced:
                     self._db.execute("DELETE FROM cell WHERE key = ?", (row["key"],))
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)

@@ -53,9 +53,9 @@ class ModelEntry(_Table):
     seeds: tuple[int, ...] = ()
 
     def meets(self, data: str, recipe: str, attack: str, seed: int) -> bool:
-        """Return whether victims of this kind are wanted."""
-        asked = ((self.data, data), (self.recipes, recipe), (self.attacks, attack), (self.seeds, seed))
-        return all(not allowed or value in allowed for allowed, value in asked)
+        """Return whether the suite includes victims of this kind."""
+        conditions = ((self.data, data), (self.recipes, recipe), (self.attacks, attack), (self.seeds, seed))
+        return all(not allowed or value in allowed for allowed, value in conditions)
 
 
 class RecipeEntry(_Table):
@@ -160,14 +160,14 @@ def find_suite(name: str, folder: Path) -> Path:
         if Path(name).is_file():
             return Path(name)
         raise InputError("the suite file does not exist", where=name)
-    known = {file.stem: file for file in sorted(folder.glob("*.toml"))}
-    if name not in known:
+    files = {file.stem: file for file in sorted(folder.glob("*.toml"))}
+    if name not in files:
         raise InputError(
-            f"there is no suite {name!r}{near_match(name, known)}",
-            expected="one of " + (", ".join(known) or "none"),
+            f"there is no suite {name!r}{near_match(name, files)}",
+            expected="one of " + (", ".join(files) or "none"),
             where=folder,
         )
-    return known[name]
+    return files[name]
 
 
 def load_suite(file: Path) -> Suite:
@@ -200,18 +200,18 @@ def check_lock(suite: Suite, folder: Path, *, write: bool = True) -> None:
         IntegrityError: If the content differs from what the version stood for.
     """
     file = folder / LOCK
-    known: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    locked: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     digest = suite.sha256()
-    if known.get(suite.label, digest) != digest:
+    if locked.get(suite.label, digest) != digest:
         raise IntegrityError(
             f"the content of {suite.label} changed under the same version",
-            expected=known[suite.label][:12],
+            expected=locked[suite.label][:12],
             got=digest[:12],
             where=file,
             remedy=f"Undo the change, or copy the suite to {suite.name}-v{suite.version + 1} and change that",
         )
-    if write and suite.label not in known:
-        write_json(file, dict(sorted({**known, suite.label: digest}.items())))
+    if write and suite.label not in locked:
+        write_json(file, dict(sorted({**locked, suite.label: digest}.items())))
 
 
 def _fault(fault: Any, values: Mapping[str, Any]) -> str:
@@ -265,15 +265,15 @@ def _faults(suite: Suite) -> Iterator[str]:
 def _cross_faults(suite: Suite, model: ModelEntry) -> Iterator[str]:
     """Yield what a model is to be crossed with and the suite does not have."""
     seeds = {str(seed) for attack in suite.attack for seed in attack.seeds}
-    for kind, asked, known in (
+    for kind, requested, available in (
         ("data set", model.data, [entry.name for entry in suite.data]),
         ("recipe", model.recipes, [entry.name for entry in suite.recipe]),
         ("attack", model.attacks, [entry.name for entry in suite.attack]),
         ("seed", tuple(map(str, model.seeds)), sorted(seeds)),
     ):
-        for name in asked:
-            if name not in known:
-                yield f"model {model.architecture}: {_unknown(kind + ' of this suite', name, known)}"
+        for name in requested:
+            if name not in available:
+                yield f"model {model.architecture}: {_unknown(kind + ' of this suite', name, available)}"
 
 
 def _attack_faults(attack: AttackEntry) -> Iterator[str]:
@@ -306,13 +306,13 @@ def attack_options(attack: AttackEntry) -> Iterator[dict[str, Any]]:
 
 def architecture(model: ModelEntry, width: float) -> str:
     """Return the specification string of a model entry at one width."""
-    shown = int(width) if float(width).is_integer() and model.architecture != "mobilenet_v2" else width
-    options = ",".join([f"width={shown}", *(f"{k}={v}" for k, v in model.options.items())])
+    width_text = int(width) if float(width).is_integer() and model.architecture != "mobilenet_v2" else width
+    options = ",".join([f"width={width_text}", *(f"{k}={v}" for k, v in model.options.items())])
     return f"{model.architecture}[{options}]"
 
 
-def _unknown(kind: str, name: str, known: list[str]) -> str:
-    return f"unknown {kind} {name!r}{near_match(name, known)}; there are: {', '.join(known)}"
+def _unknown(kind: str, name: str, available: list[str]) -> str:
+    return f"unknown {kind} {name!r}{near_match(name, available)}; there are: {', '.join(available)}"
 
 
 def _caught(check: Any) -> Iterator[str]:

@@ -16,7 +16,7 @@ def train_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train a victim, measure it, and leave its weights, card and truth in the folder."""
     spec, run = task["spec"], run_of(task, folder)
     data, loading = timed(lambda: data_of(task, "train", "test"))
-    wanted = VictimSpec(
+    victim = VictimSpec(
         dataset=data.name,
         architecture=spec["architecture"],
         recipe=Recipe.parse(spec["recipe"], subject="the recipe"),
@@ -26,7 +26,7 @@ def train_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
     )
     (model, truth), seconds = timed(
         lambda: train_victim(
-            wanted,
+            victim,
             data,
             run,
             checkpoint=Path(task["checkpoint"]),

@@ -1,4 +1,4 @@
-"""Victims: networks trained on poisoned data, the patients of every experiment."""
+"""Victims: networks trained on poisoned data, which every experiment repairs or scans."""
 
 from __future__ import annotations
 
@@ -88,18 +88,18 @@ def train_victim(
     initialise(model, training)
     if spec.recipe.base:
         _train_base(model, training, spec, data, run, bases or (checkpoint.parent if checkpoint else None))
-    learning, kept = truth.trigger.learning, None
+    learning, trigger_file = truth.trigger.learning, None
     fitted: Mapping[str, Tensor] = {}
     if learning is not None:
-        kept = checkpoint and checkpoint.with_name(f"{checkpoint.name}.trigger")
-        fitted = _fitted(learning, truth, training, run, kept)
+        trigger_file = checkpoint and checkpoint.with_name(f"{checkpoint.name}.trigger")
+        fitted = _fitted(learning, truth, training, run, trigger_file)
     if learning is not None and learning.train is not None:
         truth = truth.learned(learning.train(model, training, fitted, spec.recipe, run, **how))
     else:
         poisoned, truth = spread(training, truth.learned(fitted) if learning is not None else truth)
         train(model, poisoned, spec.recipe, run, **how)
-    if kept is not None:
-        kept.unlink(missing_ok=True)
+    if trigger_file is not None:
+        trigger_file.unlink(missing_ok=True)
     return model, truth
 
 
@@ -119,11 +119,11 @@ def _train_base(
         "augmentation": data.augmentation,
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    kept = None if folder is None else folder / f"{key[:32]}.base.safetensors"
-    if kept is not None and kept.exists():
-        model.network.load_state_dict(load_file(kept))
+    base_file = None if folder is None else folder / f"{key[:32]}.base.safetensors"
+    if base_file is not None and base_file.exists():
+        model.network.load_state_dict(load_file(base_file))
         return
-    checkpoint = None if kept is None else kept.with_suffix(".checkpoint")
+    checkpoint = None if base_file is None else base_file.with_suffix(".checkpoint")
     train(
         model,
         images,
@@ -133,33 +133,33 @@ def _train_base(
         checkpoint=checkpoint,
         label="clean network",
     )
-    if kept is not None:
+    if base_file is not None:
         state = {
             name: t.detach().cpu().contiguous().clone() for name, t in model.network.state_dict().items()
         }
-        with atomic_write(kept) as draft:
+        with atomic_write(base_file) as draft:
             save_file(state, draft)
 
 
 def _fitted(
-    learning: Learning, truth: AttackTruth, images: Images, run: Run, kept: Path | None
+    learning: Learning, truth: AttackTruth, images: Images, run: Run, trigger_file: Path | None
 ) -> Mapping[str, Tensor]:
     """Return what the trigger learns before the training, from the file where that was done already.
 
     A training that is taken up again must meet the very same trigger, and sums that another number of threads
     rounds otherwise would make another one.
     """
-    if kept is None:
+    if trigger_file is None:
         return learning.fit(images, run)
     facts = json.dumps([truth.spec(), images.fingerprint()], sort_keys=True)
     key = hashlib.sha256(facts.encode()).hexdigest()
-    if kept.exists():
-        with safe_open(kept, framework="pt") as file:
+    if trigger_file.exists():
+        with safe_open(trigger_file, framework="pt") as file:
             same = (file.metadata() or {}).get("key") == key
         if same:
-            return load_file(kept)
+            return load_file(trigger_file)
     tensors = dict(learning.fit(images, run))
-    with atomic_write(kept) as draft:
+    with atomic_write(trigger_file) as draft:
         save_file(tensors, draft, metadata={"key": key})
     return tensors
 

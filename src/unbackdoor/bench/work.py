@@ -38,7 +38,7 @@ _COST: dict[str, tuple[type, ...]] = {
     "flags": (list,),
 }
 _NUMBER = (float, type(None))
-_TOLD: dict[str, dict[str, tuple[type, ...]]] = {
+_ANSWER_COLUMNS: dict[str, dict[str, tuple[type, ...]]] = {
     "method": _COST,
     "scan": {
         **_COST,
@@ -51,17 +51,17 @@ _TOLD: dict[str, dict[str, tuple[type, ...]]] = {
 }
 
 
-def execute(told: Mapping[str, Any]) -> Answer:
+def execute(message: Mapping[str, Any]) -> Answer:
     """Do a cell and return its result or its error, with seconds and the end of its log.
 
     Args:
-        told: A :class:`~unbackdoor.bench.jobs.Job`.
+        message: A :class:`~unbackdoor.bench.jobs.Job`.
 
     Raises:
         EngineFailed: If it cannot be done here, whatever the cell.
     """
     start = time.perf_counter()
-    job = read_job(told)
+    job = read_job(message)
     logs: list[str] = []
     answer: Answer
     try:
@@ -107,11 +107,11 @@ class _Work:
 
     @property
     def victim(self) -> Path:
-        """The artefacts of the victim that is looked at."""
+        """The artefacts of the victim that is repaired or scanned."""
         return artefact_folder(self.store / "artefacts", self.spec["victim"])
 
     def step(self, name: str, *, folder: Path | None = None, **more: Any) -> dict[str, Any]:
-        """Run a trusted step, which is told everything, in a process of its own."""
+        """Run a trusted step, which is given the whole task, in a process of its own."""
         return self._call(
             name, {"spec": self.spec, "place": self.job["place"], **more}, folder or self.folder
         )
@@ -127,11 +127,11 @@ class _Work:
                 (aside / steps.SAMPLE).replace(sample)
         shutil.copyfile(sample, self.folder / steps.SAMPLE)
         steps.hand_over(self.victim, self.folder)
-        # What the method's process is told: no victim, no attack, no path to either.
+        # What the method's process may see: no victim, no attack, no path to either.
         columns = ("defense", "scanner", "seed", "precision")
-        told = {column: self.spec[column] for column in columns if column in self.spec}
+        visible = {column: self.spec[column] for column in columns if column in self.spec}
         task = {
-            "spec": {**told, "options": dict(options)},
+            "spec": {**visible, "options": dict(options)},
             "place": {"device": self.job["place"].get("device", "cpu")},
         }
         root, cache = (self.job["place"].get(name) for name in ("data_root", "cache"))
@@ -139,7 +139,7 @@ class _Work:
         private = [self.store, *places]
         try:
             answer = self._call(name, task, self.folder, private)
-            _require_answer(answer, _TOLD[name])
+            _require_answer(answer, _ANSWER_COLUMNS[name])
             self._spent(name, answer["seconds"])
             return answer
         finally:
@@ -215,14 +215,14 @@ def _repair(work: _Work) -> dict[str, Any]:
 
 
 def _scan(work: _Work) -> dict[str, Any]:
-    told = work.confined("scan", work.spec["options"])
-    judged = judge_scan(told["verdict"], told["classes"], load_truth(work.victim / steps.MODEL))
+    answer = work.confined("scan", work.spec["options"])
+    judged = judge_scan(answer["verdict"], answer["classes"], load_truth(work.victim / steps.MODEL))
     work.publish()
-    return {**told, **judged}
+    return {**answer, **judged}
 
 
 def _require_answer(answer: dict[str, Any], kinds: Mapping[str, tuple[type, ...]]) -> None:
-    """Refuse an answer that a method wrote itself in the place of its step, and got wrong."""
+    """Raise MethodFailed for other columns; a method may have written the answer in place of its step."""
     right = set(answer) == set(kinds) and all(isinstance(answer[name], kinds[name]) for name in kinds)
     if not right or not all(math.isfinite(v) for v in answer.values() if isinstance(v, float)):
         raise MethodFailed("it answered with what is no answer", got=str(answer)[:200])

@@ -217,10 +217,10 @@ def export(
             write_rows(where, found)
         say(f"{len(found)} rows: {where}")
     if victims is not None:
-        from unbackdoor.bench.exchange import give
+        from unbackdoor.bench.exchange import export_victims
 
         with _holding(suite, store) as opened:
-            say(f"{len(give(opened, suite, victims))} victims: {victims}")
+            say(f"{len(export_victims(opened, suite, victims))} victims: {victims}")
 
 
 @bench.command("import")
@@ -229,11 +229,11 @@ def import_(
     store: StoreFolder = STORE,
 ) -> None:
     """Take trained victims over, so that their suites need not train them again."""
-    from unbackdoor.bench.exchange import take
+    from unbackdoor.bench.exchange import import_victims
     from unbackdoor.bench.store import Store
 
     with Store(store) as opened:
-        say(f"{len(take(opened, folder))} new victims")
+        say(f"{len(import_victims(opened, folder))} new victims")
 
 
 @bench.command("report")

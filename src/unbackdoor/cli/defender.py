@@ -75,7 +75,7 @@ def named(data: str, root: Path | None, progress: Progress) -> DataSet | None:
     """Return the data set of that name, or None where the text is a path."""
     from unbackdoor.data import clean_images
 
-    found = clean_images.named(data, root, progress)
+    found = clean_images.named_data_set(data, root, progress)
     for text in clean_images.ambiguity(data, root) if found is not None else ():
         note(f"mind: {text}")
     return found

@@ -1,4 +1,4 @@
-"""The clean images that a defender or an auditor brings: from a named data set, or all of a path's."""
+"""The clean images of a defender or an auditor: from a named data set, or all of a path's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class CleanImages:
             images from a path.
         augmentation: What may be done to them.
         data_set: Name of the data set, or None for a path.
-        notes: What should not be overlooked.
+        notes: Warnings for the user.
     """
 
     images: Images | Path
@@ -34,7 +34,7 @@ class CleanImages:
     notes: tuple[str, ...] = ()
 
 
-def bring(
+def resolve_clean_images(
     data: str | Path,
     *,
     clean: int | None = None,
@@ -59,18 +59,18 @@ def bring(
         InputError: If there is no such data set, file or folder.
         ConfigError: If an amount was given for images from a path.
     """
-    found = named(str(data), root, progress)
-    if found is None:
-        refuse_amounts(clean, per_class, fraction)
+    data_set = named_data_set(str(data), root, progress)
+    if data_set is None:
+        reject_amounts(clean, per_class, fraction)
         path = Path(data)
         if not path.exists():
             raise InputError("there is no such file or folder", where=path)
         return CleanImages(path)
-    images, proof = drawn_twice(found, clean, per_class, fraction, seed)
-    return CleanImages(images, proof, found.augmentation, found.name, tuple(ambiguity(str(data), root)))
+    images, proof = draw_sample_and_proof(data_set, clean, per_class, fraction, seed)
+    return CleanImages(images, proof, data_set.augmentation, data_set.name, tuple(ambiguity(str(data), root)))
 
 
-def named(data: str, root: Path | None, progress: Progress) -> DataSet | None:
+def named_data_set(data: str, root: Path | None, progress: Progress) -> DataSet | None:
     """Return the data set of that name, or None where the text is a path."""
     names, path = dataset_names(), Path(data)
     if data not in names and (path.exists() or "/" in data or "." in data):
@@ -86,13 +86,13 @@ def named(data: str, root: Path | None, progress: Progress) -> DataSet | None:
 def ambiguity(data: str, root: Path | None) -> list[str]:
     """Return a remark where a data set's name is also a path."""
     path = Path(data)
-    # The data sets' own folder is nobody's mistake.
+    # The folder that holds the data sets carries their names on purpose.
     if not path.exists() or (root is not None and root.resolve() == path.resolve().parent):
         return []
     return [f"{data} is taken as the data set of that name; for the images in that folder, say ./{data}"]
 
 
-def drawn(
+def draw_sample(
     data: DataSet, clean: int | None, per_class: int | None, fraction: float | None, seed: int
 ) -> Images:
     """Draw from the images that no model trained by this program has seen."""
@@ -103,21 +103,21 @@ def drawn(
     return draw_clean(pool, count=clean, per_class=per_class, fraction=fraction, seed=seed)
 
 
-def drawn_twice(
+def draw_sample_and_proof(
     data: DataSet, clean: int | None, per_class: int | None, fraction: float | None, seed: int
 ) -> tuple[Images, Images | None]:
-    """Draw like :func:`drawn`, and up to 500 others for a proof; None where too few are left."""
-    images = drawn(data, clean, per_class, fraction, seed)
+    """Draw like :func:`draw_sample`, and up to 500 others to measure a repair, if enough are left."""
+    images = draw_sample(data, clean, per_class, fraction, seed)
     _, pool = reserve(data.train)
-    taken = {row.numpy().tobytes() for row in images.pixels}
-    rest = pool.subset([i for i, row in enumerate(pool.pixels) if row.numpy().tobytes() not in taken])
+    in_sample = {row.numpy().tobytes() for row in images.pixels}
+    rest = pool.subset([i for i, row in enumerate(pool.pixels) if row.numpy().tobytes() not in in_sample])
     count = min(USUAL_CLEAN_IMAGES, len(rest))
     if count < 2 * data.train.classes:
         return images, None
     return images, draw_clean(rest, count=count, seed=seed)
 
 
-def refuse_amounts(clean: int | None, per_class: int | None, fraction: float | None) -> None:
+def reject_amounts(clean: int | None, per_class: int | None, fraction: float | None) -> None:
     """Raise ConfigError if an amount was given for images from a path."""
     if clean is not None or per_class is not None or fraction is not None:
         raise ConfigError(

@@ -33,15 +33,15 @@ def conform(
         progress: Shows how far resizing has come.
 
     Raises:
-        UnsupportedModel: If the number of channels can be turned into the model's by nothing known.
+        UnsupportedModel: If there is no rule that turns the number of channels into the model's.
         InputError: If the labels cannot be brought to the model's classes.
     """
-    told: list[str] = []
+    changes: list[str] = []
     channels, height, width = input_shape
     pixels = images.pixels
     if pixels.shape[1] != channels:
         pixels = _with_channels(images, channels)
-        told.append(
+        changes.append(
             "colour images were turned grey, as the model takes one channel"
             if channels == 1
             else "grey images were repeated over three channels, as the model takes colours"
@@ -49,10 +49,10 @@ def conform(
     if tuple(pixels.shape[2:]) != (height, width):
         before = tuple(pixels.shape[2:])
         pixels = resized(pixels, (height, width), images.name, progress)
-        told.append(f"images were resized from {before[0]} x {before[1]} to {height} x {width}, bilinear")
+        changes.append(f"images were resized from {before[0]} x {before[1]} to {height} x {width}, bilinear")
     names = tuple(class_names)
-    labels, words = _relabelled(images, names)
-    return replace(images, pixels=pixels, labels=labels, class_names=names), (*told, *words)
+    labels, relabelling = _relabelled(images, names)
+    return replace(images, pixels=pixels, labels=labels, class_names=names), (*changes, *relabelling)
 
 
 def resized(pixels: Tensor, size: tuple[int, int], name: str, progress: Progress = silent) -> Tensor:

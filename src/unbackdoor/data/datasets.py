@@ -113,10 +113,10 @@ def _as_dataset(facts: Facts, train: Images, test: Images) -> DataSet:
 
 
 def _root(root: Path | None) -> Path | None:
-    given = root if root is not None else os.environ.get(ROOT_VARIABLE)
-    if not given:
+    setting = root if root is not None else os.environ.get(ROOT_VARIABLE)
+    if not setting:
         return None
-    root = Path(given)
+    root = Path(setting)
     if not root.is_dir():
         raise InputError(
             "the data root is no folder",
@@ -187,17 +187,17 @@ def _archives(
     download: bool,
     opener: Opener,
 ) -> dict[str, Path]:
-    found = {archive.filename: find_archive(archive, folders) for archive in facts.archives}
+    paths = {archive.filename: find_archive(archive, folders) for archive in facts.archives}
     for archive in facts.archives:
-        if found[archive.filename] is not None:
+        if paths[archive.filename] is not None:
             continue
         if not download:
             raise _absent(facts, root, "downloading is switched off")
         try:
-            found[archive.filename] = fetch_archive(archive, folders[-1], progress=progress, opener=opener)
+            paths[archive.filename] = fetch_archive(archive, folders[-1], progress=progress, opener=opener)
         except InputError as error:
             raise _absent(facts, root, str(error)) from error
-    return {name: path for name, path in found.items() if path is not None}
+    return {name: path for name, path in paths.items() if path is not None}
 
 
 def _absent(facts: Facts, root: Path | None, reason: str) -> InputError:
@@ -265,7 +265,7 @@ def places_of_data(root: Path | None = None, cache: Path | None = None) -> list[
 
 def digits_file() -> Path | None:
     """Return the file of the digits in scikit-learn, or None where it is not installed or has moved it."""
-    package = importlib.util.find_spec("sklearn")  # found, not imported: that takes a second
+    package = importlib.util.find_spec("sklearn")  # located without importing it, which takes a second
     if package is None or package.origin is None:
         return None
     file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"

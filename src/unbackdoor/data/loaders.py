@@ -127,9 +127,9 @@ def load_unlabelled(
     """
     path = Path(path)
     if not path.is_dir():
-        found = load_images(path, size=size, progress=progress)
-        rows = tuple(f"row {row}" for row in range(len(found)))
-        return Images(found.pixels, None, tuple(class_names), path.stem), rows
+        images = load_images(path, size=size, progress=progress)
+        rows = tuple(f"row {row}" for row in range(len(images)))
+        return Images(images.pixels, None, tuple(class_names), path.stem), rows
     require_arguments(None, size)
     files = image_files(path)
     if not files:
@@ -164,8 +164,8 @@ def load_labelled(
     """
     path = Path(path)
     # A training set may be brought in parts, such as the suspected class alone.
-    found = load_images(path, class_names=tuple(class_names), size=size, partial=True, progress=progress)
-    if found.labels is None:
+    images = load_images(path, class_names=tuple(class_names), size=size, partial=True, progress=progress)
+    if images.labels is None:
         raise InputError(
             "the images carry no labels, and this screening looks at a training set",
             where=path,
@@ -173,9 +173,9 @@ def load_labelled(
         )
     table = path / LABELS if path.is_dir() else path
     if table.suffix.lower() == ".csv" and table.is_file():
-        return found, tuple(entry.file.relative_to(table.parent).as_posix() for entry in read_table(table))
+        return images, tuple(entry.file.relative_to(table.parent).as_posix() for entry in read_table(table))
     if not path.is_dir():
-        return found, tuple(f"row {row}" for row in range(len(found)))
-    folders = by_class(class_folders(path), found.class_names)
-    files = (file for name in found.class_names for file in folders.get(name, ()))
-    return found, tuple(file.relative_to(path).as_posix() for file in files)
+        return images, tuple(f"row {row}" for row in range(len(images)))
+    folders = by_class(class_folders(path), images.class_names)
+    files = (file for name in images.class_names for file in folders.get(name, ()))
+    return images, tuple(file.relative_to(path).as_posix() for file in files)

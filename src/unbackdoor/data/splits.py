@@ -43,7 +43,7 @@ def reserve(
         if len(rows) < 2:
             raise _too_few(images, k, 2, len(rows), "Add images of the class; one must stay in each part")
         count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
-        pooled[_some(rows, count, generator)] = True
+        pooled[_random_rows(rows, count, generator)] = True
     train, pool = (~pooled).nonzero().flatten(), pooled.nonzero().flatten()
     return images.subset(train), images.subset(pool, name=f"{images.name} (defender's pool)")
 
@@ -82,51 +82,51 @@ def draw_clean(
     generator = torch.Generator().manual_seed(seed)
     by_class = _rows_by_class(pool)
     if count is not None:
-        wanted = [count // pool.classes] * pool.classes
+        counts = [count // pool.classes] * pool.classes
         for k in torch.randperm(pool.classes, generator=generator)[: count % pool.classes].tolist():
-            wanted[k] += 1
-        wanted = _as_balanced_as_possible(wanted, [len(rows) for rows in by_class], pool, generator)
+            counts[k] += 1
+        counts = _as_balanced_as_possible(counts, [len(rows) for rows in by_class], pool, generator)
     elif per_class is not None:
-        wanted = [per_class] * pool.classes
+        counts = [per_class] * pool.classes
     else:
         assert fraction is not None
-        wanted = [max(1, round(fraction * len(rows))) for rows in by_class]
-    drawn = []
-    for k, (rows, number) in enumerate(zip(by_class, wanted, strict=True)):
+        counts = [max(1, round(fraction * len(rows))) for rows in by_class]
+    chosen = []
+    for k, (rows, number) in enumerate(zip(by_class, counts, strict=True)):
         if len(rows) < number:
             raise _too_few(pool, k, number, len(rows), "Ask for fewer images, or give a larger pool")
-        drawn.append(_some(rows, number, generator))
-    return pool.subset(torch.cat(drawn).sort().values, name=f"{pool.name} (clean)")
+        chosen.append(_random_rows(rows, number, generator))
+    return pool.subset(torch.cat(chosen).sort().values, name=f"{pool.name} (clean)")
 
 
 def _as_balanced_as_possible(
-    wanted: list[int], there: list[int], pool: Images, generator: torch.Generator
+    counts: list[int], available: list[int], pool: Images, generator: torch.Generator
 ) -> list[int]:
-    if sum(wanted) > sum(there):
+    if sum(counts) > sum(available):
         raise InputError(
             "there are too few images",
-            expected=f"at least {sum(wanted)}",
-            got=sum(there),
+            expected=f"at least {sum(counts)}",
+            got=sum(available),
             where=pool.name,
             remedy="Ask for fewer images, or give a larger pool",
         )
-    taken = [min(number, held) for number, held in zip(wanted, there, strict=True)]
-    lacking = sum(wanted) - sum(taken)
+    shares = [min(number, limit) for number, limit in zip(counts, available, strict=True)]
+    lacking = sum(counts) - sum(shares)
     while lacking:
         # One round gives every class that still has images one more, in an order that the seed draws.
-        for k in torch.randperm(len(there), generator=generator).tolist():
-            if lacking and taken[k] < there[k]:
-                taken[k] += 1
+        for k in torch.randperm(len(available), generator=generator).tolist():
+            if lacking and shares[k] < available[k]:
+                shares[k] += 1
                 lacking -= 1
-    return taken
+    return shares
 
 
 def _require_one(count: int | None, per_class: int | None, fraction: float | None) -> None:
     amounts = {"count": count, "per_class": per_class, "fraction": fraction}
-    given = [name for name, value in amounts.items() if value is not None]
+    specified = [name for name, value in amounts.items() if value is not None]
     faults = []
-    if len(given) != 1:
-        got = ", ".join(given) or "none"
+    if len(specified) != 1:
+        got = ", ".join(specified) or "none"
         faults.append(f"exactly one of count, per_class and fraction must be given, got {got}")
     faults += [
         f"{name} must be at least 1, got {value}"
@@ -144,7 +144,7 @@ def _rows_by_class(images: Images) -> list[Tensor]:
     return [(labels == k).nonzero().flatten() for k in range(images.classes)]
 
 
-def _some(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def _random_rows(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return rows[torch.randperm(len(rows), generator=generator)[:count]]
 
 

@@ -1,4 +1,4 @@
-"""What is known of each named data set: its facts, and where its owners publish it."""
+"""Facts of each named data set, and where its owners publish it."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def read_cifar10(
     names = [f"data_batch_{k}.bin" for k in range(1, 6)] if part == "train" else ["test_batch.bin"]
     pixel_bytes = int(np.prod(facts.shape))
     size = facts.count(part) // len(names) * (1 + pixel_bytes)
-    found: dict[str, NDArray[np.uint8]] = {}
+    arrays: dict[str, NDArray[np.uint8]] = {}
     with _archive_errors(path), tarfile.open(path, "r:gz") as tar:
         for member in progress(tar, f"reading {facts.name} {part}"):
             name = member.name.rsplit("/", 1)[-1]
@@ -50,11 +50,11 @@ def read_cifar10(
                 _require_size(member.size, size, f"{path}, {member.name}")
                 stream = tar.extractfile(member)
                 assert stream is not None
-                found[name] = np.frombuffer(stream.read(), dtype=np.uint8)
+                arrays[name] = np.frombuffer(stream.read(), dtype=np.uint8)
     for name in names:
-        if name not in found:
+        if name not in arrays:
             raise _missing(name, path)
-    records = np.concatenate([found[name] for name in names]).reshape(-1, 1 + pixel_bytes)
+    records = np.concatenate([arrays[name] for name in names]).reshape(-1, 1 + pixel_bytes)
     records = records[np.argsort(records[:, 0], kind="stable")]
     pixels = np.ascontiguousarray(records[:, 1:]).reshape(-1, *facts.shape)  # (N, C, H, W)
     return as_images(pixels, records[:, 0].astype(np.int64), facts.class_names, f"{facts.name} {part}")
@@ -120,8 +120,8 @@ def _gtsrb_train(path: Path, facts: Facts) -> tuple[list[str], list[int]]:
             pieces = member.split("/")
             if member.endswith(".ppm") and len(pieces) >= 2 and pieces[-2] in label_of:
                 by_class[label_of[pieces[-2]]].append(member)
-    kept = [sorted(members)[::2] for members in by_class]
-    return [m for members in kept for m in members], [k for k, members in enumerate(kept) for _ in members]
+    halves = [sorted(members)[::2] for members in by_class]
+    return [m for half in halves for m in half], [k for k, half in enumerate(halves) for _ in half]
 
 
 def _gtsrb_test(path: Path, truth: Path) -> tuple[list[str], list[int]]:

@@ -35,17 +35,17 @@ def require_names(names: tuple[str, ...], where: str) -> None:
 
 
 def agreed_names(
-    given: tuple[str, ...] | None, written: tuple[str, ...] | None, where: str
+    requested: tuple[str, ...] | None, in_file: tuple[str, ...] | None, where: str
 ) -> tuple[str, ...] | None:
-    if written is not None:
-        require_names(written, where)
-    if given is None or written is None or given == written:
-        return given or written
-    place = next((k for k, (a, b) in enumerate(zip(given, written, strict=False)) if a != b), None)
+    if in_file is not None:
+        require_names(in_file, where)
+    if requested is None or in_file is None or requested == in_file:
+        return requested or in_file
+    place = next((k for k, (a, b) in enumerate(zip(requested, in_file, strict=False)) if a != b), None)
     if place is None:
-        expected, got = f"{len(given)} classes", f"{len(written)}"
+        expected, got = f"{len(requested)} classes", f"{len(in_file)}"
     else:
-        expected, got = f"{given[place]!r} for label {place}", repr(written[place])
+        expected, got = f"{requested[place]!r} for label {place}", repr(in_file[place])
     raise InputError(
         "the class names do not agree with those in the file",
         expected=expected,

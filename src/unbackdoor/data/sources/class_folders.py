@@ -25,8 +25,8 @@ def read_folder(
     partial: bool = False,
 ) -> Images:
     """Decode a folder of class folders, past the cache; see :func:`load_images`."""
-    found = class_folders(path)
-    if not found:
+    folders = class_folders(path)
+    if not folders:
         raise InputError(
             "the folder holds no class folders",
             expected="one folder per class",
@@ -34,9 +34,9 @@ def read_folder(
             where=path,
             remedy="Put the images of each class into a folder named after it",
         )
-    names = class_names or tuple(found)
-    found = by_class(found, names)
-    if extra := [n for n in found if n not in names]:
+    names = class_names or tuple(folders)
+    folders = by_class(folders, names)
+    if extra := [n for n in folders if n not in names]:
         raise InputError(
             f"the folder {extra[0]!r} is none of the classes",
             expected=", ".join(names[:20]),
@@ -46,7 +46,7 @@ def read_folder(
     files: list[Path] = []
     labels: list[int] = []
     for label, class_name in enumerate(names):
-        members = found.get(class_name)
+        members = folders.get(class_name)
         if partial and members is None:
             continue
         if not members:

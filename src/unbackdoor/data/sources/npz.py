@@ -71,14 +71,14 @@ def read_npz(
 
 
 def _npz_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """Return the arrays we know, after their headers have been checked against the bytes that are there."""
-    wanted = {*_PIXEL_KEYS, *_LABEL_KEYS, "class_names"}
+    """Return the arrays of known names, after checking their headers against the bytes that are there."""
+    keys = {*_PIXEL_KEYS, *_LABEL_KEYS, "class_names"}
     arrays: dict[str, NDArray[Any]] = {}
     try:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
                 key = member.filename.removesuffix(".npy")
-                if key in wanted and member.filename.endswith(".npy"):
+                if key in keys and member.filename.endswith(".npy"):
                     arrays[key] = _npy(archive, member, f"{path}, array {key}")
     # zipfile and the decompressors report damage as any of these; RuntimeError means encrypted.
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, OSError) as error:

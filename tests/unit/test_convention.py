@@ -13,7 +13,7 @@ from unbackdoor.errors import InputError
 from unbackdoor.opening.normalisation_guess import (
     ROUNDS,
     Normalisation,
-    infer,
+    infer_normalisation,
     lowest_plausible,
     usual_normalisations,
 )
@@ -53,7 +53,7 @@ def run() -> Run:
 
 @pytest.mark.parametrize("convention", usual_normalisations(1), ids=lambda c: c.name)
 def test_every_usual_convention_is_found(convention: Normalisation) -> None:
-    found = infer({"net": Brightness(convention)}, images(), run())
+    found = infer_normalisation({"net": Brightness(convention)}, images(), run())
     assert found.best.normalisation == convention
     assert found.best.accuracy == 1
     assert found.by_labels
@@ -65,7 +65,7 @@ def test_the_usual_conventions_of_colour_images() -> None:
     names = [convention.name for convention in usual_normalisations(3)]
     assert len(set(names)) == len(names) == 10
     for convention in usual_normalisations(3):
-        found = infer({"net": Brightness(convention, 3)}, images(40, 3), run())
+        found = infer_normalisation({"net": Brightness(convention, 3)}, images(40, 3), run())
         best = [t for t in found.trials if t.hits == found.best.hits]
         assert convention in [trial.normalisation for trial in best]
 
@@ -73,7 +73,7 @@ def test_the_usual_conventions_of_colour_images() -> None:
 def test_the_variant_is_found_too() -> None:
     true = Normalisation("true", (0.3,), (0.2,))
     nets = {"wrong": Brightness(Normalisation("x", (0.9,), (0.9,))), "right": Brightness(true)}
-    found = infer(nets, images(), run(), normalisations=[*usual_normalisations(1), true])
+    found = infer_normalisation(nets, images(), run(), normalisations=[*usual_normalisations(1), true])
     assert (found.best.variant, found.best.normalisation) == ("right", true)
 
 
@@ -81,12 +81,12 @@ def test_ties_go_to_the_preferred_and_are_told() -> None:
     true = Normalisation("true", (0.3,), (0.2,))
     near = Normalisation("near", (0.301,), (0.2,))
     for preferred in (true, near):
-        found = infer(
+        found = infer_normalisation(
             {"net": Brightness(true)}, images(), run(), normalisations=[true, near], prefer=preferred
         )
         assert found.best.normalisation == preferred
         assert [trial.normalisation for trial in found.alternatives] == [near if preferred is true else true]
-    found = infer({"net": Brightness(true)}, images(), run(), normalisations=[near, true])
+    found = infer_normalisation({"net": Brightness(true)}, images(), run(), normalisations=[near, true])
     assert found.best.normalisation == true  # the lower loss
 
 
@@ -102,7 +102,7 @@ def test_equal_losses_go_to_the_statistics_of_the_images() -> None:
     pixels[:, :, :4] = 130  # mean .32, deviation .19: nearer to Fashion-MNIST's than to MNIST's
     held = Images(pixels.to(torch.uint8), truth, ("a", "b", "c", "d"))
     statistics = [c for c in usual_normalisations(1) if "MNIST" in c.name]
-    found = infer({"net": Blind()}, held, run(), normalisations=statistics)
+    found = infer_normalisation({"net": Blind()}, held, run(), normalisations=statistics)
     assert [c.name for c in statistics] == ["MNIST", "Fashion-MNIST"]
     assert found.best.normalisation == statistics[1]
     assert [trial.normalisation for trial in found.alternatives] == statistics[:1]
@@ -111,7 +111,7 @@ def test_equal_losses_go_to_the_statistics_of_the_images() -> None:
 def test_too_low_an_accuracy_is_warned_of_with_its_numbers() -> None:
     labels = torch.arange(80) % 4
     wrong = Images(images().pixels, labels.roll(1), ("a", "b", "c", "d"))
-    found = infer({"net": Brightness(Normalisation("none"))}, wrong, run())
+    found = infer_normalisation({"net": Brightness(Normalisation("none"))}, wrong, run())
     assert "Clean accuracy is only" in found.warning
     assert "75% or more was to be expected" in found.warning
     # Every image would be right if b were called a, c were called b, and so on.
@@ -129,21 +129,21 @@ def test_blue_before_red_is_noticed() -> None:
     pixels = torch.randint(0, 256, (80, 3, 8, 8), generator=draws).to(torch.uint8)
     truth = torch.arange(80) % 4
     pixels[:, 2] = torch.tensor(CENTRES)[truth].view(-1, 1, 1).to(torch.uint8)
-    found = infer({"net": first}, Images(pixels, truth, ("a", "b", "c", "d")), run())
+    found = infer_normalisation({"net": first}, Images(pixels, truth, ("a", "b", "c", "d")), run())
     assert any("BGR" in note for note in found.notes)
     assert found.warning
 
 
 def test_without_labels_there_is_only_a_weak_sign() -> None:
     true = usual_normalisations(1)[1]
-    found = infer({"net": Brightness(true)}, images(labels=False), run())
+    found = infer_normalisation({"net": Brightness(true)}, images(labels=False), run())
     assert not found.by_labels
     assert "no labels" in found.warning
     assert found.best.normalisation == true
     assert found.interval == (0, 1)
     assert math.isnan(found.best.accuracy)
     assert found.facts()["judged_by"].endswith("(weak)")
-    one = infer({"net": Brightness(true)}, images(labels=False), run(), normalisations=[true])
+    one = infer_normalisation({"net": Brightness(true)}, images(labels=False), run(), normalisations=[true])
     assert one.warning == ""  # nothing was guessed
 
 
@@ -152,13 +152,13 @@ def test_a_network_that_always_says_the_same_is_not_right_about_one_class() -> N
     true = usual_normalisations(1)[0]
     held = images()
     one = held.subset((held.truth == 3).nonzero().flatten())
-    found = infer({"net": Brightness(true)}, one, run())
+    found = infer_normalisation({"net": Brightness(true)}, one, run())
     assert not found.by_labels
     assert "one class" in found.warning
 
 
 def test_few_images_are_told() -> None:
-    found = infer({"net": Brightness(usual_normalisations(1)[0])}, images(8), run())
+    found = infer_normalisation({"net": Brightness(usual_normalisations(1)[0])}, images(8), run())
     assert any("only 8 images" in note for note in found.notes)
     assert found.best.total == 8
 
@@ -166,7 +166,7 @@ def test_few_images_are_told() -> None:
 def test_rounds_take_the_classes_in_turns_and_end_at_the_last_image() -> None:
     held = images(600)
     ordered = held.subset(held.truth.argsort(stable=True))  # as a folder of class folders gives them
-    found = infer({"net": Brightness(usual_normalisations(1)[2])}, ordered, run())
+    found = infer_normalisation({"net": Brightness(usual_normalisations(1)[2])}, ordered, run())
     assert found.best.total == ROUNDS[-1][0]
     assert found.best.accuracy == 1
     assert found.trials[-1].total >= ROUNDS[0][0]
@@ -177,15 +177,17 @@ def test_hundreds_of_trials_are_glanced_at_first() -> None:
     variants = {f"wrong {k}": Brightness(usual_normalisations(1)[0]) for k in range(40)} | {
         "right": Brightness(right)
     }
-    found = infer(variants, images(200), run(), normalisations=[right, *usual_normalisations(1)[3:]])
+    found = infer_normalisation(
+        variants, images(200), run(), normalisations=[right, *usual_normalisations(1)[3:]]
+    )
     assert (found.best.variant, found.best.accuracy) == ("right", 1)
     assert found.trials[-1].total < ROUNDS[0][0]
 
 
 def test_the_networks_are_left_as_they_were_and_the_draw_is_seeded() -> None:
     net = Brightness(usual_normalisations(1)[0]).train()
-    first = infer({"net": net}, images(120), run())
-    again = infer({"net": net}, images(120), run())
+    first = infer_normalisation({"net": net}, images(120), run())
+    again = infer_normalisation({"net": net}, images(120), run())
     assert first.facts() == again.facts()
     assert net.training
     assert not any(net.mode_seen)
@@ -196,16 +198,16 @@ def test_overflow_is_a_bad_trial_and_no_error() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * torch.where(x.abs().amax() > 10, math.inf, 1.0)
 
-    found = infer({"net": Explodes(usual_normalisations(1)[0])}, images(), run())
+    found = infer_normalisation({"net": Explodes(usual_normalisations(1)[0])}, images(), run())
     assert found.best.normalisation == usual_normalisations(1)[0]
 
 
 @pytest.mark.leaves_traces
 def test_nothing_to_judge_by() -> None:
     with pytest.raises(InputError, match="nothing to judge"):
-        infer({}, images(), run())
+        infer_normalisation({}, images(), run())
     with pytest.raises(InputError, match="labels do not fit"):
-        infer({"net": nn.Sequential(nn.Flatten(), nn.Linear(64, 2))}, images(), run())
+        infer_normalisation({"net": nn.Sequential(nn.Flatten(), nn.Linear(64, 2))}, images(), run())
 
 
 class Scripted(nn.Module):
@@ -256,7 +258,7 @@ def test_the_most_accurate_is_taken_only_over_what_it_clearly_beats(
     pixels = torch.arange(80, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 1, 8, 8)
     pixels[:, :, 0, 0] = 255
     held = Images(pixels, torch.arange(80) % 4, ("a", "b", "c", "d"))
-    found = infer(
+    found = infer_normalisation(
         {"net": network},
         held,
         run(),

@@ -181,5 +181,5 @@ def _plain(token: str, norm: nn.Module | None, activation: type[nn.Module]) -> n
 
 @architecture("sequential_cnn", config=SequentialConfig, paper="", traits={"conv", "bn"})
 def sequential_cnn(cfg: SequentialConfig, geometry: Geometry) -> nn.Module:
-    """A plain chain of layers, written layer by layer; for networks that are nobody's family."""
+    """A plain chain of layers, written layer by layer; for networks of no registered family."""
     return SequentialCNN(geometry, cfg)

@@ -75,24 +75,24 @@ def find_candidates(
     Raises:
         ConfigError: If ``arch`` is no spec, or an unknown one.
         MissingExtra: If nothing was named, and the tensors are those of a library that is not installed.
-        UnsupportedModel: If nothing was named and nothing known fits.
+        UnsupportedModel: If no architecture was named and none of the registered ones fits.
     """
     named = read_spec(arch) if arch is not None else None
     if named is not None and named.source != OWN:
         return CandidateSet({None: (str(named),)}, _NAMED)
-    full = canonical(arch) if arch is not None else ""
+    canonical_spec = canonical(arch) if arch is not None else ""
     candidates = [c for c in nearest(state, side=side) if c.fits]
     if side is not None and not exact:
         # Images of another size than the model's can be resized to it.
-        exactly = {c.spec for c in candidates}
-        candidates += [c for c in nearest(state) if c.fits and c.spec not in exactly]
+        exact_specs = {c.spec for c in candidates}
+        candidates += [c for c in nearest(state) if c.fits and c.spec not in exact_specs]
     if named is not None:
         agreeing = [
             c for c in candidates if read_spec(c.spec).name == named.name and _agrees(c.spec, named.options)
         ]
-        return (
-            _expanded(agreeing, named.options, _NAMED) if agreeing else CandidateSet({None: (full,)}, _NAMED)
-        )
+        if not agreeing:
+            return CandidateSet({None: (canonical_spec,)}, _NAMED)
+        return _with_all_choices(agreeing, named.options, _NAMED)
     if not candidates:
         raise UnsupportedModel(
             "no known architecture has these tensors",
@@ -101,8 +101,9 @@ def find_candidates(
             remedy=f"Name the architecture. {proposal(state, side=side)}",
         )
     preferred = _preferred_sources(candidates)
-    candidate_set = _expanded(preferred, {}, "guessed from names and shapes of the tensors")
-    if all(read_spec(c.spec).name == IN_ORDER for c in preferred) and (others := _of_libraries(candidates)):
+    candidate_set = _with_all_choices(preferred, {}, "guessed from names and shapes of the tensors")
+    others = _library_candidates(candidates)
+    if others and all(read_spec(c.spec).name == IN_ORDER for c in preferred):
         return replace(candidate_set, absent=others[0].spec)
     return candidate_set
 
@@ -128,8 +129,8 @@ def _preferred_sources(candidates: list[Candidate]) -> list[Candidate]:
     families = [c for c in own if read_spec(c.spec).name != IN_ORDER]
     if families or len(own) == len(candidates):
         return families or own
-    foreign = _of_libraries(candidates)
-    if installed := [c for c in map(_installed, foreign) if c is not None]:
+    foreign = _library_candidates(candidates)
+    if installed := [c for c in map(_under_installed_library, foreign) if c is not None]:
         return installed
     if own:
         return own
@@ -137,11 +138,11 @@ def _preferred_sources(candidates: list[Candidate]) -> list[Candidate]:
     raise MissingExtra(library, "zoo", f"the file, which holds the weights of {foreign[0].spec},")
 
 
-def _of_libraries(candidates: list[Candidate]) -> list[Candidate]:
+def _library_candidates(candidates: list[Candidate]) -> list[Candidate]:
     return [c for c in candidates if read_spec(c.spec).source != OWN]
 
 
-def _installed(candidate: Candidate) -> Candidate | None:
+def _under_installed_library(candidate: Candidate) -> Candidate | None:
     """Return the candidate under a spec whose library is installed, or None."""
     specs = (candidate.spec, *candidate.same)
     at_hand = [spec for spec in specs if is_installed(read_spec(spec).source)]
@@ -173,7 +174,7 @@ def _agrees(spec: str, typed: Mapping[str, str]) -> bool:
     return all(changed.get(key) == value for key, value in parsed.options.items())
 
 
-def _expanded(candidates: list[Candidate], typed: Mapping[str, str], source: str) -> CandidateSet:
+def _with_all_choices(candidates: list[Candidate], typed: Mapping[str, str], source: str) -> CandidateSet:
     by_side: dict[int | None, list[str]] = {}
     for candidate in candidates:
         specs = by_side.setdefault(candidate.side, [])

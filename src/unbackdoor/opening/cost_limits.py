@@ -1,8 +1,7 @@
-"""What a network of unknown origin would do with one image, counted before it is let do it.
+"""What a network of unknown origin would compute for one image, counted before it is run.
 
-A graph from a file can ask for any amount of memory and time in a few bytes: a padding, a repetition, a
-product. It is run once on tensors that have sizes and no numbers, and what every operation would make is
-added up.
+A graph from a file can demand any amount of memory and time in a few bytes: a padding, a repetition, a
+product. It is run once on tensors that have sizes but no values, and the cost of every operation is added up.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class CandidateFact:
         spec: Text that builds it.
         fits: Whether every tensor fits.
         classes: Number of classes, where the weights show it.
-        note: What differs, or what was found.
+        note: What differs, or what was matched.
     """
 
     spec: str
@@ -238,15 +238,15 @@ def _loading(contents: Contents) -> Loading:
 
 def _graph(file: StoredFile) -> GraphFact | None:
     try:
-        told = describe_graph(file)
+        description = describe_graph(file)
     except UnbackdoorError:
-        return None  # the tensors cannot be read either, and say so
+        return None  # the tensors cannot be read either, and that is reported
     problem = None
     try:
         import_graph(file)
     except UnbackdoorError as error:
         problem = str(error)
-    return GraphFact(told.operators, told.unknown, told.input_shape, problem)
+    return GraphFact(description.operators, description.unknown, description.input_shape, problem)
 
 
 def _facts(state: Mapping[str, Tensor]) -> Iterable[TensorFact]:

@@ -23,7 +23,7 @@ _PROPOSED = 3
 
 @dataclass(frozen=True)
 class Filled:
-    """A network with somebody's weights, and how their names were translated."""
+    """A network with the weights of a file, and how their names were translated."""
 
     network: nn.Module
     adapted: Adapted
@@ -32,7 +32,7 @@ class Filled:
 def skeleton(architecture: str, input_shape: tuple[int, int, int], classes: int) -> nn.Module:
     """Build a network without memory, so that the width in a hostile card costs nothing.
 
-    The user's own code, which knows of no such thing, is simply called.
+    The user's own code may not support that, so it is called as it is.
     """
     channels, height, width = input_shape
     geometry = Geometry(channels, height, width, classes)
@@ -43,7 +43,7 @@ def skeleton(architecture: str, input_shape: tuple[int, int, int], classes: int)
     except (NotImplementedError, RuntimeError) as error:
         if spec.source == OWN:
             raise
-        # Some networks of other libraries compute with numbers while they are built.
+        # Some networks of other libraries compute with real values while they are built.
         message = str(error)
         if "meta" not in message.lower():
             raise _unbuilt(architecture, error) from error
@@ -118,7 +118,7 @@ def misfit(
 
 
 def proposal(state: Mapping[str, Tensor], *, side: int | None = None) -> str:
-    """Return a sentence that names the nearest known architectures."""
+    """Return a sentence that names the nearest architectures of this package and of the table."""
     candidates = nearest(state, side=side)[:_PROPOSED]
     fitting = [c for c in candidates if c.fits]
     if fitting:

@@ -132,7 +132,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Inferred:
+class InferredNormalisation:
     """The variant and the normalisation that were chosen, and how certain the choice is.
 
     Attributes:
@@ -167,14 +167,14 @@ class Inferred:
         }
 
 
-def infer(
+def infer_normalisation(
     variants: Mapping[str, nn.Module],
     images: Images,
     run: Run,
     *,
     normalisations: Sequence[Normalisation] | None = None,
     prefer: Normalisation | None = None,
-) -> Inferred:
+) -> InferredNormalisation:
     """Find the variant and the normalisation under which clean images are classified best.
 
     Args:
@@ -223,8 +223,8 @@ def infer(
     top = alive[0]
     ties = [top]
     if used.labels is not None:
-        right = {pair: _right(logits[pair], used) for pair in alive}
-        ties = [pair for pair in alive if not _clearly_better(right[top], right[pair])]
+        correct = {pair: _correct(logits[pair], used) for pair in alive}
+        ties = [pair for pair in alive if not _clearly_better(correct[top], correct[pair])]
     ties.sort(key=lambda pair: (prefer is not None and pair[1] != prefer, _finite(trials[pair].loss)))
     best = ties[0]
     if used.labels is not None and best[1] != prefer and best[1] in _RGB + _GREY:
@@ -238,7 +238,7 @@ def infer(
     others = tuple(trials[pair] for pair in ties[1:])
     if trial.hits is None:
         several = len(candidates) * len(variants) > 1
-        return Inferred(
+        return InferredNormalisation(
             trial, ranked, Interval(0.0, 1.0), False, warning=_UNJUDGED[classes] if several else ""
         )
     interval = wilson(trial.hits, trial.total)
@@ -246,9 +246,10 @@ def infer(
     warning = _accuracy_warning(trial, interval, images.classes, len(candidates) * len(variants))
     if warning:
         # With misleading labels accuracy says nothing; the trial with the most informative predictions does.
-        clue = max(trials, key=lambda pair: trials[pair].information)
-        notes += _class_order_note(_logits(variants[clue[0]], clue[1], used, run), used, interval)
-    return Inferred(trial, ranked, interval, True, others, warning, notes)
+        variant, normalisation = max(trials, key=lambda pair: trials[pair].information)
+        informative = _logits(variants[variant], normalisation, used, run)
+        notes += _class_order_note(informative, used, interval)
+    return InferredNormalisation(trial, ranked, interval, True, others, warning, notes)
 
 
 _GUESSED = (
@@ -282,12 +283,12 @@ def _observations(
     """Return what else the images show: another order of colours or of classes."""
     notes = []
     total = len(images)
-    here = wilson(int(_right(logits, images).sum()), total)
+    here = wilson(int(_correct(logits, images).sum()), total)
     if total < _MIN_IMAGES:
         notes.append(f"only {total} images were at hand, so that the accuracy is known roughly")
     if images.shape[0] == 3:
         swapped = replace(images, pixels=images.pixels.flip(1))
-        hits = int(_right(_logits(network, normalisation, swapped, run), swapped).sum())
+        hits = int(_correct(_logits(network, normalisation, swapped, run), swapped).sum())
         if wilson(hits, total).low > here.high:
             notes.append(
                 f"with blue first instead of red the accuracy is {hits / total:.1%}: the model seems to "
@@ -325,10 +326,10 @@ def _trial(pair: tuple[str, Normalisation], logits: Tensor, images: Images) -> T
     if images.labels is None:
         return Trial(*pair, len(images), None, math.nan, information)
     loss = float(functional.cross_entropy(logits, images.labels))
-    return Trial(*pair, len(images), int(_right(logits, images).sum()), loss, information)
+    return Trial(*pair, len(images), int(_correct(logits, images).sum()), loss, information)
 
 
-def _right(logits: Tensor, images: Images) -> Tensor:
+def _correct(logits: Tensor, images: Images) -> Tensor:
     return logits.argmax(1) == images.truth  # (N,)
 
 

@@ -1,4 +1,4 @@
-"""Open a file of weights that somebody else wrote: as a classifier, with everything that had to be assumed.
+"""Open a file of weights of unknown origin as a classifier, with a record of everything that was assumed.
 
 Nothing in the file is executed. What the file does not state is taken, in this order, from the arguments, a
 card beside it, from the configuration of the architecture's source, and last from clean images: the
@@ -26,7 +26,12 @@ from unbackdoor.opening.candidates import CandidateSet, find_candidates, library
 from unbackdoor.opening.classifier_files import load_model
 from unbackdoor.opening.cost_limits import outputs_of
 from unbackdoor.opening.load_tensors import Filled, fill, require_finite
-from unbackdoor.opening.normalisation_guess import Inferred, Normalisation, infer, usual_normalisations
+from unbackdoor.opening.normalisation_guess import (
+    InferredNormalisation,
+    Normalisation,
+    infer_normalisation,
+    usual_normalisations,
+)
 from unbackdoor.opening.provenance import ArchitectureOrigin, NameChanges, NormalisationOrigin, Provenance
 from unbackdoor.opening.recognise_architecture import ends
 from unbackdoor.opening.rename_tensors import Adapted, Difference
@@ -36,7 +41,7 @@ from unbackdoor.weights.formats.onnx.graph import import_graph
 from unbackdoor.weights.formats.onnx.node import Place
 from unbackdoor.weights.source import Source, open_source
 
-# What is assumed where neither the file nor any image says it.
+# What is assumed where neither the file nor any image shows it.
 _USUAL_SIDE = 32
 _ASSUMED_SIZE = "assumed"
 _LARGE = 96 * 96  # pixels of an image
@@ -49,7 +54,7 @@ Shape = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Opened:
-    """A classifier made of somebody's file.
+    """A classifier from a file, and how it was opened.
 
     Attributes:
         model: The classifier, in evaluation mode on the CPU.
@@ -112,8 +117,8 @@ def open_model(
     Raises:
         InputError: If a file cannot be used, or several networks fit and nothing decides.
         UnsafeFile: If a file would run code, or a card names what only the user may name.
-        UnsupportedModel: If no known architecture fits, or the named one does not; lists the differences. If
-            a graph has operators that are not imported; names them.
+        UnsupportedModel: If no registered architecture fits, or the named one does not; lists what differs.
+            If a graph has operators that are not imported; names them.
         ConfigError: If an argument does not fit.
         MissingExtra: If the architecture or the format needs a library that is not installed.
     """
@@ -183,7 +188,7 @@ def _with_card(
     conformed, image_changes = _fitting_images(images, model.input_shape, model.class_names, progress)
     mean, std = normalisation(model)
     scale = arguments.normalisation or Normalisation("the card's", mean, std)
-    inferred = _infer_normalisation({model.architecture: model.network}, conformed, [scale], None, run)
+    inferred = _infer_on_device({model.architecture: model.network}, conformed, [scale], None, run)
     provenance = Provenance(
         path.name,
         True,
@@ -233,15 +238,12 @@ def _own_graph(
     stated = network.meta["input_shape"]
     raw = load_images_of(images, arguments.size or (stated[1:] if stated else None), progress)
     channels = network.meta["channels"] or (raw.shape[0] if raw is not None else _channels(network))
-    stated_by_graph = (
-        Preprocessing(size=stated[1:], size_fixed=True, source=_GRAPH) if stated else Preprocessing()
-    )
-    size, size_source = _sizes(arguments, stated_by_graph, None, raw.shape[1:] if raw is not None else None)[
-        0
-    ]
+    from_graph = Preprocessing(size=stated[1:], size_fixed=True, source=_GRAPH) if stated else Preprocessing()
+    own_size = raw.shape[1:] if raw is not None else None
+    size, size_source = _sizes(arguments, from_graph, None, own_size)[0]
     shape = (channels, *size)
     classes = outputs_of(network, shape, path)
-    _require_separate(network, shape, path)
+    _require_independent_images(network, shape, path)
     names, names_source = _class_names(arguments, Preprocessing(), raw, classes)
     filled = Filled(network, Adapted({}, Difference((), (), (), 0)))
     attempt = _open_at_shape(
@@ -375,7 +377,7 @@ class _Attempt:
     size_source: str
     scale: Normalisation
     scale_source: str
-    inferred: Inferred | None
+    inferred: InferredNormalisation | None
     changes: tuple[str, ...]
     warnings: tuple[str, ...]
 
@@ -403,16 +405,18 @@ def _open_at_shape(
     if outputs != len(names):
         if arguments.class_names is not None:
             raise _names_misfit(outputs, names, path)
-        names = _numbered(outputs) if raw is None or len(raw.class_names) != outputs else raw.class_names
+        names = (
+            _numbered_names(outputs) if raw is None or len(raw.class_names) != outputs else raw.class_names
+        )
     conformed, image_changes = (None, ()) if raw is None else conform(
         raw, input_shape=shape, class_names=names, progress=progress
     )  # fmt: skip
-    first = next(iter(filled.values()))
-    fixed, source = _stated_normalisation(arguments, preprocessing, first)
+    first_filled = next(iter(filled.values()))
+    fixed, source = _stated_normalisation(arguments, preprocessing, first_filled)
     default = _library_normalisation(preprocessing, shape[0]) if fixed is None else None
     normalisations = [fixed] if fixed is not None else _all_normalisations(shape[0], default)
     warnings = []
-    inferred = _infer_normalisation(
+    inferred = _infer_on_device(
         {spec: f.network for spec, f in filled.items()}, conformed, normalisations, default, run
     )
     if inferred is None:
@@ -500,7 +504,7 @@ def _probe(network: nn.Module, shape: tuple[int, int, int], path: Path) -> tuple
 
 
 @torch.no_grad()
-def _require_separate(network: nn.Module, shape: Shape, path: Path) -> None:
+def _require_independent_images(network: nn.Module, shape: Shape, path: Path) -> None:
     """Raise UnsupportedModel where the answer to an image depends on the others of its batch."""
     pixels = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
     try:
@@ -613,10 +617,10 @@ def _class_names(
         return preprocessing.class_names, preprocessing.source
     if raw is not None and raw.class_names and classes in (None, len(raw.class_names)):
         return raw.class_names, "the images, in their order"
-    return _numbered(classes or 1), "numbered"
+    return _numbered_names(classes or 1), "numbered"
 
 
-def _numbered(classes: int) -> tuple[str, ...]:
+def _numbered_names(classes: int) -> tuple[str, ...]:
     return tuple(str(k) for k in range(classes))
 
 
@@ -650,18 +654,18 @@ def _fitting_images(
     return conform(raw, input_shape=shape, class_names=names, progress=progress)
 
 
-def _infer_normalisation(
+def _infer_on_device(
     networks: Mapping[str, nn.Module],
     images: Images | None,
     normalisations: Sequence[Normalisation],
     prefer: Normalisation | None,
     run: Run,
-) -> Inferred | None:
+) -> InferredNormalisation | None:
     if images is None or not len(images):
         return None
     placed = {spec: network.to(run.device) for spec, network in networks.items()}
     try:
-        return infer(placed, images, run, normalisations=normalisations, prefer=prefer)
+        return infer_normalisation(placed, images, run, normalisations=normalisations, prefer=prefer)
     finally:
         for network in placed.values():
             network.cpu()
@@ -669,7 +673,7 @@ def _infer_normalisation(
 
 def _choice_warnings(
     network: nn.Module,
-    inferred: Inferred,
+    inferred: InferredNormalisation,
     images: Images | None,
     normalisations: Sequence[Normalisation],
     run: Run,
@@ -684,9 +688,7 @@ def _choice_warnings(
             + f"; the one with the lowest loss was taken: {inferred.best.variant}"
         )
     if inferred.warning and len(normalisations) == 1 and inferred.by_labels and images is not None:
-        every = _infer_normalisation(
-            {"": network}, images, _all_normalisations(images.shape[0], None), None, run
-        )
+        every = _infer_on_device({"": network}, images, _all_normalisations(images.shape[0], None), None, run)
         if every is not None and every.interval.low > inferred.interval.high:
             best = every.best.normalisation
             out.append(

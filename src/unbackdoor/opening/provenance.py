@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from unbackdoor.opening.normalisation_guess import Inferred, Normalisation
+from unbackdoor.opening.normalisation_guess import InferredNormalisation, Normalisation
 from unbackdoor.opening.rename_tensors import Adapted
 
 
@@ -129,7 +129,7 @@ class Provenance:
     warnings: tuple[str, ...] = ()
 
     def measured(
-        self, changes: tuple[str, ...], inferred: Inferred | None, warnings: list[str]
+        self, changes: tuple[str, ...], inferred: InferredNormalisation | None, warnings: list[str]
     ) -> Provenance:
         """Return it with what the images showed.
 

@@ -34,7 +34,7 @@ _MAX_TENSORS = 20_000
 _MAX_CANDIDATES = 12
 # Each of them may have to be built and tried, at the cost of the file itself.
 _MAX_OF_LIBRARIES = 6
-# Below this share of tensors in common a guess helps nobody.
+# Below this share of common tensors a guess is of no use.
 _WORTH_NAMING = 0.3
 
 
@@ -76,7 +76,7 @@ def nearest(state: Mapping[str, Tensor], *, side: int | None = None) -> list[Can
     """
     if not state or len(state) > _MAX_TENSORS:
         return []
-    stored, names = _plain(state)
+    stored, names = _without_extras(state)
     match = _table_match(stored, names)
     channels, classes = _ends(names, match)
     candidates: list[Candidate] = []
@@ -84,14 +84,14 @@ def nearest(state: Mapping[str, Tensor], *, side: int | None = None) -> list[Can
         for shapes in (names, _without_body(names)):
             guesses = [guess for family in _FAMILIES for guess in family(shapes)] if shapes else []
             candidates += [
-                c for g in guesses if (c := _checked(g, stored, channels, classes, side)) is not None
+                c for g in guesses if (c := _compare_guess(g, stored, channels, classes, side)) is not None
             ]
             if any(c.fits for c in candidates):
                 break
         else:
             plain = [_of_chain(chain) for chain in chains(names, side)]
             candidates += [
-                c for g in plain if (c := _checked(g, stored, channels, classes, side)) is not None
+                c for g in plain if (c := _compare_guess(g, stored, channels, classes, side)) is not None
             ]
     if match is not None:
         candidates += _of_libraries(match, channels)
@@ -104,13 +104,13 @@ def nearest(state: Mapping[str, Tensor], *, side: int | None = None) -> list[Can
 
 def ends(state: Mapping[str, Tensor]) -> tuple[int | None, int | None]:
     """Return the image channels and the classes that first and last layers show, or None for either."""
-    stored, names = _plain(state)
+    stored, names = _without_extras(state)
     return _ends(names, _table_match(stored, names) if 0 < len(state) <= _MAX_TENSORS else None)
 
 
 def in_libraries(state: Mapping[str, Tensor]) -> bool:
     """Tell whether a network of timm or torchvision has exactly these tensors."""
-    return bool(state) and len(state) <= _MAX_TENSORS and _table_match(*_plain(state)) is not None
+    return bool(state) and len(state) <= _MAX_TENSORS and _table_match(*_without_extras(state)) is not None
 
 
 def _ends(names: Shapes, match: Match | None) -> tuple[int | None, int | None]:
@@ -279,7 +279,9 @@ def _of_chain(chain: Chain) -> _Guess:
     )
 
 
-def _checked(guess: _Guess, state: Shapes, channels: int, classes: int, side: int | None) -> Candidate | None:
+def _compare_guess(
+    guess: _Guess, state: Shapes, channels: int, classes: int, side: int | None
+) -> Candidate | None:
     """Build a guess without memory and compare its tensors with those of the file."""
     size = guess.side or side or 32
     try:
@@ -352,7 +354,7 @@ def _under_other_names(names: Shapes, channels: int | None, classes: int | None)
 # ---------------------------------------------------------------------------------------------------
 
 
-def _plain(state: Shapes) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _without_extras(state: Shapes) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the tensors without masks and normalisation, by the file's names and without a common prefix."""
     remaining, _ = fold_masks(state)
     remaining, _ = leave_training(remaining)

@@ -84,7 +84,7 @@ def modules(state: Mapping[str, Tensor]) -> list[Module] | None:
     # safetensors sorts its names, so that the order of a file is not always that of the network.
     for order in (list, _by_number, _by_layer):
         ordered = order(layers)
-        if _flows(ordered):
+        if _widths_agree(ordered):
             return ordered
     return None
 
@@ -110,18 +110,18 @@ def chains(state: Mapping[str, Tensor], side: int | None = None) -> list[Chain]:
         return []
     head = _head(linears)
     by_spec: dict[str, Chain] = {}
-    for tokens in itertools.islice(_fillings(convs), 1 << _MAX_FREE_POOLS):
+    for tokens in itertools.islice(_token_lists(convs), 1 << _MAX_FREE_POOLS):
         features = "-".join(tokens)
         if (
             end in _AVERAGED
-            and _left(tokens, _AVERAGED_FROM) == end
-            and _left(tokens, side or _AVERAGED_FROM) >= 1
+            and _remaining_side(tokens, _AVERAGED_FROM) == end
+            and _remaining_side(tokens, side or _AVERAGED_FROM) >= 1
         ):
             spec = _spec(features, head, end)
             if len(spec) + 30 <= MAX_SPEC:
                 by_spec[spec] = Chain(spec, None, _choices(tokens, head))
         for size in (side,) if side else USUAL_SIDES:
-            left = _left(tokens, size)
+            left = _remaining_side(tokens, size)
             exact = left == end
             # One pixel may be an average of any size; a larger map is exactly what was flattened.
             if left < end or (not exact and end > 1):
@@ -137,7 +137,7 @@ def chains(state: Mapping[str, Tensor], side: int | None = None) -> list[Chain]:
     return usual[:_MAX_SPECS]
 
 
-def _left(tokens: Sequence[str], side: int) -> int:
+def _remaining_side(tokens: Sequence[str], side: int) -> int:
     """Return the pixels a side that the layers leave of ``side``; less than 1 where nothing is left."""
     for token in tokens:
         side = after(token, side)
@@ -193,7 +193,7 @@ def _by_layer(layers: Sequence[Module]) -> list[Module]:
     return sorted(layers, key=key)
 
 
-def _flows(layers: Sequence[Module]) -> bool:
+def _widths_agree(layers: Sequence[Module]) -> bool:
     """Tell whether every layer takes what the one before it gives."""
     width: int | None = None
     flat = False
@@ -214,22 +214,22 @@ def _flows(layers: Sequence[Module]) -> bool:
     return bool(layers) and layers[0].kind == "conv"
 
 
-def _fillings(convs: Sequence[Module]) -> Iterator[list[str]]:
+def _token_lists(convs: Sequence[Module]) -> Iterator[list[str]]:
     """Yield the token lists of the convolutional part, the most usual first."""
     positions = [module.position for module in convs]
     parents = {position[0] for position in positions if position}
-    numbered = len(parents) == 1 and all(positions) and _rising([p[1] for p in positions if p])
+    numbered = len(parents) == 1 and all(positions) and _is_increasing([p[1] for p in positions if p])
     kernels = {module.shape[2] for module in convs if module.kind == "conv"}
     paddings = (None, 0) if kernels != {1} else (None,)
     for padding in paddings:
         tokens = _with_weights(convs, padding)
         if numbered:
-            yield from _numbered(tokens, [p[1] for p in positions if p])
+            yield from _fill_numbered(tokens, [p[1] for p in positions if p])
         else:
-            yield from _free(tokens)
+            yield from _fill_unnumbered(tokens)
 
 
-def _rising(numbers: Sequence[int]) -> bool:
+def _is_increasing(numbers: Sequence[int]) -> bool:
     return all(a < b for a, b in itertools.pairwise(numbers))
 
 
@@ -249,7 +249,7 @@ def _with_weights(convs: Sequence[Module], padding: int | None) -> list[str]:
     return tokens
 
 
-def _numbered(tokens: Sequence[str], places: Sequence[int]) -> Iterator[list[str]]:
+def _fill_numbered(tokens: Sequence[str], places: Sequence[int]) -> Iterator[list[str]]:
     gaps = [b - a - 1 for a, b in itertools.pairwise(places)]
     lead = ["d"] * places[0]
     # A gap of two is an activation and a pooling, or an activation and a dropout; of three, all of them.
@@ -271,7 +271,7 @@ def _fill(gap: int, two_is_pool: bool) -> list[str]:
     return ["a", "m", *["d"] * (gap - 2)]
 
 
-def _free(tokens: Sequence[str]) -> Iterator[list[str]]:
+def _fill_unnumbered(tokens: Sequence[str]) -> Iterator[list[str]]:
     """Yield fillings where the names are no positions: an activation after each layer, poolings anywhere."""
     ends = [i for i, token in enumerate(tokens) if i + 1 == len(tokens) or tokens[i + 1] != "b"]
     ends = [i for i in ends if tokens[i][0] in "cb"]
@@ -303,7 +303,7 @@ def _head(linears: Sequence[Module]) -> str:
         place = positions[i]
         last = i + 1 == len(linears)
         if numbered and i == 0 and place is not None:
-            # A dropout, or the flattening itself; in one container with the convolutions nobody knows.
+            # A dropout, or the flattening itself; in one container with the convolutions it is unknown.
             tokens += ["d"] * (place[1] if place[1] <= 2 else 0)
         suffix = "" if module.bias else "n"
         if module.kind == "norm":

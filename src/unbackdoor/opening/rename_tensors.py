@@ -10,7 +10,7 @@ What is done, in this order, and nothing else:
 4. A prefix that stands before all remaining names, or before all but the head's (``backbone.``), is taken off
    where the names then fit.
 5. ``num_batches_tracked``, which old checkpoints lack and which no result depends on, is filled in.
-6. Names that the network does not have are renamed, one to one and only between equal shapes: first by known
+6. Names that the network does not have are renamed, one to one and only between equal shapes: first by
    synonyms (``shortcut`` and ``downsample``, ``block1.layer.0`` and ``layer1.0``), then the head, whatever it
    is called, if it is the last linear layer of both. A plain chain (``sequential_cnn``) is renamed in order.
 
@@ -82,7 +82,7 @@ class Adapted:
         dropped: Names that are no part of the network, with the reason.
         filled: Names that were added, with neutral values.
         folded: Weights that were multiplied with a pruning mask.
-        mean: Per-channel mean that was found in the file, or None.
+        mean: Per-channel mean that the file stores, or None.
         std: Per-channel deviation, likewise.
     """
 
@@ -132,7 +132,7 @@ def adapt(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, in_ord
     remaining, training = leave_training(remaining, expected)
     remaining, pixels, mean, std = take_normalisation(remaining, expected)
     best = _translate(remaining, expected, in_order)
-    for shorter in _shortened(remaining) if best[2] else ():
+    for shorter in _shorter_names(remaining) if best[2] else ():
         stripped = {new: remaining[old] for new, old in shorter.items()}
         other = _translate(stripped, expected, in_order)
         if other[2].matching > best[2].matching:
@@ -266,33 +266,33 @@ def _by_synonyms(
     free_old = [name for name in state if name not in used]
     head_new, head_old = head_of(expected), head_of(state)
 
-    def canon(head: str | None, single: bool) -> Callable[[str], str]:
+    def canonical_form(head: str | None, skips_are_single: bool) -> Callable[[str], str]:
         def apply(name: str) -> str:
             if head is not None and name.startswith(head + "."):
                 return "HEAD." + name.rpartition(".")[2]
             for pattern, text in _SYNONYMS:
                 name = pattern.sub(text, name)
             # A skip of one convolution is a layer here and a sequence of one layer there.
-            return name.replace("shortcut.0.", "shortcut.") if single else name
+            return name.replace("shortcut.0.", "shortcut.") if skips_are_single else name
 
         return apply
 
-    def single(tensors: Mapping[str, Tensor]) -> bool:
+    def skips_are_single(tensors: Mapping[str, Tensor]) -> bool:
         return not any(
-            ".1." in name and canon(None, False)(name).find("shortcut.1.") >= 0 for name in tensors
+            ".1." in name and canonical_form(None, False)(name).find("shortcut.1.") >= 0 for name in tensors
         )
 
-    old_by_canon: dict[str, list[str]] = {}
-    old_canon = canon(head_old, single(state))
+    old_by_form: dict[str, list[str]] = {}
+    old_form = canonical_form(head_old, skips_are_single(state))
     for name in free_old:
-        old_by_canon.setdefault(old_canon(name), []).append(name)
-    new_canon = canon(head_new, single(expected))
-    new_by_canon: dict[str, list[str]] = {}
+        old_by_form.setdefault(old_form(name), []).append(name)
+    new_form = canonical_form(head_new, skips_are_single(expected))
+    new_by_form: dict[str, list[str]] = {}
     for name in free_new:
-        new_by_canon.setdefault(new_canon(name), []).append(name)
+        new_by_form.setdefault(new_form(name), []).append(name)
     matched = dict(names)
-    for key, news in new_by_canon.items():
-        olds = old_by_canon.get(key, [])
+    for key, news in new_by_form.items():
+        olds = old_by_form.get(key, [])
         # One to one, and of one shape: anything else is left for the report.
         if len(news) == len(olds) == 1 and form(expected[news[0]]) == form(state[olds[0]]):
             matched[news[0]] = olds[0]
@@ -340,7 +340,7 @@ def without_body_prefix(state: Mapping[str, Tensor]) -> dict[str, str]:
     return shorter if prefix and len(body) < len(state) == len(shorter) else {}
 
 
-def _shortened(state: Mapping[str, Tensor]) -> Iterator[dict[str, str]]:
+def _shorter_names(state: Mapping[str, Tensor]) -> Iterator[dict[str, str]]:
     """Yield shorter names with what they stand for: without a prefix of all, then without one of the body."""
     prefix = _common_prefix(state)
     unprefixed = {name.removeprefix(prefix): name for name in state}

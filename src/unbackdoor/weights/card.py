@@ -129,7 +129,7 @@ def read_card(file: Path | StoredFile) -> ModelCard:
     """
     if not isinstance(file, StoredFile):
         try:
-            file = read_file(file, _room)
+            file = read_file(file, _bytes_to_keep)
         except InputError as error:
             raise InputError(
                 "the model card cannot be read" if error.expected is None else error.problem,
@@ -154,7 +154,7 @@ def read_card(file: Path | StoredFile) -> ModelCard:
         ) from error
 
 
-def _room(_: bytes, size: int) -> int:
+def _bytes_to_keep(_: bytes, size: int) -> int:
     if size > MAX_CARD:
         raise _too_large(size, None)
     return size

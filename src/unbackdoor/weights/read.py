@@ -1,8 +1,8 @@
 """Reading weights from files of unknown origin; nothing in a file is ever executed.
 
 A checkpoint saved by ``torch.save`` is a pickle, and a pickle is a program. It is read by a reader of our own
-that calls nothing (``formats/pickles.py``): the tensors are recovered, and what the file would have imported
-is listed. Neither torch's readers nor an allow-list of the process have a say in it.
+that calls nothing (``formats/torch_save``): the tensors are recovered, and what the file would have imported
+is listed. Neither torch's readers nor an allow-list of the process are used.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Format = Literal[
     "torch.export", "onnx", "archive", "unknown",
 ]  # fmt: skip
 
-_POLYGLOT = 1 << 20  # bytes of another format that are looked at as a pickle
+_POLYGLOT = 1 << 20  # bytes of another format that are read as a pickle
 
 _PLAIN = {
     torch.float32, torch.float64, torch.float16, torch.bfloat16,
@@ -157,14 +157,14 @@ def read_contents(file: Path | StoredFile) -> Contents:
         dangerous = _hidden_pickle(file, trail)
         if not dangerous:
             raise
-        return Contents("pickle", names=_named(trail), problem=unknown)
+        return Contents("pickle", names=_dangers_by_name(trail), problem=unknown)
     reader = _FileReader(file, trail)
     problem: UnbackdoorError | None = None
     state: Mapping[str, Tensor] = {}
     try:
         state = reader.read(magic)
     except UnbackdoorError as error:
-        problem = _placed(error, file.path)
+        problem = _with_path(error, file.path)
     except _BROKEN as error:
         problem = _damaged(file.path, error)
     if magic in ("safetensors", "onnx"):
@@ -176,7 +176,7 @@ def read_contents(file: Path | StoredFile) -> Contents:
     return Contents(
         reader.format,
         tensors=state,
-        names=_named(trail),
+        names=_dangers_by_name(trail),
         notes=tuple(trail.notes),
         beside=reader.beside,
         prefix=prefix,
@@ -307,11 +307,11 @@ def _hidden_pickle(file: StoredFile, trail: Trail) -> bool:
     return bool(danger)
 
 
-def _named(trail: Trail) -> dict[str, Danger]:
+def _dangers_by_name(trail: Trail) -> dict[str, Danger]:
     return {str(name): danger for name, danger in sorted(trail.names.items())}
 
 
-def _placed(error: UnbackdoorError, path: Path) -> UnbackdoorError:
+def _with_path(error: UnbackdoorError, path: Path) -> UnbackdoorError:
     # The parts that read bytes do not know which file they are of.
     if error.where is not None or isinstance(error, MissingExtra):
         return error

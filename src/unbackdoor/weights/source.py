@@ -1,7 +1,7 @@
-"""What a report, a repair or a patch speaks of: a file of weights as it was when it was opened.
+"""The file that a report, a repair or a patch refers to: a file of weights as it was when it was opened.
 
-Everything that is said or made of a model is made of these bytes, and nobody opens the path again. Whoever
-writes something that names the hash first asks whether the path still leads to the same bytes.
+Everything is computed from these bytes, and the path is not opened again. Code that writes something with the
+hash first checks that the path still leads to the same bytes.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Files of strangers, read once: what is parsed and what is hashed are the same bytes.
+"""Untrusted files, read once: what is parsed and what is hashed are the same bytes.
 
 A path is only a name. Between two uses of it the file may be replaced, overwritten, cut short, or a link may
 point elsewhere. So a file is opened once and copied into memory while it is hashed; everything later works on
-the copy. A map of the file would not do: whoever overwrites the file changes the map, and whoever cuts it
-short kills the process.
+the copy. A memory map of the file would not be safe: overwriting the file changes the map, and truncating it
+kills the process.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A source builds a bare, untrained network from the rest of a spec, and may state a normalisation, an input
 size and class names. This module also decides which sources a file may name, and which only the user: a model
-card can come from a stranger, so it may name a network of a library, but never a folder or a Python file.
+card is untrusted, so it may name a network of a library, but never a folder or a Python file.
 """
 
 from __future__ import annotations

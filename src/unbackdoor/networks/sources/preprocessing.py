@@ -9,7 +9,7 @@ from unbackdoor.errors import ConfigError
 from unbackdoor.networks.spec import Spec, value_of
 from unbackdoor.registry import near_match
 
-# A number in a spec can come from a stranger's card; no real network has a dimension beyond this.
+# A number in a spec can come from an untrusted card; no real network has a dimension beyond this.
 _MAX_NUMBER = 100_000
 
 

@@ -40,7 +40,7 @@ def build(spec: Spec, geometry: Geometry) -> nn.Module:
             module = _module(path.resolve())
             maker = reduce(getattr, name.split("."), module)
             network = maker(**arguments)  # type: ignore[operator]
-        # Whatever the user's code raises, the user is told where and why.
+        # Every exception of the user's code is reported with its place and reason.
         except Exception as error:
             raise InputError(
                 "the code that builds the network failed",
@@ -72,7 +72,7 @@ def _module(path: Path) -> object:
     description = importlib.util.spec_from_file_location(name, path)
     assert description is not None
     module = importlib.util.module_from_spec(description)
-    # Entered before it runs: dataclasses look their own module up.
+    # Registered before it runs, because dataclasses need their module there.
     sys.modules[name] = module
     try:
         # The text that was read, and no compiled copy beside it: that may be of an earlier text of the same

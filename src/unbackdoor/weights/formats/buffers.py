@@ -1,4 +1,4 @@
-"""Bytes of a file, and words for what strangers put into it."""
+"""Bytes of a file, and short safe forms of its untrusted names for messages."""
 
 from __future__ import annotations
 

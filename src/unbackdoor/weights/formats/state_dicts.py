@@ -20,8 +20,8 @@ NESTS = (
     "classifier", "netC", "state_dict_ema", "model_ema", "ema",
 )  # fmt: skip
 PREFIXES = ("module.", "_orig_mod.", "network.", "model.")
-_LISTED = 16  # entries of a list that are looked at
-_DEPTH = 4  # dictionaries in dictionaries that a state dict is looked for in
+_LISTED = 16  # entries of a list that are searched
+_DEPTH = 4  # levels of dictionaries that are searched for a state dict
 _MODULES = 20_000  # modules, so that one that contains itself many times ends too
 _NUMPY_FORMATS = {"f8": "d", "f4": "f", "i8": "q", "i4": "i", "i2": "h", "u1": "B", "i1": "b", "b1": "?"}
 

@@ -19,7 +19,7 @@ from unbackdoor.weights.formats.torch_save.pickle_reader import Trail
 from unbackdoor.weights.formats.zip_archive import Archive, Entry
 
 MAX_PICKLE = 64 << 20  # bytes of one pickle inside an archive
-_SCANNED = 2  # archives within archives that are looked into
+_SCANNED = 2  # archives within archives that are scanned
 _DECEPTIVE = Name("a pickle", "that is built to deceive or to exhaust its reader")
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
@@ -302,13 +302,13 @@ def _counted(stream: io.BytesIO, trail: Trail) -> range:
 
 
 def _guarded(read: Callable[[bytes, Trail, dict[object, Any]], None]) -> Callable[..., None]:
-    def act(content: bytes, trail: Trail, known: dict[object, Any]) -> None:
+    def guarded(content: bytes, trail: Trail, objects: dict[object, Any]) -> None:
         try:
-            read(content, trail, known)
+            read(content, trail, objects)
         except (*pickles.BROKEN, struct.error) as error:
             raise InputError("the checkpoint is damaged or cut short", got=short(str(error))) from error
 
-    return act
+    return guarded
 
 
 @_guarded

@@ -69,7 +69,7 @@ class Trail:
 
 
 class Stub:
-    """An object of the file that nobody has built.
+    """An object of the file, which is described and never built.
 
     Attributes:
         made_by: The name that would have been called, or another stub.
@@ -105,15 +105,15 @@ class Stub:
 
 
 @dataclass(frozen=True)
-class Odd:
-    """Stands for a dictionary key that is not plain; hashing a stranger's nested tuples may take for ever."""
+class UnhashedKey:
+    """Stands for a dictionary key that is not plain: hashing hostile nested tuples may not end."""
 
     number: int
 
 
 @dataclass(frozen=True, eq=False)
 class Faulty:
-    """Stands for a tensor that cannot be made from what the pickle says of it."""
+    """Stands for a tensor that cannot be built from its description in the pickle."""
 
     error: Exception
 
@@ -190,7 +190,7 @@ class _Machine:
         self._depth = depth
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
-        self._odd = 0
+        self._unhashed_keys = 0
         self._unopened = 0  # calls of the function that opens inner pickles whose content was not read
 
     def run(self, stream: IO[bytes]) -> object:
@@ -315,8 +315,8 @@ class _Machine:
             return
         for key, value in zip(group[::2], group[1::2], strict=True):
             if not isinstance(key, str | int | float | bytes | None):
-                self._odd += 1
-                key = Odd(self._odd)
+                self._unhashed_keys += 1
+                key = UnhashedKey(self._unhashed_keys)
             target[key] = value
 
     # Names and calls

@@ -1,8 +1,8 @@
 """TorchScript archives, read as data: the weights lie in a pickle, the program beside them is never parsed.
 
 The pickle names one class for each module; what of its attributes is a parameter or a buffer stands in two
-lines at the head of that class in the program text. These two lines are found by their form. That is all of
-the program that is looked at, so that no interpreter of it is needed, limited or not.
+lines at the head of that class in the program text. These two lines are recognised by their form. Nothing
+else of the program is read, so that no interpreter of it is needed.
 """
 
 from __future__ import annotations

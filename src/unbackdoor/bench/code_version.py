@@ -23,13 +23,13 @@ from unbackdoor.registry import ARCHITECTURES, ATTACKS, DEFENSES, SCANNERS, Part
 OWN = "unbackdoor"
 IMPORTED = "imported "  # before the version of a victim that was taken over and is pinned by its weights
 TRAINING, STEPS, SPLITS = f"{OWN}.bench.train_step", f"{OWN}.bench.steps", f"{OWN}.data.splits"
-# Where a closure ends, because what lies beyond cannot change a number unseen:
+# Modules at which a closure ends, because no change behind them can alter a number unnoticed:
 ENDS = frozenset(
     {
         OWN,  # names that are imported at their first use, of all rooms
         f"{OWN}.errors",  # the words and classes of failures
         f"{OWN}.files",  # writes files whole or not at all
-        f"{OWN}.bench.machine",  # what a cell took of which machine
+        f"{OWN}.bench.machine",  # memory and device of a cell
         f"{OWN}.weights.source",  # and this, by which they read the card
         f"{OWN}.opening.classifier_files",  # the steps check the weights against the hash of their card
         f"{OWN}.data.datasets",  # the steps check the images against the hashes of the specification
@@ -82,11 +82,11 @@ class Sources:
         return self._imports[module]
 
     def closure(self, start: Iterable[str], *, ends: frozenset[str] = frozenset()) -> list[str]:
-        """Return all modules that some modules bring along, in order; of the packages of these alone.
+        """Return all modules that some modules import, at any depth, in order; only of their own packages.
 
         Args:
             start: Names of modules.
-            ends: Modules that are left out, with what only they bring along.
+            ends: Modules that are left out, with what only they import.
 
         Raises:
             InputError: If one of the first modules has no source.

@@ -1,4 +1,4 @@
-"""How well scanners tell backdoored networks from clean ones, from the rows of their scans."""
+"""How well scanners separate backdoored networks from clean ones, computed from the rows of their scans."""
 
 from __future__ import annotations
 

@@ -62,7 +62,8 @@ class LocalEngine:
     def close(self) -> None:
         """Kill the processes and wait for the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
-        self._running = {future for future in self._running if not future.cancelled()}  # nobody ends those
+        # Without the cancelled ones: the loop below would wait for them for ever.
+        self._running = {future for future in self._running if not future.cancelled()}
         # More than once: a thread between two steps starts the next one after everything was ended.
         isolate.end_all()
         while wait(self._running, timeout=0.1).not_done:
@@ -75,7 +76,7 @@ class DaskEngine:
     Args:
         workers: Worker processes of a cluster of its own; cells at a time on an existing one.
         address: Scheduler such as ``tcp://host:8786``, the JSON file in which it wrote its address, or None
-            for a cluster of its own. The file is waited for: a scheduler makes it before it fills it.
+            for a cluster of its own. The engine waits until the file has its content.
         resources: What a worker must have free for a cell, such as ``{"GPU": 1}``; until there is such a
             worker the cell waits.
 
@@ -109,7 +110,7 @@ class DaskEngine:
                 threads_per_worker=1,
                 processes=True,
                 host="127.0.0.1",
-                dashboard_address="127.0.0.1:0",  # None would take a fixed port, which another one may have
+                dashboard_address="127.0.0.1:0",  # None would take a fixed port, which may be in use
                 resources=self._resources or None,
                 silence_logs=40,
             )

@@ -2,8 +2,8 @@
 
 A victim travels as a folder: weights, card, the record of the attack, and ``cell.json`` with its
 specification, what the judge measured, and the hash of every file. The specification hashes to its address.
-A victim that was taken over is pinned by the hash of its weights: suites whose own victim would differ from
-it in nothing but the code that trains go on with it, whatever that code has become since.
+A victim that was taken over is pinned by the hash of its weights: a suite whose own victim would differ
+from it only in the training code uses it, even if that code has changed since.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from unbackdoor.opening.classifier_files import load_model
 from unbackdoor.registry import ATTACKS, Config
 
 CELL, MODEL = "cell.json", "model.safetensors"
-# What says by which code a victim was trained; two of them before versions covered all that is reached.
+# The fields that name the training code; older specifications have attack_code and epoch.
 _CODE = frozenset({"code", "attack_code", "epoch"})
-# What older specifications do not say; both follow from the data set that they name by hashes.
+# Fields that older specifications lack; both follow from the data set, which they name by hashes.
 _LATER = frozenset({"augmentation", "normalisation"})
 
 
@@ -67,8 +67,8 @@ def export_victims(store: Store, label: str, folder: Path) -> list[Path]:
 def import_victims(store: Store, folder: Path) -> list[str]:
     """Take over the victims that :func:`export_victims` wrote to a folder, and return the new addresses.
 
-    The weights are trusted no further than their hash goes: they are read by the safe reader, and what the
-    judge is said to have measured can be measured again.
+    The files are checked against their hashes and the weights are read by the safe reader. The recorded
+    scores are not checked; they can be measured again.
 
     Raises:
         InputError: If there is no victim, or a file is missing or cannot be read.
@@ -81,7 +81,7 @@ def import_victims(store: Store, folder: Path) -> list[str]:
 
 
 def with_pinned(store: Store, cells: Sequence[Planned]) -> list[Planned]:
-    """Return a plan in which victims that a store has taken over stand for those that it would train.
+    """Return a plan in which victims that the store has taken over replace those that it would train.
 
     A victim that the store trained itself with the present code is kept. The repairs and scans of a victim
     that is replaced get the addresses that follow.

@@ -33,8 +33,8 @@ TASK, RESULT, LOG = "task.json", "result.json", "log.txt"
 SCRATCH = "tmp"  # where a confined process makes its temporary files
 # The first optimizer of a process imports torch's compiler, a second of work that is done once here.
 _PRELOADED = ["unbackdoor.bench.train_step", "torch._dynamo"]  # the first brings the other steps along
-_GRACE = 5.0  # seconds between the polite and the certain end of a process
-_FULL = errno.ENOSPC  # exit status of a process that found no room, not even for its answer
+_GRACE = 5.0  # seconds between asking a process to end (SIGTERM) and killing it
+_FULL = errno.ENOSPC  # exit status of a process whose disk is full, even for its answer
 
 
 @dataclass(frozen=True)
@@ -74,15 +74,15 @@ def _server() -> ForkServerContext:
         if _context is None:
             _context = multiprocessing.get_context("forkserver")
             _context.set_forkserver_preload(_PRELOADED)
-        resource_tracker.ensure_running()  # before, because starting it lets the signal through again
-        with _deaf():
+        resource_tracker.ensure_running()  # first, because starting it unblocks the signal again
+        with _interrupts_blocked():
             forkserver.ensure_running()
         return _context
 
 
 @contextlib.contextmanager
-def _deaf() -> Iterator[None]:
-    """Let a server that is started here never hear Ctrl-C: it ignores it only once it has imported."""
+def _interrupts_blocked() -> Iterator[None]:
+    """Block Ctrl-C for a server that is started here; it ignores it by itself only after its imports."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -126,12 +126,12 @@ def call(
         _living.add(process)
     try:
         process.join(limits.seconds)
-        late = process.is_alive()
+        timed_out = process.is_alive()
     finally:
         _end(process)
         with _living_lock:
             _living.discard(process)
-    if late:
+    if timed_out:
         raise MethodFailed("it ran out of time", expected=f"at most {limits.seconds:g} s", got="no end")
     if (folder / RESULT).exists():
         answer = json.loads((folder / RESULT).read_text(encoding="utf-8"))
@@ -144,8 +144,8 @@ def call(
     code = process.exitcode or 0
     if code == _FULL:
         raise _full(folder)
-    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-    raise MethodFailed("its process ended without a result", got=how)
+    outcome = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+    raise MethodFailed("its process ended without a result", got=outcome)
 
 
 def _full(folder: Path) -> DiskFull:
@@ -155,7 +155,8 @@ def _full(folder: Path) -> DiskFull:
 def _allow_children() -> None:
     """Let a worker that a nanny of Dask started have processes of its own.
 
-    Such a worker is a daemon, to which multiprocessing refuses children lest they outlive it. Ours do not.
+    Such a worker is a daemon process, and multiprocessing refuses children to daemons, because they might
+    outlive it. Ours end with it.
     """
     worker = multiprocessing.current_process()
     if worker.daemon:
@@ -193,7 +194,7 @@ def _child(function: str, folder: str, limits: Limits, private: Sequence[str]) -
     os.dup2(log, 2)
     answer: dict[str, Any]
     try:
-        _bound(limits)
+        _apply_limits(limits)
         module, name = function.split(":")
         step = getattr(importlib.import_module(module), name)
         task = json.loads((place / TASK).read_text(encoding="utf-8"))
@@ -219,24 +220,24 @@ def _child(function: str, folder: str, limits: Limits, private: Sequence[str]) -
         write_json(place / RESULT, {"error": f"its result could not be written: {error}"[:4000]})
 
 
-def _bound(limits: Limits) -> None:
+def _apply_limits(limits: Limits) -> None:
     import torch
 
     torch.set_num_threads(limits.threads)
     if sys.platform.startswith("linux"):
-        # Counted from here: what the imported code takes is the same for everybody.
+        # On top of what the imported code takes, which is the same for every method.
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
-        most = pages * resource.getpagesize() + limits.memory_mb * 2**20
-        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+        limit = pages * resource.getpagesize() + limits.memory_mb * 2**20
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def _die_with_driver() -> None:
     """End this process when its driver is gone, however it went.
 
-    The driver holds the other end of a pipe, which the operating system closes with it. The fork server is
-    no help: it lives as long as its processes. Nor is the driver's number: it stays taken until somebody
-    has waited for the driver, and may be given to another process after that.
+    The driver holds the other end of a pipe, which the operating system closes when the driver ends. The
+    fork server cannot be watched instead, because it lives as long as its processes; nor can the driver's
+    process number, because it may be given to another process later.
     """
     driver = parent_process()
     assert driver is not None  # only ever called in a process of a fork server
@@ -251,10 +252,10 @@ def _die_with_driver() -> None:
 def confine(folder: Path, private: Sequence[Path]) -> None:
     """Refuse this process to write outside a folder, or to read anything else that is private.
 
-    An audit hook sees every file that Python opens, moves or removes. It is a fence against mistakes and
-    against peeking in Python; it is no prison for machine code.
+    An audit hook sees every file that Python opens, moves or removes. It stops mistakes and forbidden reads
+    by Python code; it cannot stop machine code.
     """
-    own = str(folder.resolve())
+    own_folder = str(folder.resolve())
     hidden = [str(path.resolve()) for path in private]
     writing = {
         "os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate",
@@ -270,7 +271,7 @@ def confine(folder: Path, private: Sequence[Path]) -> None:
     def no_program(*words: object) -> int:
         raise PermissionError("a method may not start a program")
 
-    # What multiprocessing starts programs with, and the one way that raises no event.
+    # multiprocessing starts programs with this function, and it is the only way that raises no audit event.
     _posixsubprocess.fork_exec = no_program
 
     def inside(path: object, root: str) -> bool:
@@ -285,20 +286,20 @@ def confine(folder: Path, private: Sequence[Path]) -> None:
             raise PermissionError(f"a method may not do {event}")
         if event in writing:
             for path in args[:2]:
-                if isinstance(path, (str, bytes, os.PathLike)) and not inside(path, own):
+                if isinstance(path, (str, bytes, os.PathLike)) and not inside(path, own_folder):
                     raise PermissionError(f"a method may not write outside its folder: {path!r}")
         if event == "sqlite3.connect" and args[0] != ":memory:":  # opened by machine code, unseen below
             raise PermissionError(f"a method may not open a database: {args[0]!r}")
         if event in listing:
             place = args[0] or "."
-            if not inside(place, own) and any(inside(place, root) for root in hidden):
+            if not inside(place, own_folder) and any(inside(place, root) for root in hidden):
                 raise PermissionError(f"a method may not look there: {place!r}")
         if event == "open" and isinstance(args[0], (str, bytes, os.PathLike)):
             path, _, flags = args
-            wants = bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND))
-            if wants and not inside(path, own) and os.fspath(path) != os.devnull:
+            writes = bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND))
+            if writes and not inside(path, own_folder) and os.fspath(path) != os.devnull:
                 raise PermissionError(f"a method may not write outside its folder: {path!r}")
-            if not inside(path, own) and any(inside(path, root) for root in hidden):
+            if not inside(path, own_folder) and any(inside(path, root) for root in hidden):
                 raise PermissionError(f"a method may not read there: {path!r}")
 
     sys.addaudithook(hook)

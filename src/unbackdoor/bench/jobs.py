@@ -1,7 +1,7 @@
 """Jobs and answers: what travels between the driver and where cells run, as plain JSON.
 
-They are dictionaries and no classes of ours, because an engine may send them to another machine, where
-nothing is to be imported by the name of a class that a message carries.
+They are plain dictionaries and not classes, because an engine may send them to another machine, which must
+not import a class that a message names.
 """
 
 from __future__ import annotations

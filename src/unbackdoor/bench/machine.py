@@ -1,4 +1,4 @@
-"""What a cell took of which machine."""
+"""The memory that a process used, and a description of its device."""
 
 from __future__ import annotations
 

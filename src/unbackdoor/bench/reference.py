@@ -1,4 +1,4 @@
-"""Numbers that others published, for laying beside ours; they never enter a mean.
+"""Numbers that others published, for comparison with ours; they never enter a mean.
 
 The file is a table of comma-separated values as the BackdoorBench leaderboard for CIFAR-10 gives it, one
 line for each attack and defense, in percent: ``poison_ratio, model, attack, defense, ACC, ASR, RA`` and,
@@ -70,7 +70,7 @@ class Published:
 
 
 class PublishedTable:
-    """Published cells, found by one of our rows."""
+    """Published cells, looked up by one of our rows."""
 
     def __init__(self, cells: dict[tuple[str, float, str, str], Published]) -> None:
         self._cells = cells

@@ -186,9 +186,9 @@ def summarise(rows: Iterable[Row]) -> list[Summary]:
 
 
 def _summary(defense: str, selection: str, clean_images: int, rows: list[Row]) -> Summary:
-    fine = [row for row in rows if row.error is None and row.acc is not None]
-    took = [row for row in fine if row.asr is not None and WEAK not in row.flags]
-    clean = [row for row in fine if row.attack == "none"]
+    completed = [row for row in rows if row.error is None and row.acc is not None]
+    took = [row for row in completed if row.asr is not None and WEAK not in row.flags]
+    clean = [row for row in completed if row.attack == "none"]
     return Summary(
         defense=defense,
         selection=selection,
@@ -197,10 +197,10 @@ def _summary(defense: str, selection: str, clean_images: int, rows: list[Row]) -
         asr=Mean.of([row.asr for row in took if row.asr is not None]),
         ra=Mean.of([row.ra for row in took if row.ra is not None], worst="min"),
         der=Mean.of([row.der for row in took if row.der is not None], worst="min"),
-        seconds=Mean.of([row.seconds for row in fine if row.seconds is not None]),
+        seconds=Mean.of([row.seconds for row in completed if row.seconds is not None]),
         acc_lost_clean=Mean.of([_lost(row) for row in clean]),
-        failed=len(rows) - len(fine),
-        weak=sum(WEAK in row.flags for row in fine),
+        failed=len(rows) - len(completed),
+        weak=sum(WEAK in row.flags for row in completed),
     )
 
 
@@ -252,9 +252,9 @@ def summarise_scans(rows: Iterable[ScanRow]) -> list[ScanSummary]:
 
 
 def _scan_summary(scanner: str, clean_images: int, rows: list[ScanRow]) -> ScanSummary:
-    fine = [row for row in rows if row.error is None]
-    clean = [row.verdict for row in fine if row.attack == "none"]
-    took = [row for row in fine if row.attack != "none" and WEAK not in row.flags]
+    completed = [row for row in rows if row.error is None]
+    clean = [row.verdict for row in completed if row.attack == "none"]
+    took = [row for row in completed if row.attack != "none" and WEAK not in row.flags]
     verdicts = [row.verdict for row in took]
     aimed = [row.target_found for row in took if row.target_found is not None]
     return ScanSummary(
@@ -268,8 +268,8 @@ def _scan_summary(scanner: str, clean_images: int, rows: list[ScanRow]) -> ScanS
         alarms=clean.count("backdoor found"),
         undecided_clean=clean.count("undecided"),
         clean=len(clean),
-        seconds=Mean.of([row.seconds for row in fine if row.seconds is not None]),
-        failed=len(rows) - len(fine),
+        seconds=Mean.of([row.seconds for row in completed if row.seconds is not None]),
+        failed=len(rows) - len(completed),
     )
 
 
@@ -305,7 +305,7 @@ def differences(a: Iterable[Row], b: Iterable[Row], *, tolerance: float = 0.0) -
             out.append(Difference(key, "only in B", {}))
         else:
             columns = {
-                name: (one, other)
+                name: (value_a, value_b)
                 for name in (
                     "acc_before",
                     "asr_before",
@@ -317,7 +317,9 @@ def differences(a: Iterable[Row], b: Iterable[Row], *, tolerance: float = 0.0) -
                     "flags",
                     "error",
                 )
-                if not _equal(one := getattr(left[key], name), other := getattr(right[key], name), tolerance)
+                if not _equal(
+                    value_a := getattr(left[key], name), value_b := getattr(right[key], name), tolerance
+                )
             }
             if columns:
                 out.append(Difference(key, "changed", columns))

@@ -1,7 +1,7 @@
 """The steps of a cell, each run in a process of its own; tasks and answers are plain JSON.
 
-The steps of methods and scanners are handed a model, clean images and options. They alone run what is not
-ours, and they alone are confined; the truth is read by the judge's. The step that trains a victim stands in
+The steps of methods and scanners are given a model, clean images and options. They alone run third-party
+code, and they alone are confined; only the judge's step reads the truth. The step that trains a victim is in
 :mod:`unbackdoor.bench.train_step`, so that no repair depends on the code that trains.
 """
 
@@ -65,8 +65,8 @@ class Reporter:
             now = time.monotonic()
             if now - self._last > _REPORT_SECONDS:
                 self._last = now
-                # A plain overwrite: the reader forgives half a file, and nothing is kept. Nor does a step
-                # fail because there is no room to say how far it is.
+                # A plain overwrite: the reader accepts an incomplete file, and the file is not kept. A full
+                # disk must not fail a step here.
                 with suppress(OSError):
                     self._file.write_text(
                         json.dumps({"label": label, "done": done, "total": total}), encoding="utf-8"

@@ -91,7 +91,7 @@ class Cell:
 
 
 class _Connection(sqlite3.Connection):
-    """A connection whose troubles are errors of ours, so that a full disk is no defect."""
+    """A connection that raises our typed errors, so that a full disk is not reported as a defect."""
 
     def execute(self, *words: Any) -> sqlite3.Cursor:
         try:
@@ -177,7 +177,7 @@ class Store:
         if registered and self._lists(label, listed):
             return  # the ordinary case when a run is taken up again
         with self._transaction():
-            # Asked again: another driver may have come first.
+            # Checked again: another driver may have registered it first.
             if not self._is_registered(label, sha256):
                 self._db.execute("INSERT INTO suite VALUES (?, ?, ?)", (label, sha256, content))
             # The code may have changed since: the suite's rows now are the cells of the present code.
@@ -512,7 +512,7 @@ class Store:
     def _live(self) -> None:
         """Hold this driver's lock for as long as the process lives."""
         if self._lock is None:
-            # Locked before it has its name: whoever finds it unlocked may take it for a dead driver's.
+            # Locked before it gets its name: another driver takes an unlocked file for that of a dead driver.
             draft = self._locks / f".{self.owner}"
             self._lock = draft.open("wb")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -146,8 +146,8 @@ def _fitted(
 ) -> Mapping[str, Tensor]:
     """Return what the trigger learns before the training, from the file where that was done already.
 
-    A training that is taken up again must meet the very same trigger, and sums that another number of threads
-    rounds otherwise would make another one.
+    A resumed training needs exactly the same trigger, and another number of threads would round sums
+    differently and so make another one.
     """
     if trigger_file is None:
         return learning.fit(images, run)

@@ -83,7 +83,7 @@ def execute(message: Mapping[str, Any]) -> Answer:
 
 @dataclass(frozen=True)
 class _Work:
-    """A cell while it is done.
+    """A cell that is being run.
 
     Attributes:
         job: What was asked for.

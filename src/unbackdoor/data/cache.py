@@ -1,4 +1,4 @@
-"""Decoded image sets on disk: one safetensors file per set, written whole or not at all."""
+"""Decoded image sets on disk: one safetensors file per set, written atomically."""
 
 from __future__ import annotations
 

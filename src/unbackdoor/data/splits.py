@@ -15,7 +15,7 @@ SPLIT_SEED = 0  # one split for all, so that a defender's images are never in an
 def reserve(
     images: Images, *, fraction: float = POOL_FRACTION, seed: int = SPLIT_SEED
 ) -> tuple[Images, Images]:
-    """Hold a share of every class out of training, as the pool that the defender draws from.
+    """Keep a share of every class out of training, as the pool that the defender draws from.
 
     Args:
         images: The official training images, labelled.

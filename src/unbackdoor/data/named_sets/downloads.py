@@ -1,4 +1,4 @@
-"""Published archives: found, or fetched with a bound on their size and a check of their sum."""
+"""Published archives: read from a folder, or downloaded with a limit on their size and a checksum."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def find_archive(archive: Archive, folders: Sequence[Path]) -> Path | None:
     """Return the archive from the first folder that holds it.
 
     Raises:
-        IntegrityError: If a file of that name is there and its checksum is another.
+        IntegrityError: If a file of that name has another checksum.
     """
     for folder in folders:
         path = folder / archive.filename
@@ -37,7 +37,7 @@ def find_archive(archive: Archive, folders: Sequence[Path]) -> Path | None:
             with path.open("rb") as file:
                 got = hashlib.file_digest(file, lambda: _hasher(archive)).hexdigest()
             if got != archive.digest:
-                raise _other_sum(archive, got, path, f"Delete {path}, or replace it from {archive.url}")
+                raise _wrong_checksum(archive, got, path, f"Delete {path}, or replace it from {archive.url}")
             return path
     return None
 
@@ -45,7 +45,7 @@ def find_archive(archive: Archive, folders: Sequence[Path]) -> Path | None:
 def fetch_archive(
     archive: Archive, folder: Path, *, progress: Progress = silent, opener: Opener = open_url
 ) -> Path:
-    """Download an archive into a folder; under its name lies the whole, checked file or nothing.
+    """Download an archive into a folder; it appears under its name only when complete and checked.
 
     Args:
         archive: What to fetch.
@@ -68,7 +68,9 @@ def fetch_archive(
                 digest.update(piece)
                 file.write(piece)
         if digest.hexdigest() != archive.digest:
-            raise _other_sum(archive, digest.hexdigest(), archive.url, "Try again later; nothing was kept")
+            raise _wrong_checksum(
+                archive, digest.hexdigest(), archive.url, "Try again later; nothing was kept"
+            )
     return path
 
 
@@ -83,7 +85,7 @@ def _opened(archive: Archive, opener: Opener) -> Iterator[Any]:
 def _pieces(answer: Any, archive: Archive, length: int) -> Iterator[bytes]:
     total = 0
     while True:
-        # Around the reading alone: an error of the disk must not be called one of the network.
+        # Only around the read: an error of the disk must not be reported as one of the network.
         with _network_errors(archive):
             piece: bytes = answer.read(_PIECE)
         if not piece:
@@ -126,7 +128,7 @@ def _hasher(archive: Archive) -> Any:
     return hashlib.new(archive.algorithm, usedforsecurity=False)
 
 
-def _other_sum(archive: Archive, got: str, where: object, remedy: str) -> IntegrityError:
+def _wrong_checksum(archive: Archive, got: str, where: object, remedy: str) -> IntegrityError:
     return IntegrityError(
         f"the {archive.algorithm} checksum of {archive.filename} is wrong",
         expected=archive.digest,

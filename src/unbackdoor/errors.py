@@ -3,7 +3,7 @@
     UnbackdoorError
     ├── InputError          a file, an image set or an argument that cannot be used
     │   ├── MissingExtra    an optional dependency that is not installed
-    │   └── DiskFull        no room for what is to be written; nobody's result, and worth another try
+    │   └── DiskFull        no room on the disk; no result of the method, so that a retry makes sense
     ├── ConfigError         options of a method, a recipe or a suite; all faults at once
     ├── UnsupportedModel    a network that a method cannot work on; names the layer
     ├── UnsafeFile          a file that would run code, or is built to do harm
@@ -93,11 +93,11 @@ class MissingExtra(InputError):
 
 
 class TooFewImages(InputError):
-    """A method needs more images than there are; others may do with these."""
+    """A method needs more images than there are; another method may need fewer."""
 
 
 class DiskFull(InputError):
-    """There is no room on the disk; whoever meets it has failed at nothing of its own."""
+    """There is no room on the disk; this is no failure of the method."""
 
 
 class ConfigError(UnbackdoorError):

@@ -38,13 +38,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     The folder is created where it is missing. The content is on the disk before the name changes, and the
     temporary file is removed on every failure, KeyboardInterrupt included. Of two processes that write
-    the same path the later one wins, whole.
+    the same path, the later one replaces the whole file.
 
     Args:
         path: The file to write or to replace.
 
     Raises:
-        DiskFull: If it is, whichever library has written the draft.
+        DiskFull: If the disk is full, whichever library wrote the temporary file.
         InputError: If the folder cannot be written.
 
     Example:
@@ -71,8 +71,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
             error.filename = str(path)  # nobody but this function knows the draft
         raise
     except Exception as error:
-        # Writers in machine code tell of a full disk in words of their own only, or hide the system's error
-        # behind one of their own.
+        # Native writers report a full disk only in their own message, or wrap the system's error in another.
         hidden = error.__cause__ or error.__context__
         if _FULL_IN_WORDS in str(error):
             raise _disk_full(path, str(error)) from error
@@ -161,7 +160,7 @@ def _explained(error: OSError, path: Path) -> InputError | None:
 
 
 def require_writable(files: Sequence[Path], *, force: bool, inputs: Sequence[Path] = ()) -> None:
-    """Check before any work is done that all files can be written, and that nothing is lost by it.
+    """Check, before any work is done, that all files can be written and that none is overwritten.
 
     Args:
         files: What is to be written.
@@ -171,19 +170,19 @@ def require_writable(files: Sequence[Path], *, force: bool, inputs: Sequence[Pat
     Raises:
         InputError: If a file stands twice, is an input, exists, or cannot be written.
     """
-    kept = {path.resolve() for path in inputs}
-    taken: set[Path] = set()
+    input_paths = {path.resolve() for path in inputs}
+    output_paths: set[Path] = set()
     for file in files:
         place = file.resolve()
-        if place in kept:
+        if place in input_paths:
             raise InputError(
                 "the output would replace an input", where=file, remedy="Choose another name for the output"
             )
-        if place in taken:
+        if place in output_paths:
             raise InputError(
                 "two outputs have the same name", where=file, remedy="Choose another name for one of them"
             )
-        taken.add(place)
+        output_paths.add(place)
         folder = file.parent
         while not folder.exists():  # the missing folders are made when the file is written
             folder = folder.parent

@@ -29,7 +29,7 @@ class Rate:
 
     Attributes:
         hits: Images that count.
-        total: Images that were looked at.
+        total: Images that were tested.
     """
 
     hits: int
@@ -37,7 +37,7 @@ class Rate:
 
     @property
     def value(self) -> float:
-        """``hits / total``, or NaN where nothing was looked at."""
+        """``hits / total``, or NaN where no image was tested."""
         return self.hits / self.total if self.total else math.nan
 
     @property
@@ -68,13 +68,13 @@ def wilson(hits: int, total: int, z: float = 1.959964) -> Interval:
     return Interval(low, 1.0 if hits == total else min(1.0, centre + half))
 
 
-def agreement(predicted: Tensor, wanted: Tensor) -> Rate:
-    """Return the share of predictions (N,) equal to the wanted labels (N,)."""
-    if predicted.shape != wanted.shape:
+def agreement(predicted: Tensor, labels: Tensor) -> Rate:
+    """Return the share of predictions (N,) equal to the labels (N,)."""
+    if predicted.shape != labels.shape:
         raise InputError(
-            "predictions and labels differ", expected=tuple(wanted.shape), got=tuple(predicted.shape)
+            "predictions and labels differ", expected=tuple(labels.shape), got=tuple(predicted.shape)
         )
-    return Rate(int((predicted == wanted).sum()), len(wanted))
+    return Rate(int((predicted == labels).sum()), len(labels))
 
 
 def defense_effectiveness(*, acc_before: float, acc: float, asr_before: float, asr: float) -> float:
@@ -162,9 +162,9 @@ def average_precision(scores: Tensor, positive: Tensor) -> float:
         0.8333333333333333
     """
     scores, positive = _scored(scores, positive)
-    found = scores[positive].sort().values
-    above = len(found) - _places(found, found)[0]  # positives at or above each of them
-    false = (~positive).sum() - _places(scores[~positive].sort().values, found)[0]
+    positive_scores = scores[positive].sort().values
+    above = len(positive_scores) - _places(positive_scores, positive_scores)[0]  # positives at or above each
+    false = (~positive).sum() - _places(scores[~positive].sort().values, positive_scores)[0]
     return float((above / (above + false)).mean())
 
 

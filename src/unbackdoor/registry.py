@@ -97,9 +97,9 @@ def _faults(config: type[BaseModel], error: ValidationError) -> Iterator[str]:
             yield f"{name}: {fault['msg']}, got {fault['input']!r}"
 
 
-def near_match(name: str, known: Mapping[str, Any] | list[str]) -> str:
+def near_match(name: str, names: Mapping[str, Any] | list[str]) -> str:
     """Return `` (did you mean ...?)`` for the closest known name, or an empty text."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
@@ -195,9 +195,10 @@ class Part(Generic[F]):
         if name is None or (name == "default" and name not in self.presets):
             return {}
         if name not in self.presets:
-            known = ", ".join(["default", *self.presets])
+            available = ", ".join(["default", *self.presets])
             raise ConfigError(
-                self._subject, [f"unknown preset {name!r}{near_match(name, self.presets)}; it has: {known}"]
+                self._subject,
+                [f"unknown preset {name!r}{near_match(name, self.presets)}; it has: {available}"],
             )
         return self.presets[name]
 
@@ -288,10 +289,10 @@ class Registry(Generic[F]):
             return []
         faults = []
         signature = inspect.signature(function)
-        wanted = (*self.positional, *self.keywords)
-        if tuple(signature.parameters) != wanted:
+        expected = (*self.positional, *self.keywords)
+        if tuple(signature.parameters) != expected:
             faults.append(
-                f"its parameters must be {', '.join(wanted)}, got {', '.join(signature.parameters)}"
+                f"its parameters must be {', '.join(expected)}, got {', '.join(signature.parameters)}"
             )
         else:
             try:
@@ -300,12 +301,16 @@ class Registry(Generic[F]):
                 called = ", ".join([*self.positional, *(f"{name}=..." for name in self.keywords)])
                 faults.append(f"it cannot be called with ({called}): {error}")
         try:
-            taken = inspect.get_annotations(function, eval_str=True).get("cfg")
+            annotated = inspect.get_annotations(function, eval_str=True).get("cfg")
         except Exception:  # noqa: BLE001  a name that is imported for type checking only
-            taken = None
+            annotated = None
         # Any is a class as well.
-        if isinstance(taken, type) and issubclass(taken, Config) and not issubclass(config, taken):
-            faults.append(f"it takes {taken.__name__} as cfg, and is registered with {config.__name__}")
+        if (
+            isinstance(annotated, type)
+            and issubclass(annotated, Config)
+            and not issubclass(config, annotated)
+        ):
+            faults.append(f"it takes {annotated.__name__} as cfg, and is registered with {config.__name__}")
         return faults
 
     def __getitem__(self, name: str) -> Part[F]:
@@ -413,17 +418,20 @@ class Facts(TypedDict, total=False):
     families: set[str] | frozenset[str]
 
 
-_LENT: dict[str, tuple[str, ...]] = {"positional": ("model", "data", "cfg"), "keywords": ("run",)}
+_METHOD_PARAMETERS: dict[str, tuple[str, ...]] = {
+    "positional": ("model", "data", "cfg"),
+    "keywords": ("run",),
+}
 INPUT_LABELS = (
     "input labels"  # a need of screeners of training sets: they are shown the labels of what they screen
 )
 ONE_A_CLASS = "as many images as classes"  # a need of defenses
 
-DEFENSES: Registry[DefenseFunction[Any]] = Registry("defense", "unbackdoor.defenses", **_LENT)
+DEFENSES: Registry[DefenseFunction[Any]] = Registry("defense", "unbackdoor.defenses", **_METHOD_PARAMETERS)
 ATTACKS: Registry[AttackFunction[Any]] = Registry(
     "attack", "unbackdoor.attacks", positional=("cfg",), keywords=("shape", "classes", "seed")
 )
-SCANNERS: Registry[ScannerFunction[Any]] = Registry("scanner", "unbackdoor.scanners", **_LENT)
+SCANNERS: Registry[ScannerFunction[Any]] = Registry("scanner", "unbackdoor.scanners", **_METHOD_PARAMETERS)
 SCREENERS: Registry[ScreenerFunction[Any]] = Registry(
     "screener",
     "unbackdoor.screeners",

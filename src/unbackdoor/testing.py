@@ -82,7 +82,7 @@ CLAIMS = re.compile(r"\b(asr|acc|ra|attack success( rate)?|robust accuracy|test 
 HIDDEN = re.compile(
     r"unbackdoor\.(attacks|bench|cli|report|load_dataset|AttackTruth)\b|unbackdoor\.data\.(?!batches\b)"
 )
-KEPT_ACCURACY = 0.7  # a repair that forgets the task is none; every tiny network starts above 0.95
+MIN_ACCURACY = 0.7  # a repair that forgets the task is none; every tiny network starts above 0.95
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -296,8 +296,8 @@ class _Subject:
             "seed": seed,
         }
         if self.part.kind == "screener":
-            shown = tiny_data(48, seed=7) if inputs is None else inputs
-            return screen(self.part, model, data, shown, **how)
+            screened = tiny_data(48, seed=7) if inputs is None else inputs
+            return screen(self.part, model, data, screened, **how)
         if self.part.kind == "scanner":
             return scan(self.part, model, data, **how)
         return run(self.part, model, data, **how)
@@ -556,11 +556,13 @@ def _options(subject: _Subject) -> None:
         sourced = isinstance(extra, dict) and bool(extra.get("source"))
         _demand(sourced, f"the default of the option {name!r} has no source")
     plain = part.configure().model_dump()
-    for preset, said in part.presets.items():
+    for preset, preset_options in part.presets.items():
         other = part.configure(preset=preset).model_dump()
         changed = {name: value for name, value in other.items() if plain[name] != value}
-        _demand(bool(changed) or not said, f"the preset {preset!r} is the default under another name")
-        beside = {name: value for name, value in changed.items() if name not in said}
+        _demand(
+            bool(changed) or not preset_options, f"the preset {preset!r} is the default under another name"
+        )
+        beside = {name: value for name, value in changed.items() if name not in preset_options}
         _demand(not beside, f"the preset {preset!r} changes {sorted(beside)} too")
     part.configure(subject.options)
     part.configure(part.quick)
@@ -631,17 +633,19 @@ def _any_family(subject: _Subject) -> None:
         json.dumps(dict(result.method), allow_nan=False)
         if isinstance(result, Purified):
             _demand(result.model.class_names == model.class_names, f"{family}: the class names changed")
-            kept = accuracy(result.model, data.all, Run.create(policy="fp32"))
+            clean_accuracy = accuracy(result.model, data.all, Run.create(policy="fp32"))
             _demand(
-                kept > KEPT_ACCURACY,
-                f"{family}: the repaired model is right on {kept:.2f} of the clean images, "
-                f"and must be on more than {KEPT_ACCURACY}",
+                clean_accuracy > MIN_ACCURACY,
+                f"{family}: the repaired model is right on {clean_accuracy:.2f} of the clean images, "
+                f"and must be on more than {MIN_ACCURACY}",
             )
         if isinstance(result, ScanReport):
             # With four classes, no law of the other classes can be calibrated.
             _demand(result.verdict != "backdoor found", f"{family}: a clean network is accused")
-            looked = bool(result.coverage) or bool(result.skipped) or bool(result.errors)
-            _demand(looked, f"{family}: the report does not say which checks ran and which were left out")
+            accounted_for = bool(result.coverage) or bool(result.skipped) or bool(result.errors)
+            _demand(
+                accounted_for, f"{family}: the report does not say which checks ran and which were left out"
+            )
 
 
 @_contract(
@@ -651,11 +655,11 @@ def _any_family(subject: _Subject) -> None:
 )
 def _same_seed_same_bytes(subject: _Subject) -> None:
     model, data = tiny_classifier(), _data()
-    said = []
+    outputs = []
     for number in (1, 2):
         with rng.seeded(number):
-            said.append(_plain(subject.call(model, data, seed=3)))
-    _demand(said[0] == said[1], "two calls with one seed differ")
+            outputs.append(_plain(subject.call(model, data, seed=3)))
+    _demand(outputs[0] == outputs[1], "two calls with one seed differ")
 
 
 @_contract(
@@ -669,8 +673,8 @@ def _evidence(subject: _Subject) -> None:
     settings: list[tuple[Classifier, CleanData, Images | None]] = [(tiny_classifier(), _data(), None)]
     if subject.part.kind != "defense":
         settings.append((planted((2,)), blocks, inputs))
-    for model, data, shown in settings:
-        result = subject.call(model, data, inputs=shown)
+    for model, data, screened in settings:
+        result = subject.call(model, data, inputs=screened)
         if isinstance(result, ScanReport):
             _demand(not result.partial, f"a check crashed: {dict(result.errors)}")
             for finding in result.findings:
@@ -726,8 +730,8 @@ def _failure_half_way(subject: _Subject) -> None:
         except RuntimeError:
             inside = 1  # the caller's own look at what was returned
         if result is not None and isinstance(result, ScanReport):
-            told = not fuse.explosions or any("bang" in text for text in result.errors.values())
-            _demand(told, "a check crashed, and the report does not say so")
+            reported = not fuse.explosions or any("bang" in text for text in result.errors.values())
+            _demand(reported, "a check crashed, and the report does not say so")
         elif result is not None or inside:
             _demand(fuse.explosions <= inside, "the error of the network was swallowed")
         _demand(_state(bomb) == before, "something was left on the model")
@@ -748,18 +752,18 @@ def _bad_input(subject: _Subject) -> None:
         refused = lambda broken=broken: subject.call(broken, data)  # noqa: E731
         _raises(InputError, "not a finite number", refused, "a weight that is no number")
 
-    def given(changed: CleanData) -> Callable[[], object]:
+    def call_with(changed: CleanData) -> Callable[[], object]:
         return lambda: subject.call(model, changed)
 
     large = replace(data.fit, pixels=torch.zeros(len(data.fit), 1, 9, 9, dtype=torch.uint8))
-    _raises(UnsupportedModel, "do not fit the model", given(replace(data, fit=large)), "large images")
+    _raises(UnsupportedModel, "do not fit the model", call_with(replace(data, fit=large)), "large images")
     more = replace(data.fit, class_names=("a", "b", "c", "d", "e"), labels=torch.full((len(data.fit),), 4))
-    _raises(UnsupportedModel, r"labels in 0\.\.3", given(replace(data, fit=more)), "a label too high")
+    _raises(UnsupportedModel, r"labels in 0\.\.3", call_with(replace(data, fit=more)), "a label too high")
     if subject.part.kind == "screener":
         inputs = tiny_data(48, seed=7)
         wide = replace(inputs, pixels=torch.zeros(len(inputs), 1, 9, 9, dtype=torch.uint8))
-        shown = lambda: subject.call(model, data, inputs=wide)  # noqa: E731
-        _raises(UnsupportedModel, "do not fit the model", shown, "large inputs")
+        screen_wide = lambda: subject.call(model, data, inputs=wide)  # noqa: E731
+        _raises(UnsupportedModel, "do not fit the model", screen_wide, "large inputs")
         nothing = lambda: subject.call(model, data, inputs=inputs.subset([]))  # noqa: E731
         _raises(InputError, "no image to screen", nothing, "no input")
 
@@ -866,8 +870,8 @@ def _poisoned(
     from unbackdoor.attacks.truth import AttackTruth
 
     part, before = subject.part, Surroundings.take()
-    asked = {} if rate is None else {"poison_rate": rate}
-    config = part.configure({**asked, **subject.options})
+    overrides = {} if rate is None else {"poison_rate": rate}
+    config = part.configure({**overrides, **subject.options})
     trigger = part.function(config, shape=clean.shape, classes=clean.classes, seed=seed)
     truth = AttackTruth(part.name, config.model_dump(), clean.shape, clean.classes, seed, trigger)
     faults = impossible(clean, truth)
@@ -926,8 +930,8 @@ def _any_size(subject: _Subject) -> None:
         _demand(clean.fingerprint() == before, f"{shape}: the clean images changed")
         triggered = stamped(clean.pixels, truth)
         _demand(clean.fingerprint() == before, f"{shape}: stamping changed the images it was given")
-        kept = triggered.shape == clean.pixels.shape and triggered.dtype == torch.uint8
-        _demand(kept, f"{shape}: the stamp returns {triggered.dtype} of {tuple(triggered.shape)}")
+        same_form = triggered.shape == clean.pixels.shape and triggered.dtype == torch.uint8
+        _demand(same_form, f"{shape}: the stamp returns {triggered.dtype} of {tuple(triggered.shape)}")
         _demand(torch.equal(triggered, stamped(clean.pixels, truth)), f"{shape}: stamping twice differs")
         unchanged = torch.equal(triggered, clean.pixels)
         _demand(unchanged == _is_clean(truth), f"{shape}: the stamp changes nothing")
@@ -946,12 +950,12 @@ def _any_size(subject: _Subject) -> None:
 def _attack_seed(subject: _Subject) -> None:
     from unbackdoor.attacks.poison import stamped
 
-    said = []
+    outputs = []
     for number in (1, 2):
         with rng.seeded(number):
             images, truth = _poisoned(subject, _noise((3, 16, 16)), _rate(subject, 0.1))
-            said.append((images.fingerprint(), stamped(_noise((3, 16, 16)).pixels, truth)))
-    same = said[0][0] == said[1][0] and torch.equal(said[0][1], said[1][1])
+            outputs.append((images.fingerprint(), stamped(_noise((3, 16, 16)).pixels, truth)))
+    same = outputs[0][0] == outputs[1][0] and torch.equal(outputs[0][1], outputs[1][1])
     _demand(same, "two calls with one seed differ")
 
 
@@ -982,17 +986,21 @@ def _truth_as_json(subject: _Subject) -> None:
     name="asked share",
     meaning="as many images are poisoned as the rate asks for, and their labels are the wanted ones",
 )
-def _asked_share(subject: _Subject) -> None:
+def _poison_share(subject: _Subject) -> None:
     clean = _noise((1, 16, 16), count=100)
     images, truth = _poisoned(subject, clean, _rate(subject, 0.13), seed=0)
     if _is_clean(truth) or (truth.trigger.learning and truth.trigger.learning.train):
         _demand(images.fingerprint() == clean.fingerprint(), "the images changed")
         return
-    asked = round(truth.options["poison_rate"] * len(clean))
-    _demand(len(truth.poisoned) == asked, f"expected {asked} poisoned images, got {len(truth.poisoned)}")
-    wanted = truth.target_labels(clean.truth)
+    expected_count = round(truth.options["poison_rate"] * len(clean))
     _demand(
-        torch.equal(images.truth[truth.poisoned], wanted[truth.poisoned]), "a label is not the wanted one"
+        len(truth.poisoned) == expected_count,
+        f"expected {expected_count} poisoned images, got {len(truth.poisoned)}",
+    )
+    expected_labels = truth.target_labels(clean.truth)
+    _demand(
+        torch.equal(images.truth[truth.poisoned], expected_labels[truth.poisoned]),
+        "a label is not the wanted one",
     )
     rest = torch.ones(len(clean), dtype=torch.bool)
     rest[truth.poisoned] = False

@@ -77,10 +77,10 @@ class RecoveredTrigger:
         out = []
         if not 0 <= self.label < classes:
             out.append(f"class {self.label}, of {classes} classes")
-        wanted = {"pattern": input_shape, "mask": input_shape[1:]}
+        shapes = {"pattern": input_shape, "mask": input_shape[1:]}
         for name, tensor in self.tensors().items():
-            if tuple(tensor.shape) != wanted[name]:
-                out.append(f"a {name} of shape {tuple(tensor.shape)}, and not {wanted[name]}")
+            if tuple(tensor.shape) != shapes[name]:
+                out.append(f"a {name} of shape {tuple(tensor.shape)}, and not {shapes[name]}")
             elif not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
                 out.append(f"a {name} that is not of finite numbers")
         mask = self.mask

@@ -63,8 +63,8 @@ def test_purify_joins_the_parts_and_keeps_the_augmentation(monkeypatch: pytest.M
         seen.append(data)
         return original(method, model, data, **how)
 
-    original = unbackdoor.audit.purifying.caller.run  # type: ignore[attr-defined]
-    monkeypatch.setattr("unbackdoor.audit.purifying.caller.run", run)
+    original = unbackdoor.audit.purifying.trusted_caller.run  # type: ignore[attr-defined]
+    monkeypatch.setattr("unbackdoor.audit.purifying.trusted_caller.run", run)
     split = CleanData.split(IMAGES, augmentation="crop")
     out = unbackdoor.purify(tiny_classifier(), split, "none")
     unbackdoor.purify(tiny_classifier(), split, "none", augmentation="crop+flip")

@@ -1,4 +1,4 @@
-"""What an auditor brings: a model and images, in whatever form, opened once for all verbs."""
+"""The inputs of an audit, a model and images in any form, opened once for all verbs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Data = Images | CleanData | Path | str
 
 @dataclass(frozen=True)
 class Case:
-    """A model with the images that were brought.
+    """A model with the images of the caller.
 
     Attributes:
         model: The classifier.
@@ -30,9 +30,9 @@ class Case:
         proof: Further images for measuring a repair; None: a part of ``images`` serves.
         proof_of_training_part: Whether what a repair is measured on is of the training part of a public data
             set, which the model may have seen.
-        data_set: Name of the data set that the images were drawn from, or None.
+        data_set: Name of the data set that the images are a sample of, or None.
         opened: How the model was opened; None of a classifier in memory.
-        notes: What should not be overlooked about the images.
+        notes: Remarks about the images that the user should read.
     """
 
     model: Classifier
@@ -112,12 +112,16 @@ def open_case(
     Raises:
         UnbackdoorError: If the model or the images cannot be used, or arguments contradict each other.
     """
-    said = {"arch": arch, "mean": mean, "std": std, "size": size, "class_names": class_names}
+    model_options = {"arch": arch, "mean": mean, "std": std, "size": size, "class_names": class_names}
     amounts: dict[str, Any] = {"clean": clean, "per_class": per_class, "fraction": fraction}
     if isinstance(model, Case):
-        given = [name for name, value in {**said, **amounts, "data": data}.items() if value is not None]
-        if given:
-            raise ConfigError("the model", [f"it is opened already, with its images: {', '.join(given)}"])
+        conflicting = [
+            name for name, value in {**model_options, **amounts, "data": data}.items() if value is not None
+        ]
+        if conflicting:
+            raise ConfigError(
+                "the model", [f"it is opened already, with its images: {', '.join(conflicting)}"]
+            )
         return model
     if not isinstance(model, Classifier | Opened | Source | Path | str):
         raise InputError(
@@ -132,13 +136,13 @@ def open_case(
             got=type(data).__name__,
         )
     split = data if isinstance(data, CleanData) else None
-    own: Augmentation = split.augmentation if split is not None else "none"
+    own_augmentation: Augmentation = split.augmentation if split is not None else "none"
     images: Images | Path | None = None
-    further: Images | None = None
+    proof_images: Images | None = None
     data_set: str | None = None
     notes: tuple[str, ...] = ()
     if isinstance(data, Path | str):
-        found = resolve_clean_images(
+        loaded = resolve_clean_images(
             data,
             clean=clean,
             per_class=per_class,
@@ -147,40 +151,50 @@ def open_case(
             seed=run.seed,
             progress=run.show,
         )
-        images, further, own = found.images, found.proof, found.augmentation
-        data_set, notes = found.data_set, found.notes
+        images, proof_images, own_augmentation = loaded.images, loaded.proof, loaded.augmentation
+        data_set, notes = loaded.data_set, loaded.notes
     elif any(value is not None for value in amounts.values()):
         raise ConfigError("the clean images", ["clean, per_class and fraction draw from a named data set"])
     elif data is not None:
         images = data.all if isinstance(data, CleanData) else data
     opened = model if isinstance(model, Opened) else None
     if isinstance(model, Classifier | Opened):
-        if any(value is not None for value in said.values()):
-            given = [name for name, value in said.items() if value is not None]
-            raise ConfigError("the model", [f"it is opened already: {', '.join(given)}"])
+        if any(value is not None for value in model_options.values()):
+            conflicting = [name for name, value in model_options.items() if value is not None]
+            raise ConfigError("the model", [f"it is opened already: {', '.join(conflicting)}"])
         classifier = model.model if isinstance(model, Opened) else model
         if images is None and opened is not None:
             images = opened.images
         elif isinstance(images, Path) or data_set is not None:
             images = _fitting(images, classifier, run)
     else:
-        opened = open_model(model, images=images, run=run, **said)  # type: ignore[arg-type]
+        opened = open_model(model, images=images, run=run, **model_options)  # type: ignore[arg-type]
         classifier, images = opened.model, opened.images
     assert not isinstance(images, Path)
     if proof is not None:
-        brought = resolve_clean_images(proof).images if isinstance(proof, Path | str) else proof
-        further = _fitting(brought.all if isinstance(brought, CleanData) else brought, classifier, run)
-    elif further is not None:
-        further = _fitting(further, classifier, run)
+        proof_data = resolve_clean_images(proof).images if isinstance(proof, Path | str) else proof
+        proof_images = _fitting(
+            proof_data.all if isinstance(proof_data, CleanData) else proof_data, classifier, run
+        )
+    elif proof_images is not None:
+        proof_images = _fitting(proof_images, classifier, run)
     elif data_set is not None:
-        further = images  # the method gets as many as were asked for, and the proof is marked
+        proof_images = images  # the method gets as many as were asked for, and the proof is marked
     of_training_part = data_set is not None and proof is None
     return Case(
-        classifier, images, split, augmentation or own, further, data_set, opened, of_training_part, notes
+        classifier,
+        images,
+        split,
+        augmentation or own_augmentation,
+        proof_images,
+        data_set,
+        opened,
+        of_training_part,
+        notes,
     )
 
 
-def open_second(model: Model, first: Case, *, run: Run, **said: Any) -> Case:
+def open_second(model: Model, first: Case, *, run: Run, **model_options: Any) -> Case:
     """Open the model that a first one is compared with, under the same assumptions unless it has a card.
 
     Raises:
@@ -190,11 +204,14 @@ def open_second(model: Model, first: Case, *, run: Run, **said: Any) -> Case:
         return open_case(model, run=run)
     source = model if isinstance(model, Source) else open_source(model)
     if source.card_file is not None:
-        said = {}
+        model_options = {}
     elif first.opened is not None:
         # None where the first is the graph of its own file: so is the second.
-        said = {**said, "arch": said.get("arch") or first.model.architecture or None}
-    opened = open_model(source, images=first.images, run=run, **said)
+        model_options = {
+            **model_options,
+            "arch": model_options.get("arch") or first.model.architecture or None,
+        }
+    opened = open_model(source, images=first.images, run=run, **model_options)
     return Case(opened.model, opened.images, opened=opened, data_set=first.data_set)
 
 

@@ -13,12 +13,12 @@ from unbackdoor.registry import SCANNERS, near_match
 
 @dataclass(frozen=True)
 class Check:
-    """One look at the model.
+    """One run of a scanner on the model.
 
     Attributes:
-        name: In reports: that of the scanner, with that of a variant behind a colon.
+        name: In reports: the scanner's name; that of a variant follows after a colon.
         scanner: Registered scanner.
-        question: What it asks, in words for the report.
+        question: The question that it answers, for the report.
         options: What differs from the scanner's defaults.
     """
 
@@ -40,49 +40,51 @@ def available_checks() -> tuple[Check, ...]:
 
 
 def default_checks() -> tuple[Check, ...]:
-    """Return the checks of a scan for which none are named: of every scanner that declares a question."""
+    """Return the default checks of a scan: those of every scanner that declares a question."""
     return tuple(check for check in available_checks() if SCANNERS[check.scanner].scanning.question)
 
 
 def plan_checks(
     checks: Sequence[Check | str] | None, options: Mapping[str, Mapping[str, Any]] | None = None
 ) -> tuple[Check, ...]:
-    """Return the checks that are asked for.
+    """Return the requested checks.
 
     Args:
-        checks: By themselves or by name; None is :func:`default_checks`.
-        options: For checks by name: options laid over those of the check.
+        checks: Checks or their names; None is :func:`default_checks`.
+        options: By name of a check: options that override those of the check.
 
     Raises:
         InputError: If a name is unknown, none or one twice is given, or options are for none of them.
         ConfigError: If an option does not fit.
     """
     planned = default_checks() if checks is None else _named(checks)
-    strangers = [name for name in options or () if name not in {check.name for check in planned}]
-    if strangers:
+    unplanned = [name for name in options or () if name not in {check.name for check in planned}]
+    if unplanned:
         raise InputError(
-            f"there are options for {strangers[0]!r}, which is no check of this scan",
+            f"there are options for {unplanned[0]!r}, which is no check of this scan",
             expected="one of " + ", ".join(check.name for check in planned),
         )
-    laid = (replace(c, options={**c.options, **(options or {}).get(c.name, {})}) for c in planned)
-    out = tuple(laid)
+    out = tuple(replace(c, options={**c.options, **(options or {}).get(c.name, {})}) for c in planned)
     for check in out:
         if check.options:
-            SCANNERS[check.scanner].configure(check.options)  # a fault is told before the work
+            SCANNERS[check.scanner].configure(
+                check.options
+            )  # an option that does not fit is an error now, before the work
     return out
 
 
 def _named(checks: Sequence[Check | str]) -> tuple[Check, ...]:
-    known = {check.name: check for check in available_checks()}
+    available = {check.name: check for check in available_checks()}
     if not checks:
-        raise InputError("no check was named", expected="one or more of " + ", ".join(known))
+        raise InputError("no check was named", expected="one or more of " + ", ".join(available))
     out = []
     for check in checks:
-        if isinstance(check, str) and check not in known:
+        if isinstance(check, str) and check not in available:
             raise InputError(
-                f"unknown check {check!r}{near_match(check, known)}", expected="one of " + ", ".join(known)
+                f"unknown check {check!r}{near_match(check, available)}",
+                expected="one of " + ", ".join(available),
             )
-        out.append(known[check] if isinstance(check, str) else check)
+        out.append(available[check] if isinstance(check, str) else check)
     twice = [name for name, count in Counter(check.name for check in out).items() if count > 1]
     if twice:
         # It would be counted twice, and agree with itself.

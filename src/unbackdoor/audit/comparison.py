@@ -1,4 +1,4 @@
-"""What is different between two models, as far as clean images and recovered triggers can tell."""
+"""Differences between two models, measured with clean images and recovered triggers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many p-values of one model held against one level: each check by itself, and checks that agree on a class.
+"""Many p-values of one model compared with one level: each check alone, and checks that agree on a class.
 
 Paper:   Holm, "A simple sequentially rejective multiple test procedure", Scand. J. Statist. 6 (1979);
          Wilson, "The harmonic mean p-value for combining dependent tests", PNAS 116 (2019).

@@ -1,8 +1,8 @@
-"""Repair a model, and prove what was done: what changed, what it cost, and what is left of the trigger.
+"""Repair a model and measure the repair: what changed, what it cost, and what is left of the trigger.
 
-Part of the images is kept from the method: on these the accuracy before and after is measured, and the
-promise about it is kept or the repair is refused. A success rate of the *recovered* trigger is the most that
-can be said of the backdoor without the attacker's own; it is an upper bound of nothing.
+The method does not get all images: on the others the accuracy before and after is measured, and a repair that
+breaks the promise about it is refused. Without the attacker's trigger, only the success rate of the
+*recovered* trigger can be measured; it does not bound that of the attacker's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from unbackdoor.audit.comparison import (
     trigger_success,
 )
 from unbackdoor.audit.result import Result
-from unbackdoor.engine import trusted_caller as caller
+from unbackdoor.engine import trusted_caller
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError, UnbackdoorError
@@ -60,7 +60,7 @@ class PromiseBroken(UnbackdoorError):
 
 @dataclass(frozen=True)
 class Promise:
-    """What clean images can tell of the promise that a repair costs no more than so much accuracy.
+    """The promise of a largest loss of accuracy, and what was measured on clean images.
 
     All losses are fractions, so that 0.04 is 4 points.
 
@@ -70,8 +70,8 @@ class Promise:
         low: Lower end of its 95 % interval.
         high: Upper end.
         images: Number of these images.
-        rule: ``evidence`` refuses a repair where the interval lies above what was asked; ``strict`` refuses
-            it unless the interval lies below.
+        rule: ``evidence`` refuses a repair where the interval lies above ``asked``; ``strict`` refuses it
+            unless the interval lies below.
     """
 
     asked: float
@@ -83,7 +83,7 @@ class Promise:
 
     @property
     def kept(self) -> bool | Literal["cannot be told"]:
-        """True or False where 95 % of confidence say so."""
+        """True or False where the 95 % interval decides it."""
         if self.high <= self.asked:
             return True
         return False if self.low > self.asked else "cannot be told"
@@ -125,11 +125,11 @@ class Promise:
 
 @dataclass(frozen=True)
 class Residue:
-    """What a recovered trigger does to the model before and after.
+    """The success of a recovered trigger on the model before and after the repair.
 
     Attributes:
         trigger: The trigger.
-        before: Its success on the original, on images that it was not made from where there were any.
+        before: Its success on the original, where possible on images that were not used to recover it.
         after: Its success on the repaired model.
     """
 
@@ -146,13 +146,13 @@ class Purification(Result):
         model: The repaired classifier.
         purified: What the method returned.
         accuracy: Clean accuracy before and after; None without labels.
-        proof_is_fit: True where no images could be kept from the method, so that the accuracy is flattered.
+        proof_is_fit: True where the method got all images, so that the measured accuracy is too high.
         changes: What differs in the weights.
-        residues: What the known triggers still do.
+        residues: Success of the known triggers before and after.
         facts: JSON-ready: hashes and numbers of images.
-        promise: What the images tell of the promise; None where none was asked for.
-        case: The original and the images as they were brought.
-        written: What was written of it so far: ``model``, ``card`` and ``patch``.
+        promise: The promise with its measurement; None where none was made.
+        case: The original and the images as the caller gave them.
+        written: Files that were written so far: ``model``, ``card`` and ``patch``.
     """
 
     model: Classifier
@@ -168,7 +168,7 @@ class Purification(Result):
 
     @property
     def flattered(self) -> tuple[str, ...]:
-        """Why the accuracies may look better than they are on new images, in words."""
+        """Reasons why the measured accuracies may be higher than on new images."""
         out = []
         if self.proof_is_fit:
             out.append("the method saw the images that its repair is measured on")
@@ -257,8 +257,8 @@ def split_proof(
     classes = len(images.truth.unique()) if images.labels is not None else 1
     if not len(images) or len(images) < FEWEST_FOR_PROOF * classes:
         return images, images, True
-    held = CleanData.split(images, select_fraction=fraction, seed=seed)
-    return held.fit, held.select, held.select_is_fit
+    parts = CleanData.split(images, select_fraction=fraction, seed=seed)
+    return parts.fit, parts.select, parts.select_is_fit
 
 
 def purify(
@@ -320,19 +320,21 @@ def purify(
             got=max_accuracy_drop,
         )
     if proof is None:
-        given, shown, same = split_proof(images, seed=seed)
+        method_images, proof_images, same = split_proof(images, seed=seed)
     else:
-        given, shown = images, as_images(proof, what="the images for the proof")
-        # By content: the same file that is read twice makes two sets.
-        same = shown is given or shown.fingerprint() == given.fingerprint()
+        method_images, proof_images = images, as_images(proof, what="the images for the proof")
+        # Compared by content, because a file that is read twice gives two sets.
+        same = proof_images is method_images or proof_images.fingerprint() == method_images.fingerprint()
     if promise not in get_args(Rule):
         raise InputError("there is no such rule of a promise", expected=get_args(Rule), got=promise)
-    if max_accuracy_drop is not None and shown.labels is None:
+    if max_accuracy_drop is not None and proof_images.labels is None:
         raise InputError("a promise about accuracy needs labelled images", got="no labels", where=images.name)
     if max_accuracy_drop is not None and promise == "strict":
-        _require_enough(len(shown), max_accuracy_drop)
-    data = CleanData.split(given, select_fraction=select_fraction, augmentation=augmentation, seed=seed)
-    purified = caller.run(
+        _require_enough(len(proof_images), max_accuracy_drop)
+    data = CleanData.split(
+        method_images, select_fraction=select_fraction, augmentation=augmentation, seed=seed
+    )
+    purified = trusted_caller.run(
         method,
         model,
         data,
@@ -345,7 +347,7 @@ def purify(
     )
     _round(purified.model, types or {})
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
-    accuracy = compare_accuracy(model, purified.model, shown, run)
+    accuracy = compare_accuracy(model, purified.model, proof_images, run)
     answer = None
     if max_accuracy_drop is not None:
         assert accuracy is not None  # labels were asked for above
@@ -364,8 +366,8 @@ def purify(
     residues = tuple(
         Residue(
             trigger,
-            trigger_success(model, shown, trigger, run),
-            trigger_success(purified.model, shown, trigger, run),
+            trigger_success(model, proof_images, trigger, run),
+            trigger_success(purified.model, proof_images, trigger, run),
         )
         for trigger in triggers
     )
@@ -380,8 +382,8 @@ def purify(
         {
             "before_sha256": model.sha256(),
             "after_sha256": purified.model.sha256(),
-            "images_for_the_method": len(given),
-            "images_for_the_proof": len(shown),
+            "images_for_the_method": len(method_images),
+            "images_for_the_proof": len(proof_images),
             "images_sha256": images.fingerprint(),
             "parameters": sum(p.numel() for p in model.parameters()),
             "changed_entries": int(
@@ -393,19 +395,19 @@ def purify(
     )
 
 
-def _require_enough(images: int, asked: float) -> None:
-    # Even a repair that changes no answer leaves an interval, which must fit under the promise.
+def _require_enough(images: int, max_drop: float) -> None:
+    # The interval has a width even if the repair changes no answer; it must fit under the promise.
     best = paired_interval(0, 0, images)[1]
-    if best > asked:
+    if best > max_drop:
         fewest = images
-        while paired_interval(0, 0, fewest)[1] > asked and fewest < 1_000_000:
+        while paired_interval(0, 0, fewest)[1] > max_drop and fewest < 1_000_000:
             fewest += max(fewest // 100, 1)
         raise InputError(
             "so strict a promise cannot be shown with so few images, whatever the repair does",
             expected=f"about {fewest} images, or a promise of {100 * best:.1f} points"
-            if asked
+            if max_drop
             else "a promise of more than 0 points",
-            got=f"{images} images and a promise of {100 * asked:.1f} points",
+            got=f"{images} images and a promise of {100 * max_drop:.1f} points",
             remedy="Give more images for the proof, or leave the promise to be refused on evidence only",
         )
 

@@ -1,7 +1,7 @@
-"""Scans of clean models, by which a scanner that has no null of its own is calibrated.
+"""Scans of clean models, which calibrate a scanner that has no null distribution of its own.
 
-Such a scanner declares (``registry.References``) which of its numbers clean models must tell. The numbers are
-comparable only where architecture, classes, clean images and options are alike; what is not is refused.
+Such a scanner declares (``registry.References``) which of its numbers must be known of clean models. The
+numbers are comparable only where architecture, classes, clean images and options agree; others are refused.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def _read(path: Path) -> Reference:
     try:
         if path.stat().st_size > _LARGEST:
             raise InputError("the reference is too large", where=path, remedy=_REMEDY)
-        told = json.loads(path.read_text(encoding="utf-8"))
-        checks = {str(check["check"]): dict(check) for check in told["checks"]}
-        return Reference(path, str(told["model_sha256"]), dict(told["setting"]), checks)
+        record = json.loads(path.read_text(encoding="utf-8"))
+        checks = {str(check["check"]): dict(check) for check in record["checks"]}
+        return Reference(path, str(record["model_sha256"]), dict(record["setting"]), checks)
     except FileNotFoundError:
         raise InputError("there is no such reference", where=path, remedy=_REMEDY) from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -97,18 +97,18 @@ def calibrated(
                 "the reference is the suspicious model itself", where=reference.path, remedy=_REMEDY
             )
         _require_alike(reference.path, dict(setting), dict(reference.setting))
-    out, asked = [], False
+    out, any_calibrated = [], False
     for check in checks:
-        wanted = SCANNERS[check.scanner].scanning.references
-        if wanted is not None:
-            asked = True
-            values = tuple(_value(reference, check, wanted) for reference in references)
-            own = tuple(check.options.get(wanted.option, ()))
+        declared = SCANNERS[check.scanner].scanning.references
+        if declared is not None:
+            any_calibrated = True
+            values = tuple(_value(reference, check, declared) for reference in references)
+            own = tuple(check.options.get(declared.option, ()))
             check = Check(
-                check.name, check.scanner, check.question, {**check.options, wanted.option: (*own, *values)}
+                check.name, check.scanner, check.question, {**check.options, declared.option: (*own, *values)}
             )
         out.append(check)
-    if not asked:
+    if not any_calibrated:
         named = ", ".join(n for n in SCANNERS if SCANNERS[n].scanning.references is not None)
         raise InputError(
             "no check of this scan is calibrated by clean models", expected=f"one of {named or 'none'}"
@@ -116,18 +116,18 @@ def calibrated(
     return tuple(out)
 
 
-def _value(reference: Reference, check: Check, wanted: References) -> float:
-    told = reference.checks.get(check.name)
+def _value(reference: Reference, check: Check, declared: References) -> float:
+    record = reference.checks.get(check.name)
     ours = SCANNERS[check.scanner].configure(check.options).model_dump()
-    ignored = {wanted.option, *wanted.unrelated}
+    ignored = {declared.option, *declared.unrelated}
     try:
-        report = (told or {})["report"]
+        report = (record or {})["report"]
         options = {name: value for name, value in dict(report["options"]).items() if name not in ignored}
-        values = [f["value"] for f in report["findings"] if f["statistic"] == wanted.statistic]
+        values = [f["value"] for f in report["findings"] if f["statistic"] == declared.statistic]
         value = float(values[0])
     except (KeyError, IndexError, TypeError, ValueError, OverflowError):
         raise InputError(
-            f"the reference has no {wanted.statistic} of the check {check.name!r}",
+            f"the reference has no {declared.statistic} of the check {check.name!r}",
             where=reference.path,
             remedy=_REMEDY,
         ) from None

@@ -1,4 +1,4 @@
-"""What all verbs return has in common: it becomes a record, and a report."""
+"""What the results of all verbs have in common: a record and a report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Result:
-    """What came of a verb. Records and pages are made by the rooms above, through the public names."""
+    """The result of a verb. The layers above make records and pages; they are called by public names."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the tensors as plain values for JSON."""

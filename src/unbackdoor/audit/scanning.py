@@ -1,9 +1,9 @@
-"""Is this model backdoored? Several scanners, cheapest first, under a budget, and one answer from all.
+"""Is this model backdoored? Run several scanners, cheapest first, within a budget, and combine their answers.
 
-Each scanner calibrates its own p-value against a null of its own making. The p-values of one scan are held
-against one level together (``audit/evidence.py``), so that looking many times costs no more false alarms than
-looking once, and checks that notice the same class make each other stronger. What cannot calibrate is shown
-and not counted.
+Each scanner calibrates its own p-value against its own null distribution. The p-values of one scan are
+compared with one level together (``audit/evidence.py``): many checks cause no more false alarms than one
+check, and checks that notice the same class support each other. A scanner without a calibrated p-value is
+shown and not counted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from unbackdoor.audit.checks import Check, default_checks, plan_checks
 from unbackdoor.audit.evidence import Agreement, agreements, holm
 from unbackdoor.audit.references import calibrated, read_references
 from unbackdoor.audit.result import Result
-from unbackdoor.engine import trusted_caller as caller
+from unbackdoor.engine import trusted_caller
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError, MissingExtra, TooFewImages, UnbackdoorError, UnsupportedModel
@@ -39,22 +39,22 @@ from unbackdoor.types import (
 
 T = TypeVar("T")
 LEVEL = 0.05  # accepted probability of a false alarm of the whole scan
-GREY = 4.0  # times the level: up to there an adjusted p-value is neither evidence nor silence
+GREY = 4.0  # times the level; an adjusted p-value between the level and this is undecided
 Status = Literal["ran", "skipped", "failed", "out of budget", "interrupted"]
-LOST: tuple[Status, ...] = ("failed", "out of budget", "interrupted")  # begun or planned, and not ended
-_NAMED = 10  # classes that a sentence lists; the checks have all
-_NAME = 60  # characters of a class name, which comes from a file
+LOST: tuple[Status, ...] = ("failed", "out of budget", "interrupted")  # planned, and did not finish
+_MAX_NAMED = 10  # classes that a sentence lists; the checks have all
+_MAX_NAME = 60  # characters of a class name, which comes from a file
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What came of a check.
+    """The result of a check.
 
     Attributes:
         check: The check.
-        status: Whether it came to its end.
+        status: Whether it finished.
         reason: Why it did not, in words.
-        report: What the scanner said, if it ran.
+        report: The scanner's report, if it ran.
         p_value: Its calibrated p-value; None where it has none or did not run.
         adjusted: The same after Holm's correction over all that counts.
         seconds: Wall time.
@@ -79,7 +79,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class Agreed:
-    """Checks that noticed the same class, each of them perhaps too weakly by itself.
+    """Checks that noticed the same class; each of them may be too weak by itself.
 
     Attributes:
         label: The class.
@@ -94,7 +94,7 @@ class Agreed:
 
 @dataclass(frozen=True)
 class Noticed:
-    """What comes near to evidence, or is evidence.
+    """A result that is evidence, or close to it.
 
     Attributes:
         checks: Names of the checks: one, or several that noticed the same class.
@@ -109,7 +109,7 @@ class Noticed:
 
 @dataclass(frozen=True)
 class Audit(Result):
-    """The answer of a scan and everything that it rests on.
+    """The verdict of a scan with its evidence.
 
     Attributes:
         verdict: Never "clean": a scan can find evidence, or none, or be unable to tell.
@@ -121,9 +121,9 @@ class Audit(Result):
         agreed: Classes that several checks noticed, strongest first.
         seconds: Wall time of the scan.
         facts: JSON-ready: hashes, seed, precision, numbers of images.
-        left_out: Usual checks that were not asked for. What is corrected for fewer checks is corrected less.
+        left_out: Default checks that were not run. With fewer checks, p-values are corrected less.
         interrupted: True where Ctrl-C or SIGTERM ended the scan; the checks that had ended count.
-        case: The model and the images as they were brought.
+        case: The model and the images as the caller gave them.
     """
 
     verdict: Verdict
@@ -141,7 +141,7 @@ class Audit(Result):
 
     @property
     def partial(self) -> bool:
-        """True where a planned check did not come to its end, so that silence proves less."""
+        """True where a planned check did not finish, so that finding nothing proves less."""
         return any(c.status in LOST or (c.report is not None and c.report.partial) for c in self.checks)
 
     @property
@@ -151,7 +151,7 @@ class Audit(Result):
 
     @property
     def noticed(self) -> tuple[Noticed, ...]:
-        """What is no silence: all whose corrected p-value is within four times the level, smallest first."""
+        """All results whose corrected p-value is at most four times the level, smallest first."""
         return tuple(n for n in _ranked(self.checks, self.agreed) if n.adjusted <= GREY * self.level)
 
     @property
@@ -171,7 +171,7 @@ class Audit(Result):
 
     @property
     def unsupported(self) -> bool:
-        """True where no check ran, and those that could have run cannot work on such a model."""
+        """True where no check ran, because none that could run works on such a model."""
         return any(c.unsuited for c in self.checks) and not any(c.status == "ran" for c in self.checks)
 
 
@@ -179,7 +179,7 @@ BEFORE_IT_BEGAN = "the scan was interrupted before it began"
 
 
 class _BudgetSpent(UnbackdoorError):
-    """The time of the scan is over; raised inside a check by its progress display."""
+    """The budget of the scan is spent; raised inside a check by its progress display."""
 
 
 def scan(
@@ -231,29 +231,29 @@ def scan(
     if not 0 < level < 1:
         raise InputError("the level does not fit", expected="a probability in (0, 1)", got=level)
     require_classifier(model)
-    Run.create(seed=seed, device=device, policy=precision)  # a missing device is told once, not by each check
+    Run.create(seed=seed, device=device, policy=precision)  # a missing device is one error, not one per check
     planned = plan_checks([checks] if isinstance(checks, str) else checks, options)
-    known = read_references(references or ())
-    given = None if data is None else as_clean_data(data, seed=seed)
-    owned = given if given is not None else CleanData.empty(model.input_shape, model.class_names)
+    reference_records = read_references(references or ())
+    empty = CleanData.empty(model.input_shape, model.class_names)
+    clean = empty if data is None else as_clean_data(data, seed=seed)
     facts: dict[str, Any] = {
         "model_sha256": model.sha256(),
         "architecture": model.architecture,
         "model_classes": model.classes,
-        "images": len(owned),
-        "images_sha256": owned.fingerprint() if len(owned) else None,
-        "labelled": bool(len(owned)) and owned.fit.labels is not None,
+        "images": len(clean),
+        "images_sha256": clean.fingerprint() if len(clean) else None,
+        "labelled": bool(len(clean)) and clean.fit.labels is not None,
         "setting": {
             "architecture": model.architecture,
             "input_shape": list(model.input_shape),
             "class_names": list(model.class_names),
-            "clean_images": [len(owned.fit), len(owned.select)],
-            "augmentation": owned.augmentation,
+            "clean_images": [len(clean.fit), len(clean.select)],
+            "augmentation": clean.augmentation,
         },
         "seed": seed,
         "budget": budget,
     }
-    planned = calibrated(planned, known, facts["setting"], facts["model_sha256"])
+    planned = calibrated(planned, reference_records, facts["setting"], facts["model_sha256"])
     start = time.monotonic()
     deadline = None if budget is None else start + budget
     done: list[Checked] = []
@@ -262,10 +262,10 @@ def scan(
         for check in planned:
             begun = time.monotonic()
             done.append(
-                _look(
+                _run_check(
                     check,
                     model,
-                    owned,
+                    clean,
                     deadline,
                     seed=seed,
                     device=device,
@@ -304,7 +304,7 @@ def _concluded(
     judged, agreed = _adjusted(done)
     names = {c.check.name for c in done}
     left_out = tuple(check.name for check in default_checks() if check.name not in names)
-    verdict, classes, reasons = _weigh(judged, agreed, level, class_names)
+    verdict, classes, reasons = _reach_verdict(judged, agreed, level, class_names)
     return Audit(
         verdict,
         classes,
@@ -320,7 +320,7 @@ def _concluded(
     )
 
 
-def _look(
+def _run_check(
     check: Check,
     model: Classifier,
     data: CleanData,
@@ -333,9 +333,9 @@ def _look(
 ) -> Checked:
     """Run one check; whatever goes wrong in it is a result."""
     part = SCANNERS[check.scanner]
-    lacking = _lacking(part.needs, data)
-    if lacking:
-        return Checked(check, "skipped", lacking)
+    unmet = _unmet_needs(part.needs, data)
+    if unmet:
+        return Checked(check, "skipped", unmet)
     if deadline is not None and time.monotonic() >= deadline:
         return Checked(check, "out of budget", "the budget was spent before it began")
 
@@ -355,7 +355,7 @@ def _look(
 
     start = time.monotonic()
     try:
-        report = caller.scan(
+        report = trusted_caller.scan(
             part,
             model,
             data,
@@ -373,7 +373,7 @@ def _look(
     except TooFewImages as error:
         return Checked(check, "skipped", str(error), seconds=time.monotonic() - start)
     except UnbackdoorError as error:
-        # A scanner may have put the end of its time into other words, or gone on without what it lacked.
+        # A scanner may have turned _BudgetSpent into an error of its own, or continued after it.
         if spent:
             return lost()
         return Checked(check, "failed", str(error), seconds=time.monotonic() - start)
@@ -382,7 +382,7 @@ def _look(
     return Checked(check, "ran", "", report, _p_value(report), seconds=time.monotonic() - start)
 
 
-def _lacking(needs: frozenset[str], data: CleanData) -> str:
+def _unmet_needs(needs: frozenset[str], data: CleanData) -> str:
     if "images" in needs and not len(data):
         return "it needs clean images, and there are none"
     if "labels" in needs and (data.fit.labels is None or data.select.labels is None):
@@ -416,7 +416,7 @@ def _ranked(done: Sequence[Checked], agreed: Sequence[Agreed]) -> list[Noticed]:
     return sorted(out, key=lambda noticed: noticed.adjusted)
 
 
-def _weigh(
+def _reach_verdict(
     done: Sequence[Checked], agreed: Sequence[Agreed], level: float, names: Sequence[str]
 ) -> tuple[Verdict, tuple[int, ...], list[str]]:
     """Return the verdict, the suspected classes and the reasons in words."""
@@ -424,55 +424,55 @@ def _weigh(
     guilty = [one for one in ranked if one.adjusted <= level]
     if guilty:
         classes = tuple(dict.fromkeys(k for one in guilty for k in one.classes))
-        told = "; ".join(_sentence(one, names) for one in guilty)
-        return "backdoor found", classes, [f"Evidence of a backdoor in {told}."]
+        evidence = "; ".join(_sentence(one, names) for one in guilty)
+        return "backdoor found", classes, [f"Evidence of a backdoor in {evidence}."]
     reasons = [] if ranked else ["No check came to a calibrated result."]
     lost = [c for c in done if c.status in LOST]
     if lost:
-        told = "; ".join(f"{c.check.name} ({c.reason.rstrip('.')})" for c in lost)
-        reasons.append(f"Not all checks came to their end: {told}.")
+        unfinished = "; ".join(f"{c.check.name} ({c.reason.rstrip('.')})" for c in lost)
+        reasons.append(f"Not all checks came to their end: {unfinished}.")
     if any(c.status == "skipped" and "clean images" in c.reason for c in done):
         reasons.append("Most checks need clean images, and there are none.")
     near = [one for one in ranked if one.adjusted <= GREY * level]
     if near:
-        told = "; ".join(_sentence(one, names) for one in near)
-        reasons.append(f"What was noticed is no evidence yet: {told}.")
+        hints = "; ".join(_sentence(one, names) for one in near)
+        reasons.append(f"What was noticed is no evidence yet: {hints}.")
     if reasons:
         return "undecided", (), reasons
     lowest = [one for one in ranked if one.adjusted == ranked[0].adjusted]
-    told = f"smallest adjusted p = {lowest[0].adjusted:.2g}"
+    smallest = f"smallest adjusted p = {lowest[0].adjusted:.2g}"
     if lowest[0].adjusted < 1:
-        told = "the smallest p-value: " + "; ".join(_sentence(one, names) for one in lowest)
-    return "no evidence found", (), [f"No check sees a class that stands apart ({told})."]
+        smallest = "the smallest p-value: " + "; ".join(_sentence(one, names) for one in lowest)
+    return "no evidence found", (), [f"No check sees a class that stands apart ({smallest})."]
 
 
 def _sentence(noticed: Noticed, names: Sequence[str]) -> str:
     """Return who noticed which classes, and the p-value."""
     who = " and ".join(noticed.checks) + (" together" if len(noticed.checks) > 1 else "")
-    aims = [_class(k, names) for k in noticed.classes[:_NAMED]]
-    if len(noticed.classes) > _NAMED:
-        aims.append(f"{len(noticed.classes) - _NAMED} more")
+    aims = [_class(k, names) for k in noticed.classes[:_MAX_NAMED]]
+    if len(noticed.classes) > _MAX_NAMED:
+        aims.append(f"{len(noticed.classes) - _MAX_NAMED} more")
     towards = " and ".join(aims) or "no single class"
     return f"{who}, towards {towards}: adjusted p = {noticed.adjusted:.2g}"
 
 
 def _class(label: int, names: Sequence[str]) -> str:
-    name = names[label][:_NAME]
+    name = names[label][:_MAX_NAME]
     return f"class {label}" if name == str(label) else f"{name} (class {label})"
 
 
 def _correction(done: Sequence[Checked], left_out: Sequence[str]) -> list[str]:
     """Return how many checks the p-values are corrected for, where they are fewer than usual."""
     count = sum(c.p_value is not None for c in done)
-    told = []
+    sentences = []
     if count:
         checks = "1 check that gave a p-value" if count == 1 else f"{count} checks that gave a p-value"
-        told.append(f"The p-values are corrected for the {checks}.")
+        sentences.append(f"The p-values are corrected for the {checks}.")
     if left_out:
-        told.append(
+        sentences.append(
             f"Not asked for: {', '.join(left_out)}. A scan of all usual checks corrects for more of them."
         )
-    return told
+    return sentences
 
 
 def _triggers(done: Sequence[Checked], suspected: Sequence[int]) -> list[RecoveredTrigger]:

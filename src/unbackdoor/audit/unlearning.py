@@ -74,8 +74,8 @@ class Unlearning:
             MethodFailed: If every unlearned network sends all images to the class untouched, or no repeat
                 forgot half of the task.
         """
-        wanted = self.exposure.leader() if label is None else label
-        return invert_exposed(self._model, self._data, self.exposure, wanted, InversionConfig(), self._run)
+        target = self.exposure.leader() if label is None else label
+        return invert_exposed(self._model, self._data, self.exposure, target, InversionConfig(), self._run)
 
     def screen(self, inputs: Images, *, score: Score = "kept", centred: bool = False) -> Screening:
         """Score images of unknown origin; see :func:`unbackdoor.scanners.rnp_screen.screen_inputs`.
@@ -91,8 +91,8 @@ class Unlearning:
             UnsupportedModel: If the images do not fit the model.
             MethodFailed: If no repeat forgot half of the task.
         """
-        asked = {**options_of(self._config, ExposureConfig), "score": score, "centred": centred}
-        how = SCREENERS["rnp"].configure(asked)
+        options = {**options_of(self._config, ExposureConfig), "score": score, "centred": centred}
+        how = SCREENERS["rnp"].configure(options)
         assert isinstance(how, ScreenConfig)
         return screen_inputs(self._model, self._data, inputs, how, run=self._run, exposure=self.exposure)
 
@@ -110,8 +110,8 @@ class Unlearning:
             UnsupportedModel: If there is no channel to cut.
             MethodFailed: If no repeat forgot half of the task.
         """
-        asked = {**options_of(self._config, UnlearningConfig), "score": ranking}
-        cfg = DEFENSES["unlearned_prune"].configure(asked)
+        options = {**options_of(self._config, UnlearningConfig), "score": ranking}
+        cfg = DEFENSES["unlearned_prune"].configure(options)
         assert isinstance(cfg, UnlearnedPruneConfig)
         sites = prunable_sites(self._model)
         each = [
@@ -161,8 +161,8 @@ def unlearn(
         >>> unlearned.recover_trigger().success  # doctest: +SKIP
     """
     part = SCANNERS["rnp_vote"]
-    known = {"references": tuple(references)} if references else {}
-    config = part.configure({**(options or {}), **known})
+    overrides = {"references": tuple(references)} if references else {}
+    config = part.configure({**(options or {}), **overrides})
     assert isinstance(config, RNPVoteConfig)
     require_classifier(model)
     data = as_clean_data(data, seed=seed)

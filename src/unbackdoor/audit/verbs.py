@@ -1,4 +1,4 @@
-"""The verbs: open what was brought, do the work, and keep what the answer is about.
+"""The verbs: open the caller's model and images, do the work, and attach both to the result.
 
 The command line parses, calls one of these and prints. :func:`unbackdoor.audit.scanning.scan` and its
 siblings do the work on a classifier and images in memory.
@@ -289,7 +289,7 @@ def verify(
         UnbackdoorError: If a model or the images cannot be used, or arguments contradict each other.
     """
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
-    said: dict[str, Any] = {
+    model_options: dict[str, Any] = {
         "arch": arch, "mean": mean, "std": std, "size": size, "class_names": class_names
     }  # fmt: skip
     first = open_case(
@@ -300,9 +300,9 @@ def verify(
         per_class=per_class,
         fraction=fraction,
         data_root=data_root,
-        **said,
+        **model_options,
     )
-    second = open_second(after, first, run=run, **said)
+    second = open_second(after, first, run=run, **model_options)
     if first.images is None:
         raise InputError("there is no clean image", expected="clean images to compare on", where="data")
     done = verification.verify(

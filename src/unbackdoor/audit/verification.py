@@ -1,7 +1,7 @@
 """Compare two models without trusting whoever made the second from the first.
 
-Nothing of a repair's own record is read: the triggers are recovered anew from the first model, and the same
-checks look at both.
+No record of the repair is read: the triggers are recovered anew from the first model, and the same checks
+run on both.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from unbackdoor.types import Classifier, CleanData, Images, Progress, as_images,
 
 @dataclass(frozen=True)
 class Verification(Result):
-    """What two models have in common and what not.
+    """The comparison of two models.
 
     Attributes:
         identical: True where all weights are the same.
         accuracy: Clean accuracy of both; None without labels.
         agreement: Share of images to which both give the same class.
         changes: Tensors that differ.
-        residues: What triggers that were recovered from the first model do to both, on images that they were
-            not made from.
+        residues: Success on both models of triggers that were recovered from the first, on images that were
+            not used to recover them.
         before: The scan of the first model.
         after: The same scan of the second.
         seconds: Wall time.
         facts: JSON-ready: hashes and numbers of images.
-        cases: The two models and the images as they were brought.
+        cases: The two models and the images as the caller gave them.
     """
 
     identical: bool
@@ -63,7 +63,7 @@ class Verification(Result):
 
     @property
     def interrupted(self) -> bool:
-        """True where Ctrl-C or SIGTERM ended one of the scans; what had been found counts."""
+        """True where Ctrl-C or SIGTERM ended one of the scans; the checks that had ended count."""
         return self.before.interrupted or self.after.interrupted
 
 
@@ -88,8 +88,8 @@ def verify(
         after: What is said to be its repair; of the same input and classes.
         images: Clean images, with or without labels; a part is kept for trying the triggers.
         triggers: Known triggers to try beside the recovered ones.
-        checks: Which checks look at both; None is :func:`unbackdoor.audit.checks.default_checks`, so that
-            whatever a scan may accuse the original of is looked for in its repair. On the repair, those that
+        checks: Checks to run on both; None is :func:`unbackdoor.audit.checks.default_checks`, so that all
+            that a scan can find in the original is also checked on the repair. On the repair, those that
             accuse the original come first: they are repeated even where the budget ends the others.
         level: Accepted probability of a false alarm in each scan.
         budget: Seconds for both scans together; None is no limit.
@@ -111,13 +111,13 @@ def verify(
             got=f"input {after.input_shape}, {after.classes} classes",
         )
     start = time.monotonic()
-    given, shown, _ = split_proof(images, seed=seed)
-    data = CleanData.split(given, seed=seed)
+    scan_images, trigger_images, _ = split_proof(images, seed=seed)
+    data = CleanData.split(scan_images, seed=seed)
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
 
     planned = plan_checks([checks] if isinstance(checks, str) else checks)
 
-    def look(model: Classifier, order: Sequence[Check]) -> Audit:
+    def scan_model(model: Classifier, order: Sequence[Check]) -> Audit:
         left = None if budget is None else budget / 2
         return scan(
             model,
@@ -131,12 +131,17 @@ def verify(
             progress=progress,
         )
 
-    first = look(before, planned)
-    second = unscanned(after, planned, level) if first.interrupted else look(after, _accusers_first(first))
+    first = scan_model(before, planned)
+    second = (
+        unscanned(after, planned, level) if first.interrupted else scan_model(after, _accusers_first(first))
+    )
     places = {check.name: place for place, check in enumerate(planned)}
     second = replace(second, checks=tuple(sorted(second.checks, key=lambda c: places[c.check.name])))
-    known = (*triggers, *first.triggers)
-    residues = tuple(Residue(t, *(trigger_success(m, shown, t, run) for m in (before, after))) for t in known)
+    all_triggers = (*triggers, *first.triggers)
+    residues = tuple(
+        Residue(t, *(trigger_success(m, trigger_images, t, run) for m in (before, after)))
+        for t in all_triggers
+    )
     hashes = before.sha256(), after.sha256()
     return Verification(
         hashes[0] == hashes[1],

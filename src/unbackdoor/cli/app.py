@@ -1,4 +1,4 @@
-"""The commands in one application, and the one place where errors become words and exit codes."""
+"""The command-line application; here errors become messages and exit codes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from unbackdoor.cli.verify import verify
 from unbackdoor.errors import UnbackdoorError, UnsupportedModel
 
 SUCCESS = 0
-NOT_KEPT = 1  # a check was not passed, a backdoor was found, or a file would execute code
+CHECK_FAILED = 1  # a check was not passed, a backdoor was found, or a file would execute code
 ERROR = 2
 UNSUPPORTED = 3
 INTERRUPTED = 130
@@ -77,7 +77,7 @@ class _Guarded(TyperGroup):
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """End on SIGTERM as on Ctrl-C, so that drafts are removed and children ended there as well."""
+    """Treat SIGTERM like Ctrl-C, so that temporary files are removed and child processes ended."""
     usual = threading.current_thread() is threading.main_thread()
     if not usual or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
@@ -90,26 +90,26 @@ def _terminable() -> Iterator[None]:
     try:
         yield
     finally:
-        if signal.getsignal(signal.SIGTERM) is interrupt:  # else a command has other plans for its end
+        if signal.getsignal(signal.SIGTERM) is interrupt:  # else a command has set a handler of its own
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager
 def _warnings_in_words() -> Iterator[None]:
-    """Say a warning as the commands say things, without the file and the line that it came from."""
-    shown = warnings.showwarning
+    """Print warnings as plain messages, without the file and the line that they came from."""
+    default_handler = warnings.showwarning
 
     def say(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
-        if category is UserWarning:  # ours are; what libraries tell developers keeps its form
+        if category is UserWarning:  # ours; warnings of libraries for developers keep their form
             complain(f"mind: {message}")
         else:
-            shown(message, category, *rest, **more)
+            default_handler(message, category, *rest, **more)
 
     warnings.showwarning = say
     try:
         yield
     finally:
-        warnings.showwarning = shown
+        warnings.showwarning = default_handler
 
 
 def _explain(error: UnbackdoorError) -> int:
@@ -129,7 +129,7 @@ def _file_trouble(error: OSError) -> int:
 
 
 def _usage(error: Exception) -> int | None:
-    # By its method and not by its class, which has moved between the versions of typer.
+    # Recognised by its method, because its class has moved between the versions of typer.
     if not hasattr(error, "format_message"):
         return None
     problem = str(error.format_message()).strip()
@@ -162,8 +162,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"unbackdoor {__version__}")
         raise typer.Exit
 
@@ -180,7 +180,7 @@ def _global(
 
 
 def _flowing(documentation: str | None) -> str:
-    # The lines of a paragraph joined: how wide the help is, the terminal decides.
+    # The lines of a paragraph are joined, because the terminal wraps them.
     paragraphs = cleandoc(documentation or "").split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 

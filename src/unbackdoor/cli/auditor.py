@@ -1,4 +1,4 @@
-"""What an auditor brings: a foreign model and images. Shared by scan, purify and verify."""
+"""Inputs of the auditor: an untrusted model and images. Shared by scan, purify and verify."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from unbackdoor.weights.source import Source
 
 PAGE, RECORD = "report.html", "result.json"
-_NAMED = 10  # suspected classes that a sentence lists; the record has all
+_MAX_NAMED = 10  # suspected classes that a sentence lists; the record has all
 _MODEL, _DATA = "Models without a card", "Data"
 
 Arch = Annotated[
@@ -104,8 +104,8 @@ Report = Annotated[
 
 
 @dataclass(frozen=True)
-class Told:
-    """What the user says of a model and its images."""
+class UserOptions:
+    """The user's options about a model and its images, as typed."""
 
     architecture: str | None
     mean: str | None
@@ -121,7 +121,9 @@ class Told:
     proof: Path | None = None
 
 
-def open_case(model: Path | Source, told: Told, run: Run, progress: Progress, *, quiet: bool = False) -> Case:
+def open_case(
+    model: Path | Source, user_options: UserOptions, run: Run, progress: Progress, *, quiet: bool = False
+) -> Case:
     """Open a model and load the images in the form that it takes, and say what should not be overlooked.
 
     Raises:
@@ -131,29 +133,31 @@ def open_case(model: Path | Source, told: Told, run: Run, progress: Progress, *,
     from unbackdoor.data.clean_images import ambiguity
     from unbackdoor.data.datasets import dataset_names
 
-    for text in ambiguity(told.data, told.data_root) if told.data in dataset_names() else ():
+    for text in (
+        ambiguity(user_options.data, user_options.data_root) if user_options.data in dataset_names() else ()
+    ):
         note(f"mind: {text}")
     case = cases.open_case(
         model,
-        told.data,
+        user_options.data,
         run=run,
-        **_said(told),
-        clean=told.clean,
-        per_class=told.per_class,
-        fraction=told.fraction,
-        augmentation=None if told.augmentation is None else told.augmentation.value,
-        data_root=told.data_root,
-        proof=told.proof,
+        **_model_options(user_options),
+        clean=user_options.clean,
+        per_class=user_options.per_class,
+        fraction=user_options.fraction,
+        augmentation=None if user_options.augmentation is None else user_options.augmentation.value,
+        data_root=user_options.data_root,
+        proof=user_options.proof,
     )
     show_notes(case, quiet=quiet)
     return case
 
 
-def open_second(model: Path, first: Case, told: Told, run: Run) -> Case:
+def open_second(model: Path, first: Case, user_options: UserOptions, run: Run) -> Case:
     """Open the model that a first one is compared with, under the same assumptions unless it has a card."""
     from unbackdoor.audit import cases
 
-    return cases.open_second(model, first, run=run, **_said(told))
+    return cases.open_second(model, first, run=run, **_model_options(user_options))
 
 
 def show_notes(case: Case, *, quiet: bool) -> None:
@@ -165,13 +169,13 @@ def show_notes(case: Case, *, quiet: bool) -> None:
             note(f"mind: {warning}", quiet=quiet)
 
 
-def _said(told: Told) -> dict[str, Any]:
+def _model_options(user_options: UserOptions) -> dict[str, Any]:
     return {
-        "arch": told.architecture,
-        "mean": options.numbers(told.mean, "--mean"),
-        "std": options.numbers(told.std, "--std"),
-        "size": _size(told.size),
-        "class_names": class_names(told.class_names),
+        "arch": user_options.architecture,
+        "mean": options.numbers(user_options.mean, "--mean"),
+        "std": options.numbers(user_options.std, "--std"),
+        "size": _size(user_options.size),
+        "class_names": class_names(user_options.class_names),
     }
 
 
@@ -232,9 +236,9 @@ def show_audit(audit: Audit, names: Sequence[str]) -> None:
     for c in audit.checks:
         if c.reason:
             say(f"{c.check.name}: {c.reason}")
-    suspects = ", ".join(named(k) for k in audit.classes[:_NAMED])
-    if len(audit.classes) > _NAMED:
-        suspects += f" and {len(audit.classes) - _NAMED} more"
+    suspects = ", ".join(named(k) for k in audit.classes[:_MAX_NAMED])
+    if len(audit.classes) > _MAX_NAMED:
+        suspects += f" and {len(audit.classes) - _MAX_NAMED} more"
     say(f"Verdict: {audit.verdict}" + (f", towards {suspects}" if suspects else ""))
     for reason in audit.reasons:
         say(reason)

@@ -1,4 +1,4 @@
-"""``unbackdoor bench``: run a suite of honest cells, look at it, and take the rows out."""
+"""``unbackdoor bench``: run a suite of attacks and defenses, watch it, and export its rows."""
 
 from __future__ import annotations
 
@@ -112,8 +112,8 @@ def run(
         "limits": {"seconds": chosen.limit.seconds, "memory_mb": chosen.limit.memory_mb, "threads": threads},
     }
     with Store(store) as opened:
-        wanted = with_pinned(opened, cells)
-        opened.register(chosen.label, chosen.sha256(), text, [cell.entry() for cell in wanted])
+        planned = with_pinned(opened, cells)
+        opened.register(chosen.label, chosen.sha256(), text, [cell.entry() for cell in planned])
         if retry:
             note(f"{opened.retry(chosen.label)} failed cells are tried again.", quiet=quiet)
         where = _engine(engine, slots, scheduler, gpus)  # may wait for an answer, and must hear Ctrl-C then
@@ -208,14 +208,14 @@ def export(
     rows, scans = _rows(suite, store), _scans(suite, store)
     file = out or Path("results") / f"{Path(suite).stem}.{form.value}"
     beside = file.with_name(f"{file.stem}{_SCANS}{file.suffix}")
-    for where, found, kind in ((file, rows, Row), (beside, scans, ScanRow)):
+    for where, kind_rows, kind in ((file, rows, Row), (beside, scans, ScanRow)):
         if where == beside and not scans:
             continue
         if form is Format.parquet:
-            write_parquet(where, found, kind)
+            write_parquet(where, kind_rows, kind)
         else:
-            write_rows(where, found)
-        say(f"{len(found)} rows: {where}")
+            write_rows(where, kind_rows)
+        say(f"{len(kind_rows)} rows: {where}")
     if victims is not None:
         from unbackdoor.bench.exchange import export_victims
 
@@ -283,15 +283,20 @@ def diff(
     """Compare two sets of rows experiment by experiment; exit code 1 if they differ."""
     from unbackdoor.bench.results import differences
 
-    found = differences(_rows(a, store), _rows(b, store), tolerance=tolerance)
+    differing = differences(_rows(a, store), _rows(b, store), tolerance=tolerance)
     if as_json:
-        emit({"differences": [{"key": list(d.key), "kind": d.kind, "columns": d.columns} for d in found]})
+        emit({"differences": [{"key": list(d.key), "kind": d.kind, "columns": d.columns} for d in differing]})
     else:
-        for one in found:
-            words = ", ".join(f"{name} {left} -> {right}" for name, (left, right) in one.columns.items())
-            say(" ".join(str(part) for part in one.key if part is not None) + f": {one.kind} {words}")
-        say(f"{len(found)} differences")
-    if found:
+        for difference in differing:
+            words = ", ".join(
+                f"{name} {left} -> {right}" for name, (left, right) in difference.columns.items()
+            )
+            say(
+                " ".join(str(part) for part in difference.key if part is not None)
+                + f": {difference.kind} {words}"
+            )
+        say(f"{len(differing)} differences")
+    if differing:
         raise typer.Exit(1)
 
 
@@ -368,12 +373,12 @@ def _holding(name: str, store: Path) -> Any:
     from unbackdoor.registry import near_match
 
     opened = _opened(store)
-    known = opened.suites()
-    if name not in known:
+    suites = opened.suites()
+    if name not in suites:
         opened.close()
         raise InputError(
-            f"the store has no suite {name!r}{near_match(name, known)}",
-            expected="one of " + (", ".join(known) or "none"),
+            f"the store has no suite {name!r}{near_match(name, suites)}",
+            expected="one of " + (", ".join(suites) or "none"),
             where=store,
         )
     return opened
@@ -381,29 +386,29 @@ def _holding(name: str, store: Path) -> Any:
 
 @contextmanager
 def _terminable() -> Iterator[Callable[[], bool]]:
-    """Let a polite kill end a run as Ctrl-C does: what runs is put back, and the exit code is the same.
+    """Treat SIGTERM like Ctrl-C: running cells return to the queue, and the exit code is the same.
 
-    Yields what tells whether either came. Nothing is raised: an exception between any two bytecodes would
-    leave locks taken that threads share, and the clean end would wait for them for ever. Only the first
-    signal counts; the end that it began goes on until the process has ended.
+    Yields a function that returns whether a signal came. Nothing is raised: an exception between any two
+    bytecodes could leave locks held that threads share, and the orderly end would wait for them for ever.
+    Only the first signal counts; later ones are ignored until the process has ended.
     """
-    asked = False
+    stop_requested = False
 
-    def hear(number: int, frame: object) -> None:
-        nonlocal asked
-        asked = True
+    def on_signal(number: int, frame: object) -> None:
+        nonlocal stop_requested
+        stop_requested = True
 
-    before = {which: signal.signal(which, hear) for which in (signal.SIGTERM, signal.SIGINT)}
+    before = {which: signal.signal(which, on_signal) for which in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda: asked
+        yield lambda: stop_requested
     finally:
         for which, handler in before.items():
-            signal.signal(which, signal.SIG_IGN if asked else handler)
+            signal.signal(which, signal.SIG_IGN if stop_requested else handler)
 
 
 @contextmanager
 def _live(label: str, slots: int, store: Path, *, quiet: bool) -> Iterator[Any]:
-    """Show a table that lives while the run does; a line now and then where there is no terminal."""
+    """Show a live table during the run; a line now and then where there is no terminal."""
     from rich.console import Console
     from rich.live import Live
 
@@ -442,8 +447,8 @@ def _step(folder: Path) -> tuple[str, int, int | None, int]:
     import json
 
     try:
-        told = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-        return str(told["label"]), int(told["done"]), told["total"], int(told.get("images", 0))
+        state = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+        return str(state["label"]), int(state["done"]), state["total"], int(state.get("images", 0))
     except (OSError, ValueError, KeyError):
         return "starting", 0, None, 0
 

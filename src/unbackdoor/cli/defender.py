@@ -1,4 +1,4 @@
-"""What the defender brings: a suspicious model and clean images. Shared by the commands that read them."""
+"""Inputs of the defender: a suspicious model and clean images. Shared by the commands that read them."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def named(data: str, root: Path | None, progress: Progress) -> DataSet | None:
     """Return the data set of that name, or None where the text is a path."""
     from unbackdoor.data import clean_images
 
-    found = clean_images.named_data_set(data, root, progress)
-    for text in clean_images.ambiguity(data, root) if found is not None else ():
+    dataset = clean_images.named_data_set(data, root, progress)
+    for text in clean_images.ambiguity(data, root) if dataset is not None else ():
         note(f"mind: {text}")
-    return found
+    return dataset

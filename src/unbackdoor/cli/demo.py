@@ -97,8 +97,8 @@ def run_demo(
     from unbackdoor.bench.judge import judge
     from unbackdoor.data.datasets import load_dataset
     from unbackdoor.data.splits import draw_clean, reserve
+    from unbackdoor.engine import trusted_caller
     from unbackdoor.engine.training import Recipe, train
-    from unbackdoor.engine.trusted_caller import run as call
     from unbackdoor.files import write_json
     from unbackdoor.networks import build
     from unbackdoor.report.charts import require_charts
@@ -140,7 +140,7 @@ def run_demo(
     repairs: list[tuple[Repair, Purified]] = []
     with Display(quiet=quiet) as display:
         for method in (settings.method, *settings.controls):
-            repaired = call(
+            repaired = trusted_caller.run(
                 method,
                 victim,
                 clean,
@@ -209,23 +209,23 @@ def _examples(
 
     eligible = truth.eligible(test)
     firsts = [int((eligible.truth == k).nonzero()[0]) for k in eligible.truth.unique().tolist()]
-    shown = eligible.subset(firsts)
-    triggered = replace(shown, pixels=stamped(shown.pixels, truth))
+    originals = eligible.subset(firsts)
+    triggered = replace(originals, pixels=stamped(originals.pixels, truth))
 
     def names(model: Classifier, images: Images) -> list[str]:
         answers: Tensor = predict(model, images, run).argmax(1)
         return [test.class_names[k] for k in answers.tolist()]
 
-    columns = [names(model, images) for model in (victim, repaired) for images in (shown, triggered)]
+    columns = [names(model, images) for model in (victim, repaired) for images in (originals, triggered)]
     return [
         Example(
             label=test.class_names[k],
-            clean=data_png(shown.pixels[i]),
+            clean=data_png(originals.pixels[i]),
             triggered=data_png(triggered.pixels[i]),
             before=(columns[0][i], columns[1][i]),
             after=(columns[2][i], columns[3][i]),
         )
-        for i, k in enumerate(shown.truth.tolist())
+        for i, k in enumerate(originals.truth.tolist())
     ]
 
 
@@ -241,13 +241,13 @@ def _page(
     from unbackdoor.report.demo import Setting, demo_page
 
     before, repair, controls = measured
-    wanted = test.class_names[truth.target or 0]
+    target_name = test.class_names[truth.target or 0]
     changed = ", ".join(f"{key} {value}" for key, value in settings.options.items())
     setting = Setting(
         data="the handwritten digits of scikit-learn",
         training=f"{len(training)} handwritten digits, {len(truth.poisoned)} of which carry a small white "
-        f"patch in the corner, the trigger, and the false label {wanted}",
-        wanted=f"a {wanted}",
+        f"patch in the corner, the trigger, and the false label {target_name}",
+        target_name=f"a {target_name}",
         clean_images=settings.clean_images,
         tested=before.acc.total,
         triggered=before.asr.total,

@@ -103,18 +103,20 @@ def evaluate(
             say(f"{name.upper()} {percent(value)}")
 
 
-def _truth(given: Path | None, models: list[Path]) -> tuple[AttackTruth, Path]:
+def _truth(truth_file: Path | None, models: list[Path]) -> tuple[AttackTruth, Path]:
     from unbackdoor.bench.truth_files import TRUTH_SUFFIX, load_truth
 
-    candidates = [given] if given is not None else [path.with_suffix(TRUTH_SUFFIX) for path in models]
-    found = next((path for path in candidates if path.exists()), None)
-    if found is None:
+    candidates = (
+        [truth_file] if truth_file is not None else [path.with_suffix(TRUTH_SUFFIX) for path in models]
+    )
+    record = next((path for path in candidates if path.exists()), None)
+    if record is None:
         raise InputError(
             "there is no record of the attack",
             expected=" or ".join(map(str, candidates)),
             remedy="Name it with --truth, or name the model that was repaired with --before",
         )
-    return load_truth(found), found
+    return load_truth(record), record
 
 
 def _require_same_form(attack: AttackTruth, data: DataSet, record: Path) -> None:

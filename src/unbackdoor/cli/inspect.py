@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 UNSAFE = 1
 UNREADABLE = 2
-_SHOWN = 10  # tensors, names and notes of each kind; --tensors and --json show all
+_MAX_LISTED = 10  # tensors, names and notes of each kind; --tensors and --json show all
 
 
 def inspect(
@@ -35,84 +35,88 @@ def inspect(
     import unbackdoor
 
     with Display(quiet=quiet or as_json) as display:
-        found = unbackdoor.inspect(model, display)
+        inspection = unbackdoor.inspect(model, display)
     if as_json:
-        emit(found.to_dict())
+        emit(inspection.to_dict())
     else:
-        _show(found, everything=tensors)
-    if found.executes:
+        _show(inspection, everything=tensors)
+    if inspection.executes:
         raise typer.Exit(UNSAFE)
-    if found.problem is not None:
+    if inspection.problem is not None:
         raise typer.Exit(UNREADABLE)
 
 
-def _show(found: Inspection, *, everything: bool) -> None:
+def _show(inspection: Inspection, *, everything: bool) -> None:
     from unbackdoor.opening.inspection import IN_WORDS
 
-    say(f"{found.path}: {found.format}, {found.size} bytes")
-    say(f"sha256 {found.sha256}")
+    say(f"{inspection.path}: {inspection.format}, {inspection.size} bytes")
+    say(f"sha256 {inspection.sha256}")
     say()
-    say(IN_WORDS[found.loading])
-    _list("It names", found.dangerous)
-    _list("Names beyond plain tensors", [name for name in found.foreign if name not in found.dangerous])
-    if found.problem is not None:
-        say(f"Not readable: {found.problem}")
-    for note in found.notes[:_SHOWN]:
+    say(IN_WORDS[inspection.loading])
+    _list("It names", inspection.dangerous)
+    _list(
+        "Names beyond plain tensors",
+        [name for name in inspection.foreign if name not in inspection.dangerous],
+    )
+    if inspection.problem is not None:
+        say(f"Not readable: {inspection.problem}")
+    for note in inspection.notes[:_MAX_LISTED]:
         say(f"Note: {note}")
-    if found.not_finite:
-        bad = [tensor.name for tensor in found.tensors if tensor.not_finite]
-        say(f"Not finite: {found.not_finite} values are NaN or infinite")
+    if inspection.not_finite:
+        bad = [tensor.name for tensor in inspection.tensors if tensor.not_finite]
+        say(f"Not finite: {inspection.not_finite} values are NaN or infinite")
         _list("In the tensors", bad)
-    if found.beside:
-        _list("Beside the weights", [f"{key} {value}" for key, value in found.beside.items()])
-    if not found.tensors:
+    if inspection.beside:
+        _list("Beside the weights", [f"{key} {value}" for key, value in inspection.beside.items()])
+    if not inspection.tensors:
         return
     say()
-    rows = found.tensors if everything else found.tensors[:_SHOWN]
+    rows = inspection.tensors if everything else inspection.tensors[:_MAX_LISTED]
     table(
-        f"{len(found.tensors)} tensors, {found.parameters} numbers",
+        f"{len(inspection.tensors)} tensors, {inspection.parameters} numbers",
         ("name", "shape", "type"),
         [(tensor.name, " x ".join(map(str, tensor.shape)) or "one number", tensor.dtype) for tensor in rows],
     )
-    if len(rows) < len(found.tensors):
-        say(f"and {len(found.tensors) - len(rows)} more; --tensors lists all")
-    _show_graph(found)
-    _show_guesses(found)
+    if len(rows) < len(inspection.tensors):
+        say(f"and {len(inspection.tensors) - len(rows)} more; --tensors lists all")
+    _show_graph(inspection)
+    _show_guesses(inspection)
 
 
-def _show_graph(found: Inspection) -> None:
-    if found.graph is None:
+def _show_graph(inspection: Inspection) -> None:
+    if inspection.graph is None:
         return
-    problem = found.graph.problem
+    problem = inspection.graph.problem
     opens = "opens as it is" if problem is None else f"does not open: {plain(problem)}"
-    say(f"Graph: {found.graph.operators} operators, {opens}")
+    say(f"Graph: {inspection.graph.operators} operators, {opens}")
 
 
-def _show_guesses(found: Inspection) -> None:
-    by_graph = found.graph is not None and found.graph.problem is None
-    for candidate in [c for c in found.candidates if c.fits or not by_graph][:_SHOWN]:
+def _show_guesses(inspection: Inspection) -> None:
+    by_graph = inspection.graph is not None and inspection.graph.problem is None
+    for candidate in [c for c in inspection.candidates if c.fits or not by_graph][:_MAX_LISTED]:
         fits = "fits" if candidate.fits else "is near"
         classes = f", {candidate.classes} classes" if candidate.classes else ""
         say(
             f"Architecture: {candidate.spec} {fits}{classes}"
             + (f" ({candidate.note})" if candidate.note else "")
         )
-    if not found.candidates and not by_graph:
+    if not inspection.candidates and not by_graph:
         say("Architecture: none that is known fits; name it with --architecture")
-    if found.graph is not None and found.graph.input_shape is not None:
-        say("Input: " + " x ".join(map(str, found.graph.input_shape)))
-    elif found.channels:
-        say(f"Input: {found.channels} colour channels")
-    if found.normalisation is not None:
+    if inspection.graph is not None and inspection.graph.input_shape is not None:
+        say("Input: " + " x ".join(map(str, inspection.graph.input_shape)))
+    elif inspection.channels:
+        say(f"Input: {inspection.channels} colour channels")
+    if inspection.normalisation is not None:
         mean, std = (
-            ", ".join(f"{v:g}" for v in row) for row in (found.normalisation.mean, found.normalisation.std)
+            ", ".join(f"{v:g}" for v in row)
+            for row in (inspection.normalisation.mean, inspection.normalisation.std)
         )
-        say(f"Normalisation: mean {mean}, deviation {std}, by {found.normalisation.source}")
+        say(f"Normalisation: mean {mean}, deviation {std}, by {inspection.normalisation.source}")
     else:
         say("Normalisation: the file does not tell")
 
 
 def _list(title: str, values: tuple[str, ...] | list[str]) -> None:
     if values:
-        more = f" and {len(values) - _SHOWN} more" if len(values) > _SHOWN else ""
-        say(f"{title}: " + ", ".join(plain(value[:200]) for value in values[:_SHOWN]) + more)
+        more = f" and {len(values) - _MAX_LISTED} more" if len(values) > _MAX_LISTED else ""
+        say(f"{title}: " + ", ".join(plain(value[:200]) for value in values[:_MAX_LISTED]) + more)

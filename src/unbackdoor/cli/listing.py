@@ -89,11 +89,11 @@ def _recipes() -> list[Entry]:
     out = []
     for name, recipe in RECIPES.items():
         changed = {k: v for k, v in recipe.model_dump().items() if v != getattr(usual, k)}
-        told = ", ".join(f"{key} {value}" for key, value in changed.items())
+        changes = ", ".join(f"{key} {value}" for key, value in changed.items())
         out.append(
             {
                 "name": name,
-                "summary": f"the usual recipe with {told}" if told else "the usual recipe",
+                "summary": f"the usual recipe with {changes}" if changes else "the usual recipe",
                 "options": config_options(Recipe, recipe.model_dump()),
             }
         )
@@ -162,13 +162,13 @@ def _type(field: FieldInfo) -> str:
 
 
 def _bounds(field: FieldInfo) -> str:
-    found = [
+    bounds = [
         f"{sign} {getattr(limit, key):g}"
         for limit in field.metadata
         for key, sign in _BOUNDS.items()
         if getattr(limit, key, None) is not None
     ]
-    return ", ".join(found)
+    return ", ".join(bounds)
 
 
 def _source(field: FieldInfo) -> str:

@@ -147,7 +147,7 @@ def seconds_of(text: str | None, option: str) -> float | None:
 
 @dataclass(frozen=True)
 class Cardless:
-    """What the user says of a model that has no card.
+    """The user's options about a model that has no card.
 
     Attributes:
         architecture: Spec such as ``resnet18[width=64]``.
@@ -176,11 +176,11 @@ def open_run(seed: int, device: str, precision: PrecisionPolicy, progress: Progr
     from unbackdoor.engine.run import Run
 
     available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    known = [*available, "cuda"] if len(available) > 1 else available
-    if device not in known:
+    device_names = [*available, "cuda"] if len(available) > 1 else available
+    if device not in device_names:
         raise InputError(
-            f"there is no device {device!r}{near_match(device, known)}",
-            expected="one of " + ", ".join(known),
+            f"there is no device {device!r}{near_match(device, device_names)}",
+            expected="one of " + ", ".join(device_names),
             where="--device",
         )
     return Run.create(seed=seed, device=device, policy=precision.value, progress=progress)
@@ -212,7 +212,7 @@ def new_file(out: Path, *, force: bool, beside: Sequence[str], never: Path | Non
     while not folder.exists():  # the missing folders are made when the file is written
         folder = folder.parent
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        # Said now, and not after an hour of training.
+        # Checked before the training, which may take an hour.
         raise InputError("the folder cannot be written", where=folder, remedy="Choose another --out")
     return out
 
@@ -236,7 +236,7 @@ def open_model(
     Args:
         path: Weights file.
         like: Images of the form that the model takes.
-        cardless: What was said of a model without a card.
+        cardless: The user's options about a model without a card.
         default: Data set whose normalisation such a model gets where none was given.
 
     Raises:

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from unbackdoor.bench.judge import Scores
     from unbackdoor.metrics import Rate
 
-PIPED_WIDTH = 120  # columns where standard output is no terminal, and nobody can tell how wide it is
+PIPED_WIDTH = 120  # columns where standard output is no terminal, so that its width is unknown
 _WIDEST_PARAGRAPH = 100
 
 
 def plain(text: object) -> str:
-    """Return a text whose control characters are spelled out, because names come from strangers' files."""
+    """Return a text with control characters escaped, because names come from untrusted files."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
 
 
@@ -52,12 +52,12 @@ def say(text: object = "") -> None:
 
 
 def _put(text: str) -> None:
-    """Write to standard output, whose reader may have gone: ``head`` is no reason for another exit code."""
+    """Write to standard output. A reader that closed the pipe, such as ``head``, is no error."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The interpreter writes what is left when it ends, and must not stumble over it again.
+        # The interpreter flushes what is left when it ends, and must not meet the same error again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -87,9 +87,9 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=PIPED_WIDTH)
-    with console.capture() as drawn:
+    with console.capture() as capture:
         console.print(grid)
-    _put(drawn.get())
+    _put(capture.get())
 
 
 def scores_table(title: str, rows: Mapping[str, Scores]) -> None:
@@ -107,7 +107,7 @@ def scores_json(scores: Scores) -> dict[str, Any]:
 
 
 def rate_json(rate: Rate) -> dict[str, Any] | None:
-    """Return a measured share with its counts and 95 % interval, or None where nothing was looked at."""
+    """Return a measured share with its counts and 95 % interval, or None where no image was tested."""
     if not rate.total:
         return None
     return {
@@ -122,5 +122,5 @@ def rate_json(rate: Rate) -> dict[str, Any] | None:
 def _with_interval(rate: Rate) -> str:
     from unbackdoor.report import words
 
-    shown = words.rate(rate)
-    return f"{shown} ({words.interval(rate)})" if rate.total else shown
+    text = words.rate(rate)
+    return f"{text} ({words.interval(rate)})" if rate.total else text

@@ -61,9 +61,11 @@ class Display:
             total = len(items)
         if self._quiet:
             return items
-        return self._drawn(items, label, total) if self._console.is_terminal else _lines(items, label, total)
+        return (
+            self._with_bar(items, label, total) if self._console.is_terminal else _lines(items, label, total)
+        )
 
-    def _drawn(self, items: Iterable[T], label: str, total: int | None) -> Iterator[T]:
+    def _with_bar(self, items: Iterable[T], label: str, total: int | None) -> Iterator[T]:
         task = self._bars.add_task(label, total=total)
         try:
             for item in items:

@@ -19,10 +19,10 @@ from unbackdoor.report.words import duration, interval, percent, rate
 if TYPE_CHECKING:
     from unbackdoor.audit.purifying import Purification
 
-NOT_KEPT = 1
-_HARDLY = 0.2  # points; whoever asks for less most likely means a fraction
-_SHOWN_EVIDENCE = 40  # characters; longer values stand in the JSON
-_LONG = 8  # entries; tables with more, such as one for each layer, stand in the JSON
+PROMISE_NOT_KEPT = 1
+_SMALLEST_DROP = 0.2  # points; a smaller number is most likely meant as a fraction
+_MAX_VALUE_WIDTH = 40  # characters; longer values stand in the JSON
+_MAX_ENTRIES = 8  # entries; tables with more, such as one for each layer, stand in the JSON
 
 
 class Rule(StrEnum):
@@ -142,21 +142,21 @@ def purify(
         raise ConfigError(
             "the option --max-accuracy-drop", [f"expected points in 0..100, got {max_accuracy_drop}"]
         )
-    if max_accuracy_drop is not None and 0 < max_accuracy_drop < _HARDLY:
+    if max_accuracy_drop is not None and 0 < max_accuracy_drop < _SMALLEST_DROP:
         note(f"mind: --max-accuracy-drop counts points of 100; {max_accuracy_drop:g} is less than any image")
     part = DEFENSES[method]
     config = part.configure_text(shared.pairs(options or [], "--set"), preset=preset)
     defender.require_share(select_fraction)
-    told = auditor.Told(
+    user_options = auditor.UserOptions(
         arch, mean, std, size, class_names, data, clean, per_class, fraction, augmentation, data_root, proof
     )
-    # Said now, as far as it can be, and not after an hour of repairing.
+    # Checked before the repair as far as possible, because the repair may take an hour.
     source = shared.existing_model(model)
     others = (*(() if patch is None else (patch,)), *auditor.report_files(report))
     _require_outputs(out, others, source, force=force)
     with Display(quiet=quiet) as display:
         run = shared.open_run(seed, device, precision, display)
-        case = auditor.open_case(source, told, run, display, quiet=quiet)
+        case = auditor.open_case(source, user_options, run, display, quiet=quiet)
         out = output_name(out, case.opened)
         _require_outputs(out, others, source, force=force)
         try:
@@ -176,12 +176,12 @@ def purify(
             )
         except unbackdoor.PromiseBroken as error:
             note(f"not kept: {error}")
-            raise typer.Exit(NOT_KEPT) from None
+            raise typer.Exit(PROMISE_NOT_KEPT) from None
         done.save(out, force=force)
         if patch is not None:
             try:
                 done.save_patch(patch, force=force)
-            except InputError as error:  # the repair is whole without it
+            except InputError as error:  # the repair is complete without the patch
                 raise InputError(f"the repaired model was written, the patch was not: {error}") from error
         if report is not None:
             done.save_report(report, force=force, command=auditor.command_line())
@@ -195,14 +195,14 @@ def purify(
 def _require_outputs(out: Path, others: Sequence[Path], source: Path, *, force: bool) -> None:
     from unbackdoor.opening.write_back import ONNX, SUFFIXES
 
-    if out.suffix not in SUFFIXES:  # as it will most likely be called; what is opened decides
+    if out.suffix not in SUFFIXES:  # the most likely name; the format of the opened file decides
         out = out.with_name(out.name + (ONNX if source.suffix == ONNX else shared.SUFFIX))
     if source.resolve() == out.resolve():
         raise InputError(
             "the repaired model would replace the suspicious one", where=out, remedy="Choose another --out"
         )
-    kept = (source, source.with_suffix(".json")) if shared.has_card(source) else (source,)
-    shared.require_writable((out, out.with_suffix(".json"), *others), force=force, inputs=kept)
+    originals = (source, source.with_suffix(".json")) if shared.has_card(source) else (source,)
+    shared.require_writable((out, out.with_suffix(".json"), *others), force=force, inputs=originals)
 
 
 def _show(method: str, preset: str | None, done: Purification) -> None:
@@ -236,15 +236,15 @@ def _show(method: str, preset: str | None, done: Purification) -> None:
     entries = sum(c.changed for c in done.changes)
     share = entries / max(sum(tensor.numel() for tensor in done.model.network.state_dict().values()), 1)
     say(f"Changed: {entries:,} numbers ({percent(share)}) in {len(done.changes)} tensors.")
-    told = list(scalars(done.purified.evidence))
-    if told:
-        table("What the method says it did", ("evidence", "value"), [(n, _short(v)) for n, v in told])
+    evidence = list(scalars(done.purified.evidence))
+    if evidence:
+        table("What the method says it did", ("evidence", "value"), [(n, _short(v)) for n, v in evidence])
 
 
 def scalars(evidence: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the single values of a method's evidence under dotted names; what is long as its length."""
+    """Yield the values of a method's evidence under dotted names; of a long collection only its length."""
     for name, value in evidence.items():
-        if isinstance(value, Mapping) and len(value) <= _LONG:
+        if isinstance(value, Mapping) and len(value) <= _MAX_ENTRIES:
             yield from scalars(value, f"{prefix}{name}.")
         elif isinstance(value, Mapping | list | tuple):
             yield f"{prefix}{name}", f"{len(value)} entries"
@@ -254,4 +254,4 @@ def scalars(evidence: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 
 def _short(value: object) -> str:
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= _SHOWN_EVIDENCE else text[: _SHOWN_EVIDENCE - 3] + "..."
+    return text if len(text) <= _MAX_VALUE_WIDTH else text[: _MAX_VALUE_WIDTH - 3] + "..."

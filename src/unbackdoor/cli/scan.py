@@ -13,7 +13,7 @@ from unbackdoor.cli.output import emit, say
 from unbackdoor.cli.progress import Display
 from unbackdoor.errors import ConfigError
 
-FOUND, PARTIAL, UNSUPPORTED = 1, 2, 3
+BACKDOOR_FOUND, PARTIAL, UNSUPPORTED = 1, 2, 3
 
 
 def scan(
@@ -79,17 +79,17 @@ def scan(
     shared.require_writable(outputs, force=force, inputs=(shared.existing_model(model),))
     limit = shared.seconds_of(budget, "--budget")
     named = auditor.check_names(checks)
-    asked = _settings(options, named)
-    read_references(references or ())  # a wrong path is told before the work
-    told = auditor.Told(
+    check_options = _options_by_check(options, named)
+    read_references(references or ())  # a wrong path is an error before the scan, not after it
+    user_options = auditor.UserOptions(
         arch, mean, std, size, class_names, data, clean, per_class, fraction, augmentation, data_root
     )
     with Display(quiet=quiet) as display:
         run = shared.open_run(seed, device, precision, display)
         audit = unbackdoor.scan(
-            auditor.open_case(model, told, run, display, quiet=quiet),
+            auditor.open_case(model, user_options, run, display, quiet=quiet),
             checks=named,
-            options=asked,
+            options=check_options,
             references=references,
             level=level,
             budget=limit,
@@ -104,7 +104,7 @@ def scan(
         if sarif_file is not None:
             unbackdoor.save_sarif(audit, sarif_file, force=force)
     finally:
-        # What an hour has found is shown even where the disk does not take it.
+        # The result is printed even if the report cannot be written.
         if as_json:
             emit(audit.to_dict())
         else:
@@ -113,16 +113,16 @@ def scan(
     if report is not None and not as_json:
         say(f"Report: {report / auditor.PAGE}")
     if audit.interrupted:
-        raise KeyboardInterrupt  # everything is written; the exit code and the word are those of any command
+        raise KeyboardInterrupt  # everything is written; exit code and message as of any interrupted command
     if audit.verdict == "backdoor found":
-        raise typer.Exit(FOUND)
+        raise typer.Exit(BACKDOOR_FOUND)
     if audit.unsupported and not audit.partial:
         raise typer.Exit(UNSUPPORTED)
     if audit.partial or audit.verdict == "undecided":
         raise typer.Exit(PARTIAL)
 
 
-def _settings(texts: list[str] | None, names: list[str] | None) -> dict[str, dict[str, Any]]:
+def _options_by_check(texts: list[str] | None, names: list[str] | None) -> dict[str, dict[str, Any]]:
     """Return options by check from texts such as ``rnp_vote.repeats=4``.
 
     Raises:
@@ -140,7 +140,7 @@ def _settings(texts: list[str] | None, names: list[str] | None) -> dict[str, dic
         pairs.setdefault(check, {})[name] = value
     planned = {check.name: check for check in plan_checks(names, {check: {} for check in pairs})}
     out = {}
-    for check, texts_of in pairs.items():
-        config = SCANNERS[planned[check].scanner].configure_text(texts_of)
-        out[check] = {name: getattr(config, name) for name in texts_of}
+    for check, check_texts in pairs.items():
+        config = SCANNERS[planned[check].scanner].configure_text(check_texts)
+        out[check] = {name: getattr(config, name) for name in check_texts}
     return out

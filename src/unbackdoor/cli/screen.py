@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from unbackdoor.registry import Part
     from unbackdoor.types import Classifier, CleanData, Images, Screening
 
-_SHOWN = 20  # images; all stand in the JSON and the CSV
+_MAX_ROWS = 20  # images; all stand in the JSON and the CSV
 CSV_COLUMNS = ("image", "label", "predicted", "score", "p_value", "suspicious")
 
 
@@ -78,7 +78,7 @@ def screen(
     high a score), and is called suspicious where the p-value is at most alpha. About a share of alpha of
     clean images is called suspicious as well, so that the count must be held against the number of images.
     """
-    from unbackdoor.engine.trusted_caller import screen as call
+    from unbackdoor.engine import trusted_caller
     from unbackdoor.registry import SCREENERS
     from unbackdoor.types import CleanData
 
@@ -91,26 +91,26 @@ def screen(
     defender.require_share(select_fraction)
     if data is None:
         _require_no_data(part, clean, per_class, fraction)
-    told = auditor.Told(
+    user_options = auditor.UserOptions(
         architecture, mean, std, size, class_names, data, clean, per_class, fraction, None, data_root
     )
     with Display(quiet=quiet) as display:
         run = options.open_run(seed, device, precision, display)
-        case = auditor.open_case(source, told, run, display, quiet=quiet)
+        case = auditor.open_case(source, user_options, run, display, quiet=quiet)
         victim = case.model
-        held = CleanData.empty(victim.input_shape, victim.class_names)
+        clean_data = CleanData.empty(victim.input_shape, victim.class_names)
         if case.images is not None:
-            held = CleanData.split(
+            clean_data = CleanData.split(
                 case.images,
                 select_fraction=select_fraction,
                 augmentation=case.augmentation,
                 seed=seed,
             )
         inputs, names = _inputs(images, part, victim, display, quiet=quiet)
-        found = call(
+        screening = trusted_caller.screen(
             part,
             victim,
-            held,
+            clean_data,
             inputs,
             options=config,
             seed=seed,
@@ -119,11 +119,11 @@ def screen(
             progress=display,
         )
     if out is not None:
-        _write(out, found, names, inputs, victim)
+        _write(out, screening, names, inputs, victim)
     if as_json:
-        emit(_json(found, names, inputs, source, victim, held))
+        emit(_json(screening, names, inputs, source, victim, clean_data))
     else:
-        _show(found, names, victim, config.model_dump()["alpha"])
+        _show(screening, names, victim, config.model_dump()["alpha"])
         if out is not None:
             say(out)
 
@@ -150,22 +150,22 @@ def _inputs(
     load = load_labelled if INPUT_LABELS in part.needs else load_unlabelled
     shape, classes = model.input_shape, model.class_names
     try:
-        found, names = load(path, class_names=classes, progress=display)
+        inputs, names = load(path, class_names=classes, progress=display)
     except InputError as error:
         if error.problem != "the images differ in size":
             raise
-        found, names = load(path, class_names=classes, size=shape[1:], progress=display)
-    found, told = conform(found, input_shape=shape, class_names=classes, progress=display)
-    for text in told:
+        inputs, names = load(path, class_names=classes, size=shape[1:], progress=display)
+    inputs, notes = conform(inputs, input_shape=shape, class_names=classes, progress=display)
+    for text in notes:
         note(text, quiet=quiet)
-    return found, names
+    return inputs, names
 
 
-def _rows(found: Screening, names: tuple[str, ...], inputs: Images, model: Classifier) -> list[list[Any]]:
+def _rows(screening: Screening, names: tuple[str, ...], inputs: Images, model: Classifier) -> list[list[Any]]:
     labels = [""] * len(names)
     if inputs.labels is not None:
         labels = [model.class_names[k] for k in inputs.labels.tolist()]
-    columns = (found.predicted, found.scores, found.p_values, found.suspicious)
+    columns = (screening.predicted, screening.scores, screening.p_values, screening.suspicious)
     predicted, scores, p_values, suspicious = (column.tolist() for column in columns)
     return [
         [name, labels[i], model.class_names[predicted[i]], scores[i], p_values[i], int(suspicious[i])]
@@ -173,67 +173,70 @@ def _rows(found: Screening, names: tuple[str, ...], inputs: Images, model: Class
     ]
 
 
-def _write(out: Path, found: Screening, names: tuple[str, ...], inputs: Images, model: Classifier) -> None:
+def _write(
+    out: Path, screening: Screening, names: tuple[str, ...], inputs: Images, model: Classifier
+) -> None:
     from unbackdoor.files import atomic_write
 
     with atomic_write(out) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(CSV_COLUMNS)
-        for name, *rest in _rows(found, names, inputs, model):
+        for name, *rest in _rows(screening, names, inputs, model):
             writer.writerow([plain(name), *rest])
 
 
 def _json(
-    found: Screening,
+    screening: Screening,
     names: tuple[str, ...],
     inputs: Images,
     source: Path,
     model: Classifier,
-    held: CleanData,
+    clean_data: CleanData,
 ) -> dict[str, Any]:
     result: dict[str, Any] = {
         "model": str(source),
         "model_sha256": model.sha256(),
-        "clean_images": len(held),
-        "method": dict(found.method),
-        "seconds": found.seconds,
-        "evidence": dict(found.evidence),
+        "clean_images": len(clean_data),
+        "method": dict(screening.method),
+        "seconds": screening.seconds,
+        "evidence": dict(screening.evidence),
         "names": list(names),
-        "scores": found.scores.tolist(),
-        "p_values": found.p_values.tolist(),
-        "predicted": found.predicted.tolist(),
-        "suspicious": found.suspicious.tolist(),
+        "scores": screening.scores.tolist(),
+        "p_values": screening.p_values.tolist(),
+        "predicted": screening.predicted.tolist(),
+        "suspicious": screening.suspicious.tolist(),
     }
     if inputs.labels is not None:
         result["labels"] = inputs.labels.tolist()
     return result
 
 
-def _show(found: Screening, names: tuple[str, ...], model: Classifier, alpha: float) -> None:
-    counts = [(int((found.predicted == k).sum()), int((found.suspicious & (found.predicted == k)).sum()))
+def _show(screening: Screening, names: tuple[str, ...], model: Classifier, alpha: float) -> None:
+    predicted, suspicious = screening.predicted, screening.suspicious
+    counts = [(int((predicted == k).sum()), int((suspicious & (predicted == k)).sum()))
               for k in range(model.classes)]  # fmt: skip
     expected = f"about {alpha * len(names):.1f} would be if all were clean"
     table(
-        f"{int(found.suspicious.sum())} of {len(names)} images are suspicious; "
-        + str(found.evidence.get("note", expected)),
+        f"{int(screening.suspicious.sum())} of {len(names)} images are suspicious; "
+        + str(screening.evidence.get("note", expected)),
         ("the model says", ">images", ">suspicious"),
         [(model.class_names[k], *count) for k, count in enumerate(counts) if count[0]],
     )
-    order = found.scores.argsort(descending=True, stable=True)
-    order = order[found.p_values[order].argsort(stable=True)][:_SHOWN]
+    order = screening.scores.argsort(descending=True, stable=True)
+    order = order[screening.p_values[order].argsort(stable=True)][:_MAX_ROWS]
     table(
         "The most suspicious",
         ("image", "the model says", ">score", ">p-value", "suspicious"),
         [
             (
                 names[i],
-                model.class_names[int(found.predicted[i])],
-                f"{float(found.scores[i]):.3f}",
-                f"{float(found.p_values[i]):.2g}",
-                "yes" if bool(found.suspicious[i]) else "",
+                model.class_names[int(screening.predicted[i])],
+                f"{float(screening.scores[i]):.3f}",
+                f"{float(screening.p_values[i]):.2g}",
+                "yes" if bool(screening.suspicious[i]) else "",
             )
             for i in order.tolist()
         ],
     )
-    if len(names) > _SHOWN:
-        say(f"and {len(names) - _SHOWN} more; --out and --json have them all")
+    if len(names) > _MAX_ROWS:
+        say(f"and {len(names) - _MAX_ROWS} more; --out and --json have them all")

@@ -57,13 +57,15 @@ def verify(
 
     options.require_writable(auditor.report_files(report), force=force, inputs=(before, after))
     limit = options.seconds_of(budget, "--budget")
-    told = auditor.Told(arch, mean, std, size, class_names, data, clean, per_class, fraction, None, data_root)
+    user_options = auditor.UserOptions(
+        arch, mean, std, size, class_names, data, clean, per_class, fraction, None, data_root
+    )
     with Display(quiet=quiet) as display:
         run = options.open_run(seed, device, precision, display)
-        first = auditor.open_case(before, told, run, display, quiet=quiet)
+        first = auditor.open_case(before, user_options, run, display, quiet=quiet)
         done = unbackdoor.verify(
             first,
-            auditor.open_second(after, first, told, run),
+            auditor.open_second(after, first, user_options, run),
             triggers=triggers,
             checks=auditor.check_names(checks),
             level=level,
@@ -77,7 +79,7 @@ def verify(
         if report is not None:
             done.save_report(report, force=force, command=auditor.command_line())
     finally:
-        # What an hour has found is shown even where the disk does not take it.
+        # The result is printed even if the report cannot be written.
         if as_json:
             emit(done.to_dict())
         else:
@@ -85,7 +87,7 @@ def verify(
     if report is not None and not as_json:
         say(f"Report: {report / auditor.PAGE}")
     if done.interrupted:
-        raise KeyboardInterrupt  # everything is written; the exit code and the word are those of any command
+        raise KeyboardInterrupt  # everything is written; exit code and message as of any interrupted command
     code = outcome(done)
     if code:
         raise typer.Exit(code)

@@ -1,4 +1,4 @@
-"""The page of an audit: the verdict in plain words, what it rests on, and what was changed."""
+"""The page of an audit: the verdict in plain words, its evidence, and what was changed."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from unbackdoor.report.words import duration, percent
 from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Finding, Images
 
-SHOWN_CLASSES = 12  # rows of a chart that are seen at once; the others are folded
-LISTED_CLASSES = 200  # rows of the folded table; more would make the page heavy and tell nobody anything
-SHOWN_IMAGES = 6
+UNFOLDED_CLASSES = 12  # rows of a chart that are seen at once; the others are folded
+MAX_CLASSES = 200  # rows of the folded table; more would only make the page heavy
+MAX_IMAGES = 6
 PICTURE_SIDE = 160  # pixels; twice the width of a picture on the page, and 24 of them stay under 2 MB
-SHOWN_TRIGGERS = 3
-SHOWN_CHANGES = 40
-TEXT = 300  # characters of a name that comes from a file
+MAX_TRIGGERS = 3
+MAX_CHANGES = 40
+MAX_NAME = 300  # characters of a name that comes from a file
 
 Tone = Literal["good", "fair", "bad"]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What was looked at, in words.
+    """The subject of the page, in words.
 
     Attributes:
         title: Of the page, such as the file's name.
         class_names: In label order.
         facts: Terms and texts about the file and how it was opened.
-        warnings: What the reader must know before believing anything.
-        command: How to do it again.
+        warnings: Warnings that the reader must see before the result.
+        command: Command that repeats the audit.
         colophon: Last line of the page.
     """
 
@@ -54,7 +54,7 @@ class Subject:
         """Return the name of a class, with its number where it is another word."""
         if label >= len(self.class_names):
             return f"class {label}"
-        name = self.class_names[label][:TEXT]
+        name = self.class_names[label][:MAX_NAME]
         return f"class {label}" if name == str(label) else f"{name} (class {label})"
 
 
@@ -91,7 +91,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class TriggerView:
-    """A recovered trigger, drawn."""
+    """A recovered trigger as pictures."""
 
     title: str
     about: str
@@ -112,14 +112,14 @@ def audit_page(
     """Return the page as HTML that loads nothing from anywhere and runs no script.
 
     Args:
-        subject: What was looked at.
+        subject: The subject of the page.
         audit: A scan, if one was made.
         purification: A repair, if one was made.
         verification: A comparison, if one was made.
         images: The user's images that triggers are drawn over; no more than a few are taken.
         answers: For every trigger, for each of those images, the classes without and with it.
     """
-    shown = audit if audit is not None else (verification.before if verification is not None else None)
+    displayed = audit if audit is not None else (verification.before if verification is not None else None)
     tone, headline, sentences = _headline(subject, audit, purification, verification)
     return render(
         "audit.html",
@@ -127,10 +127,10 @@ def audit_page(
         tone=tone,
         headline=headline,
         sentences=sentences,
-        audit=shown,
-        checks=[_check(c, subject) for c in shown.checks] if shown is not None else [],
-        charts=_charts(shown, subject) if shown is not None else [],
-        triggers=_views(shown, subject, images, answers) if shown is not None else [],
+        audit=displayed,
+        checks=[_check(c, subject) for c in displayed.checks] if displayed is not None else [],
+        charts=_charts(displayed, subject) if displayed is not None else [],
+        triggers=_views(displayed, subject, images, answers) if displayed is not None else [],
         purification=purification,
         verification=verification,
         accuracy=_accuracy(purification, verification),
@@ -138,7 +138,7 @@ def audit_page(
         residues=[_residue(r, subject) for r in _residues(purification, verification)],
         after=_after(verification, subject),
         changes=_changes(purification, verification),
-        limits=_limits(shown, purification),
+        limits=_limits(displayed, purification),
     )
 
 
@@ -159,11 +159,11 @@ def _headline(
         method = purification.purified.method.get("name", "the method")
         if audit is None:
             headline = f"The model was repaired by {method}"
-        told = f"{method} changed {_count(purification.changes)}"
+        summary = f"{method} changed {_count(purification.changes)}"
         if accuracy is not None:
             then, now = percent(accuracy.before.value), percent(accuracy.after.value)
-            told += f"; clean accuracy went from {then} to {now}"
-        sentences.append(told + ".")
+            summary += f"; clean accuracy went from {then} to {now}"
+        sentences.append(summary + ".")
         if purification.promise is not None:
             sentences.append(purification.promise.in_words())
         if purification.flattered:
@@ -230,7 +230,7 @@ def _check(checked: Checked, subject: Subject) -> dict[str, Any]:
         "adjusted": _number(checked.adjusted),
         "counted": checked.p_value is not None,
         "seconds": duration(checked.seconds) if checked.seconds else "",
-        "notes": [note[: 2 * TEXT] for note in notes],
+        "notes": [note[: 2 * MAX_NAME] for note in notes],
     }
 
 
@@ -250,7 +250,7 @@ def _chart(checked: Checked, finding: Finding, audit: Audit, subject: Subject) -
     top, bottom = max(finite, default=1.0), min(0.0, *finite, 0.0) if finite else 0.0
     span = (top - bottom) or 1.0
     suspects = set(finding.classes) if audit.accuses(checked) else set()
-    # Suspects first, then by distance from the middle: what stands apart is what one wants to see.
+    # Suspects first, then by distance from the median: outliers are of interest.
     middle = sorted(finite)[len(finite) // 2] if finite else 0.0
 
     def place(k: int) -> tuple[bool, float]:
@@ -259,23 +259,23 @@ def _chart(checked: Checked, finding: Finding, audit: Audit, subject: Subject) -
     order = sorted(range(len(values)), key=place)
 
     def row(k: int) -> Row:
-        known = math.isfinite(values[k])
+        finite_value = math.isfinite(values[k])
         return Row(
             subject.name(k),
-            _number(values[k]) if known else "none",
-            (values[k] - bottom) / span if known else 0.0,
+            _number(values[k]) if finite_value else "none",
+            (values[k] - bottom) / span if finite_value else 0.0,
             k in suspects,
         )
 
-    rows = [row(k) for k in order[:LISTED_CLASSES]]
-    many = len(values) > SHOWN_CLASSES
+    rows = [row(k) for k in order[:MAX_CLASSES]]
+    many = len(values) > UNFOLDED_CLASSES
     return Chart(
         checked.check.name,
         finding.statistic,
         finding.direction,
-        rows[:SHOWN_CLASSES] if many else rows,
-        rows[SHOWN_CLASSES:] if many else (),
-        max(0, len(values) - LISTED_CLASSES),
+        rows[:UNFOLDED_CLASSES] if many else rows,
+        rows[UNFOLDED_CLASSES:] if many else (),
+        max(0, len(values) - MAX_CLASSES),
     )
 
 
@@ -283,18 +283,18 @@ def _views(
     audit: Audit, subject: Subject, images: Images | None, answers: Sequence[Sequence[tuple[int, int]]]
 ) -> list[TriggerView]:
     views = []
-    for i, trigger in enumerate(audit.triggers[:SHOWN_TRIGGERS]):
+    for i, trigger in enumerate(audit.triggers[:MAX_TRIGGERS]):
         pictures = []
         if images is not None and len(images):
-            few = images.subset(list(range(min(SHOWN_IMAGES, len(images)))))
-            after = trigger.stamp(few)
-            for j in range(len(few)):
-                said = answers[i][j] if i < len(answers) and j < len(answers[i]) else None
+            examples = images.subset(list(range(min(MAX_IMAGES, len(images)))))
+            after = trigger.stamp(examples)
+            for j in range(len(examples)):
+                answer = answers[i][j] if i < len(answers) and j < len(answers[i]) else None
                 pictures.append(
                     Picture(
-                        data_png(_shown(few.pixels[j]), largest=PICTURE_SIDE),
-                        data_png(_shown(after.pixels[j]), largest=PICTURE_SIDE),
-                        None if said is None else (subject.name(said[0]), subject.name(said[1])),
+                        data_png(_displayable(examples.pixels[j]), largest=PICTURE_SIDE),
+                        data_png(_displayable(after.pixels[j]), largest=PICTURE_SIDE),
+                        None if answer is None else (subject.name(answer[0]), subject.name(answer[1])),
                     )
                 )
         views.append(
@@ -313,13 +313,13 @@ def _about(trigger: RecoveredTrigger) -> str:
     if trigger.mask is not None:
         size = float(trigger.mask.sum())
         share = size / trigger.mask.numel()
-        told = f"Its mask covers as much as {size:.1f} whole pixels ({percent(share)} of the image)."
+        text = f"Its mask covers as much as {size:.1f} whole pixels ({percent(share)} of the image)."
     else:
         mean = 255 * float(trigger.pattern.abs().mean())
-        told = f"It is added to every pixel, on average {mean:.1f} of 255 steps."
+        text = f"It is added to every pixel, on average {mean:.1f} of 255 steps."
     if trigger.success is not None and math.isfinite(trigger.success):
-        told += f" It turns {percent(trigger.success)} of images that it was not made from into the class."
-    return told
+        text += f" It turns {percent(trigger.success)} of images that it was not made from into the class."
+    return text
 
 
 def _pattern(trigger: RecoveredTrigger) -> Tensor:
@@ -334,7 +334,7 @@ def _rgb(pattern: Tensor) -> Tensor:
     return pattern if len(pattern) in (1, 3) else pattern.mean(0, keepdim=True)
 
 
-def _shown(pixels: Tensor) -> Tensor:
+def _displayable(pixels: Tensor) -> Tensor:
     return pixels if len(pixels) in (1, 3) else pixels.float().mean(0, keepdim=True).to(torch.uint8)
 
 
@@ -376,7 +376,7 @@ def _changes(purification: Purification | None, verification: Verification | Non
         return {"rows": [], "more": 0, "total": ""}
     rows = [
         {
-            "name": c.name[:TEXT],
+            "name": c.name[:MAX_NAME],
             "channels": f"{c.channels:,} of {c.of_channels:,}",
             "changed": f"{c.changed:,} of {c.entries:,}",
             "relative": percent(c.relative) if math.isfinite(c.relative) else "new",
@@ -384,8 +384,8 @@ def _changes(purification: Purification | None, verification: Verification | Non
         for c in sorted(source.changes, key=lambda c: -c.relative)
     ]
     return {
-        "rows": rows[:SHOWN_CHANGES],
-        "more": max(0, len(rows) - SHOWN_CHANGES),
+        "rows": rows[:MAX_CHANGES],
+        "more": max(0, len(rows) - MAX_CHANGES),
         "total": _count(source.changes),
     }
 
@@ -396,31 +396,31 @@ def _count(changes: Sequence[Any]) -> str:
 
 
 def _limits(audit: Audit | None, purification: Purification | None) -> list[str]:
-    told = []
+    limits = []
     if audit is not None:
-        told.append(
+        limits.append(
             "A scan finds the kinds of backdoors that its checks look for. One that is built against them, "
             "or whose trigger is neither small nor faint nor moves the features in one direction, can go "
             "unseen; so silence is not a certificate."
         )
-        told.append(
+        limits.append(
             f"Of clean models, {percent(audit.level)} are accused wrongly: this is what the level means, and "
             "it holds as far as the nulls of the checks do."
         )
-        told.append(
+        limits.append(
             "A recovered trigger is a pattern that works, not necessarily the attacker's: every network has "
             "patterns that fool it, and only unusually small or faint ones are evidence."
         )
     if purification is not None:
-        told.append(
+        limits.append(
             "That a recovered trigger no longer works does not prove that the attacker's does not. Without "
             "the trigger itself nobody can measure that."
         )
         if purification.proof_is_fit:
-            told.append(
+            limits.append(
                 "There were too few images to keep any from the method, so the accuracies are flattered."
             )
-    return told
+    return limits
 
 
 def _number(value: float | None) -> str:

@@ -35,7 +35,7 @@ class Series:
 
 
 def require_charts() -> None:
-    """Raise MissingExtra unless charts can be drawn; for calling before hours of work, not after."""
+    """Raise MissingExtra unless charts can be drawn; to be called before a long run."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -54,7 +54,7 @@ def grouped_bars(groups: Sequence[str], series: Sequence[Series], *, title: str)
         MissingExtra: If matplotlib is not installed.
     """
 
-    def draw(axes: Any) -> None:
+    def draw_bars(axes: Any) -> None:
         width = 0.84 / len(series)
         for place, (one, colour) in enumerate(zip(series, SERIES, strict=False)):
             centres = [g + (place - (len(series) - 1) / 2) * width for g in range(len(groups))]
@@ -79,10 +79,10 @@ def grouped_bars(groups: Sequence[str], series: Sequence[Series], *, title: str)
         axes.set_yticks(range(0, 101, 25), [f"{tick} %" for tick in range(0, 101, 25)])
 
     legend = {"loc": "outside upper left", "handlelength": 1, "handleheight": 1}
-    return drawn(draw, size=(5.6, 3.3), title=title, grid="y", legend=legend)
+    return svg_chart(draw_bars, size=(5.6, 3.3), title=title, grid="y", legend=legend)
 
 
-def drawn(
+def svg_chart(
     draw: Callable[[Any], None],
     *,
     size: tuple[float, float],

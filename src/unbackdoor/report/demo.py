@@ -66,7 +66,7 @@ class Setting:
     Attributes:
         data: The data set, such as "handwritten digits".
         training: The poisoned training set, as the end of "The network was trained on ...".
-        wanted: What the attacker wants, such as "a 0".
+        target_name: The class that the attacker wants, such as "a 0".
         clean_images: Number of the defender's images.
         tested: Number of test images.
         triggered: Number of triggered test images.
@@ -74,7 +74,7 @@ class Setting:
 
     data: str
     training: str
-    wanted: str
+    target_name: str
     clean_images: int
     tested: int
     triggered: int
@@ -99,40 +99,40 @@ def verdict(before: Scores, repair: Repair, controls: Sequence[Repair], setting:
     """Say what the numbers say, failure included."""
     after = repair.scores
     loss = before.acc.value - after.acc.value
-    story = (
+    sentences = (
         f"The network was trained on {setting.training}. It reads {percent(before.acc.value)} of unseen "
         f"images rightly, and takes {percent(before.asr.value)} of those that carry the trigger for "
-        f"{setting.wanted}.",
+        f"{setting.target_name}.",
         f"{repair.name} was given the network and {setting.clean_images} clean images, and knew nothing of "
         f"the trigger. The repaired network reads {percent(after.acc.value)} of unseen images rightly; of "
-        f"those that carry the trigger it takes {percent(after.asr.value)} for {setting.wanted}, and reads "
-        f"{percent(after.ra.value)} rightly.",
+        f"those that carry the trigger it takes {percent(after.asr.value)} for {setting.target_name}, and "
+        f"reads {percent(after.ra.value)} rightly.",
         _compared(repair, controls),
     )
     if before.asr.value < ATTACK_TOOK:
-        return _verdict("bad", "The attack did not take, so there was little to repair", story)
+        return _verdict("bad", "The attack did not take, so there was little to repair", sentences)
     if after.asr.value <= ALL_BUT_GONE:
         gone = "The backdoor is gone" if after.asr.value <= GONE else "The backdoor is all but gone"
         if loss <= DEAR:
-            return _verdict("good", f"{gone}, and the network still does its task", story)
-        return _verdict("fair", f"{gone}, at the price of accuracy", story)
+            return _verdict("good", f"{gone}, and the network still does its task", sentences)
+        return _verdict("fair", f"{gone}, at the price of accuracy", sentences)
     if after.asr.value <= before.asr.value / 2:
-        return _verdict("fair", "The backdoor is weaker, and not gone", story)
-    return _verdict("bad", "The backdoor is still there", story)
+        return _verdict("fair", "The backdoor is weaker, and not gone", sentences)
+    return _verdict("bad", "The backdoor is still there", sentences)
 
 
-def _verdict(tone: Literal["good", "fair", "bad"], headline: str, story: tuple[str, ...]) -> Verdict:
-    return Verdict(tone, headline, tuple(sentence for sentence in story if sentence))
+def _verdict(tone: Literal["good", "fair", "bad"], headline: str, sentences: tuple[str, ...]) -> Verdict:
+    return Verdict(tone, headline, tuple(sentence for sentence in sentences if sentence))
 
 
 def _compared(repair: Repair, controls: Sequence[Repair]) -> str:
     if not controls:
         return ""
-    told = ", and on ".join(
+    rates = ", and on ".join(
         f"{percent(c.scores.asr.value)} {'of the images ' if i == 0 else ''}after {_within(c.name)}"
         for i, c in enumerate(controls)
     )
-    text = f"For comparison, with the same clean images: the trigger still works on {told}."
+    text = f"For comparison, with the same clean images: the trigger still works on {rates}."
     better = [_within(c.name) for c in controls if c.scores.asr.value <= repair.scores.asr.value]
     return f"{text} So the method has shown nothing here that {better[0]} cannot do." if better else text
 

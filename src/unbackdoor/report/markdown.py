@@ -36,7 +36,7 @@ def _section(section: Section) -> list[str]:
 
 
 def _paragraphs(words: Iterable[str]) -> list[str]:
-    return [line for said in words for line in (_escaped(said), "")]
+    return [line for text in words for line in (_escaped(text), "")]
 
 
 def _cell(cell: Cell) -> str:

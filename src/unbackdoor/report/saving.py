@@ -17,7 +17,7 @@ from unbackdoor.engine.inference import predict
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError
 from unbackdoor.files import require_writable, write_json
-from unbackdoor.report.audit import SHOWN_IMAGES, SHOWN_TRIGGERS, Subject, audit_page
+from unbackdoor.report.audit import MAX_IMAGES, MAX_TRIGGERS, Subject, audit_page
 from unbackdoor.report.page import write_page
 from unbackdoor.report.sarif import sarif
 from unbackdoor.triggers import RecoveredTrigger
@@ -62,14 +62,14 @@ def save_report(
         page = audit_page(subject, purification=result)
     else:
         scanned = result if isinstance(result, Audit) else result.before
-        shown = scanned.triggers[:SHOWN_TRIGGERS]
-        few = _examples(first, shown, count=SHOWN_IMAGES)
-        answers = _answers_for(first, shown, few, Run.create(policy="fp32"))
+        triggers = scanned.triggers[:MAX_TRIGGERS]
+        examples = _examples(first, triggers, count=MAX_IMAGES)
+        answers = _answers_for(first, triggers, examples, Run.create(policy="fp32"))
         if isinstance(result, Audit):
-            page = audit_page(subject, audit=result, images=few, answers=answers)
-            _save_triggers(folder, result, shown)
+            page = audit_page(subject, audit=result, images=examples, answers=answers)
+            _save_triggers(folder, result, triggers)
         else:
-            page = audit_page(subject, verification=result, images=few, answers=answers)
+            page = audit_page(subject, verification=result, images=examples, answers=answers)
     write_json(folder / RECORD, record(result))
     write_page(folder / PAGE, page)
     return folder / PAGE
@@ -102,9 +102,9 @@ def _cases(result: Audit | Purification | Verification) -> tuple[Case, ...]:
     return cases if isinstance(cases, tuple) else (cases,)
 
 
-def _save_triggers(folder: Path, audit: Audit, shown: Sequence[RecoveredTrigger]) -> None:
+def _save_triggers(folder: Path, audit: Audit, triggers: Sequence[RecoveredTrigger]) -> None:
     facts = {"model_sha256": audit.facts["model_sha256"]}
-    write_triggers(folder, shown, facts, most=SHOWN_TRIGGERS)
+    write_triggers(folder, triggers, facts, most=MAX_TRIGGERS)
 
 
 def _subject(case: Case, title: str, command: str) -> Subject:
@@ -148,13 +148,14 @@ def _examples(case: Case, triggers: Sequence[RecoveredTrigger], *, count: int) -
 
 
 def _answers_for(
-    case: Case, triggers: Sequence[RecoveredTrigger], few: Images | None, run: Run
+    case: Case, triggers: Sequence[RecoveredTrigger], examples: Images | None, run: Run
 ) -> list[list[tuple[int, int]]]:
     """Return, for every trigger, what the model says to the images without and with it."""
-    if few is None:
+    if examples is None:
         return []
     model = case.model
-    plain = predict(model, few, run).argmax(1).tolist()
+    plain = predict(model, examples, run).argmax(1).tolist()
     return [
-        list(zip(plain, predict(model, t.stamp(few), run).argmax(1).tolist(), strict=True)) for t in triggers
+        list(zip(plain, predict(model, t.stamp(examples), run).argmax(1).tolist(), strict=True))
+        for t in triggers
     ]

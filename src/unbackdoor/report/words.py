@@ -16,7 +16,7 @@ def percent(value: float) -> str:
 
 
 def rate(measured: Rate) -> str:
-    """Return a measured share, or a dash where nothing was looked at."""
+    """Return a measured share, or a dash where no image was tested."""
     return percent(measured.value) if measured.total else NOTHING
 
 

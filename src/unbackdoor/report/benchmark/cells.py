@@ -62,10 +62,10 @@ def method(defense: str, selection: str = HONEST, *, older: bool = False, means:
         defense: Name with its preset.
         selection: How its strength was chosen.
         older: Measured by older code.
-        means: The row is of means, of which one of the current code stands beside it.
+        means: The row is of means, and the table also has one of the current code.
     """
     small = [OLDER_CODE] if older and means else []
-    small += [said] if (said := chosen(selection)) else []
+    small += [how] if (how := chosen(selection)) else []
     tone = "fair" if selection == ORACLE else ""
     return Cell(name(defense), "; ".join(small), tone=tone, older=older)
 
@@ -122,9 +122,9 @@ def time(seconds: float | None) -> Cell:
     return Cell(NOTHING if seconds is None else duration(seconds), key=seconds)
 
 
-def share(part: int, whole: int) -> Cell:
+def share(part: int, total: int) -> Cell:
     """Return how many of how many."""
-    return Cell(f"{part:,} of {whole:,}", key=part / whole) if whole else Cell(NOTHING)
+    return Cell(f"{part:,} of {total:,}", key=part / total) if total else Cell(NOTHING)
 
 
 def measured(hits: Rate) -> Cell:

@@ -32,21 +32,25 @@ def chart_section(settings: Mapping[Setting, Rows[Row]]) -> Section:
                 title = f"{setting}: {budget:,} clean images"
                 words = f"Accuracy against attack success after each defense, {title}; the numbers are above"
                 scatters.append((title, scatter(points, title=words, key=f"scatter{len(scatters)}")))
-        found = {m: [(b, means[who, b][0]) for b in budgets if (who, b) in means] for who, m in marks.items()}
-        found = {m: line for m, line in found.items() if line}
-        if found and len(budgets) > 1 and len(curves) < MOST_CHARTS:
+        curve_points = {
+            m: [(b, means[who, b][0]) for b in budgets if (who, b) in means] for who, m in marks.items()
+        }
+        curve_points = {m: line for m, line in curve_points.items() if line}
+        if curve_points and len(budgets) > 1 and len(curves) < MOST_CHARTS:
             words = f"Attack success against the number of clean images, {setting}; the numbers are above"
-            curves.append((str(setting), over_budgets(found, title=words, key=f"budgets{len(curves)}")))
-    said = (
+            curves.append(
+                (str(setting), over_budgets(curve_points, title=words, key=f"budgets{len(curves)}"))
+            )
+    caption = (
         f"Means over all attacks that took. Hollow marks {OLDER} were measured by older code; half-filled "
         "ones were chosen with the truth (oracle)."
     )
     if any(len(set(map(_who, rows.all))) > MOST for rows in settings.values()):
-        said += f" The {MOST} defenses with the best DER."
+        caption += f" The {MOST} defenses with the best DER."
     if max(len(scatters), len(curves)) == MOST_CHARTS:
-        said += f" At most {MOST_CHARTS} charts of a kind are drawn."
+        caption += f" At most {MOST_CHARTS} charts of a kind are drawn."
     title = "What is left of the attack, and what it cost"
-    return Section("charts", title, (said,), charts=(*scatters, *curves), only_html=True)
+    return Section("charts", title, (caption,), charts=(*scatters, *curves), only_html=True)
 
 
 def _means(rows: Rows[Row]) -> dict[tuple[Who, int], Pair]:

@@ -75,9 +75,9 @@ class Rows(Generic[R]):
         """Rows of older code."""
         return [row for row, older in self.pairs if older]
 
-    def where(self, wanted: Callable[[R], bool]) -> Rows[R]:
+    def where(self, predicate: Callable[[R], bool]) -> Rows[R]:
         """Return the rows of a kind."""
-        return Rows(tuple((row, older) for row, older in self.pairs if wanted(row)))
+        return Rows(tuple((row, older) for row, older in self.pairs if predicate(row)))
 
     def by(self, key: Callable[[R], K]) -> dict[K, Rows[R]]:
         """Return the rows in groups, in the order of their first rows."""
@@ -129,8 +129,8 @@ class Group:
 
     def mean(self, value: Callable[[Row], float | None], *, worst: str = "max") -> Mean:
         """Return the mean of a column over the rows that have it."""
-        found = (value(row) for row in self.fine())
-        return Mean.of([number for number in found if number is not None], worst=worst)
+        values = (value(row) for row in self.fine())
+        return Mean.of([number for number in values if number is not None], worst=worst)
 
 
 def attack_groups(rows: Iterable[Row]) -> dict[tuple[Any, ...], Group]:

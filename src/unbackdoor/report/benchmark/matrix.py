@@ -27,9 +27,9 @@ def asr_matrix(identifier: str, heading: str, caption: str, rows: Rows[Row]) -> 
             made.append((missing(line.key), *cells.absent(len(attacks) + len(_MEANS))))
             continue
         s, own = line.group, rows.older if line.older else rows.current
-        mine = [row for row in own if _key(row) == (s.defense, s.selection, s.clean_images)]
+        own_rows = [row for row in own if _key(row) == (s.defense, s.selection, s.clean_images)]
         first = cells.method(s.defense, s.selection, older=line.older, means=True)
-        made.append((first, *(_asr(mine, attack) for attack in attacks), *_means(s)))
+        made.append((first, *(_asr(own_rows, attack) for attack in attacks), *_means(s)))
     return cells.table(identifier, heading, caption, columns("defense", *attacks, *_MEANS), made)
 
 
@@ -62,8 +62,8 @@ def paired_table(
 
 def _paired_cells(s: Summary, rows: Sequence[Row], baseline: str, older: bool) -> tuple[Cell, ...]:
     other = {_cell(row): row.der for row in _took(rows) if defense_of(row) == baseline}
-    mine = [row for row in _took(rows) if _key(row) == (s.defense, s.selection, s.clean_images)]
-    pairs = [(row.der, other[_cell(row)]) for row in mine if other.get(_cell(row)) is not None]
+    own_rows = [row for row in _took(rows) if _key(row) == (s.defense, s.selection, s.clean_images)]
+    pairs = [(row.der, other[_cell(row)]) for row in own_rows if other.get(_cell(row)) is not None]
     first, second = ([pair[at] for pair in pairs if pair[at] is not None] for at in (0, 1))
     return (
         cells.method(s.defense, s.selection, older=older, means=True),
@@ -97,12 +97,12 @@ def _victim(row: Row) -> str:
 
 
 def _asr(rows: Sequence[Row], attack: str) -> Cell:
-    mine = [row for row in rows if _victim(row) == attack]
-    if not mine:
+    attack_rows = [row for row in rows if _victim(row) == attack]
+    if not attack_rows:
         return Cell(NOTHING)
-    text = ", ".join("failed" if row.asr is None else cells.percent(row.asr) for row in mine)
-    weak = any(WEAK in row.flags for row in mine)
-    return Cell(f"({text})" if weak else text, key=mine[0].asr, tone="fair" if weak else "")
+    text = ", ".join("failed" if row.asr is None else cells.percent(row.asr) for row in attack_rows)
+    weak = any(WEAK in row.flags for row in attack_rows)
+    return Cell(f"({text})" if weak else text, key=attack_rows[0].asr, tone="fair" if weak else "")
 
 
 def _means(s: Summary) -> tuple[Cell, ...]:

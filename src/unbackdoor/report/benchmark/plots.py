@@ -10,16 +10,16 @@ from typing import Any
 
 from markupsafe import Markup
 
-from unbackdoor.report.charts import SERIES, drawn
+from unbackdoor.report.charts import SERIES, svg_chart
 
-MOST = 24  # defenses in one chart; more cannot be told apart
+MOST = 24  # defenses in one chart; more cannot be distinguished
 # Seven shapes and six colours: 42 pairs before one comes again.
 _SHAPES = "osD^vPX"
 
 
 @dataclass(frozen=True)
 class Mark:
-    """How a defense is drawn, the same in every chart of a page.
+    """The marker of a defense, the same in every chart of a page.
 
     Attributes:
         name: In the legend.
@@ -57,7 +57,7 @@ def scatter(points: Mapping[Mark, tuple[float, float]], *, title: str, key: str)
         axes.set_xlabel("ASR after the repair: lower is better")
         axes.set_ylabel("ACC: higher is better")
 
-    return _drawn(draw, list(points), title, key)
+    return _percent_chart(draw, list(points), title, key)
 
 
 def over_budgets(lines: Mapping[Mark, Sequence[tuple[int, float]]], *, title: str, key: str) -> Markup:
@@ -85,7 +85,7 @@ def over_budgets(lines: Mapping[Mark, Sequence[tuple[int, float]]], *, title: st
         axes.set_xlabel("clean images of the defender, logarithmic")
         axes.set_ylabel("ASR after the repair")
 
-    return _drawn(draw, list(lines), title, key)
+    return _percent_chart(draw, list(lines), title, key)
 
 
 def style(mark: Mark) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def _percent_axis(axis: Any) -> None:
     axis.set_ticks(range(0, 101, 25), [f"{tick} %" for tick in range(0, 101, 25)])
 
 
-def _drawn(draw: Any, marks: Sequence[Mark], title: str, key: str) -> Markup:
+def _percent_chart(draw: Any, marks: Sequence[Mark], title: str, key: str) -> Markup:
     def with_percent(axes: Any) -> None:
         draw(axes)
         axes.yaxis.set_major_formatter(lambda value, place: f"{value:g} %")
@@ -118,6 +118,6 @@ def _drawn(draw: Any, marks: Sequence[Mark], title: str, key: str) -> Markup:
     with warnings.catch_warnings():
         # The texts stay texts: a letter that the measuring font lacks is the reader's font's to draw.
         warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
-        chart = drawn(with_percent, size=size, title=title, grid="both", legend=legend)
+        chart = svg_chart(with_percent, size=size, title=title, grid="both", legend=legend)
     svg = str(chart)  # a str, because Markup escapes what is put into it
     return Markup(re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{key}-", svg))

@@ -21,7 +21,7 @@ _COLUMNS = columns(
 
 
 @dataclass
-class _Found:
+class _Measured:
     asr: list[float] = field(default_factory=list)
     lost: list[float] = field(default_factory=list)
     clean: list[float] = field(default_factory=list)
@@ -50,8 +50,8 @@ def range_table(
             ``acc``, ``asr``, ``seconds``, or ``error``.
         methods: Names with their presets, in the order of the table.
     """
-    current = _found(repairs.current, published.current, methods)
-    older = _found(repairs.older, published.older, methods)
+    current = _measured_by_method(repairs.current, published.current, methods)
+    older = _measured_by_method(repairs.older, published.older, methods)
     made = []
     for line in lines(current, older):
         if line.group is None:
@@ -63,41 +63,41 @@ def range_table(
     return cells.table(identifier, "", caption, _COLUMNS, made)
 
 
-def _found(
+def _measured_by_method(
     repairs: Iterable[Row], published: Iterable[Mapping[str, Any]], methods: Sequence[str]
-) -> dict[str, _Found]:
-    found: dict[str, _Found] = {}
+) -> dict[str, _Measured]:
+    by_method: dict[str, _Measured] = {}
     for row in {row.key()[2:]: row for row in repairs}.values():
         if defense_of(row) not in methods or WEAK in row.flags:
             continue
-        mine, lost = found.setdefault(defense_of(row), _Found()), acc_lost(row)
-        mine.failed += row.error is not None
+        measured, lost = by_method.setdefault(defense_of(row), _Measured()), acc_lost(row)
+        measured.failed += row.error is not None
         if lost is None:
             continue
         if row.asr is not None:
-            mine.asr.append(row.asr)
-        (mine.clean if row.attack == "none" else mine.lost).append(lost)
-        mine.seconds += [] if row.seconds is None else [row.seconds]
+            measured.asr.append(row.asr)
+        (measured.clean if row.attack == "none" else measured.lost).append(lost)
+        measured.seconds += [] if row.seconds is None else [row.seconds]
     for record in published:
         if record["method"] not in methods:
             continue
-        mine = found.setdefault(record["method"], _Found())
-        mine.failed += "error" in record
+        measured = by_method.setdefault(record["method"], _Measured())
+        measured.failed += "error" in record
         if "error" not in record:
-            mine.published_asr.append(record["asr"])
-            mine.published_lost.append(record["acc_before"] - record["acc"])
-            mine.seconds.append(record["seconds"])
-    return {name: found[name] for name in methods if name in found}
+            measured.published_asr.append(record["asr"])
+            measured.published_lost.append(record["acc_before"] - record["acc"])
+            measured.seconds.append(record["seconds"])
+    return {name: by_method[name] for name in methods if name in by_method}
 
 
-def _cells(found: _Found) -> tuple[Cell, ...]:
+def _cells(measured: _Measured) -> tuple[Cell, ...]:
     return (
-        cells.number(len(found.asr)),
-        *map(_range, (found.asr, found.lost, found.clean)),
-        cells.number(len(found.published_asr)),
-        *map(_range, (found.published_asr, found.published_lost)),
-        cells.number(found.failed, tone="bad"),
-        _times(found.seconds),
+        cells.number(len(measured.asr)),
+        *map(_range, (measured.asr, measured.lost, measured.clean)),
+        cells.number(len(measured.published_asr)),
+        *map(_range, (measured.published_asr, measured.published_lost)),
+        cells.number(measured.failed, tone="bad"),
+        _times(measured.seconds),
     )
 
 

@@ -72,11 +72,11 @@ def screening_table(identifier: str, screened: Rows[Record]) -> Table:
 
 
 def _scores(scores: Mapping[str, float] | None) -> tuple[Cell, ...]:
-    found = scores or {}
+    values = scores or {}
     return (
-        cells.decimal(found.get("auroc")),
-        cells.decimal(found.get("average_precision")),
-        cells.one(found.get("tpr")),
+        cells.decimal(values.get("auroc")),
+        cells.decimal(values.get("average_precision")),
+        cells.one(values.get("tpr")),
     )
 
 
@@ -123,11 +123,11 @@ def crossed_table(
     names = list(dict.fromkeys(map(column, rows.all)))
     made = []
     for name in dict.fromkeys(map(row, rows.all)):
-        found: Sequence[tuple[Record, bool] | None] = [places.get((name, head)) for head in names]
+        entries: Sequence[tuple[Record, bool] | None] = [places.get((name, head)) for head in names]
         made.append(
             (
                 Cell(cells.name(name, cells.LONGEST_ERROR)),
-                *(Cell(cell(at[0]), older=at[1]) if at else Cell(NOTHING) for at in found),
+                *(Cell(cell(at[0]), older=at[1]) if at else Cell(NOTHING) for at in entries),
             )
         )
     return cells.table(identifier, heading, "", columns(corner, *names, text=1 + len(names)), made)

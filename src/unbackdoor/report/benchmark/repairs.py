@@ -59,7 +59,7 @@ def _summary_table(identifier: str, setting: Setting, budget: int, oracle: bool,
         heading += ", chosen with the truth (oracle)"
         caption = "Chosen with the truth, which no defender has: not to be ranked with the others."
     current, older = summaries(rows.current), summaries(rows.older)
-    most = {at: max((s.asr.n for s in found.values()), default=0) for at, found in
+    most = {at: max((s.asr.n for s in by_key.values()), default=0) for at, by_key in
             ((False, current), (True, older))}  # fmt: skip
     made = [
         _summary_cells(line, rows.older if line.older else rows.current, most[line.older])
@@ -77,7 +77,7 @@ def _summary_cells(line: Line[Key, Summary], rows: Sequence[Row], most: int) -> 
     s = line.group
     if s is None:
         return (missing(line.key), *cells.absent(len(_SUMMARY) - 1))
-    mine = [row for row in rows if (defense_of(row), row.selection) == (s.defense, s.selection)]
+    own_rows = [row for row in rows if (defense_of(row), row.selection) == (s.defense, s.selection)]
     fewer = s.asr.n < most
     return (
         cells.method(s.defense, s.selection, older=line.older, means=True),
@@ -87,7 +87,7 @@ def _summary_cells(line: Line[Key, Summary], rows: Sequence[Row], most: int) -> 
         cells.rate(s.acc_lost_clean, worst=True),
         cells.rate(s.ra, worst=True),
         cells.der(s.der),
-        cells.cost(s.seconds, mine),
+        cells.cost(s.seconds, own_rows),
         Cell(f"{s.asr.n:,}", f"of {most:,}" if fewer else "", s.asr.n, "fair" if fewer else ""),
         cells.number(s.failed, tone="bad"),
         cells.number(s.weak, tone="fair"),

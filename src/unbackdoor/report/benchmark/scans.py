@@ -54,7 +54,7 @@ def _scan_cells(line: Line[tuple[str, int], ScanSummary], rows: Sequence[ScanRow
     if s is None:
         key = None if line.key is None else (line.key[0], cells.HONEST, line.key[1])
         return (missing(key), *cells.absent(len(_SCANS) - 1))
-    mine = [row for row in rows if (_scanner(row), row.clean_images) == (s.scanner, s.clean_images)]
+    own_rows = [row for row in rows if (_scanner(row), row.clean_images) == (s.scanner, s.clean_images)]
     return (
         cells.method(s.scanner, older=line.older, means=True),
         cells.number(s.clean_images),
@@ -64,8 +64,8 @@ def _scan_cells(line: Line[tuple[str, int], ScanSummary], rows: Sequence[ScanRow
         cells.share(*s.target),
         cells.share(s.alarms, s.clean),
         cells.share(s.undecided_clean, s.clean),
-        _p_values(row for row in mine if row.attack != "none"),
-        _p_values(row for row in mine if row.attack == "none"),
+        _p_values(row for row in own_rows if row.attack != "none"),
+        _p_values(row for row in own_rows if row.attack == "none"),
         cells.cost(s.seconds),
         cells.number(s.failed, tone="bad"),
     )
@@ -97,7 +97,7 @@ def detection_tables(scans: Rows[ScanRow]) -> tuple[Table, Table]:
 
 
 def _by_scanner(scans: Sequence[ScanRow]) -> dict[str, Detection]:
-    return {found.scanner: found for found in detections(scans)}
+    return {detection.scanner: detection for detection in detections(scans)}
 
 
 def _first(line: Line[str, Detection]) -> tuple[Cell, ...]:
@@ -106,22 +106,25 @@ def _first(line: Line[str, Detection]) -> tuple[Cell, ...]:
     return (cells.method(line.group.scanner, older=line.older, means=True),)
 
 
-def _detected(found: Detection | None) -> tuple[Cell, ...]:
-    if found is None:
+def _detected(detection: Detection | None) -> tuple[Cell, ...]:
+    if detection is None:
         return cells.absent(len(_DETECTION) - 1)
     return (
-        cells.decimal(found.auroc),
-        cells.decimal(found.tpr),
-        *(cells.share(hits.hits, hits.total) for hits in (found.found, found.target, found.alarms)),
-        Cell(f"{interval(found.alarms)} %" if found.alarms.total else NOTHING),
-        cells.time(found.seconds),
+        cells.decimal(detection.auroc),
+        cells.decimal(detection.tpr),
+        *(
+            cells.share(hits.hits, hits.total)
+            for hits in (detection.found, detection.target, detection.alarms)
+        ),
+        Cell(f"{interval(detection.alarms)} %" if detection.alarms.total else NOTHING),
+        cells.time(detection.seconds),
     )
 
 
-def _roc(found: Detection | None) -> tuple[Cell, ...]:
-    if found is None:
+def _roc(detection: Detection | None) -> tuple[Cell, ...]:
+    if detection is None:
         return cells.absent(len(FPRS))
-    return tuple(map(cells.one, found.roc)) or tuple(Cell(NOTHING) for _ in FPRS)
+    return tuple(map(cells.one, detection.roc)) or tuple(Cell(NOTHING) for _ in FPRS)
 
 
 def detection_by_attack(identifier: str, scans: Rows[ScanRow]) -> Table:
@@ -134,9 +137,11 @@ def detection_by_attack(identifier: str, scans: Rows[ScanRow]) -> Table:
         if line.group is None:
             made.append((first, *cells.absent(1 + len(names))))
             continue
-        found = {detection.scanner: detection for detection in line.group}
+        by_scanner = {detection.scanner: detection for detection in line.group}
         count = max(detection.backdoored for detection in line.group)
-        shares = [cells.measured(found[name].found) if name in found else Cell(NOTHING) for name in names]
+        shares = [
+            cells.measured(by_scanner[name].found) if name in by_scanner else Cell(NOTHING) for name in names
+        ]
         made.append((first, cells.number(count), *shares))
     return cells.table(identifier, "", "", columns("attack", "networks", *names), made)
 
@@ -149,5 +154,5 @@ def _attack(line: Line[str, list[Detection]]) -> Cell:
 
 
 def _attacked(scans: Sequence[ScanRow]) -> Mapping[str, list[Detection]]:
-    found = by_attack(scans)
-    return {kind: group for kind, group in found.items() if any(d.backdoored for d in group)}
+    groups = by_attack(scans)
+    return {kind: group for kind, group in groups.items() if any(d.backdoored for d in group)}

@@ -89,13 +89,13 @@ def bench_report(
         raise InputError(
             "there are no rows to report", remedy="Run the suite first: unbackdoor bench run SUITE"
         )
-    repairs, looks = Rows.of(rows, is_current), Rows.of(scans, is_current)
+    repairs, scan_rows = Rows.of(rows, is_current), Rows.of(scans, is_current)
     settings = repairs.by(Setting.of)
     sections = [
         summary_section(settings),
         chart_section(settings),
         attack_section(settings),
-        scan_section(looks),
+        scan_section(scan_rows),
         *([published_section(settings, published)] if published else []),
         left_out_section(repairs),
         failed_section(repairs),
@@ -106,7 +106,7 @@ def bench_report(
     ]
     return Document(
         title="Benchmark " + name(", ".join(sorted({f"{row.suite}-v{row.version}" for row in rows}))),
-        lead=_lead(repairs, looks, settings),
+        lead=_lead(repairs, scan_rows, settings),
         sections=tuple(s for s in sections if s.tables or s.charts or s.terms or s.identifier == "conclude"),
         colophon=colophon,
     )
@@ -157,8 +157,8 @@ def age_of(*kinds: Rows[Row] | Rows[ScanRow]) -> list[str]:
 
 def _facts(rows: Sequence[Row]) -> tuple[tuple[str, str], ...]:
     def distinct(value: Callable[[Row], object]) -> str:
-        found = sorted({name(value(row)) for row in rows} - {""})
-        return ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+        values = sorted({name(value(row)) for row in rows} - {""})
+        return ", ".join(values[:8]) + (f" and {len(values) - 8} more" if len(values) > 8 else "")
 
     facts = (
         ("Suites", distinct(lambda row: f"{row.suite}-v{row.version}")),

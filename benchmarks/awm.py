@@ -258,7 +258,7 @@ class Comparison:
         images = clean.fit if config.tolerance < 1 else clean.all
         draws = self.run.generator("views", "all")
         self.fit = enlarged(images, config.enlarge_to, clean.augmentation, draws)
-        self.steps = len(awm.drawn(self.fit, config, self.run.generator("count")))
+        self.steps = len(awm.step_rows(self.fit, config, self.run.generator("count")))
         self.tests = test_loaders(setting, [0.0] * 3, [1.0] * 3, arguments.num_workers)
 
     def ours(self) -> None:

@@ -20,7 +20,7 @@ from unbackdoor.defenses.awm import method as awm
 from unbackdoor.defenses.awm.weight_masks import WeightMasks, maskable_weights
 from unbackdoor.defenses.ims.gates import gate_sites
 from unbackdoor.defenses.ims.invertible_gates import InvertibleGates
-from unbackdoor.defenses.ims.method import REFERENCE, Game, IMSConfig
+from unbackdoor.defenses.ims.method import REFERENCE, AlternatingOptimisation, IMSConfig
 from unbackdoor.defenses.ims.prediction_overlap import agree, disagree
 from unbackdoor.engine.inference import frozen
 from unbackdoor.engine.latent_shift import latent_shifts, shifted_loss
@@ -59,7 +59,7 @@ def test_what_is_stored_is_small_and_its_script_is_there(name: str) -> None:
 def test_awm_searches_and_masks_as_the_released_code_does(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, images, model = opened("awm")
     cfg = DEFENSES["awm"].configure(preset="reference")
-    monkeypatch.setattr(awm, "drawn", lambda *_: list(tensors["steps"]))
+    monkeypatch.setattr(awm, "step_rows", lambda *_: list(tensors["steps"]))
     sites = maskable_weights(model, linear=False)
     masks = WeightMasks(model, sites, lr=cfg.lr, eps=cfg.adam_eps, sparsity=cfg.sparsity)
     draws = torch.Generator()
@@ -134,9 +134,11 @@ def test_rnp_prunes_as_the_released_code_does() -> None:
 # IMS
 
 
-def game(model: Classifier, images: Images) -> Game:
+def game(model: Classifier, images: Images) -> AlternatingOptimisation:
     """The game of the reference preset, with the five steps and the mask step of what is stored."""
-    return Game(model, images, IMSConfig(**{**REFERENCE, "steps": 5, "budget": 0.005, "lr": 0.1}), RUN)
+    return AlternatingOptimisation(
+        model, images, IMSConfig(**{**REFERENCE, "steps": 5, "budget": 0.005, "lr": 0.1}), RUN
+    )
 
 
 def test_ims_losses_are_those_of_the_released_code() -> None:

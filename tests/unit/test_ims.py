@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tiny import ARCHITECTURES, tiny_classifier, tiny_data
 from unbackdoor.defenses.ims.gates import gate_sites
 from unbackdoor.defenses.ims.invertible_gates import InvertibleGates
-from unbackdoor.defenses.ims.method import REFERENCE, Game, IMSConfig, purify
+from unbackdoor.defenses.ims.method import REFERENCE, AlternatingOptimisation, IMSConfig, purify
 from unbackdoor.defenses.ims.perturbations import Perturbations
 from unbackdoor.engine.inference import frozen
 from unbackdoor.engine.rng import seeded
@@ -78,7 +78,7 @@ def test_it_starts_at_the_model_and_ends_as_it_was_gated(kind: str) -> None:
     model = tiny_classifier(kind)
     before = model.sha256()
     with frozen(model):
-        game = Game(model, data().all, config(lr=0.3), RUN)
+        game = AlternatingOptimisation(model, data().all, config(lr=0.3), RUN)
         gates = game.gates
         for inverse in (False, True):
             start = gates.network(gates.values(inverse=inverse))(PIXELS)
@@ -98,7 +98,7 @@ def test_it_starts_at_the_model_and_ends_as_it_was_gated(kind: str) -> None:
 
 def test_at_the_start_only_the_inverse_moves_and_only_the_selection() -> None:
     model = tiny_classifier("conv-bn")
-    game = Game(model, data().all, config(), RUN)
+    game = AlternatingOptimisation(model, data().all, config(), RUN)
     terms, _ = game.losses(torch.arange(20), perturbed=False)
     gradients = torch.autograd.grad(sum(terms.values(), torch.zeros(())), [game.gates.a, game.gates.s])
     assert gradients[0].abs().max() == 0
@@ -207,7 +207,7 @@ def test_the_lean_game_goes_where_the_literal_one_goes_in_half_the_passes(kind: 
     lean, literal_side = (counting(tiny_classifier(kind)) for _ in range(2))
     cfg = config(**{**REFERENCE, "steps": steps, "budget": 0.001 * steps})
     with frozen(lean[0]):
-        game = Game(lean[0], images, cfg, RUN)
+        game = AlternatingOptimisation(lean[0], images, cfg, RUN)
         lean[1].images = 0
         game.stage("selecting", rounds[0], 10.0, perturbed=False)
         game.stage("masking", rounds[1], 0.0)
@@ -237,7 +237,7 @@ def test_presets_are_what_they_say() -> None:
 
 def test_patience_ends_a_stage() -> None:
     model = tiny_classifier("conv-bn")
-    game = Game(model, data().all, config(patience=2, lr=1e-6), RUN)
+    game = AlternatingOptimisation(model, data().all, config(patience=2, lr=1e-6), RUN)
     assert game.stage("selecting", 50, 10.0, perturbed=False)["rounds"] == 4  # one that counts and three
 
 
@@ -276,21 +276,23 @@ def test_the_budget_follows_the_flip_rate_within_its_limits() -> None:
     sizes = []
     for flipped in (0.0, 0.4, 0.8, 1.0):
         deltas.budget = 0.02
-        deltas.adapt(flipped, wanted=0.8, smallest=0.004, largest=0.25)
+        deltas.adapt(flipped, target_rate=0.8, smallest=0.004, largest=0.25)
         sizes.append(deltas.budget)
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[2] == pytest.approx(0.02)
     for flipped, end in ((0.0, 0.25), (1.0, 0.004)):
         for _ in range(200):
-            deltas.adapt(flipped, wanted=0.8, smallest=0.004, largest=0.25)
+            deltas.adapt(flipped, target_rate=0.8, smallest=0.004, largest=0.25)
         assert deltas.budget == pytest.approx(end)
 
 
 def test_a_network_that_nothing_flips_gets_a_larger_budget() -> None:
     model = tiny_classifier("conv-bn")
     options = {"start_rounds": 0, "free_rounds": 12, "sparse_rounds": 0, "steps": 3}
-    fixed = Game(model, data().all, config(**options, flip_rate=0.0), RUN).stage("masking", 12, 0.0)
-    moved = Game(model, data().all, config(**options), RUN).stage("masking", 12, 0.0)
+    fixed = AlternatingOptimisation(model, data().all, config(**options, flip_rate=0.0), RUN).stage(
+        "masking", 12, 0.0
+    )
+    moved = AlternatingOptimisation(model, data().all, config(**options), RUN).stage("masking", 12, 0.0)
     assert max(fixed["flip_rates"]) == 0
     assert fixed["budgets"] == [0.02] * 12
     assert moved["budgets"][-1] > 0.08
@@ -301,7 +303,7 @@ def test_a_network_that_nothing_flips_gets_a_larger_budget() -> None:
 def test_the_hidden_budget_of_the_reference_is_reported() -> None:
     model = tiny_classifier("conv-bn")
     cfg = config(**{**REFERENCE, "free_rounds": 1})
-    last = Game(model, data().all, cfg, RUN).stage("masking", 1, 0.0)["last"][0]
+    last = AlternatingOptimisation(model, data().all, cfg, RUN).stage("masking", 1, 0.0)["last"][0]
     assert 0.005 < last["largest_delta"] < 0.0215
 
 
@@ -377,10 +379,10 @@ def test_a_network_of_one_class_or_without_channels_is_refused() -> None:
 def test_the_weight_of_the_clean_task_follows_the_agreement() -> None:
     model = tiny_classifier("conv-bn")
     options = {"start_rounds": 0, "free_rounds": 30, "sparse_rounds": 0, "steps": 2, "lr": 0.2}
-    game = Game(model, data().all, config(**options), RUN)
+    game = AlternatingOptimisation(model, data().all, config(**options), RUN)
     row = game.stage("masking", 30, 0.0)["last"][0]
     assert 0 <= row["agreement"] <= 1
-    assert 1 <= game.keep <= 100
-    fixed = Game(model, data().all, config(**options, agreement=0.0), RUN)
+    assert 1 <= game.clean_weight <= 100
+    fixed = AlternatingOptimisation(model, data().all, config(**options, agreement=0.0), RUN)
     fixed.stage("masking", 30, 0.0)
-    assert fixed.keep == 1
+    assert fixed.clean_weight == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tiny import tiny_classifier, tiny_data
-from unbackdoor.defenses.awm.mask_strength import LEVELS, either_half, softened, strongest_within
+from unbackdoor.defenses.awm.mask_strength import LEVELS, softened, strongest_within, two_fold_splits
 from unbackdoor.defenses.awm.weight_masks import maskable_weights
 from unbackdoor.engine.inference import accuracy
 from unbackdoor.engine.run import Run
@@ -22,7 +22,7 @@ def test_softened_runs_from_ones_to_the_masks() -> None:
 
 def test_either_half_judges_the_other_and_every_image_counts_once() -> None:
     images = tiny_data(9)
-    (one, other), (third, fourth) = either_half(images, torch.Generator().manual_seed(0))
+    (one, other), (third, fourth) = two_fold_splits(images, torch.Generator().manual_seed(0))
     assert (len(one), len(other)) == (5, 4)
     assert torch.equal(one.pixels, fourth.pixels)
     assert torch.equal(other.pixels, third.pixels)

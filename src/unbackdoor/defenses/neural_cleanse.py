@@ -76,20 +76,20 @@ class NeuralCleanseConfig(TriggerSearchConfig):
 def purify(model: Classifier, data: CleanData, cfg: NeuralCleanseConfig, *, run: Run) -> Purified:
     """Recover a trigger and unlearn it, round by round."""
     if cfg.target >= model.classes:
-        known = f"target: expected 0..{model.classes - 1}, got {cfg.target}"
-        raise ConfigError("the defense 'neural_cleanse'", [known])
+        problem = f"target: expected 0..{model.classes - 1}, got {cfg.target}"
+        raise ConfigError("the defense 'neural_cleanse'", [problem])
     target, rounds = cfg.target, []
     for number in range(cfg.rounds):
         easiest, trigger, size = _easiest(model, data.fit, cfg, run, number, target)
         if number and easiest != target:
             break  # another class is as easy now, as in any clean network
         target = trigger.label
-        told: dict[str, Any] = {"size": size, "success": _share(model, trigger, data.select, run)}
-        rounds.append(told)
-        mended = _taught(model, trigger, data, cfg, run, number, told)
-        if mended is None:
+        record: dict[str, Any] = {"size": size, "success": _success_rate(model, trigger, data.select, run)}
+        rounds.append(record)
+        repaired = _unlearned(model, trigger, data, cfg, run, number, record)
+        if repaired is None:
             break
-        model = mended
+        model = repaired
     return Purified(model, {"target": target, "form": cfg.form, "rounds": rounds})
 
 
@@ -97,54 +97,54 @@ def _easiest(
     model: Classifier, images: Images, cfg: NeuralCleanseConfig, run: Run, number: int, target: int
 ) -> tuple[int, RecoveredTrigger, float]:
     """Return the class that is reached first, and the trigger of the one to repair with its size."""
-    # A class that was asked for is waited for, however late it comes.
+    # A class that the user requested is waited for, however late it is reached.
     enough = None if cfg.target >= 0 and not number else 1
-    found = search_triggers(model, images, cfg, run, form=cfg.form, enough=enough, restart=number)
-    if not bool(torch.isfinite(found.sizes).any()):
+    search = search_triggers(model, images, cfg, run, form=cfg.form, enough=enough, restart=number)
+    if not bool(torch.isfinite(search.sizes).any()):
         raise MethodFailed("no change of the allowed sizes sends the images to any class")
-    easiest = int(found.sizes.argmin())
+    easiest = int(search.sizes.argmin())
     repaired = easiest if target < 0 else target
-    return easiest, found.triggers[repaired], float(found.trigger_sizes[repaired])
+    return easiest, search.triggers[repaired], float(search.trigger_sizes[repaired])
 
 
-def _share(model: Classifier, trigger: RecoveredTrigger, images: Images, run: Run) -> float | None:
+def _success_rate(model: Classifier, trigger: RecoveredTrigger, images: Images, run: Run) -> float | None:
     rate = success(model, trigger, images, run)
     return rate.value if rate.total else None
 
 
-def _taught(
+def _unlearned(
     model: Classifier,
     trigger: RecoveredTrigger,
     data: CleanData,
     cfg: NeuralCleanseConfig,
     run: Run,
     number: int,
-    told: dict[str, Any],
+    record: dict[str, Any],
 ) -> Classifier | None:
-    """Return the network of the mildest rate that unlearns the change, or of the last that holds accuracy."""
+    """Return the network of the mildest rate that unlearns the change, or of the last within tolerance."""
     before = accuracy(model, data.select, run)
-    told["held_out"], told["trace"] = before, []
+    record["held_out"], record["trace"] = before, []
     best = None
     for rate in RATES:
         recipe = Recipe(
             epochs=cfg.epochs, lr=cfg.train_lr * rate, batch_size=cfg.batch_size, schedule="cosine"
         )
         step: dict[str, Any] = {"lr": recipe.lr}
-        told["trace"].append(step)
+        record["trace"].append(step)
         try:
             out, control = (_tuned(model, trigger, data, recipe, run, number, on) for on in (True, False))
         except MethodFailed as error:  # it diverged; a larger rate would as well
             step["failed"] = error.problem
             break
-        kept, unstamped = (accuracy(one, data.select, run) for one in (out, control))
-        left = _share(out, trigger, data.select, run)
-        step |= {"held_out": kept, "control": unstamped, "success": left}
-        # A rate that destroys the network without the change too excuses nothing.
-        excused = max(min(before, unstamped), before - TOLERANCE)
-        if kept < excused - cfg.tolerance - 1e-6:  # the last term is for rounding
+        held_out, control_accuracy = (accuracy(one, data.select, run) for one in (out, control))
+        remaining = _success_rate(out, trigger, data.select, run)
+        step |= {"held_out": held_out, "control": control_accuracy, "success": remaining}
+        # A rate that also destroys the network without the change is no excuse.
+        reference_accuracy = max(min(before, control_accuracy), before - TOLERANCE)
+        if held_out < reference_accuracy - cfg.tolerance - 1e-6:  # the last term is for rounding
             continue  # a mild rate leaves the network half way; a larger one may bring the accuracy back
         best = out
-        if left is None or left <= GONE:
+        if remaining is None or remaining <= GONE:
             break
     return best
 
@@ -158,9 +158,9 @@ def _tuned(
     number: int,
     stamped: bool,
 ) -> Classifier:
-    out, lesson = model.copy(), _with_twins(data.fit, trigger, stamped)
+    out, training_images = model.copy(), _with_twins(data.fit, trigger, stamped)
     label = f"unlearning {number + 1}" + ("" if stamped else ", control")
-    train(out, lesson, recipe, run, augmentation=data.augmentation, label=label, batch_norm="frozen")
+    train(out, training_images, recipe, run, augmentation=data.augmentation, label=label, batch_norm="frozen")
     return out
 
 

@@ -16,7 +16,7 @@ Departs: the stop is checked every step, and a step that falls below the stop ba
          network will. Which channels one run finds depends on the order of a few dozen steps; preset
          ``ensemble`` averages the scores of five runs, none of which is chosen by its success. Preset
          ``robust`` prunes while the held-out predictions stay as they were, whether right or wrong: accuracy
-         on a hundred images cannot tell two points of it.
+         on a hundred images is too coarse to show a loss of two points.
 Cost:    runs x (unlearning steps + recover epochs x N / batch) x (1 forward + 1 backward), plus the sweep.
 """
 
@@ -117,24 +117,24 @@ class RNPConfig(Config):
 def purify(model: Classifier, data: CleanData, cfg: RNPConfig, *, run: Run) -> Purified:
     """Unlearn, recover channel masks, prune the original network."""
     sites = prunable_sites(model)
-    scores, told = averaged_scores(model, sites, data, cfg, run)
+    scores, score_evidence = averaged_scores(model, sites, data, cfg, run)
     levels = [0.0, *(float(level) for level in np.arange(cfg.step, cfg.highest + 1e-9, cfg.step))]
-    held = data
+    selection_data = data
     if cfg.criterion == "agreement":
-        held = replace(data, select=labelled_by_model(model, data.select, run))
+        selection_data = replace(data, select=labelled_by_model(model, data.select, run))
     elif cfg.criterion == "kept":
-        held = replace(data, select=correctly_classified(model, data.select, run))
+        selection_data = replace(data, select=correctly_classified(model, data.select, run))
     choice = harshest_within(
         model,
         levels,
         lambda level: fold(model, sites, keep_above(scores, level)),
-        held,
+        selection_data,
         run,
         tolerance=cfg.tolerance,
     )
     cut = keep_above(scores, choice.level) if choice.level is not None else {}
     evidence: dict[str, Any] = {
-        **told,
+        **score_evidence,
         "choice": choice.evidence(),
         "channels": sum(site.shape[0] for site in sites),
         "cut": removed(cut),
@@ -148,7 +148,7 @@ def averaged_scores(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Unlearn and recover once or several times.
 
-    A run whose unlearning fails is left out and told; the first one draws as a single run would.
+    A run whose unlearning fails is left out and reported. The first run draws as a single run would.
 
     Returns:
         The mean score of every channel in [0, 1] by site; and the evidence of the first run that succeeded,
@@ -157,13 +157,13 @@ def averaged_scores(
     Raises:
         MethodFailed: If every unlearning fails; the first failure.
     """
-    found: list[dict[str, Tensor]] = []
-    told: list[dict[str, Any]] = []
+    run_scores: list[dict[str, Tensor]] = []
+    run_evidence: list[dict[str, Any]] = []
     failures: list[MethodFailed] = []
     for r in range(cfg.runs):
         own = run if r == 0 else replace(run, seed=rng.derive_seed(run.seed, "rnp run", r))
         try:
-            forgotten = unlearn(
+            unlearned = unlearn(
                 model,
                 data.fit,
                 own,
@@ -182,7 +182,7 @@ def averaged_scores(
             failures.append(error)
             continue
         scores, recovered = recover(
-            forgotten.model,
+            unlearned.model,
             sites,
             data,
             own,
@@ -193,12 +193,12 @@ def averaged_scores(
             averaged=cfg.averaged,
             batch_norm=cfg.batch_norm,
         )
-        found.append(scores)
-        told.append({"unlearning": forgotten.evidence(), "recovery": recovered})
-    if not found:
+        run_scores.append(scores)
+        run_evidence.append({"unlearning": unlearned.evidence(), "recovery": recovered})
+    if not run_scores:
         raise failures[0]
-    evidence = dict(told[0])
+    evidence = dict(run_evidence[0])
     if cfg.runs > 1:
-        evidence["runs"] = {"averaged": len(found), "failed": [str(error) for error in failures]}
-    mean = {name: torch.stack([one[name] for one in found]).mean(0) for name in found[0]}
-    return (mean if len(found) > 1 else found[0]), evidence
+        evidence["runs"] = {"averaged": len(run_scores), "failed": [str(error) for error in failures]}
+    mean = {name: torch.stack([one[name] for one in run_scores]).mean(0) for name in run_scores[0]}
+    return (mean if len(run_scores) > 1 else run_scores[0]), evidence

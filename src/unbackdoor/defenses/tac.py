@@ -116,15 +116,15 @@ def purify(model: Classifier, data: CleanData, cfg: TACConfig, *, run: Run) -> P
     latent = latent_shifts(model, data.all, run, quantile=cfg.quantile, head=cfg.head or None)
     outlier = smallest_outlier(latent.norms, rule=cfg.rule, level=cfg.level)
     target = outlier.index if cfg.target < 0 else cfg.target
-    evidence = _said(latent, outlier, target)
+    evidence = _detection_evidence(latent, outlier, target)
     if cfg.target < 0 and not outlier.positions and cfg.when_undecided == "leave":
         return Purified(model, {**evidence, "repaired": False})
     if cfg.train == "backbone" and not {*model.parameters()} - {*latent.head.module.parameters()}:
         raise UnsupportedModel("no layer but the head can learn", where=latent.head.name)
     if not torch.isfinite(latent.norms[target]):
         raise MethodFailed("no shift of the features reaches the class", where=f"class {target}")
-    out, told = (_search if cfg.search else _once)(model, latent, target, data, cfg, run)
-    return Purified(out, {**evidence, **told})
+    out, repair_evidence = (_search if cfg.search else _once)(model, latent, target, data, cfg, run)
+    return Purified(out, {**evidence, **repair_evidence})
 
 
 def _once(
@@ -204,7 +204,7 @@ def _tuned(
     return out, list(trained.losses)
 
 
-def _said(latent: Latent, outlier: Outlier, target: int) -> dict[str, Any]:
+def _detection_evidence(latent: Latent, outlier: Outlier, target: int) -> dict[str, Any]:
     return {
         "target": target,
         "verdict": outlier.verdict,

@@ -78,10 +78,10 @@ class UnlearnedPruneConfig(UnlearningConfig):
 def purify(model: Classifier, data: CleanData, cfg: UnlearnedPruneConfig, *, run: Run) -> Purified:
     """Unlearn, score the channels, prune the original network in that order."""
     sites = prunable_sites(model)
-    forgotten = unlearn_with(model, data.fit, cfg, run, augmentation=data.augmentation)
-    scores = suspicion(model, forgotten.model, sites, data, cfg, run)
+    unlearned = unlearn_with(model, data.fit, cfg, run, augmentation=data.augmentation)
+    scores = suspicion(model, unlearned.model, sites, data, cfg, run)
     out = pruned(model, sites, scores, data, cfg, run)
-    return replace(out, evidence={"unlearning": forgotten.evidence(), **out.evidence})
+    return replace(out, evidence={"unlearning": unlearned.evidence(), **out.evidence})
 
 
 def pruned(
@@ -115,7 +115,7 @@ def pruned(
 
 def suspicion(
     model: Classifier,
-    forgotten: Classifier,
+    unlearned: Classifier,
     sites: list[Site],
     data: CleanData,
     cfg: UnlearnedPruneConfig,
@@ -123,13 +123,13 @@ def suspicion(
 ) -> Scores:
     """Return the score (O,) of every channel by site, high for what is to be cut first."""
     if cfg.score == "change":
-        return standardised(weight_changes(model, forgotten, sites))
+        return standardised(weight_changes(model, unlearned, sites))
     if cfg.score == "lipschitz":
-        return standardised(lipschitz_bounds(forgotten, sites))
+        return standardised(lipschitz_bounds(unlearned, sites))
     if cfg.score == "activation":
-        return standardised({n: -a for n, a in mean_activations(forgotten, sites, data.fit, run).items()})
+        return standardised({n: -a for n, a in mean_activations(unlearned, sites, data.fit, run).items()})
     masks, _ = recover(
-        forgotten,
+        unlearned,
         sites,
         data,
         run,

@@ -23,12 +23,12 @@ from unbackdoor.types import Classifier, CleanData, Images
 
 LEVELS = tuple(i / 10 for i in range(1, 11))
 Masks = Mapping[str, Tensor]
-# Learns masks on images for so many rounds at most, held out images ending them: masks, record of each round.
+# (images, label, held-out images that end the rounds, rounds at most) -> masks, record of each round.
 Learn = Callable[[Images, str, Images | None, int], tuple[Masks, list[dict[str, Any]]]]
 
 
 @dataclass(frozen=True)
-class Strength:
+class MaskStrength:
     """The chosen strength and how it was chosen.
 
     Attributes:
@@ -46,12 +46,12 @@ class Strength:
         return {"level": self.level, "base_accuracy": self.base, "trace": [list(step) for step in self.trace]}
 
 
-def either_half(images: Images, generator: torch.Generator) -> list[tuple[Images, Images]]:
+def two_fold_splits(images: Images, generator: torch.Generator) -> list[tuple[Images, Images]]:
     """Return two ways to learn on one half of the images and to judge on the other.
 
-    For a defender who can hold nothing out. A class that is missing from one half suffers there, so that the
-    judgement errs on the side of mild masks; views of images that were learned on err on the other, and
-    were found to stay at 100 % while the network lost a third of its accuracy.
+    For a defender who can hold nothing out. A class that is missing from one half loses accuracy there, so
+    that the judgement errs towards mild masks. Views of images that were learned on err towards strong masks:
+    they stayed at 100 % while the network lost a third of its accuracy.
     """
     order = torch.randperm(len(images), generator=generator)
     one, other = (images.subset(rows) for rows in order.tensor_split(2))
@@ -65,7 +65,7 @@ def strongest_within(
     run: Run,
     *,
     tolerance: float,
-) -> Strength:
+) -> MaskStrength:
     """Return the last strength before the accuracy first falls more than ``tolerance`` below the start.
 
     Args:
@@ -77,19 +77,19 @@ def strongest_within(
     """
 
     def share(networks: Sequence[Classifier]) -> float:
-        counts = [len(held) for _, held in trials]
-        rates = [accuracy(net, held, run) for net, (_, held) in zip(networks, trials, strict=True)]
+        counts = [len(images) for _, images in trials]
+        rates = [accuracy(net, images, run) for net, (_, images) in zip(networks, trials, strict=True)]
         return sum(n * rate for n, rate in zip(counts, rates, strict=True)) / sum(counts)
 
     base = share([model] * len(trials))
     best, trace = 0.0, []
     for level in LEVELS:
-        reached = share([fold(model, sites, softened(values, level)) for values, _ in trials])
-        trace.append((level, reached))
-        if reached < base - tolerance - 1e-6:  # the last term is for rounding
+        share_kept = share([fold(model, sites, softened(values, level)) for values, _ in trials])
+        trace.append((level, share_kept))
+        if share_kept < base - tolerance - 1e-6:  # the last term is for rounding
             break
         best = level
-    return Strength(best, base, tuple(trace))
+    return MaskStrength(best, base, tuple(trace))
 
 
 def softened(values: Mapping[str, Tensor], level: float) -> dict[str, Tensor]:
@@ -97,35 +97,35 @@ def softened(values: Mapping[str, Tensor], level: float) -> dict[str, Tensor]:
     return {name: 1 - level * (1 - mask) for name, mask in values.items()}
 
 
-class LastGood:
-    """Ends a game of rounds when too many held-out predictions have changed; the round before counts.
+class EarlyStopping:
+    """Ends the rounds when too many held-out predictions have changed; the masks of the round before count.
 
     Args:
         network: The network as it is masked now.
-        held: Images labelled as the model sees them; None never ends it.
+        held_out: Images labelled as the model classifies them; None never ends the rounds.
         run: Device and precision.
         tolerance: Share of the labels that may be missed, in 0..1.
 
     Attributes:
-        values: Masks of the last round that was good, or of the first.
-        stopped: True once a round was not.
+        values: Masks of the last round within the tolerance, or of the first.
+        stopped: True once a round was beyond the tolerance.
     """
 
-    def __init__(self, network: nn.Module, held: Images | None, run: Run, tolerance: float) -> None:
-        self._network, self._held, self._run = network, held, run
+    def __init__(self, network: nn.Module, held_out: Images | None, run: Run, tolerance: float) -> None:
+        self._network, self._held_out, self._run = network, held_out, run
         self._lowest = 1 - tolerance - 1e-6  # the last term is for rounding
         self.values: list[Tensor] = []
         self.stopped = False
 
-    def look(self, values: Sequence[Tensor]) -> dict[str, Any]:
-        """Judge a finished round by its masks; return the record of it."""
-        told: dict[str, Any] = {}
-        if self._held is not None:
-            told["held_out"] = accuracy(self._network, self._held, self._run)
-            self.stopped = told["held_out"] < self._lowest
+    def end_round(self, values: Sequence[Tensor]) -> dict[str, Any]:
+        """Measure a finished round with its masks; return the record of it."""
+        record: dict[str, Any] = {}
+        if self._held_out is not None:
+            record["held_out"] = accuracy(self._network, self._held_out, self._run)
+            self.stopped = record["held_out"] < self._lowest
         if not self.values or not self.stopped:
             self.values = [value.detach().clone() for value in values]
-        return {**told, "stopped": self.stopped}
+        return {**record, "stopped": self.stopped}
 
 
 def learned_within(
@@ -138,11 +138,11 @@ def learned_within(
     rounds: int,
     views: int,
     tolerance: float,
-) -> tuple[dict[str, Tensor], list[dict[str, Any]], Strength]:
+) -> tuple[dict[str, Tensor], list[dict[str, Any]], MaskStrength]:
     """Learn masks for as many rounds, and let them act as strongly, as held-out predictions allow.
 
-    Where nothing can be held out, one half of the images judges what was learned on the other: how many
-    rounds the worse half allows, all images are learned for, and both halves choose the strength.
+    Where nothing can be held out, each half of the images judges what was learned on the other. The masks are
+    then learned on all images, for as many rounds as the worse half allows; both halves choose the strength.
 
     Args:
         model: The unmasked classifier.
@@ -151,24 +151,24 @@ def learned_within(
         learn: See :data:`Learn`.
         run: Seed, device and precision.
         rounds: Rounds at most.
-        views: Fewer held-out images than that are judged in so many augmented views.
+        views: Fewer held-out images than this are enlarged to this many augmented views.
         tolerance: Share of the predictions that may change, in 0..1.
     """
 
-    def unseen(images: Images, label: str) -> Images:
-        shown = enlarged(images, views, data.augmentation, run.generator("held", label))
-        return labelled_by_model(model, shown, run)
+    def judging_images(images: Images, label: str) -> Images:
+        enlarged_images = enlarged(images, views, data.augmentation, run.generator("held", label))
+        return labelled_by_model(model, enlarged_images, run)
 
     if data.select_is_fit:
-        halves = either_half(data.fit, run.generator("halves"))
-        judges = [unseen(held, f"half {i}") for i, (_, held) in enumerate(halves)]
-        tried = [learn(half, f"half {i}", judges[i], rounds) for i, (half, _) in enumerate(halves)]
-        trials = [(found[0], held) for found, held in zip(tried, judges, strict=True)]
-        kept = min(sum(not record["stopped"] for record in found[1]) for found in tried)
-        values, trace = learn(data.fit, "all", None, max(1, kept))
+        halves = two_fold_splits(data.fit, run.generator("halves"))
+        judges = [judging_images(held_out, f"half {i}") for i, (_, held_out) in enumerate(halves)]
+        results = [learn(half, f"half {i}", judges[i], rounds) for i, (half, _) in enumerate(halves)]
+        trials = [(result[0], held_out) for result, held_out in zip(results, judges, strict=True)]
+        allowed_rounds = min(sum(not record["stopped"] for record in result[1]) for result in results)
+        values, trace = learn(data.fit, "all", None, max(1, allowed_rounds))
     else:
-        held = unseen(data.select, "all")
-        values, trace = learn(data.fit, "all", held, rounds)
-        trials = [(values, held)]
+        held_out = judging_images(data.select, "all")
+        values, trace = learn(data.fit, "all", held_out, rounds)
+        trials = [(values, held_out)]
     strength = strongest_within(model, sites, trials, run, tolerance=tolerance)
     return softened(values, strength.level), trace, strength

@@ -32,8 +32,13 @@ from torch import Tensor
 
 from unbackdoor.data.batches import resident, to_float
 from unbackdoor.defenses.awm.few_images import enlarged, shuffled, with_replacement
-from unbackdoor.defenses.awm.mask_strength import LastGood, learned_within
-from unbackdoor.defenses.awm.universal_perturbation import FOUND, Universal, nothing_found, search
+from unbackdoor.defenses.awm.mask_strength import EarlyStopping, learned_within
+from unbackdoor.defenses.awm.universal_perturbation import (
+    MIN_FOOLING_RATE,
+    Universal,
+    no_perturbation_error,
+    search,
+)
 from unbackdoor.defenses.awm.weight_masks import WeightMasks, maskable_weights
 from unbackdoor.engine.inference import labelled_by_model, logits_of
 from unbackdoor.engine.masks import Site, fold
@@ -116,9 +121,9 @@ def purify(model: Classifier, data: CleanData, cfg: AWMConfig, *, run: Run) -> P
     """Alternate between a universal perturbation and soft weight masks; return the masked weights."""
     sites = maskable_weights(model, linear=cfg.include_linear)
 
-    def learn(images: Images, label: str, held: Images | None, rounds: int) -> Learned:
+    def learn(images: Images, label: str, held_out: Images | None, rounds: int) -> Learned:
         views = enlarged(images, cfg.enlarge_to, data.augmentation, run.generator("views", label))
-        return masked(model, sites, resident(views, run.device), cfg, run, label, held, rounds)
+        return masked(model, sites, resident(views, run.device), cfg, run, label, held_out, rounds)
 
     evidence: dict[str, Any] = {}
     if cfg.tolerance < 1:
@@ -144,36 +149,36 @@ def masked(
     cfg: AWMConfig,
     run: Run,
     label: str,
-    held: Images | None,
+    held_out: Images | None,
     rounds: int,
 ) -> Learned:
-    """Learn masks on images until held-out ones end it; return them by site, and a record of each round.
+    """Learn masks on images until held-out ones end the rounds; return them by site, and each round's record.
 
-    What a backdoor does not survive happens in the first rounds; later ones fit the few images.
+    What removes a backdoor happens in the first rounds; later ones fit the few images.
 
     Raises:
         MethodFailed: If no search moves a label, or a loss is not finite.
     """
     tau = cfg.tau * math.prod(model.input_shape) / UNIT
     masks = WeightMasks(model, sites, lr=cfg.lr, eps=cfg.adam_eps, sparsity=cfg.sparsity)
-    good = LastGood(masks.network, held, run, cfg.tolerance)
+    early_stopping = EarlyStopping(masks.network, held_out, run, cfg.tolerance)
     trace: list[dict[str, Any]] = []
     for number in run.progress(range(1, rounds + 1), "AWM"):
         draws = run.generator("round", label, number)
         delta, record = attack(masks.network, fit, tau, cfg, run, draws)
         # A margin does not vanish, so what the first round does not find the later ones do not either.
-        if number == 1 and cfg.attack == "margin" and record["fooling"] < FOUND:
-            raise nothing_found(record["fooling"], record["norm"], tau)
+        if number == 1 and cfg.attack == "margin" and record["fooling"] < MIN_FOOLING_RATE:
+            raise no_perturbation_error(record["fooling"], record["norm"], tau)
         record |= mask(masks, fit, delta, cfg, run, draws)
         if not math.isfinite(record["clean_loss"] + record["robust_loss"]):
             raise MethodFailed("the loss is not finite", where=f"round {number}", remedy="Lower lr")
         masks.decay(cfg.lr_decay)
-        trace.append({"images": len(fit), "tau": tau, **record, **good.look(masks.values)})
-        if good.stopped:
+        trace.append({"images": len(fit), "tau": tau, **record, **early_stopping.end_round(masks.values)})
+        if early_stopping.stopped:
             break
-    if max(record["fooling"] for record in trace) < FOUND:
-        raise nothing_found(trace[-1]["fooling"], trace[-1]["norm"], tau)
-    return dict(zip([site.name for site in sites], good.values, strict=True)), trace
+    if max(record["fooling"] for record in trace) < MIN_FOOLING_RATE:
+        raise no_perturbation_error(trace[-1]["fooling"], trace[-1]["norm"], tau)
+    return dict(zip([site.name for site in sites], early_stopping.values, strict=True)), trace
 
 
 def attack(
@@ -183,11 +188,15 @@ def attack(
     own = resident(labelled_by_model(network, fit, run), run.device)  # once: the masks rest in this phase
     images = own if cfg.search_labels == "model" else fit
     delta = search(
-        *(network, images, drawn(fit, cfg, draws), run, draws),
+        *(network, images, step_rows(fit, cfg, draws), run, draws),
         tau=tau, objective=cfg.attack, lr=cfg.attack_lr, targets=network.classes if cfg.targeted else 1,
     )  # fmt: skip
     norm, fooling = delta.norm, delta.fooling(network, own, run, draws)
-    return delta, {"norm": norm, "fooling": fooling, "stalled": fooling < FOUND and norm < tau / 100}
+    return delta, {
+        "norm": norm,
+        "fooling": fooling,
+        "stalled": fooling < MIN_FOOLING_RATE and norm < tau / 100,
+    }
 
 
 def mask(
@@ -195,7 +204,7 @@ def mask(
 ) -> dict[str, Any]:
     """Let the masks learn to classify the images with and without the perturbation."""
     totals = torch.zeros(2, device=run.device)
-    steps = drawn(fit, cfg, draws)
+    steps = step_rows(fit, cfg, draws)
     with masks.learning():
         for rows in steps:
             labels = fit.truth[rows]
@@ -212,7 +221,7 @@ def mask(
     return record | {"mask_mean": mean, "mask_min": min(float(m.min()) for m in masks.values)}
 
 
-def drawn(fit: Images, cfg: AWMConfig, generator: torch.Generator) -> list[Tensor]:
+def step_rows(fit: Images, cfg: AWMConfig, generator: torch.Generator) -> list[Tensor]:
     """Return the rows of each step of one phase."""
     draw = shuffled if cfg.sampling == "shuffled" else with_replacement
     return draw(len(fit), cfg.batch_size, cfg.passes, generator)

@@ -21,7 +21,7 @@ from unbackdoor.errors import MethodFailed
 from unbackdoor.types import Images
 
 TRAVEL = 2.5  # radii that all steps of a margin search add up to, as in Madry et al. 2018
-FOUND = 0.01  # share of the images that a perturbation moves at the least, if it is one
+MIN_FOOLING_RATE = 0.01  # least share of the images that a perturbation must move
 Objective = Literal["margin", "cross-entropy"]
 
 
@@ -53,7 +53,7 @@ class Universal:
         return (labels + shift.to(labels.device)) % len(self.values)
 
     def applied(self, pixels: Tensor, aims: Tensor, *, clamp: bool = True) -> Tensor:
-        """Return perturbed pixels (B, C, H, W), in [0, 1] unless told otherwise."""
+        """Return perturbed pixels (B, C, H, W), in [0, 1] if ``clamp``."""
         moved = pixels + self.values[aims]
         return moved.clamp(0, 1) if clamp else moved
 
@@ -71,11 +71,11 @@ class Universal:
         return moved / len(images)
 
 
-def nothing_found(fooling: float, norm: float, tau: float) -> MethodFailed:
-    """Return the error of a method that lives on the search, with what the search reached."""
+def no_perturbation_error(fooling: float, norm: float, tau: float) -> MethodFailed:
+    """Return the error of a search that moved no label, with the rate and norm that it reached."""
     return MethodFailed(
         "the search found no perturbation that moves a label",
-        expected=f"a fooling rate of {FOUND:g} within an L1 norm of {tau:.4g}",
+        expected=f"a fooling rate of {MIN_FOOLING_RATE:g} within an L1 norm of {tau:.4g}",
         got=f"a fooling rate of {fooling:.3f} at a norm of {norm:.3g}",
         remedy="Check that the output of the model depends on its input, or raise tau",
     )
@@ -97,7 +97,7 @@ def search(
 
     Args:
         network: Frozen, and in evaluation mode.
-        images: On the run's device; their labels are what is to be left.
+        images: On the run's device; the perturbation must move them away from their labels.
         batches: Rows of the images for each step.
         run: Device and precision.
         generator: Draws the targets.
@@ -134,7 +134,7 @@ def search(
 
 
 def _gain(logits: Tensor, classes: Tensor, margin: bool) -> Tensor:
-    """Return by how much the given classes (B,) are lost: best other logit less theirs, or cross-entropy."""
+    """Return how far the classes (B,) are left: best other logit minus theirs, or the cross-entropy."""
     if not margin:
         return F.cross_entropy(logits, classes)
     own = logits.gather(1, classes[:, None])  # (B, 1)

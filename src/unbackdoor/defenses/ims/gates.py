@@ -77,11 +77,11 @@ def gate_sites(model: Classifier, *, position: Position = "norm", squeeze_excite
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """One call of a module: the first tensor that it was given and the first that it returned."""
+    """One call of a module: the first tensor that it received and the first that it returned."""
 
     name: str
     module: nn.Module
-    given: Tensor
+    received: Tensor
     returned: Tensor
 
 
@@ -101,9 +101,9 @@ def _recording(model: nn.Module, calls: list[_Call]) -> Iterator[None]:
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, returned: Any) -> None:
-            given, out = _first((*args, *kwargs.values())), _first(returned)
-            if given is not None and out is not None:
-                calls.append(_Call(name, module, given, out))
+            received, out = _first((*args, *kwargs.values())), _first(returned)
+            if received is not None and out is not None:
+                calls.append(_Call(name, module, received, out))
 
         return hook
 
@@ -152,9 +152,9 @@ def _private_norms(model: Classifier, calls: Sequence[_Call]) -> dict[str, str]:
     """Map each convolution that only one affine batch norm reads to that batch norm."""
     makers = {id(call.returned): call.name for call in calls if isinstance(call.module, nn.Conv2d)}
     pairs = {
-        makers[id(call.given)]: call.name
+        makers[id(call.received)]: call.name
         for call in calls
-        if id(call.given) in makers and isinstance(call.module, nn.BatchNorm2d) and _stores(call.module)
+        if id(call.received) in makers and isinstance(call.module, nn.BatchNorm2d) and _stores(call.module)
     }
     pixels = torch.rand(2, *model.input_shape, generator=rng.generator(0, "gate probe"))
     pixels = pixels.to(model.mean.device)
@@ -190,10 +190,10 @@ def _squeeze_excite(model: Classifier, calls: Sequence[_Call]) -> set[str]:
     """Return the 1x1 convolutions of modules that pool whatever they are given before they convolve.
 
     Found by running such a module alone on a map of 5 x 5: in a small image the last maps are single pixels
-    anyway, so that the sizes of one pass tell nothing.
+    anyway, so that the sizes of one pass show nothing.
     """
-    channels = {call.name: call.given.shape[1] for call in calls if call.given.dim() == 4}
-    found: set[str] = set()
+    channels = {call.name: call.received.shape[1] for call in calls if call.received.dim() == 4}
+    convolutions: set[str] = set()
     for name, module in model.named_modules():
         convs = [inner for inner in module.modules() if isinstance(inner, nn.Conv2d)]
         if isinstance(module, nn.Conv2d) or name not in channels or not convs:
@@ -209,9 +209,9 @@ def _squeeze_excite(model: Classifier, calls: Sequence[_Call]) -> set[str]:
             except (RuntimeError, TypeError, ValueError):
                 continue  # it takes more than a map, so it is no such module
         inside = [call for call in inner_calls if isinstance(call.module, nn.Conv2d)]
-        if inside and all(call.given.shape[-2:] == (1, 1) for call in inside):
-            found.update(f"{name}.{call.name}" for call in inside)
-    return found
+        if inside and all(call.received.shape[-2:] == (1, 1) for call in inside):
+            convolutions.update(f"{name}.{call.name}" for call in inside)
+    return convolutions
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -221,11 +221,11 @@ def _squeeze_excite(model: Classifier, calls: Sequence[_Call]) -> set[str]:
 def _stream_sites(calls: Sequence[_Call]) -> list[Site]:
     blocks = _blocks(calls)
     for block, following in itertools.pairwise(blocks):
-        if following.given is not block.returned:
+        if following.received is not block.returned:
             raise UnsupportedModel(
                 "the transformer blocks do not follow each other on one residual stream",
                 expected=f"the output of {block.name}, as it is",
-                got=f"something made of it, {tuple(following.given.shape)}",
+                got=f"something made of it, {tuple(following.received.shape)}",
                 where=following.name,
             )
     sites = []
@@ -254,17 +254,17 @@ def _blocks(calls: Sequence[_Call]) -> list[_Call]:
     candidates = [
         call
         for call in calls
-        if call.given.dim() == 3
-        and call.given.shape == call.returned.shape
+        if call.received.dim() == 3
+        and call.received.shape == call.returned.shape
         and any(isinstance(m, nn.Linear) for m in call.module.modules())
-        and any(_is_norm(m, call.given.shape[-1]) for m in call.module.children())
+        and any(_is_norm(m, call.received.shape[-1]) for m in call.module.children())
     ]
     candidates = [c for c in candidates if _entry(c, calls)] or candidates
     return [c for c in candidates if not any(o.name.startswith(f"{c.name}.") for o in candidates)]
 
 
 def _entry(block: _Call, calls: Sequence[_Call]) -> bool:
-    return any(norm.given is block.given for norm in _norms_of(block, calls))
+    return any(norm.received is block.received for norm in _norms_of(block, calls))
 
 
 def _is_norm(module: nn.Module, width: int) -> bool:
@@ -277,7 +277,7 @@ def _norms_of(block: _Call, calls: Sequence[_Call]) -> list[_Call]:
         call
         for call in calls
         if call.name.rpartition(".")[0] == block.name
-        and _is_norm(call.module, block.given.shape[-1])
+        and _is_norm(call.module, block.received.shape[-1])
         and call.module.weight is not None
     ]
 

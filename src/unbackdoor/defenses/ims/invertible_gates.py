@@ -45,8 +45,8 @@ class InvertibleGates:
 
     def values(self, *, inverse: bool = False) -> Tensor:
         """Return the gates (G,) of the forward network, or of the inverse one."""
-        kept = torch.sigmoid(self.sharpness * ((0.5 - self.a) if inverse else (self.a - 0.5)))
-        values: Tensor = kept + self.s * (1 - kept)
+        mask = torch.sigmoid(self.sharpness * ((0.5 - self.a) if inverse else (self.a - 0.5)))
+        values: Tensor = mask + self.s * (1 - mask)
         return values
 
     def mean_values(self, *, inverse: bool = False) -> Tensor:

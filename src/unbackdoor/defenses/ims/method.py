@@ -1,6 +1,6 @@
 """Invertible masking using selection: a mask that keeps the clean task, and whose inverse keeps the rest.
 
-A channel is shared, or belongs to the repaired network, or to its inverse (engine/invertible.py). The inverse
+A channel is shared, or belongs to the repaired network, or to its inverse (invertible_gates.py). The inverse
 shall fail the clean task and follow perturbations; the repaired network shall ignore them.
 
 Paper:   Dunnett, Arablouei, Miller, Dedeoglu & Jurdak, NeurIPS 2025, arXiv 2509.15497.
@@ -103,24 +103,24 @@ def purify(model: Classifier, data: CleanData, cfg: IMSConfig, *, run: Run) -> P
     if model.classes < 2:
         raise UnsupportedModel("predictions cannot disagree", expected="2 classes or more", got=model.classes)
     with mode(model, training=False), frozen(model):
-        game = Game(model, resident(data.all, run.device), cfg, run)
+        optimisation = AlternatingOptimisation(model, resident(data.all, run.device), cfg, run)
         stages = [
-            game.stage("selecting", cfg.start_rounds, cfg.sparsity, perturbed=False),
-            game.stage("masking", cfg.free_rounds, 0.0),
-            game.stage("sparsifying", cfg.sparse_rounds, cfg.sparsity),
+            optimisation.stage("selecting", cfg.start_rounds, cfg.sparsity, perturbed=False),
+            optimisation.stage("masking", cfg.free_rounds, 0.0),
+            optimisation.stage("sparsifying", cfg.sparse_rounds, cfg.sparsity),
         ]
-        evidence = {"stages": stages, **game.evidence()}
-    return Purified(game.gates.folded(), evidence)
+        evidence = {"stages": stages, **optimisation.evidence()}
+    return Purified(optimisation.gates.folded(), evidence)
 
 
-class Game:
-    """The gates and the perturbations of one model, which move in turn."""
+class AlternatingOptimisation:
+    """The gates and the perturbations of one model, which are optimised in turn."""
 
     def __init__(self, model: Classifier, images: Images, cfg: IMSConfig, run: Run) -> None:
         self.model, self.images, self.cfg, self.run = model, images, cfg, run
         sites = gate_sites(model, position=cfg.gates, squeeze_excite=cfg.squeeze_excite)
         self.gates = InvertibleGates(model, sites, cfg.sharpness)
-        self.keep = 1.0  # weight of the clean term; raised where too few predictions are kept
+        self.clean_weight = 1.0  # weight of the clean term; raised where too few predictions are kept
         self.base = F.log_softmax(require_several_classes(predict(model, images, run)), dim=1).to(
             run.device
         )  # (N, K)
@@ -153,13 +153,13 @@ class Game:
                 raise MethodFailed("a loss is not a finite number", got=rows[-1], where=where)
             if cfg.agreement:
                 growth = math.exp(cfg.agreement - rows[-1]["agreement"])
-                self.keep = min(max(self.keep * growth, 1.0), HEAVIEST)
+                self.clean_weight = min(max(self.clean_weight * growth, 1.0), HEAVIEST)
             if perturbed:
                 rows[-1]["budget"] = self.deltas.budget
                 if cfg.flip_rate:
                     largest = max(cfg.largest_budget, cfg.budget)
                     self.deltas.adapt(
-                        rows[-1]["flip_rate"], wanted=cfg.flip_rate, smallest=cfg.budget, largest=largest
+                        rows[-1]["flip_rate"], target_rate=cfg.flip_rate, smallest=cfg.budget, largest=largest
                     )
             stale += 1
             if rows[-1]["total"] < 0.98 * best:
@@ -176,17 +176,24 @@ class Game:
         x = to_float(self.images.pixels[rows], self.run.device)  # (B, C, H, W)
         delta = self.perturb(rows, x, base) if perturbed else None
         both = x if delta is None else torch.cat([x, x + delta])  # (2 B, C, H, W): both in one pass
-        kept, *restored = self.log_probs(gates.network(gates.values()), both).split(len(x))
-        lost, *followed = self.log_probs(gates.network(gates.values(inverse=True)), both).split(len(x))
-        terms = {"keep clean": self.keep * agree(kept, base), "inverse: lose clean": disagree(lost, base)}
-        agreed = (kept.detach().argmax(1) == base.argmax(1)).float().mean()
+        repaired_clean, *repaired_perturbed = self.log_probs(gates.network(gates.values()), both).split(
+            len(x)
+        )
+        inverse_clean, *inverse_perturbed = self.log_probs(
+            gates.network(gates.values(inverse=True)), both
+        ).split(len(x))
+        terms = {
+            "keep clean": self.clean_weight * agree(repaired_clean, base),
+            "inverse: lose clean": disagree(inverse_clean, base),
+        }
+        agreed = (repaired_clean.detach().argmax(1) == base.argmax(1)).float().mean()
         if delta is None:
             return terms, {"agreement": agreed}
         with torch.no_grad():
             moved = self.log_probs(self.model, both[len(x) :])  # (B, K)
-        terms["restore perturbed"] = agree(restored[0], base)
-        terms["inverse: follow perturbed"] = agree(followed[0], moved)
-        terms["inverse: leave clean answer"] = disagree(followed[0], base)
+        terms["restore perturbed"] = agree(repaired_perturbed[0], base)
+        terms["inverse: follow perturbed"] = agree(inverse_perturbed[0], moved)
+        terms["inverse: leave clean answer"] = disagree(inverse_perturbed[0], base)
         flipped = (moved.argmax(1) != base.argmax(1)).float().mean()
         facts = {"agreement": agreed, "flip_rate": flipped, "largest_delta": delta.abs().max()}
         return terms, facts
@@ -215,7 +222,7 @@ class Game:
         out = {
             **gates.evidence(),
             "budget": self.deltas.budget,
-            "clean_weight": self.keep,
+            "clean_weight": self.clean_weight,
             "agreement": float((repaired == answers).float().mean()),
             "inverse_agreement": float((inverse == answers).float().mean()),
         }

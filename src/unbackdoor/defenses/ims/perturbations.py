@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-GAIN = 0.2  # rate of the adaptation: where nothing flips and 0.8 is wanted, the budget grows by 17 %
+GAIN = 0.2  # rate of the adaptation: where nothing flips and the target is 0.8, the budget grows by 17 %
 
 
 class Perturbations:
@@ -70,15 +70,15 @@ class Perturbations:
             self._bank[rows] = delta.detach()
         return delta.detach()
 
-    def adapt(self, flipped: float, *, wanted: float, smallest: float, largest: float) -> None:
+    def adapt(self, flipped: float, *, target_rate: float, smallest: float, largest: float) -> None:
         """Raise the budget where too few predictions flipped, lower it where too many did.
 
         Args:
             flipped: Share of predictions that the latest perturbations changed.
-            wanted: Share that is aimed at.
+            target_rate: Share that is aimed at.
             smallest: Limit of the budget from below: perturbations that are as faint as adversarial noise
                 find that noise and nothing that was planted.
             largest: Limit of the budget.
         """
-        moved = self.budget * math.exp(GAIN * (wanted - flipped))
+        moved = self.budget * math.exp(GAIN * (target_rate - flipped))
         self.budget = min(max(moved, smallest), largest)

@@ -1,4 +1,4 @@
-"""Scanners look and never touch: model, images or training set in, findings out."""
+"""Scanners examine and change nothing: model, images or training set in, findings out."""
 
 from unbackdoor.registry import load_all
 

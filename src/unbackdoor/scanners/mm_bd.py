@@ -2,13 +2,13 @@
 
 Training with a backdoor teaches the network that one small thing alone decides for the target class. The
 logit of that class then can be driven farther above all others than that of any other class, by inputs that
-need not look like anything. So no image is needed. Whether the largest of the K margins is too large is told
-by the others: a gamma law is fitted to them, and the whole rule is repeated on numbers drawn from it.
+need not look like anything. So no image is needed. The other margins decide whether the largest of the K
+is too large: a gamma law is fitted to them, and the whole rule is repeated on numbers drawn from it.
 
 Paper:   Wang, Xiang, Miller & Kesidis, "MM-BD", S&P 2024, arXiv 2205.06900.
 Needs:   nothing but the model.
 Departs: the paper takes the p-value from the fitted law as if the law were known; here the fit is part of
-         what is simulated, because with ten classes it is far from known. Steps are those of Adam, fewer
+         what is simulated, because ten classes determine it poorly. Steps are those of Adam, fewer
          starts, and a class ends when its margin has settled.
 Cost:    at most steps x classes x starts x (1 forward + 1 backward).
 """
@@ -31,7 +31,7 @@ from unbackdoor.registry import Config, option, scanner
 from unbackdoor.types import Classifier, CleanData, Finding, ScanReport
 
 _GROUP = 1 << 26  # numbers in the inputs of the classes that are sought together; bounds memory
-_LOOK = 10  # steps between two looks at whether a margin has settled
+_CHECK_EVERY = 10  # steps between two checks whether a margin has settled
 
 
 class MMBDConfig(Config):
@@ -62,7 +62,7 @@ class MMBDConfig(Config):
 )
 def scan(model: Classifier, data: CleanData, cfg: MMBDConfig, *, run: Run) -> ScanReport:
     """Maximise the margin of every class over inputs, and test the largest one."""
-    margins, shown = maximum_margins(model, cfg, run)
+    margins, best_input = maximum_margins(model, cfg, run)
     k = int(margins.argmax())
     p_value = None
     if model.classes >= FEWEST:
@@ -78,14 +78,14 @@ def scan(model: Classifier, data: CleanData, cfg: MMBDConfig, *, run: Run) -> Sc
         p_value=p_value,
         classes=(k,),
         per_class=tuple(margins.tolist()),
-        artefacts={"input": shown},
+        artefacts={"input": best_input},
     )
     if p_value is None:
         skipped = {"outlier test": f"fewer than {FEWEST} classes; the margins are reported"}
         return ScanReport("undecided", (finding,), skipped=skipped, coverage=("maximum margins",))
-    found = p_value <= cfg.level
+    significant = p_value <= cfg.level
     return ScanReport(
-        "backdoor found" if found else "no evidence found",
+        "backdoor found" if significant else "no evidence found",
         (finding,),
         coverage=("maximum margins", "outlier test"),
     )
@@ -99,13 +99,13 @@ def maximum_margins(model: Classifier, cfg: MMBDConfig, run: Run) -> tuple[Tenso
     """
     size = max(1, _GROUP // (cfg.starts * math.prod(model.input_shape)))
     margins: list[Tensor] = []
-    shown, highest = torch.zeros(model.input_shape), -math.inf
+    best_input, highest = torch.zeros(model.input_shape), -math.inf
     for group in torch.arange(model.classes).split(size):
         best, inputs = _maximum_margins(model, group.tolist(), cfg, run)
         if float(best.max()) > highest:
-            highest, shown = float(best.max()), inputs[best.argmax()]
+            highest, best_input = float(best.max()), inputs[best.argmax()]
         margins.append(best)
-    return torch.cat(margins), shown
+    return torch.cat(margins), best_input
 
 
 def _maximum_margins(
@@ -120,10 +120,10 @@ def _maximum_margins(
     best = torch.full((len(labels),), -torch.inf)
     inputs = x[:, 0].cpu().clone()  # (G, C, H, W)
     before, active = best.clone(), torch.arange(len(labels))
-    wanted = torch.tensor(labels)
+    targets = torch.tensor(labels)
     with frozen(model), mode(model, training=False):
         for step in run.progress(range(1, cfg.steps + 1), "maximum margins"):
-            margins, gradient = _ascend(model, x, active, wanted, run)  # (A, S), (A, S, C, H, W)
+            margins, gradient = _ascend(model, x, active, targets, run)  # (A, S), (A, S, C, H, W)
             if not bool(torch.isfinite(margins).all()):
                 raise MethodFailed("the search for a margin met a logit that is not finite")
             top, start = margins.max(1)  # (A,)
@@ -133,7 +133,7 @@ def _maximum_margins(
             inputs[rows] = x[rows.to(x.device), start[better].to(x.device)].cpu()
             optimizer.step(active, -gradient)
             x.clamp_(0, 1)
-            if step % _LOOK == 0:
+            if step % _CHECK_EVERY == 0:
                 grown = best - before
                 done = grown[active] <= cfg.settled * best[active].abs()
                 before = best.clone()
@@ -150,9 +150,9 @@ def _ascend(model: Classifier, x: Tensor, active: Tensor, labels: Tensor, run: R
     for part in active.split(max(1, images_per_pass(model.input_shape) // starts)):
         own = x[part.to(x.device)].requires_grad_()  # (G, S, C, H, W)
         logits = logits_of(model, own.flatten(0, 1), run).unflatten(0, (len(part), starts))  # (G, S, K)
-        wanted = labels[part].to(logits.device)[:, None, None].expand(-1, starts, 1)  # (G, S, 1)
-        rest = logits.scatter(2, wanted, -torch.inf).amax(2)  # (G, S)
-        margin = logits.gather(2, wanted)[:, :, 0] - rest
+        targets = labels[part].to(logits.device)[:, None, None].expand(-1, starts, 1)  # (G, S, 1)
+        rest = logits.scatter(2, targets, -torch.inf).amax(2)  # (G, S)
+        margin = logits.gather(2, targets)[:, :, 0] - rest
         (gradient,) = torch.autograd.grad(margin.sum(), own)
         margins.append(margin.detach().cpu())
         gradients.append(gradient)

@@ -131,7 +131,7 @@ def scan(model: Classifier, data: CleanData, cfg: NeuralCleanseConfig, *, run: R
     best = findings[0]
     suspect = best.classes[0]
     smallest = min(searches, key=lambda s: float(s.trigger_sizes[suspect]))
-    findings.append(_tried(model, data, smallest, suspect, run))
+    findings.append(_recovered_trigger(model, data, smallest, suspect, run))
     if data.select_is_fit:
         skipped["held-out success"] = (
             "too few images to hold any out; the trigger was tried on those it was made with"
@@ -151,12 +151,12 @@ def _parts(images: Images, cfg: NeuralCleanseConfig, run: Run) -> list[Images]:
     return [images.subset(rows) for rows in order.tensor_split(cfg.restarts)]
 
 
-def _tests(found: TriggerSearch, enough: int, level: float) -> tuple[Outliers, Outliers]:
-    losses = torch.where(found.compared, found.losses.double().clamp_min(1e-12).log(), torch.inf)
+def _tests(search: TriggerSearch, enough: int, level: float) -> tuple[Outliers, Outliers]:
+    losses = torch.where(search.compared, search.losses.double().clamp_min(1e-12).log(), torch.inf)
     # Beyond those waited for, the order is not sure: a class given up early might have passed another.
     limit = losses.sort().values[enough - 1]
     losses = torch.where(losses <= limit, losses, torch.inf)
-    return smallest_few(losses, level=level), smallest_few(found.sizes.log(), level=level)
+    return smallest_few(losses, level=level), smallest_few(search.sizes.log(), level=level)
 
 
 def _settled(tests: Sequence[tuple[Outliers, Outliers]], majority: int, spare: int, limit: float) -> bool:
@@ -191,9 +191,9 @@ def _finding(
     if middle.p_value is not None:
         factor = _TESTS * cfg.restarts / majority
         # Without a class in common the searches found another one each time.
-        told = middle.p_value if common or factor * middle.p_value > cfg.level else 1.0
-        p_value = min(1.0, factor * told) if len(ranked) == majority else 1.0
-    left = max(int((~torch.isfinite(s.sizes)).sum()) for s in searches)
+        uncorrected = middle.p_value if common or factor * middle.p_value > cfg.level else 1.0
+        p_value = min(1.0, factor * uncorrected) if len(ranked) == majority else 1.0
+    unreached = max(int((~torch.isfinite(s.sizes)).sum()) for s in searches)
     return Finding(
         statistic=f"{name} ({cfg.form})",
         value=middle.statistic,
@@ -201,16 +201,18 @@ def _finding(
         threshold=math.nan if middle.critical is None else middle.critical,
         threshold_source=f"normal numbers, simulated; {_TESTS} tests share level {cfg.level:g}; "
         f"{majority} of {cfg.restarts} searches must agree, {len(tests)} were made; "
-        f"{left} of {len(values)} classes given up at size {searches[0].limit:.3g}",
+        f"{unreached} of {len(values)} classes given up at size {searches[0].limit:.3g}",
         p_value=p_value,
         classes=classes,
         per_class=tuple(values.tolist()),
     )
 
 
-def _tried(model: Classifier, data: CleanData, found: TriggerSearch, label: int, run: Run) -> Finding:
+def _recovered_trigger(
+    model: Classifier, data: CleanData, search: TriggerSearch, label: int, run: Run
+) -> Finding:
     """Return how the recovered trigger does on images that it was not made with."""
-    trigger, size = found.triggers[label], float(found.trigger_sizes[label])
+    trigger, size = search.triggers[label], float(search.trigger_sizes[label])
     rate = success(model, trigger, data.select, run)
     return Finding(
         statistic=RECOVERED,

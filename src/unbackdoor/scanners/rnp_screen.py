@@ -53,11 +53,11 @@ class ScreenConfig(ExposureConfig):
 
 @dataclass(frozen=True)
 class Screening:
-    """What screening says of images.
+    """The result of screening: scores and p-values of images.
 
     Attributes:
         scores: (N,) high for suspicious.
-        p_values: (N,) share of the defender's clean images with so high a score, himself counted; none is
+        p_values: (N,) share of the defender's clean images with so high a score, itself counted; none is
             below 1 / (held-out clean images + 1).
         predicted: (N,) class that the model gives.
         voted: Class that the unlearned networks fall to.
@@ -110,18 +110,20 @@ def screen_inputs(
     exposure = exposure if exposure is not None else expose(model, data, cfg, run)
     networks, voted = exposure.half_unlearned(), exposure.leader()
     scores, predicted = _scores(model, networks, voted, inputs, cfg, run)
-    known, known_predicted = _scores(model, networks, voted, data.select, cfg, run)
+    clean_scores, clean_predicted = _scores(model, networks, voted, data.select, cfg, run)
     if cfg.centred:
         means = torch.stack(
             [
-                known[known_predicted == k].mean() if bool((known_predicted == k).any()) else known.mean()
+                clean_scores[clean_predicted == k].mean()
+                if bool((clean_predicted == k).any())
+                else clean_scores.mean()
                 for k in range(model.classes)
             ]
         )  # (K,)
-        scores, known = scores - means[predicted], known - means[known_predicted]
+        scores, clean_scores = scores - means[predicted], clean_scores - means[clean_predicted]
     # Of the sorted clean scores, those at or above each score.
-    above = len(known) - torch.searchsorted(known.sort().values, scores)  # (N,)
-    p_values = (1 + above) / (len(known) + 1)
+    above = len(clean_scores) - torch.searchsorted(clean_scores.sort().values, scores)  # (N,)
+    p_values = (1 + above) / (len(clean_scores) + 1)
     return Screening(scores, p_values, predicted, voted, p_values <= cfg.alpha)
 
 
@@ -132,12 +134,12 @@ def _scores(
     with mode(model, training=False):
         own = F.log_softmax(predict(model, images, run), 1)  # (N, K)
     predicted = own.argmax(1)
-    asked = torch.full_like(predicted, voted) if cfg.score == "voted" else predicted
+    scored_class = torch.full_like(predicted, voted) if cfg.score == "voted" else predicted
     total = torch.zeros(len(images))
     for network in networks:
         with mode(network, training=False):
             after = F.log_softmax(predict(network, images, run), 1)
-        total += after.gather(1, asked[:, None])[:, 0]
+        total += after.gather(1, scored_class[:, None])[:, 0]
     scores = total / len(networks)
     if cfg.score == "lost":
         scores = scores - own.gather(1, predicted[:, None])[:, 0]

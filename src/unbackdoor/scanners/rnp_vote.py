@@ -71,17 +71,17 @@ def scan(model: Classifier, data: CleanData, cfg: RNPVoteConfig, *, run: Run) ->
         return report
     try:
         target = exposure.leader() if cfg.target < 0 else cfg.target
-        shown = invert_exposed(model, data, exposure, target, InversionConfig(), run)
+        exposed = invert_exposed(model, data, exposure, target, InversionConfig(), run)
     except MethodFailed as error:
         return replace(report, errors={"trigger recovery": str(error)})
-    return replace(report, findings=(*report.findings, recovered(shown)))
+    return replace(report, findings=(*report.findings, recovered(exposed)))
 
 
 def weigh(exposure: Exposure, cfg: RNPVoteConfig) -> ScanReport:
-    """Return the verdict over votes that are there already, and the votes to look at."""
+    """Return the verdict over votes that were taken before, and the votes as further findings."""
     report = _judged(exposure, cfg)
-    shown = () if cfg.references else (attraction(exposure, cfg),)  # what others may take as a reference
-    return replace(report, findings=(*report.findings, *shown, *votes(exposure)))
+    reported = () if cfg.references else (attraction(exposure, cfg),)  # what others may take as a reference
+    return replace(report, findings=(*report.findings, *reported, *votes(exposure)))
 
 
 def _judged(exposure: Exposure, cfg: RNPVoteConfig) -> ScanReport:
@@ -119,17 +119,17 @@ def _judged(exposure: Exposure, cfg: RNPVoteConfig) -> ScanReport:
     return ScanReport(verdict, tuple(findings), skipped=skipped, coverage=("stability", "attraction"))
 
 
-def recovered(shown: ExposedTrigger) -> Finding:
-    """Return a recovered trigger as evidence to look at; no verdict rests on it."""
-    trigger = shown.trigger
+def recovered(exposed: ExposedTrigger) -> Finding:
+    """Return a recovered trigger as further evidence; no verdict rests on it."""
+    trigger = exposed.trigger
     return Finding(
         statistic=RECOVERED,
-        value=shown.success.value if shown.success.total else 0.0,
+        value=exposed.success.value if exposed.success.total else 0.0,
         direction="large: the pattern sends held-out images to this class in the model itself; clean nets "
         "have such patterns as well, with larger masks",
         threshold=math.inf,
         threshold_source="none: it is shown, not judged; made on an unlearned network that sent "
-        f"{shown.share_before:.1%} of the images there without it, and {shown.fitted.value:.1%} of the "
+        f"{exposed.share_before:.1%} of the images there without it, and {exposed.fitted.value:.1%} of the "
         "others with it",
         classes=(trigger.label,),
         trigger=trigger,
@@ -182,15 +182,15 @@ def votes(exposure: Exposure) -> list[Finding]:
 def attraction(exposure: Exposure, cfg: RNPVoteConfig) -> Finding:
     """Return the mean share of votes of the strongest class beside those of clean networks."""
     shares = exposure.attraction()  # (K,)
-    value, known = float(shares.max()), sorted(cfg.references, reverse=True)
-    allowed = math.floor(cfg.alpha * (len(known) + 1) + 1e-9) - 1  # references that may be as large
+    value, references = float(shares.max()), sorted(cfg.references, reverse=True)
+    allowed = math.floor(cfg.alpha * (len(references) + 1) + 1e-9) - 1  # references that may be as large
     return Finding(
         statistic=ATTRACTION,
         value=value,
         direction="large: more clean images of other classes go to this class than in clean networks",
-        threshold=known[allowed] if allowed >= 0 else math.inf,
-        threshold_source=f"{len(known)} clean networks, alpha {cfg.alpha:g}",
-        p_value=conformal(value, known) if known else None,
+        threshold=references[allowed] if allowed >= 0 else math.inf,
+        threshold_source=f"{len(references)} clean networks, alpha {cfg.alpha:g}",
+        p_value=conformal(value, references) if references else None,
         classes=(exposure.leader(),),
         per_class=tuple(shares.tolist()),
     )

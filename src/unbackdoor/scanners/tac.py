@@ -78,7 +78,7 @@ def scan(model: Classifier, data: CleanData, cfg: TACScanConfig, *, run: Run) ->
         per_class=tuple(latent.norms.tolist()),
         artefacts={"shifts": latent.shifts.float(), "gaps": latent.gaps.float()},
     )
-    shown = Finding(
+    nearest = Finding(
         statistic="smallest latent shift over the median of all",
         value=outlier.ratio,
         direction="small: this class is the nearest one, as some class always is",
@@ -90,8 +90,8 @@ def scan(model: Classifier, data: CleanData, cfg: TACScanConfig, *, run: Run) ->
         skipped = {
             "outlier test": f"fewer than {FEWEST} classes can be reached by a shift; norms are reported"
         }
-        return ScanReport(outlier.verdict, (finding, shown), skipped=skipped, coverage=("latent shifts",))
-    return ScanReport(outlier.verdict, (finding, shown), coverage=("latent shifts", "outlier test"))
+        return ScanReport(outlier.verdict, (finding, nearest), skipped=skipped, coverage=("latent shifts",))
+    return ScanReport(outlier.verdict, (finding, nearest), coverage=("latent shifts", "outlier test"))
 
 
 def _source(cfg: TACScanConfig, refused: bool) -> str:

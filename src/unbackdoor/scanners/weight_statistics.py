@@ -33,7 +33,7 @@ from unbackdoor.errors import UnsupportedModel
 from unbackdoor.registry import Config, option, scanner
 from unbackdoor.types import Classifier, CleanData, Finding, ScanReport, Verdict
 
-_FEW = 5  # classes that may stand apart; attacks with more targets are beyond this check
+_MAX_OUTLIERS = 5  # classes that may stand apart; attacks with more targets are beyond this check
 
 
 class WeightStatisticsConfig(Config):
@@ -62,28 +62,30 @@ def scan(model: Classifier, data: CleanData, cfg: WeightStatisticsConfig, *, run
     findings = []
     for name, word in tests:
         values = table[name] if word == "small" else -table[name]
-        most = min(_FEW, max(1, len(values) // 3))
-        found = smallest_few(values, level=cfg.level / len(tests), most=most)
-        assert found.p_value is not None and found.critical is not None  # there are enough classes
+        most = min(_MAX_OUTLIERS, max(1, len(values) // 3))
+        test = smallest_few(values, level=cfg.level / len(tests), most=most)
+        assert test.p_value is not None and test.critical is not None  # there are enough classes
         findings.append(
             Finding(
                 statistic=f"weak: rows of the head whose {name} is too {word}",
-                value=found.statistic,
+                value=test.statistic,
                 direction=f"large: a few classes have a {name} that is far too {word} for the others",
-                threshold=found.critical,
+                threshold=test.critical,
                 threshold_source=f"normal numbers, simulated; {len(tests)} tests share level {cfg.level:g}",
-                p_value=min(1.0, len(tests) * found.p_value),
-                classes=found.positions or (found.index,),
+                p_value=min(1.0, len(tests) * test.p_value),
+                classes=test.positions or (test.index,),
                 per_class=tuple(table[name].tolist()),
             )
         )
     # Of all tests only the strongest is reported; its p-value pays for the others.
     best = min(findings, key=_p_value)
     verdict: Verdict = "backdoor found" if _p_value(best) <= cfg.level else "no evidence found"
-    shown = _channels(model, head.name)
-    if isinstance(shown, str):
-        return ScanReport(verdict, (best,), skipped={"channel gains": shown}, coverage=("rows of the head",))
-    return ScanReport(verdict, (best, shown), coverage=("rows of the head", "channel gains"))
+    channels = _channels(model, head.name)
+    if isinstance(channels, str):
+        return ScanReport(
+            verdict, (best,), skipped={"channel gains": channels}, coverage=("rows of the head",)
+        )
+    return ScanReport(verdict, (best, channels), coverage=("rows of the head", "channel gains"))
 
 
 def _p_value(finding: Finding) -> float:
@@ -120,7 +122,7 @@ def head_statistics(head: AffineHead) -> dict[str, Tensor]:
 
 
 def _channels(model: Classifier, head: str) -> Finding | str:
-    """Return the channel whose gain stands out most in its layer, as something to look at."""
+    """Return the channel whose gain stands out most in its layer, as further evidence."""
     try:
         sites = channel_sites(model, skip=(head,))
     except UnsupportedModel as error:

@@ -1,4 +1,4 @@
-"""Screeners look at images of unknown origin, single inputs or a training set: a score for each image."""
+"""Screeners examine images of unknown origin, single inputs or a training set: a score for each image."""
 
 from unbackdoor.registry import load_all
 

@@ -1,9 +1,10 @@
 """Activation clustering: a poisoned class falls into two groups, and the smaller one is the poisoned images.
 
 For every label, the features of its images are reduced to their main directions and cut into two groups.
-Every class can be cut in two; in a poisoned one the cut is clear. How clear is told by the mean silhouette,
-and whether it is too clear by the other classes (engine/statistics/several_outliers.py). An image's score
-tells how much closer it lies to the smaller group; its p-value is that of the same score among clean images.
+Every class can be cut in two; in a poisoned one the cut is clear. The mean silhouette measures how
+clear; a comparison with the other classes (engine/statistics/several_outliers.py) decides whether it is too
+clear. An image's score is how much closer it lies to the smaller group; its p-value is that of the same score
+among clean images.
 
 Paper:   Chen et al., "Detecting backdoor attacks by activation clustering", SafeAI 2019, arXiv 1811.03728.
 Needs:   the labels that the images were, or are to be, trained with. Clean labelled images make the p-values
@@ -57,7 +58,7 @@ def screen(
     latent, logits = features(model, inputs, run)
     clean = data.all if len(data) and data.fit.labels is not None else None
     clean_latent = features(model, clean, run)[0] if clean is not None else torch.zeros(0, latent.shape[1])
-    scores, known = torch.zeros(len(inputs)), []
+    scores, clean_scores = torch.zeros(len(inputs)), []
     silhouettes, shares = torch.full((model.classes,), torch.nan), torch.full((model.classes,), torch.nan)
     for k in range(model.classes):
         rows = (inputs.truth == k).nonzero().flatten()
@@ -72,13 +73,13 @@ def screen(
         scores[rows], compared = standardised(
             _closer(points, centres), _closer((others - centre) @ directions, centres)
         )
-        known.append(compared)
-    pooled = torch.cat(known) if known else torch.zeros(0)
+        clean_scores.append(compared)
+    pooled = torch.cat(clean_scores) if clean_scores else torch.zeros(0)
     p_values = conformal_p_values(scores, pooled) if len(pooled) else normal_p_values(scores)
     seen = torch.isfinite(silhouettes).nonzero().flatten()
     test = smallest_few(-silhouettes[seen], level=cfg.level) if len(seen) else None
     clear = [int(seen[i]) for i in test.positions] if test is not None else []
-    found = judged(
+    screening = judged(
         scores,
         p_values,
         logits.argmax(1),
@@ -90,10 +91,12 @@ def screen(
         smaller_group={str(int(k)): float(shares[k]) for k in seen},
     )
     if test is None or test.p_value is None:
-        return found
-    # The classes could be compared, so an image of a class that is cut like the others is not called.
-    kept = found.suspicious & torch.isin(inputs.truth.cpu(), torch.tensor(clear, dtype=torch.int64))
-    return replace(found, suspicious=kept, evidence={**found.evidence, "suspicious": int(kept.sum())})
+        return screening
+    # The classes could be compared, so images of a class that is cut like the others are not suspicious.
+    suspicious = screening.suspicious & torch.isin(inputs.truth.cpu(), torch.tensor(clear, dtype=torch.int64))
+    return replace(
+        screening, suspicious=suspicious, evidence={**screening.evidence, "suspicious": int(suspicious.sum())}
+    )
 
 
 def _main(points: Tensor, count: int) -> tuple[Tensor, Tensor]:

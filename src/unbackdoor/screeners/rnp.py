@@ -25,6 +25,6 @@ from unbackdoor.types import Classifier, CleanData, Images, Screening
 )
 def screen(model: Classifier, data: CleanData, inputs: Images, cfg: ScreenConfig, *, run: Run) -> Screening:
     """Unlearn the network again and again, and score inputs by how they keep their class."""
-    found = screen_inputs(model, data, inputs, cfg, run=run)
-    facts = {**found.evidence(), "clean_images": len(data.select)}
-    return Screening(found.scores, found.p_values, found.predicted, found.suspicious, facts)
+    screening = screen_inputs(model, data, inputs, cfg, run=run)
+    facts = {**screening.evidence(), "clean_images": len(data.select)}
+    return Screening(screening.scores, screening.p_values, screening.predicted, screening.suspicious, facts)

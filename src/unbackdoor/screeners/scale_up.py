@@ -4,8 +4,8 @@ The score is the share of amplified copies that get the class of the input itsel
 that the network gives the same class: some classes, such as that of white pictures, are stable by nature.
 
 Paper:   Guo et al., "SCALE-UP", ICLR 2023, arXiv 2302.03251, the data-limited form.
-Needs:   clean images: one part tells what is usual in a class, the held-out part is what scores are compared
-         with.
+Needs:   clean images: one part gives the usual scores of a class, scores are compared with those of the
+         held-out part.
 Departs: an input has a p-value over clean images instead of a limit of 0.5. A class with fewer than five
          clean images is seen from all of them.
 Cost:    (inputs + clean images) x (factors + 1) forwards.
@@ -38,36 +38,36 @@ class ScaleUpConfig(ScreenerConfig):
 def screen(model: Classifier, data: CleanData, inputs: Images, cfg: ScaleUpConfig, *, run: Run) -> Screening:
     """Score inputs by how their class survives amplification."""
     require_fit(model, inputs)
-    usual, usual_class = _kept(model, data.fit, cfg, run)
-    scores, predicted = _kept(model, inputs, cfg, run)
-    known, known_class = _kept(model, data.select, cfg, run)
-    centre, spread = _usual(usual, usual_class, model.classes)  # (K,), (K,)
+    fit_shares, fit_class = _agreements(model, data.fit, cfg, run)
+    scores, predicted = _agreements(model, inputs, cfg, run)
+    clean_scores, clean_class = _agreements(model, data.select, cfg, run)
+    centre, spread = _class_statistics(fit_shares, fit_class, model.classes)  # (K,), (K,)
     scores = (scores - centre[predicted]) / spread[predicted]
-    known = (known - centre[known_class]) / spread[known_class]
-    return judged(scores, conformal_p_values(scores, known), predicted, cfg.alpha, len(known))
+    clean_scores = (clean_scores - centre[clean_class]) / spread[clean_class]
+    return judged(scores, conformal_p_values(scores, clean_scores), predicted, cfg.alpha, len(clean_scores))
 
 
-def _kept(model: Classifier, images: Images, cfg: ScaleUpConfig, run: Run) -> tuple[Tensor, Tensor]:
+def _agreements(model: Classifier, images: Images, cfg: ScaleUpConfig, run: Run) -> tuple[Tensor, Tensor]:
     """Return the share (N,) of amplified copies that keep the class, and the class (N,)."""
     own = classes_of(model, images, run)
-    kept = torch.zeros(len(images))
+    agreeing = torch.zeros(len(images))
     for factor in cfg.factors:
 
         def amplify(pixels: Tensor, factor: float = factor) -> Tensor:
             return (pixels.float() * factor).round().clamp(0, 255).to(torch.uint8)
 
-        kept += classes_of(model, images, run, amplify) == own
-    return kept / max(len(cfg.factors), 1), own
+        agreeing += classes_of(model, images, run, amplify) == own
+    return agreeing / max(len(cfg.factors), 1), own
 
 
-def _usual(kept: Tensor, classes: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _class_statistics(shares: Tensor, classes: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return mean and deviation (K,) of the clean shares of each class."""
     # Shares have steps; a deviation below one step of five would make every difference large.
     least = 0.1
-    centre = torch.full((count,), float(kept.mean()))
-    spread = torch.full((count,), max(float(kept.std(unbiased=False)), least))
+    centre = torch.full((count,), float(shares.mean()))
+    spread = torch.full((count,), max(float(shares.std(unbiased=False)), least))
     for k in range(count):
-        own = kept[classes == k]
+        own = shares[classes == k]
         if len(own) >= _FEWEST:
             centre[k], spread[k] = own.mean(), own.std(unbiased=False).clamp_min(least)
     return centre, spread

@@ -43,7 +43,7 @@ def screen(model: Classifier, data: CleanData, inputs: Images, cfg: SpectralConf
     latent, logits = features(model, inputs, run)
     clean = data.all if len(data) and data.fit.labels is not None else None
     clean_latent = features(model, clean, run)[0] if clean is not None else torch.zeros(0, latent.shape[1])
-    scores, known, shares = torch.zeros(len(inputs)), [], {}
+    scores, clean_scores, shares = torch.zeros(len(inputs)), [], {}
     for k in range(model.classes):
         rows = (inputs.truth == k).nonzero().flatten()
         if len(rows) < cfg.fewest:
@@ -56,8 +56,8 @@ def screen(model: Classifier, data: CleanData, inputs: Images, cfg: SpectralConf
         scores[rows], compared = standardised(
             ((own - centre) @ direction).abs(), ((others - centre) @ direction).abs()
         )
-        known.append(compared)
-    pooled = torch.cat(known) if known else torch.zeros(0)
+        clean_scores.append(compared)
+    pooled = torch.cat(clean_scores) if clean_scores else torch.zeros(0)
     p_values = conformal_p_values(scores, pooled) if len(pooled) else normal_p_values(scores)
     return judged(scores, p_values, logits.argmax(1), cfg.alpha, len(pooled), share_of_main_direction=shares)
 

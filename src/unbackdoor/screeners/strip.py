@@ -48,13 +48,13 @@ def screen(model: Classifier, data: CleanData, inputs: Images, cfg: StripConfig,
     predicted = classes_of(model, inputs, run)
     with mode(model, training=False):
         scores = -_entropies(model, inputs, overlays, cfg, run)
-        known = -_entropies(model, data.select, overlays, cfg, run)
+        clean_scores = -_entropies(model, data.select, overlays, cfg, run)
     return judged(
         scores,
-        conformal_p_values(scores, known),
+        conformal_p_values(scores, clean_scores),
         predicted,
         cfg.alpha,
-        len(known),
+        len(clean_scores),
         overlays=len(overlays),
         overlays_held_out=not data.select_is_fit,
     )

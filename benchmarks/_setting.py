@@ -149,7 +149,7 @@ def triggered(test: Images, truth: AttackTruth) -> Images:
     if not len(eligible):
         raise SystemExit("the victim carries no attack; the plain version needs a triggered test set")
     return Images(
-        stamped(eligible.pixels, truth), truth.wanted(eligible.truth), test.class_names, "triggered"
+        stamped(eligible.pixels, truth), truth.target_labels(eligible.truth), test.class_names, "triggered"
     )
 
 

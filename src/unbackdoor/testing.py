@@ -990,7 +990,7 @@ def _asked_share(subject: _Subject) -> None:
         return
     asked = round(truth.options["poison_rate"] * len(clean))
     _demand(len(truth.poisoned) == asked, f"expected {asked} poisoned images, got {len(truth.poisoned)}")
-    wanted = truth.wanted(clean.truth)
+    wanted = truth.target_labels(clean.truth)
     _demand(
         torch.equal(images.truth[truth.poisoned], wanted[truth.poisoned]), "a label is not the wanted one"
     )
@@ -999,4 +999,7 @@ def _asked_share(subject: _Subject) -> None:
     _demand(torch.equal(images.truth[rest], clean.truth[rest]), "a label changed that was not chosen")
     # ASR must not count images that are of the wanted class anyway.
     eligible = truth.eligible(clean)
-    _demand(bool((truth.wanted(eligible.truth) != eligible.truth).all()), "ASR would count the wanted class")
+    _demand(
+        bool((truth.target_labels(eligible.truth) != eligible.truth).all()),
+        "ASR would count the wanted class",
+    )

@@ -469,7 +469,7 @@ def test_input_that_the_caller_lets_through_is_caught(kind: Kind, monkeypatch: p
 def test_a_share_that_is_not_the_asked_one_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     (check,) = [check for check in checks_of("attack") if check.name == "asked share"]
     check(trigger(bright))
-    monkeypatch.setattr(sys.modules["unbackdoor.attacks.poison"], "_asked", lambda images, truth: 3)
+    monkeypatch.setattr(sys.modules["unbackdoor.attacks.poison"], "_poison_count", lambda images, truth: 3)
     with pytest.raises(AssertionError, match="expected 13 poisoned images, got 3"):
         check(trigger(bright))
 

@@ -47,7 +47,7 @@ def test_all_to_all_shifts_every_label() -> None:
     poisoned, truth = poison(clean, "badnets_all_to_all", {"poison_rate": 0.5}, seed=0)
     assert truth.target is None
     assert torch.equal(poisoned.truth[truth.poisoned], (clean.truth[truth.poisoned] + 1) % 4)
-    assert torch.equal(truth.wanted(torch.tensor([0, 3])), torch.tensor([1, 0]))
+    assert torch.equal(truth.target_labels(torch.tensor([0, 3])), torch.tensor([1, 0]))
     assert len(truth.eligible(clean)) == len(clean)
 
 

@@ -262,7 +262,7 @@ def test_masks_are_sparse_sharp_and_differ_from_image_to_image() -> None:
     for weight in (2.0, 100.0):
         cfg = input_aware.InputAwareConfig(width=4, mask_weight=weight)
         with rng.seeded(0):
-            network = input_aware.Drawer(1, 1, cfg.width, 1)
+            network = input_aware.GeneratorNetwork(1, 1, cfg.width, 1)
         input_aware.learn_mask(network, tiny_data(320), cfg, RUN)
         assert not network.training
         with torch.no_grad():
@@ -278,7 +278,7 @@ def test_masks_are_sparse_sharp_and_differ_from_image_to_image() -> None:
 def test_generators_take_any_size(shape: tuple[int, int, int]) -> None:
     for levels in (1, 2):
         with rng.seeded(0):
-            drawn = input_aware.Drawer(shape[0], 2, 2, levels)(torch.rand(2, *shape))
+            drawn = input_aware.GeneratorNetwork(shape[0], 2, 2, levels)(torch.rand(2, *shape))
         assert drawn.shape == (2, 2, *shape[1:])
 
 

@@ -69,7 +69,7 @@ class InputAwareConfig(AttackConfig):
         return self
 
 
-class Drawer(nn.Module):
+class GeneratorNetwork(nn.Module):
     """Encoder and decoder from images (B, C, H, W) to values (B, O, H, W) in 0..1.
 
     Args:
@@ -103,8 +103,8 @@ class Drawer(nn.Module):
         x = self.middle(x)
         for block, shape in zip(self.up, reversed(shapes), strict=True):
             x = block(F.interpolate(x, tuple(shape), mode="bilinear"))
-        drawn: Tensor = self.last(x)
-        return drawn.tanh() / 2 + 0.5
+        values: Tensor = self.last(x)
+        return values.tanh() / 2 + 0.5
 
 
 def _unit(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
@@ -121,14 +121,16 @@ def blend(pixels: Tensor, pattern: Tensor, mask: Tensor) -> Tensor:
     return pixels + (pattern - pixels) * mask
 
 
-def diversity_loss(pixels: Tensor, drawn: Tensor) -> Tensor:
-    """Return the mean ratio of the distance of two images to that of what was drawn for them.
+def diversity_loss(pixels: Tensor, outputs: Tensor) -> Tensor:
+    """Return the mean ratio of the distance of two images to that of the generator's outputs for them.
 
     Each image is paired with the next one. Distances are root mean squares.
     """
-    images, drawings = ((x - x.roll(1, 0)).square().flatten(1).mean(1) for x in (pixels, drawn))  # (B,)
-    # Inside the root, whose slope at 0 is infinite; two equal drawings are then no reason to diverge.
-    return (images.sqrt() / (drawings + 1e-8).sqrt()).mean()
+    image_distances, output_distances = (
+        (x - x.roll(1, 0)).square().flatten(1).mean(1) for x in (pixels, outputs)
+    )  # (B,)
+    # Inside the root, whose slope at 0 is infinite; so that two equal outputs do not make the loss diverge.
+    return (image_distances.sqrt() / (output_distances + 1e-8).sqrt()).mean()
 
 
 @attack(
@@ -145,9 +147,9 @@ def input_aware(cfg: InputAwareConfig, *, shape: tuple[int, int, int], classes: 
         max(int(math.log2(min(height, width) / 4)), 1), 3
     )  # to a side of 4 pixels, as the public code
 
-    def drawer(outputs: int, tensors: Tensors | None = None, prefix: str = "") -> Drawer:
+    def generator_network(outputs: int, tensors: Tensors | None = None, prefix: str = "") -> GeneratorNetwork:
         with rng.seeded(seed, "input-aware", prefix):
-            network = Drawer(channels, outputs, cfg.width, levels)
+            network = GeneratorNetwork(channels, outputs, cfg.width, levels)
         if tensors is not None:
             network.load_state_dict(
                 {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
@@ -155,7 +157,7 @@ def input_aware(cfg: InputAwareConfig, *, shape: tuple[int, int, int], classes: 
         return network.eval()
 
     def fit(images: Images, run: Run) -> Tensors:
-        network = drawer(1, prefix=MASK).to(run.device)
+        network = generator_network(1, prefix=MASK).to(run.device)
         learn_mask(network, images, cfg, run)
         return _named(network, MASK)
 
@@ -170,8 +172,8 @@ def input_aware(cfg: InputAwareConfig, *, shape: tuple[int, int, int], classes: 
         checkpoint: Path | None,
         label: str,
     ) -> Tensors:
-        mask = drawer(1, fitted, MASK).to(run.device).requires_grad_(False)
-        pattern = drawer(channels, prefix=PATTERN).to(run.device).train()
+        mask = generator_network(1, fitted, MASK).to(run.device).requires_grad_(False)
+        pattern = generator_network(channels, prefix=PATTERN).to(run.device).train()
         optimizer = torch.optim.Adam(pattern.parameters(), lr=cfg.lr, betas=BETAS)
 
         def change(pixels: Tensor, labels: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,7 +194,7 @@ def input_aware(cfg: InputAwareConfig, *, shape: tuple[int, int, int], classes: 
         return {**fitted, **_named(pattern, PATTERN)}
 
     def restore(tensors: Tensors) -> Stamp:
-        mask, pattern = drawer(1, tensors, MASK), drawer(channels, tensors, PATTERN)
+        mask, pattern = generator_network(1, tensors, MASK), generator_network(channels, tensors, PATTERN)
 
         def stamp(pixels: Tensor) -> Tensor:
             device = pixels.device
@@ -206,10 +208,10 @@ def input_aware(cfg: InputAwareConfig, *, shape: tuple[int, int, int], classes: 
     return Trigger(learning=Learning(fit=fit, restore=restore, train=learn))
 
 
-def learn_mask(network: Drawer, images: Images, cfg: InputAwareConfig, run: Run) -> None:
+def learn_mask(network: GeneratorNetwork, images: Images, cfg: InputAwareConfig, run: Run) -> None:
     """Teach a generator masks that are sparse, and unlike for unlike images; leave it in evaluation mode."""
-    few = torch.randperm(len(images), generator=run.generator("mask images"))[: cfg.mask_images]
-    known = resident(images.subset(few.sort().values), run.device)
+    rows = torch.randperm(len(images), generator=run.generator("mask images"))[: cfg.mask_images]
+    sample = resident(images.subset(rows.sort().values), run.device)
     optimizer = torch.optim.Adam(network.parameters(), lr=cfg.lr, betas=BETAS)
     network.train()
     for epoch in run.progress(range(cfg.mask_epochs), "masks", cfg.mask_epochs):
@@ -217,7 +219,7 @@ def learn_mask(network: Drawer, images: Images, cfg: InputAwareConfig, run: Run)
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * 0.1 ** int(5 * epoch / (2 * cfg.mask_epochs))
         draws = run.generator("masks", epoch)
-        for pixels, _ in batches(known, 128, generator=draws, device=run.device, min_batch=2):
+        for pixels, _ in batches(sample, 128, generator=draws, device=run.device, min_batch=2):
             mask = sharpened(network(pixels))  # (B, 1, H, W)
             excess = F.relu(mask - cfg.mask_density).mean()
             loss = cfg.mask_weight * excess + cfg.diversity * diversity_loss(pixels, mask)
@@ -249,12 +251,12 @@ def attacked(
     sources = pixels[: max(own, others, 2)]
     patterns, masks = pattern(sources), sharpened(mask(sources))
     # The images own..own + others take the triggers of 0, 1, ...: never one's own, also where own is 0.
-    lent = (torch.arange(others, device=pixels.device) + (own == 0)) % len(sources)
+    donors = (torch.arange(others, device=pixels.device) + (own == 0)) % len(sources)
     crossed = pixels[own : own + others]
     changed = torch.cat(
         [
             blend(pixels[:own], patterns[:own], masks[:own]),
-            blend(crossed, patterns[lent], masks[lent]),
+            blend(crossed, patterns[donors], masks[donors]),
             pixels[own + others :],
         ]
     )

@@ -40,7 +40,7 @@ def poison(
 
     Raises:
         ConfigError: If an option does not fit, or the images do not allow it; see :func:`impossible`.
-        InputError: If the attack needs the training in its hands, so that no set of images carries it.
+        InputError: If the attack controls the training, so that no set of images carries it.
     """
     truth = prepare(images, attack, options, seed=seed)
     learning = truth.trigger.learning
@@ -79,13 +79,13 @@ def spread(images: Images, truth: AttackTruth) -> tuple[Images, AttackTruth]:
     if trigger.mapping == "none":
         return images, truth
 
-    labels, wanted = images.truth, truth.wanted(images.truth)
-    candidates, count = _candidates(labels, truth), _asked(images, truth)
+    labels, target_labels = images.truth, truth.target_labels(images.truth)
+    candidates, count = _candidates(labels, truth), _poison_count(images, truth)
     order = torch.randperm(len(candidates), generator=rng.generator(seed, "poisoned rows"))
     rows = candidates[order[:count]].sort().values
     pixels, new_labels = images.pixels.clone(), labels.clone()
     pixels[rows] = stamped(images.pixels[rows], truth)
-    new_labels[rows] = wanted[rows]
+    new_labels[rows] = target_labels[rows]
 
     decoys = torch.zeros(0, dtype=torch.int64)
     if trigger.decoy is not None and trigger.decoy_rate:
@@ -103,30 +103,30 @@ def spread(images: Images, truth: AttackTruth) -> tuple[Images, AttackTruth]:
 
 
 def impossible(images: Images, truth: AttackTruth) -> list[str]:
-    """Return what an attack asks for and these clean training images do not allow, in words."""
+    """Return in words what an attack requires and these clean training images do not allow."""
     target = truth.options["target"]
     if target >= images.classes:
         return [f"target: must be below {images.classes} classes, got {target}"]
     trigger = truth.trigger
     if trigger.mapping == "none" or (trigger.learning is not None and trigger.learning.train is not None):
         return []  # nothing is poisoned, or anew in every batch
-    there, asked = len(_candidates(images.truth, truth)), _asked(images, truth)
-    if asked <= there:
+    available, requested = len(_candidates(images.truth, truth)), _poison_count(images, truth)
+    if requested <= available:
         return []
     kind = f"of class {target}" if trigger.clean_label else "outside the target class"
     return [
-        f"poison_rate {truth.options['poison_rate']} asks for {asked} images {kind}, and there are {there}; "
-        f"the highest possible rate is {there / len(images):.4f}"
+        f"poison_rate {truth.options['poison_rate']} asks for {requested} images {kind}, "
+        f"and there are {available}; the highest possible rate is {available / len(images):.4f}"
     ]
 
 
 def _candidates(labels: Tensor, truth: AttackTruth) -> Tensor:
-    """Return the rows (M,) that may be poisoned: of the wanted class for clean labels, else of others."""
-    already = truth.wanted(labels) == labels
+    """Return the rows (M,) that may be poisoned: of the target class for clean labels, else of others."""
+    already = truth.target_labels(labels) == labels
     return (already if truth.trigger.clean_label else ~already).nonzero().flatten()
 
 
-def _asked(images: Images, truth: AttackTruth) -> int:
+def _poison_count(images: Images, truth: AttackTruth) -> int:
     return round(float(truth.options["poison_rate"]) * len(images))
 
 

@@ -71,9 +71,9 @@ def trojannn(cfg: TrojanNNConfig, *, shape: tuple[int, int, int], classes: int, 
     def fit(images: Images, run: Run) -> Tensors:
         # On the CPU in fp32, whatever the victim is trained in: a few seconds, and the same bytes.
         here = Run.create(seed=rng.derive_seed(seed, "trojannn"), policy="fp32", progress=run.show)
-        few = torch.randperm(len(images), generator=here.generator("images"))[: cfg.surrogate_images]
-        known = images.subset(few.sort().values)
-        patch = learn_patch(surrogate(known, cfg, here), known, window, size, cfg, here)
+        rows = torch.randperm(len(images), generator=here.generator("images"))[: cfg.surrogate_images]
+        surrogate_images = images.subset(rows.sort().values)
+        patch = learn_patch(surrogate(surrogate_images, cfg, here), surrogate_images, window, size, cfg, here)
         return {"patch": (patch * 255).round().to(torch.uint8)}
 
     def restore(tensors: Tensors) -> Stamp:

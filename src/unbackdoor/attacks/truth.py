@@ -1,4 +1,4 @@
-"""What only the attacker and the judge know.
+"""The truth about an attack, which only the attacker and the judge know.
 
 No defense and no scanner may import this package; a test walks the imports.
 """
@@ -36,7 +36,7 @@ class AttackConfig(Config):
 
 
 class TrainVictim(Protocol):
-    """Training in the attacker's hands: the victim learns in place, and the trigger with it."""
+    """Training that the attacker controls: the victim learns in place, and the trigger with it."""
 
     def __call__(
         self,
@@ -70,7 +70,7 @@ class TrainVictim(Protocol):
 
 @dataclass(frozen=True)
 class Learning:
-    """Where a trigger comes from that is learned, and is no function of options and seed alone.
+    """The source of a learned trigger, which is not a function of options and seed alone.
 
     What was learned are a few tensors. They are kept with the truth, so that the judge learns nothing again.
 
@@ -144,8 +144,8 @@ class AttackTruth:
         """The attacker's class, or None where there is no single one."""
         return int(self.options["target"]) if self.trigger.mapping == "all-to-one" else None
 
-    def wanted(self, labels: Tensor) -> Tensor:
-        """Return the class (N,) that the attacker wants for triggered images of the given classes (N,)."""
+    def target_labels(self, labels: Tensor) -> Tensor:
+        """Return the class (N,) that the attacker sends triggered images of these classes (N,) to."""
         if self.trigger.mapping == "all-to-one":
             return torch.full_like(labels, int(self.options["target"]))
         if self.trigger.mapping == "all-to-all":
@@ -153,9 +153,9 @@ class AttackTruth:
         return labels.clone()
 
     def eligible(self, images: Images) -> Images:
-        """Return the images on which ASR and RA are measured: those not already of the wanted class."""
+        """Return the images on which ASR and RA are measured: those not already of the target class."""
         labels = images.truth
-        return images.subset((self.wanted(labels) != labels).nonzero().flatten())
+        return images.subset((self.target_labels(labels) != labels).nonzero().flatten())
 
     def learned(self, tensors: Tensors) -> Self:
         """Return the truth with the stamp that these tensors make."""

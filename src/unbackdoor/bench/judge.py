@@ -67,7 +67,7 @@ def judge(
     ).argmax(1)
     return Scores(
         acc,
-        agreement(predicted, truth.wanted(eligible.truth)),
+        agreement(predicted, truth.target_labels(eligible.truth)),
         agreement(predicted, eligible.truth),
     )
 

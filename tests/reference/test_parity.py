@@ -59,7 +59,7 @@ def test_what_is_stored_is_small_and_its_script_is_there(name: str) -> None:
 def test_awm_searches_and_masks_as_the_released_code_does(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, images, model = opened("awm")
     cfg = DEFENSES["awm"].configure(preset="reference")
-    monkeypatch.setattr(awm, "drawn", lambda *_: list(tensors["steps"]))
+    monkeypatch.setattr(awm, "step_rows", lambda *_: list(tensors["steps"]))
     sites = maskable_weights(model, linear=False)
     masks = WeightMasks(model, sites, lr=cfg.lr, eps=cfg.adam_eps, sparsity=cfg.sparsity)
     draws = torch.Generator()

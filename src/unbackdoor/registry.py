@@ -1,4 +1,4 @@
-"""One table per kind of part: who exists, what it needs, which options it takes.
+"""One table per kind of part: the names of the parts, their needs and their options.
 
 A part registers itself where it is written::
 
@@ -47,7 +47,7 @@ def option(
     """Declare one option of a config: its default, meaning, bounds and the source of the default.
 
     Args:
-        default: Value used when the user says nothing.
+        default: Value used when the user sets none.
         meaning: What it does, with unit and range, in one line.
         source: Paper, reference code or measurement that the default comes from.
         ge: Smallest allowed value.
@@ -61,7 +61,7 @@ def option(
 
 
 class Config(BaseModel):
-    """Options of a part: frozen, strict, and complete in its complaints.
+    """Options of a part: frozen and strict; one error lists all faults.
 
     Raises:
         ConfigError: From :meth:`parse`, with every fault at once and near matches for misspelt names.
@@ -98,7 +98,7 @@ def _faults(config: type[BaseModel], error: ValidationError) -> Iterator[str]:
 
 
 def near_match(name: str, names: Mapping[str, Any] | list[str]) -> str:
-    """Return `` (did you mean ...?)`` for the closest known name, or an empty text."""
+    """Return `` (did you mean ...?)`` for the closest of the names, or an empty text."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
@@ -284,7 +284,7 @@ class Registry(Generic[F]):
         return enter
 
     def _misfits(self, function: Callable[..., Any], config: type[Config]) -> list[str]:
-        """Return in words how a function differs from what is called; types are left to a type checker."""
+        """Return faults in a function's parameters as sentences; types are left to a type checker."""
         if not self.positional:
             return []
         faults = []

@@ -76,9 +76,9 @@ HEADINGS = {
     "scanner": ("Paper:", "Needs:", "Departs:", "Cost:"),
     "screener": ("Paper:", "Needs:", "Departs:", "Cost:", "Blind:"),
 }
-# What a method must not say of itself: success is measured by the judge, with a trigger that no method has.
+# Evidence that a method must not report: the judge measures success, with a trigger that no method has.
 CLAIMS = re.compile(r"\b(asr|acc|ra|attack success( rate)?|robust accuracy|test accuracy)\b")
-# Where the truth lies, or the images that it is measured on.
+# Modules that hold the truth, or the images that success is measured on.
 HIDDEN = re.compile(
     r"unbackdoor\.(attacks|bench|cli|report|load_dataset|AttackTruth)\b|unbackdoor\.data\.(?!batches\b)"
 )

@@ -73,7 +73,7 @@ class RecoveredTrigger:
         return replace(images, pixels=self.apply_bytes(images.pixels))
 
     def faults(self, input_shape: tuple[int, int, int], classes: int) -> list[str]:
-        """Return in words why it cannot be put on images (C, H, W) of a model with so many classes."""
+        """Return why it does not fit images (C, H, W) of a model with so many classes, as sentences."""
         out = []
         if not 0 <= self.label < classes:
             out.append(f"class {self.label}, of {classes} classes")

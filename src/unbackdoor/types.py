@@ -1,4 +1,4 @@
-"""The values that pass between the parts; they keep the judge and the defender apart.
+"""The values that pass between the parts; they separate the judge from the defender.
 
 Nothing here can hold a trigger, a target class or a test set: those live in ``attacks.truth``, which no
 defense and no scanner may import.
@@ -24,7 +24,7 @@ AUGMENTATIONS: tuple[Augmentation, ...] = ("none", "crop", "crop+flip")
 
 
 class Progress(Protocol):
-    """Shows how far a loop has come; library code never prints."""
+    """Shows the progress of a loop; library code never prints."""
 
     def __call__(self, items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
         """Yield the items, showing ``label`` and the time left; ``total`` where ``len`` is unknown."""

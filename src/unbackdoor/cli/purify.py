@@ -1,4 +1,4 @@
-"""``unbackdoor purify``: the defender repairs a model with a few clean images. It knows no attack."""
+"""``unbackdoor purify``: repair a model with a few clean images. It knows no attack."""
 
 from __future__ import annotations
 

@@ -205,7 +205,6 @@ def train(
     companion: Companion | None = None,
     objective: Objective | None = None,
     batch_norm: Literal["batch", "frozen"] = "batch",
-    after_epoch: Callable[[int], None] | None = None,
 ) -> Trained:
     """Train all weights of a classifier in place; it is left in evaluation mode.
 
@@ -223,7 +222,6 @@ def train(
         companion: See :class:`Companion`.
         objective: What is minimised instead of the recipe's cross-entropy; takes no checkpoint and no mixup,
             because a function has no fingerprint.
-        after_epoch: Called with the number of finished epochs, the network in evaluation mode meanwhile.
         batch_norm: Whether the batch's statistics normalise, and move the stored ones, or the stored ones do.
 
     Raises:
@@ -309,9 +307,6 @@ def train(
                     where=f"epoch {epoch + 1}",
                     remedy="Lower the learning rate",
                 )
-            if after_epoch is not None:
-                with mode(model, training=False):
-                    after_epoch(epoch + 1)
             if checkpoint and epoch + 1 < epochs:
                 _save(checkpoint, key, parts, losses)
     if slow is not None:

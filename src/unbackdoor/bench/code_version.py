@@ -222,7 +222,7 @@ def is_current(row: Any) -> bool:
 
 
 def _family(architecture: str) -> Part[Any]:
-    return ARCHITECTURES[architecture.removeprefix(f"{OWN}:")]
+    return ARCHITECTURES[architecture.removeprefix(f"{OWN}:").partition("[")[0]]
 
 
 def _version(entry: str, parts: Iterable[Part[Any]], sources: Sources | None) -> str:

@@ -67,6 +67,8 @@ class Row(_Experiment):
     commit: str = ""
     code: str = ""
     victim_code: str = ""
+    victim_seconds: float | None = None
+    part: str = ""
     flags: tuple[str, ...] = ()
     error: str | None = None
 
@@ -93,6 +95,8 @@ class ScanRow(_Experiment):
     commit: str = ""
     code: str = ""
     victim_code: str = ""
+    victim_seconds: float | None = None
+    part: str = ""
     flags: tuple[str, ...] = ()
     error: str | None = None
 

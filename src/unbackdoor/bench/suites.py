@@ -27,6 +27,7 @@ SHIPPED = Path(__file__).parent / "suite_files"  # the suites that come with the
 LOCK = "LOCK.json"  # beside the suites: the hash of every version that was ever run
 Metric = Literal["acc", "asr", "ra", "der"]
 Selection = Literal["held-out clean", "oracle"]
+SplitPart = Literal["tuning", "test"]
 
 
 class _Table(BaseModel):
@@ -104,6 +105,17 @@ class ScannerEntry(_Table):
     options: Mapping[str, Any] = {}
 
 
+class SplitEntry(_Table):
+    """Which victims methods may be developed on, and which they are judged on; by the seed of the victim."""
+
+    tuning: tuple[int, ...] = Field(min_length=1)
+    test: tuple[int, ...] = Field(min_length=1)
+
+    def part(self, seed: int) -> SplitPart:
+        """Return the part of a seed that one of them has."""
+        return "tuning" if seed in self.tuning else "test"
+
+
 class LimitEntry(_Table):
     """What one cell may take."""
 
@@ -126,6 +138,7 @@ class Suite(_Table):
     defender: DefenderEntry
     defense: tuple[DefenseEntry, ...] = Field(min_length=1)
     scanner: tuple[ScannerEntry, ...] = ()
+    split: SplitEntry | None = None
     limit: LimitEntry = LimitEntry()
 
     @property
@@ -139,6 +152,8 @@ class Suite(_Table):
         # What came later is left out where it says nothing, so that older suites keep their hash.
         if not self.scanner:
             del content["scanner"]
+        if self.split is None:
+            del content["split"]
         for defense in content["defense"]:
             if not defense["choices"]:
                 del defense["choices"]
@@ -254,6 +269,8 @@ def _faults(suite: Suite) -> Iterator[str]:
             yield f'defense {defense.name}: selection = "oracle" and a list of choices belong together'
     for scanner in suite.scanner:
         yield from _part_faults(SCANNERS, scanner.name, [(p, scanner.options) for p in scanner.presets])
+    if suite.split is not None:
+        yield from _split_faults(suite.split, {seed for attack in suite.attack for seed in attack.seeds})
     if "none" not in {defense.name for defense in suite.defense}:
         yield "defense: the null row 'none' is missing; every suite runs it"
     if "none" not in {attack.name for attack in suite.attack}:
@@ -274,6 +291,16 @@ def _cross_faults(suite: Suite, model: ModelEntry) -> Iterator[str]:
         for name in requested:
             if name not in available:
                 yield f"model {model.architecture}: {_unknown(kind + ' of this suite', name, available)}"
+
+
+def _split_faults(split: SplitEntry, seeds: set[int]) -> Iterator[str]:
+    """Yield the seeds that are in both parts, and those of victims that are in neither."""
+    for faulty, words in (
+        (set(split.tuning) & set(split.test), "in both parts"),
+        (seeds - set(split.tuning) - set(split.test), "in neither part"),
+    ):
+        if faulty:
+            yield f"split: {words}: seed " + ", ".join(map(str, sorted(faulty)))
 
 
 def _attack_faults(attack: AttackEntry) -> Iterator[str]:
@@ -309,6 +336,12 @@ def architecture(model: ModelEntry, width: float) -> str:
     width_text = int(width) if float(width).is_integer() and model.architecture != "mobilenet_v2" else width
     options = ",".join([f"width={width_text}", *(f"{k}={v}" for k, v in model.options.items())])
     return f"{model.architecture}[{options}]"
+
+
+def architecture_label(model: ModelEntry) -> str:
+    """Return what a model entry is called in rows: without its width, which is a column of its own."""
+    options = ",".join(f"{key}={value}" for key, value in model.options.items())
+    return f"{model.architecture}[{options}]" if options else model.architecture
 
 
 def _unknown(kind: str, name: str, available: list[str]) -> str:

@@ -113,7 +113,7 @@ def _cells(suite: Suite, data: Mapping[str, DataSet]) -> Iterator[Planned]:
                 "dataset": entry.name,
                 "architecture": architecture_label(model),
                 "width": width,
-                "recipe": recipe.name if not recipe.changes else f"{recipe.name}*",
+                "recipe": recipe.title,
                 "attack": attack.name,
                 "poison_rate": config["poison_rate"],
                 "target": None if attack.name == "none" else config["target"],
@@ -137,7 +137,7 @@ def _victims(
         for seed in attack.seeds
     ]
     for (model, width), recipe, (attack, options, seed) in product(networks, suite.recipe, attacks):
-        if model.meets(data, recipe.name, attack.name, seed):
+        if model.meets(data, recipe.label or recipe.name, attack.name, seed):
             yield model, width, recipe, attack, options, seed
 
 

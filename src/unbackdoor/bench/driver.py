@@ -257,6 +257,7 @@ def _matching(
     members: Iterable[tuple[str, str | None, str]], only: str | None, part: str | None
 ) -> list[str]:
     """Return the keys whose names match, in order, each with its victim before it and none twice."""
+    only = only and only.replace("[", "[[]")  # names of networks have brackets, patterns have none
     keys: dict[str, None] = {}
     for key, parent, name in members:
         if part is not None and not name.endswith(f"/part={part}"):

@@ -37,7 +37,7 @@ def scans_of(store: Store, label: str) -> list[ScanRow]:
 class _Victim:
     scores: Mapping[str, Any]
     code: str
-    seconds: float | None
+    processor_seconds: float | None
 
 
 def _ended(store: Store, label: str, kind: str) -> Iterator[tuple[Cell, dict[str, Any], _Victim]]:
@@ -49,7 +49,7 @@ def _ended(store: Store, label: str, kind: str) -> Iterator[tuple[Cell, dict[str
             # A victim of a time before there were versions says which attack's module it was trained with.
             (IMPORTED if cell.key in pinned else "")
             + str(cell.spec.get("code", cell.spec.get("attack_code", ""))),
-            (cell.result or {}).get("seconds"),
+            (cell.result or {}).get("processor_seconds"),
         )
         for cell, _ in members
         if cell.kind == "victim"
@@ -98,7 +98,7 @@ def _measured(cell: Cell, victim: _Victim) -> dict[str, Any]:
         "commit": result.get("commit", ""),
         "code": cell.spec.get("code", ""),
         "victim_code": victim.code,
-        "victim_seconds": None if victim.seconds is None else round(victim.seconds, 1),
+        "victim_processor_seconds": victim.processor_seconds and round(victim.processor_seconds, 1),
         "flags": tuple(flags),
         "error": cell.error,
     }

@@ -67,7 +67,7 @@ class Row(_Experiment):
     commit: str = ""
     code: str = ""
     victim_code: str = ""
-    victim_seconds: float | None = None
+    victim_processor_seconds: float | None = None
     part: str = ""
     flags: tuple[str, ...] = ()
     error: str | None = None
@@ -95,7 +95,7 @@ class ScanRow(_Experiment):
     commit: str = ""
     code: str = ""
     victim_code: str = ""
-    victim_seconds: float | None = None
+    victim_processor_seconds: float | None = None
     part: str = ""
     flags: tuple[str, ...] = ()
     error: str | None = None

@@ -60,10 +60,16 @@ class ModelEntry(_Table):
 
 
 class RecipeEntry(_Table):
-    """How victims are trained: a named recipe and what differs from it."""
+    """How victims are trained: a named recipe and what differs from it, and what rows call that."""
 
     name: str = "plain"
     changes: Mapping[str, Any] = {}
+    label: str = Field(default="", pattern=r"^[a-z0-9.*-]*$")
+
+    @property
+    def title(self) -> str:
+        """The name in rows: the label, or the recipe's own name, with a star where something differs."""
+        return self.label or (f"{self.name}*" if self.changes else self.name)
 
 
 class AttackEntry(_Table):
@@ -157,6 +163,9 @@ class Suite(_Table):
         for defense in content["defense"]:
             if not defense["choices"]:
                 del defense["choices"]
+        for recipe in content["recipe"]:
+            if not recipe["label"]:
+                del recipe["label"]
         for model in content["model"]:
             for key in ("data", "recipes", "attacks", "seeds"):
                 if not model[key]:
@@ -284,7 +293,7 @@ def _cross_faults(suite: Suite, model: ModelEntry) -> Iterator[str]:
     seeds = {str(seed) for attack in suite.attack for seed in attack.seeds}
     for kind, requested, available in (
         ("data set", model.data, [entry.name for entry in suite.data]),
-        ("recipe", model.recipes, [entry.name for entry in suite.recipe]),
+        ("recipe", model.recipes, [entry.label or entry.name for entry in suite.recipe]),
         ("attack", model.attacks, [entry.name for entry in suite.attack]),
         ("seed", tuple(map(str, model.seeds)), sorted(seeds)),
     ):

@@ -41,6 +41,8 @@ def endless(model, data, cfg, *, run):
         clock[0] += 1
         print("the second has begun", file=sys.stderr, flush=True)
 
+# A shell that starts the tests in the background has its children ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 cli.main()
 """
 
@@ -65,17 +67,18 @@ def start(case: Path, *arguments: str | Path) -> subprocess.Popen[str]:
 
 def interrupted(program: subprocess.Popen[str], number: signal.Signals) -> tuple[int, str, str]:
     """Send a signal once the second check has begun, and return exit code, output and complaints."""
-    try:
-        assert program.stderr is not None
-        seen = ""
-        while "the second has begun" not in seen:
-            line = program.stderr.readline()
-            assert line, f"it ended before: {seen}"
-            seen += line
-        program.send_signal(number)
-        out, err = program.communicate(timeout=200)
-    finally:
-        program.kill()
+    with program:  # closes its pipes, however this ends
+        try:
+            assert program.stderr is not None
+            seen = ""
+            while "the second has begun" not in seen:
+                line = program.stderr.readline()
+                assert line, f"it ended before: {seen}"
+                seen += line
+            program.send_signal(number)
+            out, err = program.communicate(timeout=200)
+        finally:
+            program.kill()
     return program.returncode, out, err
 
 

@@ -35,7 +35,7 @@ from unbackdoor.opening.normalisation_guess import (
 from unbackdoor.opening.provenance import ArchitectureOrigin, NameChanges, NormalisationOrigin, Provenance
 from unbackdoor.opening.recognise_architecture import ends
 from unbackdoor.opening.rename_tensors import Adapted, Difference
-from unbackdoor.types import Classifier, Images, Progress, silent
+from unbackdoor.types import Classifier, Images, Progress, logits_in, silent
 from unbackdoor.weights.card import ModelCard, normalisation
 from unbackdoor.weights.formats.onnx.graph import import_graph
 from unbackdoor.weights.formats.onnx.node import Place
@@ -481,7 +481,7 @@ def _probe(network: nn.Module, shape: tuple[int, int, int], path: Path) -> tuple
     pixels = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
     try:
         with mode(network, training=False):
-            out = network(pixels)
+            out = logits_in(network(pixels))
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         raise UnsupportedModel(
             "the network does not take images of this size",
@@ -508,7 +508,7 @@ def _require_independent_images(network: nn.Module, shape: Shape, path: Path) ->
     """Raise UnsupportedModel where the answer to an image depends on the others of its batch."""
     pixels = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
     try:
-        both, alone = network(pixels), network(pixels[1:])
+        both, alone = logits_in(network(pixels)), logits_in(network(pixels[1:]))
         same = both.shape[1:] == alone.shape[1:] and torch.allclose(both[1:], alone, rtol=1e-3, atol=1e-3)
         got = "answers that depend on the other images"
     except (RuntimeError, ValueError, TypeError, IndexError) as error:

@@ -50,7 +50,7 @@ SURFACE = {
         "weight_sites",
     },
     "options": {"Config", "option", "FAMILIES", "INPUT_LABELS", "ONE_A_CLASS"},
-    "run": {"Run"},
+    "run": {"Run", "run_defense", "run_scanner", "run_screener"},
     "screening": {"ScreenerConfig", "conformal_p_values", "features", "judged"},
     "selection": {"Choice", "harshest_within"},
     "statistics": {"Outlier", "Outliers", "smallest_few", "smallest_outlier"},

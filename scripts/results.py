@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from unbackdoor.bench.code_version import is_current_of
 from unbackdoor.bench.detection import COMBINED
 from unbackdoor.bench.results import WEAK
 from unbackdoor.bench.rows import Row, ScanRow, read_rows, read_scans
@@ -396,7 +397,8 @@ def _scans(label: str, is_current: IsCurrent | None) -> Rows[ScanRow]:
 
 def _records(label: str, is_current: IsCurrent | None) -> Rows[Record]:
     lines: Iterable[str] = (RESULTS / f"{label}.jsonl").read_text(encoding="utf-8").splitlines()
-    return Rows.of([json.loads(line) for line in lines if line], is_current)
+    script = ROOT / "scripts" / f"{label.replace('-', '_')}.py"
+    return Rows.of([json.loads(line) for line in lines if line], is_current or is_current_of(script))
 
 
 def _colophon(source: str, command: str = "unbackdoor bench run SUITE") -> Verbatim:

@@ -5,8 +5,8 @@
 
 A suite of many days is measured in pieces, and a method may change between two of them. An export holds only
 what the present code made. This keeps the committed rows that the export has no newer one for, and those that
-say in their column ``code`` which code made them where the newer one does not. The scans beside both files are
-merged too.
+say which code made them, in their column ``code``, where the newer one does not. The scans beside both files
+are merged too.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ import pytest
 import unbackdoor
 import unbackdoor.plugins
 from unbackdoor.registry import ARCHITECTURES, ATTACKS, DEFENSES, SCANNERS, SCREENERS
-from unbackdoor.testing import PARAMETERS, checks_of
+from unbackdoor.testing import checks_of
+from unbackdoor.testing.contract import PARAMETERS
 
 PAGE = Path(__file__).parents[2] / "docs" / "plugins.md"
 USER = """

@@ -5,8 +5,10 @@ from __future__ import annotations
 import builtins
 import inspect
 import json
+import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +278,73 @@ def test_a_training_and_its_evaluation_are_the_same_by_both(tmp_path: Path) -> N
         unbackdoor.evaluate(victim.model, data)
     with pytest.raises(unbackdoor.ConfigError, match="'target' stands twice"):
         unbackdoor.train(data, target=1, attack_options={"target": 2})
+
+
+def test_a_stored_model_is_compared_with_one_in_memory(case: tuple[Path, Path], tmp_path: Path) -> None:
+    """The options of a model are of the one that is a file; a model of another input is refused."""
+    data = unbackdoor.load_dataset("digits")
+    facts = {"input_shape": data.test.shape, "class_names": data.test.class_names}
+    network = unbackdoor.build("small_cnn[width=8]", mean=data.mean, std=data.std, seed=0, **facts)
+    torch.save({"net": dict(network.network.state_dict())}, tmp_path / "model.pth")
+    truth = unbackdoor.AttackTruth.describe("none", None, shape=data.test.shape, classes=10, seed=0)
+    arch = {"arch": "small_cnn[width=8]", "truth": truth}
+    for one, other in ((network, tmp_path / "model.pth"), (tmp_path / "model.pth", network)):
+        done = unbackdoor.evaluate(one, data, before=other, **arch)
+        assert done.before == done.scores and done.der is None  # there was no attack
+    with pytest.raises(unbackdoor.ConfigError, match="opened already: arch"):
+        unbackdoor.evaluate(network, data, **arch)
+    with pytest.raises(unbackdoor.InputError, match="another order"):  # it was judged by the wrong classes
+        unbackdoor.evaluate(tmp_path / "model.pth", data, class_names=data.test.class_names[::-1], **arch)
+    with pytest.raises(unbackdoor.UnsupportedModel):
+        unbackdoor.evaluate(case[0], data, truth=truth, class_names=tuple("abcd"), **OPTIONS)
+
+
+INPUTS = tiny_data(4)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: unbackdoor.train(7),
+        lambda: unbackdoor.train(Path("digits")),
+        lambda: unbackdoor.train("digits", attack=7),
+        lambda: unbackdoor.train("digits", architecture=None),
+        lambda: unbackdoor.train("digits", options={"epoch": 1}),
+        lambda: unbackdoor.train("digits", attack_options={"sizes": 1}),
+        lambda: unbackdoor.train("digits", device="cuda:99"),
+        lambda: unbackdoor.evaluate("nothing", "digits"),
+        lambda: unbackdoor.evaluate(7, "digits"),
+        lambda: unbackdoor.evaluate(tiny_classifier(), "digits", truth=7),
+        lambda: unbackdoor.evaluate(tiny_classifier(), "digits", truth="nothing.truth.json"),
+        lambda: unbackdoor.screen(tiny_classifier(), INPUTS, 7),
+        lambda: unbackdoor.screen(tiny_classifier(), INPUTS, "strip", tiny_data(20), options={"a": 1}),
+        lambda: unbackdoor.screen(tiny_classifier(), INPUTS, "spectral_signatures", clean=4),
+        lambda: unbackdoor.screen(tiny_classifier(), "nothing.npz", "spectral_signatures"),
+        *(
+            lambda verb=verb, share=share: verb(select_fraction=share)
+            for verb in (
+                lambda **how: unbackdoor.screen(
+                    tiny_classifier(), tiny_data(4), "strip", tiny_data(20), **how
+                ),
+                lambda **how: unbackdoor.purify(tiny_classifier(), tiny_data(20), "none", **how),
+            )
+            for share in (2, 1, 0, -1, math.nan)
+        ),
+        lambda: unbackdoor.list([]),
+        lambda: unbackdoor.list("defenses", 7),
+    ],
+)
+def test_what_cannot_be_used_is_refused_in_words(call: Callable[[], Any]) -> None:
+    with pytest.raises(unbackdoor.UnbackdoorError):
+        call()
+
+
+def test_labels_that_a_screener_is_not_shown_may_be_of_any_classes() -> None:
+    suspects = replace(tiny_data(8), class_names=("p", "q", "r", "s", "t"))
+    done = unbackdoor.screen(tiny_classifier(), suspects, "strip", tiny_data(60), **SCREEN)
+    assert done.labels is None and done.names == tuple(f"row {i}" for i in range(8))
+    with pytest.raises(unbackdoor.InputError, match="classes of the images"):
+        unbackdoor.screen(tiny_classifier(), suspects, "spectral_signatures")
 
 
 @pytest.mark.parametrize("words", [(), ("defenses",), ("recipes", "mixup"), ("datasets", "digits")])

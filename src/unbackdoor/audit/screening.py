@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from unbackdoor.audit.cases import Case, Data, Model, open_case
+from unbackdoor.audit.cases import Case, Data, Model, open_case, require_share
 from unbackdoor.data.conform import conform
 from unbackdoor.data.loaders import load_labelled, load_unlabelled
 from unbackdoor.engine import trusted_caller
@@ -149,8 +149,11 @@ def screen(
         >>> screened = unbackdoor.screen("model.pth", "incoming/", "strip", "images/")  # doctest: +SKIP
         >>> screened.suspicious.sum()  # doctest: +SKIP
     """
+    if not isinstance(method, str | Part):
+        raise InputError("the method is of another type", expected="a name", got=type(method).__name__)
     part = SCREENERS[method] if isinstance(method, str) else method
     config = options if isinstance(options, Config) else part.configure(options)
+    require_share(select_fraction)
     if not isinstance(images, Images | CleanData | Path | str):
         raise InputError(
             "the images to screen are of another type",
@@ -226,6 +229,8 @@ def _inputs(
             loaded, names = load(path, class_names=classes, size=shape[1:], progress=progress)
     else:
         loaded = as_images(images, what="the images to screen")
+        if INPUT_LABELS not in part.needs:
+            loaded = replace(loaded, labels=None)  # as of a file; they may be of other classes
         names = tuple(f"row {row}" for row in range(len(loaded)))
     conformed, notes = conform(loaded, input_shape=shape, class_names=classes, progress=progress)
     return conformed, names, notes

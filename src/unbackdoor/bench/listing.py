@@ -49,9 +49,9 @@ def listing(kind: str | None = None, name: str | None = None) -> dict[str, list[
         >>> [entry["name"] for entry in listing("recipes")["recipes"]][:2]
         ['plain', 'mixup']
     """
-    if kind is not None and kind not in KINDS:
+    if kind is not None and kind not in list(KINDS):
         raise InputError(
-            f"there is no list of {kind!r}{near_match(kind, list(KINDS))}",
+            f"there is no list of {kind!r}{near_match(str(kind), list(KINDS))}",
             expected="one of " + ", ".join(KINDS),
         )
     if name is not None and kind is None:
@@ -164,6 +164,6 @@ def _one(kind: str, name: str, entries: list[Entry]) -> Entry:
             return entry
     names = [entry["name"] for entry in entries]
     raise InputError(
-        f"unknown {kind.removesuffix('s')} {name!r}{near_match(name, names)}",
+        f"unknown {kind.removesuffix('s')} {name!r}{near_match(str(name), names)}",
         expected="one of " + ", ".join(names),
     )

@@ -31,6 +31,7 @@ from unbackdoor.types import Classifier, Progress, silent
 from unbackdoor.weights.source import Source, existing_file, open_source
 
 SUFFIX = ".safetensors"
+_Stored = Source | Path | str
 _FOR_OPENING = 500  # images by which a foreign file's architecture and normalisation are recognised
 
 
@@ -201,6 +202,8 @@ def train(
         >>> victim = unbackdoor.train("digits", architecture="small_cnn")  # doctest: +SKIP
         >>> victim.save("victim.safetensors")  # doctest: +SKIP
     """
+    if not all(isinstance(name, str) for name in (architecture, attack, recipe)):
+        raise InputError("a name is of another type", expected="texts as architecture, attack and recipe")
     changed = recipe_named(recipe, **(options or {}))
     given = attack_config(ATTACKS[attack], poison_rate, target, attack_options)
     name = dataset.name if isinstance(dataset, DataSet) else dataset
@@ -239,8 +242,8 @@ def evaluate(
         before: The same model before its repair; adds DER and RIR.
         truth: The attack, or its record; None: the ``.truth.json`` beside ``model``, else beside ``before``.
         data_root: Folder that holds the data sets.
-        arch: See :func:`unbackdoor.open_model`, as for the four that follow; of files that have no card.
-        mean: Per-channel mean; None where no card and no argument states it: the data set's.
+        arch: See :func:`unbackdoor.open_model`, as for the four that follow; only for files.
+        mean: Per-channel mean; None: the card's, else the data set's.
         std: Per-channel deviation, likewise.
         size: (H, W) of the model's input.
         class_names: K names, in logit order.
@@ -264,10 +267,15 @@ def evaluate(
     run = Run.create(device=device, policy=precision, progress=progress)
     data = _loaded(dataset, data_root, progress)
     _require_same_form(attack, data, record)
-    model_options = {"arch": arch, "mean": mean, "std": std, "size": size, "class_names": class_names}
+    model_options: dict[str, Any] = {
+        "arch": arch, "mean": mean, "std": std, "size": size, "class_names": class_names
+    }  # fmt: skip
+    one_is_stored = isinstance(model, _Stored) or isinstance(before, _Stored)
 
     def measured(given: Model) -> tuple[Case, Scores]:
-        case = _opened(given, data, run, model_options)
+        in_memory = one_is_stored and not isinstance(given, _Stored)  # the options are of the other one
+        case = _opened(given, data, run, {} if in_memory else model_options)
+        _require_same_order(case, data)
         label = f"judging {case.name}"
         return case, judge(case.model.copy().to(run.device), attack, data.test, run, label=label)
 
@@ -322,12 +330,18 @@ def scores_facts(scores: Scores) -> dict[str, Any]:
 def _loaded(dataset: str | DataSet, root: Path | None, progress: Progress) -> DataSet:
     if isinstance(dataset, DataSet):
         return dataset
+    if not isinstance(dataset, str):
+        raise InputError(
+            "the data set is of another type",
+            expected="a name, or what unbackdoor.load_dataset returns",
+            got=type(dataset).__name__,
+        )
     return load_dataset(dataset, root=root, progress=progress)
 
 
 def _opened(model: Model, data: DataSet, run: Run, options: Mapping[str, Any]) -> Case:
     """Open a model; where nothing else states its normalisation, it is the data set's."""
-    if isinstance(model, Case | Classifier | Opened):
+    if not isinstance(model, _Stored):
         return open_case(model, run=run, **options)
     source = model if isinstance(model, Source) else open_source(model)
     if source.card() is None and options["mean"] is None and options["std"] is None:
@@ -353,6 +367,8 @@ def _truth(
 ) -> tuple[AttackTruth, Path | None]:
     if isinstance(given, AttackTruth):
         return given, None
+    if not isinstance(given, Path | str | None):
+        raise InputError("the attack is of another type", expected="a record", got=type(given).__name__)
     files = [file for file in map(_file, models) if file is not None]
     candidates = [file.with_suffix(TRUTH_SUFFIX) for file in files] if given is None else [Path(given)]
     record = next((path for path in candidates if path.exists()), None)
@@ -374,4 +390,16 @@ def _require_same_form(attack: AttackTruth, data: DataSet, record: Path | None) 
             got=f"{data.test.classes} classes, (C, H, W) = {data.test.shape}",
             where=f"{record or 'the attack'} and the data set {data.name!r}",
             remedy="Give the --dataset that the model was trained on",
+        )
+
+
+def _require_same_order(case: Case, data: DataSet) -> None:
+    """Refuse a model whose classes stand in another order: labels and target are indices of the data set."""
+    own, expected = case.model.class_names, data.test.class_names
+    if own != expected and sorted(own) == sorted(expected):
+        raise InputError(
+            "the classes of the model stand in another order than those of the data set",
+            expected=", ".join(expected[:5]),
+            got=", ".join(own[:5]),
+            where=case.name,
         )

@@ -65,8 +65,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.", 
 Mean = Annotated[
     str | None,
     typer.Option(
-        help="Per-channel mean, comma-separated, of a model without a card; default: the named data set's.",
-        show_default=False,
+        help="Per-channel mean, comma-separated, of a model without a card.",
+        show_default="what fits the images best; for evaluate, the data set's",
         rich_help_panel="Models without a card",
     ),
 ]

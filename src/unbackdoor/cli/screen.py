@@ -76,13 +76,14 @@ def screen(
     clean images is called suspicious as well, so that the count must be held against the number of images.
     """
     import unbackdoor
+    from unbackdoor.audit.cases import require_share
     from unbackdoor.audit.screening import require_no_images
     from unbackdoor.registry import SCREENERS
 
     source, part = shared.existing_model(model), SCREENERS[method]
     config = part.configure_text(shared.pairs(options or [], "--set"))
     shared.require_writable(() if out is None else (out,), force=force, inputs=(source,))
-    defender.require_share(select_fraction)
+    require_share(select_fraction)
     if data is None:
         require_no_images(part)  # before the model is opened
     user_options = auditor.UserOptions(

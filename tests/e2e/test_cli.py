@@ -200,6 +200,11 @@ def test_an_error_is_one_paragraph_that_says_what_to_do(
 def test_all_faults_of_the_options_are_told_at_once(tmp_path: Path) -> None:
     text = refused("train", "--set", "lr=-1", "--set", "epochs=zero", "--out", tmp_path / "x")
     assert "2 faults" in text and "lr:" in text and "epochs:" in text
+    both = ("--poison-rate", "2", "--target", "3", "--attack-set", "size=-1")
+    text = refused("train", *both, "--out", tmp_path / "x")
+    assert "2 faults" in text and "poison_rate:" in text and "size:" in text
+    text = refused("train", *both, "--attack-set", "target=4", "--out", tmp_path / "x")
+    assert "'target' stands twice" in text
 
 
 def test_a_network_that_does_not_fit_the_file_gives_exit_code_3(victim: Path, tmp_path: Path) -> None:

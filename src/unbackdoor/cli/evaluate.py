@@ -58,7 +58,7 @@ def evaluate(
     import unbackdoor
 
     with Display(quiet=quiet) as display:
-        options.open_run(0, device, precision, display)
+        options.open_run(0, device, precision, display)  # names the devices where there is none such
         done = unbackdoor.evaluate(
             model,
             dataset,

@@ -94,10 +94,12 @@ def train(
     out = victim_file(out, force=force)  # before the training, which may take an hour
     checkpoint = checkpoint or out.with_suffix(".checkpoint")
     changes = _recipe_options(recipe, options or [])
-    typed = shared.pairs(attack_options or [], "--attack-set")
-    config = ATTACKS[attack].configure_text(typed)
+    own = {k: v for k, v in (("poison_rate", poison_rate), ("target", target)) if v is not None}
+    texts = [*(attack_options or []), *(f"{name}={value}" for name, value in own.items())]
+    typed = shared.pairs(texts, "--attack-set")
+    config = ATTACKS[attack].configure_text(typed)  # so that all faults are told at once
     with Display(quiet=quiet) as display:
-        shared.open_run(seed, device, precision, display)
+        shared.open_run(seed, device, precision, display)  # names the devices where there is none such
         try:
             victim = unbackdoor.train(
                 dataset,
@@ -105,7 +107,7 @@ def train(
                 attack=attack,
                 poison_rate=poison_rate,
                 target=target,
-                attack_options={name: getattr(config, name) for name in typed},
+                attack_options={name: getattr(config, name) for name in typed if name not in own},
                 recipe=recipe,
                 options=changes,
                 checkpoint=checkpoint,

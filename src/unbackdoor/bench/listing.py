@@ -47,7 +47,7 @@ def listing(kind: str | None = None, name: str | None = None) -> dict[str, list[
 
     Example:
         >>> [entry["name"] for entry in listing("recipes")["recipes"]][:2]
-        ['plain', 'mixup']
+        ['plain', 'short']
     """
     if kind is not None and kind not in list(KINDS):
         raise InputError(

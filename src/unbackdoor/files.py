@@ -95,6 +95,11 @@ def finite(value: Any) -> Any:
     return value
 
 
+def printable(text: object) -> str:
+    """Return a text with control characters escaped, because names come from untrusted files."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
+
+
 def write_json(path: Path, obj: object) -> None:
     """Write an object as indented UTF-8 JSON with a final newline, atomically.
 

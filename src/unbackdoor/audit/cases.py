@@ -69,6 +69,15 @@ class Case:
         )
 
 
+def require_share(select_fraction: float) -> None:
+    """Raise ConfigError unless the share of the images that only thresholds are chosen on lies in (0, 1)."""
+    if not 0 < select_fraction < 1:
+        raise ConfigError(
+            "the split of the clean images",
+            [f"--select-fraction must lie in (0, 1), got {select_fraction} (select_fraction=...)"],
+        )
+
+
 Model = Classifier | Opened | Source | Path | str | Case
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from unbackdoor.audit import purifying, scanning, verification
-from unbackdoor.audit.cases import Data, Model, open_case, open_second
+from unbackdoor.audit.cases import Data, Model, open_case, open_second, require_share
 from unbackdoor.audit.checks import Check
 from unbackdoor.audit.scanning import LEVEL, Audit
 from unbackdoor.audit.verification import Verification
@@ -194,6 +194,7 @@ def purify(
     """
     if method is None:
         raise InputError("no method was named", expected="a registered defense", where="method")
+    require_share(select_fraction)
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
     case = open_case(
         model,

@@ -174,7 +174,7 @@ def _model_options(user_options: UserOptions) -> dict[str, Any]:
         "arch": user_options.architecture,
         "mean": options.numbers(user_options.mean, "--mean"),
         "std": options.numbers(user_options.std, "--std"),
-        "size": _size(user_options.size),
+        "size": image_size(user_options.size),
         "class_names": class_names(user_options.class_names),
     }
 
@@ -191,7 +191,8 @@ def class_names(text: str | None) -> tuple[str, ...] | None:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def _size(text: str | None) -> tuple[int, int] | None:
+def image_size(text: str | None) -> tuple[int, int] | None:
+    """Return (H, W) of a text such as ``32`` or ``32,24``; raises ConfigError of another."""
     if text is None:
         return None
     try:

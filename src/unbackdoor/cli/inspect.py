@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unbackdoor.cli import options
-from unbackdoor.cli.output import emit, plain, say, table
+from unbackdoor.cli.output import emit, say, table
 from unbackdoor.cli.progress import Display
+from unbackdoor.files import printable as plain
 
 if TYPE_CHECKING:
     from unbackdoor.opening.inspection import Inspection

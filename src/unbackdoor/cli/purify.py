@@ -135,6 +135,7 @@ def purify(
     is on record, unbackdoor evaluate measures the rest.
     """
     import unbackdoor
+    from unbackdoor.audit.cases import require_share
     from unbackdoor.opening.write_back import output_name
     from unbackdoor.registry import DEFENSES
 
@@ -146,7 +147,7 @@ def purify(
         note(f"mind: --max-accuracy-drop counts points of 100; {max_accuracy_drop:g} is less than any image")
     part = DEFENSES[method]
     config = part.configure_text(shared.pairs(options or [], "--set"), preset=preset)
-    defender.require_share(select_fraction)
+    require_share(select_fraction)
     user_options = auditor.UserOptions(
         arch, mean, std, size, class_names, data, clean, per_class, fraction, augmentation, data_root, proof
     )

@@ -312,14 +312,15 @@ class Classifier(nn.Module):
                 if _LAYOUT_ERROR not in str(error):
                     raise
             self._channels_last = False
-            self.network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        return self.network(inputs.contiguous())
+            for parameter in self.network.parameters():
+                parameter.data = _rows_innermost(parameter.data)
+        return self.network(_rows_innermost(inputs))
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """As of every module; channels stay outermost where the network cannot take them innermost."""
         if kwargs.get("memory_format") is torch.channels_last and not self._channels_last:
-            kwargs["memory_format"] = torch.contiguous_format
-        return super().to(*args, **kwargs)
+            del kwargs["memory_format"]
+        return super().to(*args, **kwargs) if args or kwargs else self
 
     def copy(self) -> Self:
         """Return a deep copy in evaluation mode, without gradients."""
@@ -330,6 +331,11 @@ class Classifier(nn.Module):
     def sha256(self) -> str:
         """Return the SHA-256 over names, shapes, types and bytes of all weights and buffers."""
         return state_sha256(self.network.state_dict())
+
+
+def _rows_innermost(tensor: Tensor) -> Tensor:
+    # Strides of a single channel say nothing, but convolutions read them: contiguous() would leave them.
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def logits_in(outputs: Any, classes: int | None = None) -> Tensor:

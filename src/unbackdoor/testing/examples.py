@@ -122,7 +122,24 @@ class Pooled(nn.Module):
         return 20 * nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
 
 
+class Viewed(nn.Module):
+    """Flattens with ``view``, which takes no channels-last tensor, and returns its features too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8 * 4 * 4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits and features."""
+        x = torch.relu(self.norm(self.conv(x)))
+        x = nn.functional.max_pool2d(x, 2)
+        x = x.view(len(x), -1)
+        return self.fc(x), x
+
+
 ODD_NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "flattened with view, and features beside the logits": Viewed,
     "no weight": Pooled,
     "head only": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 4)),
     "linear layers": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 4)),

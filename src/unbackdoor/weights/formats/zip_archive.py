@@ -52,6 +52,10 @@ class Entry:
     crc: int
 
 
+def _folded(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape").lower()  # the letters of ASCII alone, as torch does
+
+
 class Archive:
     """A zip file in memory or mapped into it; only its directory has been read.
 
@@ -69,6 +73,7 @@ class Archive:
         self._where = where
         try:
             self.entries: Mapping[str, Entry] = MappingProxyType(self._read())
+            self._folded = {_folded(name): entry for name, entry in self.entries.items()}
         except (struct.error, IndexError, ValueError, OverflowError) as error:
             raise self._cut(str(error)) from error
 
@@ -78,6 +83,10 @@ class Archive:
         for name in self.entries:
             return name.partition("/")[0] if "/" in name else ""
         return ""
+
+    def find(self, name: str) -> Entry | None:
+        """Return an entry as torch finds it, without regard to case, or None."""
+        return self._folded.get(_folded(name))
 
     def content(self, entry: Entry, limit: int) -> bytes:
         """Return the content of an entry.
@@ -153,15 +162,15 @@ class Archive:
                 "the directory of the archive is not where it is said to be", f"{offset} + {size}, not {end}"
             )
         entries: dict[str, Entry] = {}
-        folded: set[str] = set()
+        seen: set[bytes] = set()
         spans: list[tuple[int, int]] = []
         at = offset
         for _ in range(count):
             entry, header, at = self._central(at, end)
             # Torch looks names up without regard to case, other readers do not.
-            if entry.name.lower() in folded:
+            if _folded(entry.name) in seen:
                 raise self._unsafe("two entries of the archive have one name", short(entry.name))
-            folded.add(entry.name.lower())
+            seen.add(_folded(entry.name))
             spans.append((header, entry.start + entry.packed))
             entries[entry.name] = entry
         if at != end:

@@ -47,7 +47,11 @@ _LIBRARY = re.compile(
     r"|numpy\.(core|_core)\.multiarray\.(scalar|_reconstruct)|numpy\.(core|_core)\.numeric\._frombuffer"
     r"|numpy\.dtypes\.\w+|numpy\.random\._pickle\.__\w+_ctor|numpy\.random\._\w+\.[A-Z]\w*"
     r"|torch\.(Tensor|Generator|contiguous_format|channels_last|preserve_format|strided)"
-    r"|torch\._utils\._rebuild_(qtensor|sparse_tensor|device_tensor_from_numpy)"
+    # What torch's own careful reader allows, and this one does not read as plain tensors.
+    r"|torch\._utils\._rebuild_(qtensor|sparse_tensor|nested_tensor|meta_tensor_no_storage|wrapper_subclass"
+    r"|device_tensor_from_(numpy|cpu_tensor))"
+    r"|torch\.(q(u?int)(8|32|4x2|2x4)|bits\d+(x\d+)?|u?int[1-7]|float4_\w+)|torch\.per_(tensor|channel)_\w+"
+    r"|torch\.(cuda\.)?(sparse\.)?[A-Z]\w*Tensor|torch\.cuda\.[A-Z]\w*Storage"
     r"|torch\.serialization\._get_layout"
     # It opens a pickle inside; its names are recorded when it is read, see ``pickle_reader``.
     r"|torch\.storage\._load_from_bytes|unbackdoor\.(networks|models)\.[a-z]\w*\.[A-Z]\w*|unbackdoor\.types\.Classifier"

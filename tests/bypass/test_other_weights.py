@@ -272,13 +272,56 @@ def test_a_module_that_grows_while_it_is_loaded(tmp_path: Path) -> None:
 def test_entries_of_the_archive_are_found_as_torch_finds_them(tmp_path: Path) -> None:
     described = EMPTY + entry(tensor())
     path = checkpoint(tmp_path / "m.pt", described, Entry(b"m/ByteOrder", b"big"))
-    with pytest.raises(UnbackdoorError, match="byte order"):
+    with pytest.raises(UnsafeFile, match="other readers find none"):
+        read_state(path)
+    path = checkpoint(tmp_path / "m.pt", EMPTY + entry(tensor(storage("A"))), Entry(b"m/data/a", bytes(24)))
+    with pytest.raises(UnsafeFile, match="other readers find none"):
         read_state(path)
     path = checkpoint(tmp_path / "m.pt", described, Entry(b"m/byteorder", b"little\n"))
     with pytest.raises(UnbackdoorError, match="byte order"):
         read_state(path)
-    path = checkpoint(tmp_path / "m.pt", EMPTY + entry(tensor(storage("A"))), Entry(b"m/data/a", bytes(24)))
-    assert read_state(path)["a"].tolist() == [0.0] * 6
+
+
+@pytest.mark.parametrize("beside", [b"n/data.pkl", b"n/data/0", b"notes.txt", b"M/notes"])
+def test_entries_outside_the_folder_that_torch_reads(tmp_path: Path, beside: bytes) -> None:
+    path = checkpoint(tmp_path / "m.pt", EMPTY + entry(tensor()), Entry(beside, b"\x80\x02}."))
+    with pytest.raises(UnsafeFile, match="outside its folder"):
+        read_state(path)
+
+
+def test_a_second_pickle_of_weights_in_the_archive(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "m.pt", EMPTY + entry(tensor()), Entry(b"m/x/data.pkl", b"\x80\x02}."))
+    with pytest.raises(UnsafeFile, match="several pickles of weights"):
+        read_state(path)
+
+
+@pytest.mark.parametrize("beside", [b"m/code/a.py", b"m/x/constants.pkl", b"m/x/code/b.py"])
+def test_what_torch_does_not_take_for_a_program_is_read_as_a_checkpoint(
+    tmp_path: Path, beside: bytes
+) -> None:
+    # Attributes that a reader of programs would take for the weights.
+    other = b"}" + entry(tensor(storage("1")), "b") + b"b"
+    path = checkpoint(tmp_path / "m.pt", EMPTY + entry(tensor()), Entry(beside, b"\x80\x02]."))
+    assert read_contents(path).format == "checkpoint"
+    assert list(read_state(path)) == ["a"]
+    path = checkpoint(tmp_path / "m.pt", EMPTY + entry(tensor()) + other, Entry(beside, b"\x80\x02]."))
+    with pytest.raises(UnsafeFile):
+        read_state(path)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        [Entry(b"m/constants.pkl", b"\x80\x02]."), Entry(b"m/archive_format", b"pt2")],
+        [Entry(b"m/archive_format", b"pt2")],
+        [Entry(b"m/data/weights/model_weights_config.json", b"{}")],
+    ],
+)
+def test_an_archive_of_two_kinds(tmp_path: Path, beside: list[Entry]) -> None:
+    path = checkpoint(tmp_path / "m.pt", EMPTY + entry(tensor()), *beside)
+    with pytest.raises(UnsafeFile, match="two kinds"):
+        read_state(path)
+    assert inspect(path).loading == "deceptive"
 
 
 @pytest.mark.parametrize("target", ["torch.nn.modules.linear.Linear", "torch.relu", "argparse.Namespace"])

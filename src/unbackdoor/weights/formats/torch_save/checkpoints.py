@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import itertools
 import mmap
 import struct
+import tarfile
 from collections.abc import Callable
 from typing import IO, Any, cast
 
@@ -23,7 +25,7 @@ _SCANNED = 2  # archives within archives that are scanned
 _DECEPTIVE = Name("a pickle", "that is built to deceive or to exhaust its reader")
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
-_BLOCK = 512  # bytes of a tar header
+_NUMPY = b"\x93NUMPY"
 
 
 def read_zip(archive: Archive, data: Buffer, trail: Trail, where: object) -> object:
@@ -34,6 +36,21 @@ def read_zip(archive: Archive, data: Buffer, trail: Trail, where: object) -> obj
         UnsafeFile: If the archive is built to exhaust the machine.
     """
     root = archive.root
+    for name in archive.entries:
+        if root and not name.startswith(f"{root}/"):
+            raise UnsafeFile(
+                "an entry of the checkpoint lies outside its folder, where torch does not look",
+                expected=f"everything in {short(root)}",
+                got=short(name),
+                where=where,
+            )
+    pickled = [name for name in archive.entries if name.rpartition("/")[2].lower() == "data.pkl"]
+    if len(pickled) > 1:
+        raise UnsafeFile(
+            "the archive holds several pickles of weights, and readers choose differently",
+            got=", ".join(map(short, pickled[:3])),
+            where=where,
+        )
     main = archive.find(f"{root}/data.pkl" if root else "data.pkl")
     scan_beside(archive, trail, where, but=main)
     if main is None:
@@ -100,6 +117,11 @@ def _scan(archive: Archive, entry: Entry, trail: Trail, where: object, depth: in
         scan_beside(Archive(inner, f"{where}, {short(entry.name)}"), trail, where, but=None, depth=depth + 1)
     elif named or (head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05"):
         scan(bytes(archive.inside(entry, MAX_PICKLE)[:MAX_PICKLE]), trail)
+    elif head.startswith(_NUMPY):
+        # An array of objects is a pickle behind its header, and any zip file is one of arrays to NumPy.
+        content = bytes(archive.inside(entry, MAX_PICKLE)[:MAX_PICKLE])
+        wide = 2 if content[6:7] == b"\x01" else 4
+        scan(content[8 + wide + int.from_bytes(content[8 : 8 + wide], "little") :], trail)
 
 
 def scan(content: bytes, trail: Trail) -> bool:
@@ -116,6 +138,23 @@ def scan(content: bytes, trail: Trail) -> bool:
             break
         complete = True
     return complete
+
+
+def begins_with_pickle(data: Buffer, trail: Trail) -> bool:
+    """List the names of the pickle that a file begins with; tell whether it is whole and holds anything.
+
+    A few bytes may be a pickle of a number or a text by chance, and no loader makes weights of one.
+    """
+    try:
+        value = _read(_stream(data), trail, pickles.Stub, depth=1)
+    except UnsafeFile:
+        trail.names[_DECEPTIVE] = "dangerous"
+        return True
+    except InputError:
+        return False
+    if isinstance(value, list | tuple | dict):
+        return bool(value)
+    return value == _MAGIC if isinstance(value, int) else not isinstance(value, str | bytes | float | None)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -282,11 +321,6 @@ def _place(
 # Before that
 
 
-def is_tar(head: bytes) -> bool:
-    """Tell whether a file begins as a tar archive does."""
-    return len(head) >= _BLOCK and head[257:262] == b"ustar"
-
-
 def read_tar(data: Buffer, trail: Trail) -> object:
     """Return what a checkpoint of the first releases describes: a tar file of storages, tensors and a pickle.
 
@@ -318,27 +352,30 @@ def read_tar(data: Buffer, trail: Trail) -> object:
 
 
 _PARTS = ("storages", "tensors", "pickle")
+_FILES = (tarfile.REGTYPE, tarfile.AREGTYPE)
+_MEMBERS = 1000
+_CHUNK = 1 << 20  # bytes that are compared at a time
 
 
 def _members(data: Buffer) -> dict[str, tuple[int, int]]:
     members: dict[str, tuple[int, int]] = {}
-    at = 0
-    while at + _BLOCK <= len(data) and len(members) < 1000:
-        header = bytes(data[at : at + _BLOCK])
-        name = header[:100].split(b"\0")[0].decode("utf-8", "replace")
-        if not name:
-            break
-        try:
-            size = int(header[124:136].strip(b" \0") or b"0", 8)
-        except ValueError as error:
-            raise InputError("the tar archive is damaged", got=f"no size at {at}") from error
-        if at + _BLOCK + size > len(data):
-            raise InputError("the tar archive is cut short", got=f"member {short(name)}")
-        if name in members:
-            raise UnsafeFile("two members of the tar archive have one name", got=short(name))
-        if header[156:157] in (b"0", b"\0"):  # a file; links and devices are not followed
-            members[name] = (at + _BLOCK, size)
-        at += _BLOCK + -(-size // _BLOCK) * _BLOCK
+    try:
+        # By the library's reader, as torch does: names and sizes may stand in headers of their own.
+        with tarfile.open(fileobj=_stream(data), mode="r:", encoding="utf-8") as tar:
+            for member in itertools.islice(tar, _MEMBERS):
+                if member.name in members or (member.name in _PARTS and member.type not in _FILES):
+                    raise UnsafeFile(
+                        "a member of the tar archive is there twice, or is a link", got=short(member.name)
+                    )
+                end = member.offset_data + member.size
+                if not member.offset_data <= end <= len(data):
+                    raise InputError("the tar archive is cut short", got=f"member {short(member.name)}")
+                members[member.name] = (member.offset_data, member.size)
+            behind = tar.offset
+    except (tarfile.TarError, *pickles.BROKEN) as error:
+        raise InputError("the tar archive is damaged", got=short(str(error))) from error
+    if any(bytes(data[at : at + _CHUNK]).strip(b"\0") for at in range(behind, len(data), _CHUNK)):
+        raise UnsafeFile("something lies behind the end of the tar archive", got=f"at {behind}")
     return members
 
 

@@ -33,7 +33,7 @@ from unbackdoor.weights.formats.tensors import (
     natural,
     sizes,
 )
-from unbackdoor.weights.formats.torch_save.pickle_globals import Danger, Name, judge
+from unbackdoor.weights.formats.torch_save.pickle_globals import Danger, Name, is_library_class, judge
 
 MAX_STEPS = (
     1_000_000  # instructions of one pickle; the checkpoint of a ResNet-152 with its optimizer has 50,000
@@ -451,6 +451,9 @@ class _Machine:
             self._trail.names[COMPUTED] = "dangerous"
         if not isinstance(function, Name) or not isinstance(args, tuple):
             return Stub(function, args)
+        if is_library_class(function) or (function.name == "_reconstructor" and not _makes_only(args)):
+            # Pickles make objects of classes and do not call them; what it does then, its arguments decide.
+            self._trail.names[function] = "dangerous"
         if function.module == "torch._utils" and function.name.startswith("_rebuild_"):
             try:
                 return self._rebuilt(function.name, args)
@@ -561,6 +564,11 @@ def _tensor(args: tuple[Any, ...], dtype: Any) -> TensorRef:
     else:
         raise TypeError("a tensor of an unknown type")
     return TensorRef(storage, dtype, offset, sizes(shape), sizes(stride))
+
+
+def _makes_only(args: tuple[Any, ...]) -> bool:
+    # The form of the oldest protocols: a class, the plain class it is made as, and the value of that.
+    return len(args) == 3 and isinstance(args[1], Name) and args[1].module in ("builtins", "__builtin__")
 
 
 def _check_hooks(requires_grad: object, hooks: object) -> None:

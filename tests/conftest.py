@@ -7,9 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from differential import difference
 from tiny import tiny_classifier, tiny_data
 from unbackdoor.engine.trusted_caller import Surroundings
 from unbackdoor.types import Classifier, CleanData
+from unbackdoor.weights import read
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,6 +28,24 @@ def no_traces(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.node.get_closest_marker("leaves_traces"):
         before.restore()
     assert before.changed() == []
+
+
+@pytest.fixture(autouse=True)
+def same_weights_as_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fail a test in which a checkpoint was read of which torch would load other weights."""
+    differences: list[str] = []
+    reading = read._FileReader.read
+
+    def compared(self: read._FileReader, magic: read.Magic) -> dict[str, torch.Tensor]:
+        state = reading(self, magic)
+        if self.format in ("checkpoint", "old checkpoint"):
+            found = difference(bytes(self._file.content), state)
+            differences.extend([f"{self._path}: {found}"] if found else [])
+        return state
+
+    monkeypatch.setattr(read._FileReader, "read", compared)
+    yield
+    assert differences == []
 
 
 @pytest.fixture(scope="session", params=["conv-bn", "conv", "transformer"])

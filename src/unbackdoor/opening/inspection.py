@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from unbackdoor.errors import InputError, UnbackdoorError, UnsafeFile
+from unbackdoor.errors import InputError, UnbackdoorError, UnsafeFile, UnsupportedModel
 from unbackdoor.opening.recognise_architecture import nearest
 from unbackdoor.types import Progress, silent
 from unbackdoor.weights.formats.onnx.graph import describe_graph, import_graph
@@ -231,7 +231,8 @@ def _loading(contents: Contents) -> Loading:
     dangers = set(contents.names.values())
     if "unknown" in dangers:
         return "unknown code"
-    if contents.problem is not None:
+    # What is read to its end, and is only no network of a kind that is known, leaves nothing undecided.
+    if contents.problem is not None and not isinstance(contents.problem, UnsupportedModel):
         return "undecided"
     return "known classes" if dangers else "no code"
 

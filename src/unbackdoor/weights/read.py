@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from unbackdoor.errors import InputError, MissingExtra, UnbackdoorError, UnsafeFile
+from unbackdoor.weights.formats import other_readers
 from unbackdoor.weights.formats import state_dicts as states
 from unbackdoor.weights.formats.buffers import Buffer, listed, short
 from unbackdoor.weights.formats.exported_program import archive as exported
@@ -44,18 +45,6 @@ _PLAIN = {
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
 }  # fmt: skip
 _BROKEN = (*BROKEN, AssertionError, OSError, MemoryError, struct.error)
-# What is not read, but can be named, so that the user knows what to do.
-_OTHERS = (
-    (b"\x1f\x8b", "a gzip file", "Unpack it first"),
-    (b"BZh", "a bzip2 file", "Unpack it first"),
-    (b"\xfd7zXZ", "an xz file", "Unpack it first"),
-    (b"\x28\xb5\x2f\xfd", "a zstd file", "Unpack it first"),
-    (b"7z\xbc\xaf", "a 7z archive", "Unpack it first"),
-    (b"Rar!", "a rar archive", "Unpack it first"),
-    (b"\x89HDF", "an HDF5 file", "Keras models are not read; export it to ONNX or safetensors"),
-    (b"\x93NUMPY", "a NumPy array", "Save all weights by name, at best as safetensors"),
-    (b"GGUF", "a GGUF file", "Save the original weights as safetensors"),
-)
 
 
 @dataclass(frozen=True)
@@ -167,8 +156,17 @@ def read_contents(file: Path | StoredFile) -> Contents:
         problem = _with_path(error, file.path)
     except _BROKEN as error:
         problem = _damaged(file.path, error)
-    if magic in ("safetensors", "onnx"):
-        _hidden_pickle(file, trail)
+    others = other_readers.taken_for(file.content, magic)
+    if magic not in ("pickle", "zip") and _is_pickle_too(file, trail):
+        others.append("a pickle")
+    if others and not isinstance(problem, UnsafeFile):
+        problem = UnsafeFile(
+            "the file is several files in one, and readers choose differently",
+            expected=f"{reader.format} alone",
+            got=f"to other readers it is {' and '.join(others)}",
+            where=file.path,
+            remedy="Ask its author for safetensors",
+        )
     prefix = states.strip(list(state))
     if prefix:
         trail.note(f"the prefix {short(prefix)} was taken off all names")
@@ -223,13 +221,13 @@ def _kind(head: bytes, size: int, where: object) -> Magic:
         return "safetensors"
     if head.startswith(b"\x80"):
         return "pickle"
-    if checkpoints.is_tar(head):
+    if other_readers.is_tar_header(head):
         return "tar"
     if onnx.is_onnx(head):
         return "onnx"
     if head[8:9] == b"{":
         return "safetensors"  # cut short; its reader says so
-    for magic, words, remedy in _OTHERS:
+    for magic, words, remedy in other_readers.NAMED:
         if head.startswith(magic):
             raise InputError(f"the file is {words}, not a model file", where=where, remedy=remedy)
     raise InputError(
@@ -276,6 +274,12 @@ class _FileReader:
         if magic == "zip":
             self.format = "archive"
             archive = Archive(data, self._path)
+            if exported.is_exported(archive) and archive.find(f"{archive.root}/data.pkl") is not None:
+                raise UnsafeFile(
+                    "the archive is of two kinds, and readers choose differently",
+                    got="a checkpoint and a program of torch.export",
+                    where=self._path,
+                )
             if torchscript.is_torchscript(archive):
                 self.format = "torchscript"
                 return materialise(torchscript.read(archive, data, self._trail, self._path), len(data))
@@ -296,8 +300,7 @@ class _FileReader:
 
 
 def _hidden_pickle(file: StoredFile, trail: Trail) -> bool:
-    # A file of one format may also load as a pickle. Only dangerous names are reported, because any text
-    # yields names.
+    # Only dangerous names are reported of a file of no supported format, because any text yields names.
     inner = Trail()
     checkpoints.scan(bytes(file.content[:_POLYGLOT]), inner)
     danger = {name: level for name, level in inner.names.items() if level == "dangerous"}
@@ -305,6 +308,16 @@ def _hidden_pickle(file: StoredFile, trail: Trail) -> bool:
         trail.names.update(danger)
         trail.note("read as a pickle, the file would run code, whatever else it is")
     return bool(danger)
+
+
+def _is_pickle_too(file: StoredFile, trail: Trail) -> bool:
+    # No name comes about by chance in a format that is known, and no value but a single number or text.
+    inner = Trail()
+    holds_something = checkpoints.begins_with_pickle(file.content, inner)
+    if inner.names:
+        trail.names.update(inner.names)
+        trail.note("read as a pickle, the file would run code, whatever else it is")
+    return holds_something or bool(inner.names)
 
 
 def _dangers_by_name(trail: Trail) -> dict[str, Danger]:

@@ -9,11 +9,17 @@ from typing import Any
 
 from torch import Tensor
 
-from unbackdoor.errors import InputError
+from unbackdoor.errors import InputError, UnsafeFile, UnsupportedModel
 from unbackdoor.weights.formats.buffers import listed, short
 from unbackdoor.weights.formats.tensors import TensorRef
 from unbackdoor.weights.formats.torch_save.pickle_globals import Name
-from unbackdoor.weights.formats.torch_save.pickle_reader import Faulty, Stub, Trail, as_mapping
+from unbackdoor.weights.formats.torch_save.pickle_reader import (
+    Faulty,
+    Stub,
+    Trail,
+    as_mapping,
+    quantised,
+)
 
 NESTS = (
     "state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights", "params",
@@ -127,11 +133,15 @@ def _tensors(value: object, trail: Trail) -> dict[str, TensorRef]:
         if not isinstance(name, str):
             return {}
         if isinstance(entry, Faulty):
+            if isinstance(entry.error, UnsupportedModel):
+                raise entry.error
             raise InputError(
                 "a tensor cannot be rebuilt", got=f"tensor {short(name)}: {short(str(entry.error))}"
             ) from entry.error
         if isinstance(entry, TensorRef):
             out[name] = entry
+        elif name.endswith(("_packed_params", "_packed_params.dtype")):
+            raise quantised()  # as the layers of torch.ao.nn.quantized name what they hold
         elif not (name.endswith("_extra_state") or name == "_metadata"):
             return {}
     return out
@@ -152,6 +162,8 @@ def _walk(top: Stub) -> Iterator[tuple[str, TensorRef]]:
         count += 1
         if count > _MODULES or len(prefix) > 2000:
             raise InputError("the pickled module has too many parts", expected=f"at most {_MODULES} modules")
+        if module.items or module.entries:
+            raise UnsafeFile("a pickled module is changed while it is loaded", got=short(module.cls))
         attributes = module.attributes()
         passing = _texts(attributes.get("_non_persistent_buffers_set"))
         for kind, left_out in (("_parameters", set()), ("_buffers", passing)):
@@ -168,7 +180,7 @@ def _walk(top: Stub) -> Iterator[tuple[str, TensorRef]]:
 
 def _texts(value: object) -> set[str]:
     if isinstance(value, Stub):  # a set as protocol 2 writes it: a call of set with a list
-        value = value.args[0] if isinstance(value.args, tuple) and value.args else value.entries
+        value = value.entries
     return {text for text in value if isinstance(text, str)} if isinstance(value, list) else set()
 
 

@@ -131,13 +131,14 @@ def check(name: str, ref: TensorRef) -> None:
         raise _absurd(name, ref)
     if not ref.count:
         return
-    window = ref.storage.store.windows.get(ref.storage.key)
+    storage = ref.storage
+    window = storage.store.windows.get(storage.key)
     if window is None:
         raise InputError("the bytes of a tensor are missing", got=f"tensor {short(name)}")
-    available = window.size // ref.dtype.itemsize
-    last = (
-        ref.storage.first + ref.offset + sum((n - 1) * s for n, s in zip(ref.shape, ref.stride, strict=True))
-    )
+    # A view is a part of the stored bytes, and the type of a tensor may be another than its storage's.
+    size = min(storage.count * storage.dtype.itemsize, window.size - storage.first * storage.dtype.itemsize)
+    available = size // ref.dtype.itemsize
+    last = ref.offset + sum((n - 1) * s for n, s in zip(ref.shape, ref.stride, strict=True))
     if last >= available:
         raise InputError(
             "a tensor reaches beyond its bytes",
@@ -178,7 +179,7 @@ def _copied(ref: TensorRef) -> Tensor:
     item = ref.dtype.itemsize
     # Viewed by numpy as integers of the width, because it knows neither bfloat16 nor tensors in unaligned
     # bytes.
-    begin = window.start + (ref.storage.first + ref.offset) * item
+    begin = window.start + ref.storage.first * ref.storage.dtype.itemsize + ref.offset * item
     strides = [stride * item for stride in ref.stride]
     there = np.ndarray(ref.shape, _CARRIERS[item], window.data, begin, strides)
     raw = torch.from_numpy(np.array(there, order="C"))

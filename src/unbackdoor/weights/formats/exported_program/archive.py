@@ -114,7 +114,7 @@ def _weight(archive: Archive, data: Buffer, store: Store, folder: str, meta: dic
     # The loader joins these paths itself; no weight of an honest file lies in another folder.
     if not isinstance(path, str) or "/" in path or "\\" in path or path in ("", ".", ".."):
         raise UnsafeFile("a weight lies outside the folder of weights", got=short(path))
-    entry = archive.entries.get(f"{folder}/{path}")
+    entry = archive.find(f"{folder}/{path}")
     tensor = meta["tensor_meta"]
     dtype = _TYPES.get(tensor["dtype"]) if isinstance(tensor["dtype"], int) else None
     if dtype is None:
@@ -126,7 +126,8 @@ def _weight(archive: Archive, data: Buffer, store: Store, folder: str, meta: dic
     offset = _number(tensor["storage_offset"])
     if not natural(offset):
         raise ValueError("a negative offset")
-    return TensorRef(StorageRef(store, path, dtype, 0), dtype, offset, shape, stride)
+    count = store.windows[path].size // dtype.itemsize if path in store.windows else 0
+    return TensorRef(StorageRef(store, path, dtype, count), dtype, offset, shape, stride)
 
 
 def _number(value: object) -> int:

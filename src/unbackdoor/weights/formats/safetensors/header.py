@@ -98,7 +98,8 @@ def _tensors(data: Buffer, start: int, entries: Mapping[str, Any]) -> dict[str, 
         if dtype is None:
             raise InputError("a tensor is of an unknown type", got=short(entry["dtype"]))
         shape = sizes(entry["shape"])
-        reference = TensorRef(StorageRef(Store(), name, dtype, 0), dtype, 0, shape, contiguous(shape))
+        storage = StorageRef(Store(), name, dtype, (last - first) // dtype.itemsize)
+        reference = TensorRef(storage, dtype, 0, shape, contiguous(shape))
         if last - first != reference.count * dtype.itemsize:
             raise ValueError(f"tensor {short(name)} has {last - first} bytes, its shape says otherwise")
         reference.storage.store.windows[name] = Window(data, start + first, last - first)

@@ -29,9 +29,7 @@ _TEXT = re.compile(r'"((?:[^"\\]|\\.)*)"')
 
 def is_torchscript(archive: Archive) -> bool:
     """Tell whether torch would take an archive for a program."""
-    # Lower-cased because torch's reader looks names up without regard to case.
-    names = [name.lower() for name in archive.entries]
-    return any(name.endswith("/constants.pkl") or "/code/" in name for name in names)
+    return archive.find(f"{archive.root}/constants.pkl") is not None
 
 
 def read(archive: Archive, data: Buffer, trail: Trail, where: object) -> dict[str, TensorRef]:

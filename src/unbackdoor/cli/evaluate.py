@@ -46,6 +46,7 @@ def evaluate(
     architecture: options.CardlessArchitecture = None,
     mean: options.Mean = None,
     std: options.Std = None,
+    weights: options.Weights = None,
     device: options.Device = "cpu",
     precision: options.PrecisionOption = options.PrecisionPolicy.auto,
     as_json: options.AsJson = False,
@@ -74,7 +75,7 @@ def evaluate(
             network = options.open_model(
                 path,
                 data.test,
-                options.Cardless.parse(architecture, mean, std),
+                options.Cardless.parse(architecture, mean, std, weights),
                 default=data,
             )
             scores[name] = judge(network.to(run.device), attack, data.test, run, label=f"judging {path.name}")

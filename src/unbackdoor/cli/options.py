@@ -74,6 +74,15 @@ CardlessArchitecture = Annotated[
         rich_help_panel="Models without a card",
     ),
 ]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY",
+        help="Which of several sets of weights in the file, such as state_dict_ema; inspect lists them.",
+        show_default="the only one",
+        rich_help_panel="Models without a card",
+    ),
+]
 Mean = Annotated[
     str | None,
     typer.Option(
@@ -153,16 +162,20 @@ class Cardless:
         architecture: Spec such as ``resnet18[width=64]``.
         mean: Per-channel mean.
         std: Per-channel deviation.
+        weights: Which of several sets of weights in the file.
     """
 
     architecture: str | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    weights: str | None = None
 
     @classmethod
-    def parse(cls, architecture: str | None, mean: str | None, std: str | None) -> Cardless:
+    def parse(
+        cls, architecture: str | None, mean: str | None, std: str | None, weights: str | None = None
+    ) -> Cardless:
         """Return what was typed; raises ConfigError where a number is none."""
-        return cls(architecture, numbers(mean, "--mean"), numbers(std, "--std"))
+        return cls(architecture, numbers(mean, "--mean"), numbers(std, "--std"), weights)
 
 
 def open_run(seed: int, device: str, precision: PrecisionPolicy, progress: Progress) -> Run:
@@ -243,6 +256,7 @@ def open_model(
         UnbackdoorError: See :func:`unbackdoor.opening.classifier_files.load_model`.
     """
     from unbackdoor.opening.classifier_files import load_model
+    from unbackdoor.weights.source import open_source
 
     if has_card(path):
         if cardless != Cardless():
@@ -260,8 +274,9 @@ def open_model(
     mean, std = cardless.mean, cardless.std
     if default is not None and mean is None and std is None:
         mean, std = default.mean, default.std
+    source = open_source(path)
     return load_model(
-        path,
+        source if cardless.weights is None else source.choose(cardless.weights),
         architecture=cardless.architecture,
         input_shape=like.shape if like is not None else None,
         class_names=like.class_names if like is not None else None,

@@ -65,6 +65,8 @@ def screen(
     std: options.Std = None,
     size: auditor.Size = None,
     class_names: auditor.Classes = None,
+    weights: options.Weights = None,
+    output: auditor.Output = None,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
     precision: options.PrecisionOption = options.PrecisionPolicy.auto,
@@ -92,8 +94,9 @@ def screen(
     if data is None:
         _require_no_data(part, clean, per_class, fraction)
     user_options = auditor.UserOptions(
-        architecture, mean, std, size, class_names, data, clean, per_class, fraction, None, data_root
-    )
+        architecture, mean, std, size, class_names, data, clean, per_class, fraction, None, data_root,
+        weights=weights, output=output,
+    )  # fmt: skip
     with Display(quiet=quiet) as display:
         run = options.open_run(seed, device, precision, display)
         case = auditor.open_case(source, user_options, run, display, quiet=quiet)

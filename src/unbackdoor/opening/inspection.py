@@ -100,11 +100,37 @@ class GraphFact:
         unknown: Kinds of operators that are not imported.
         input_shape: (C, H, W) as the file states it, or None.
         problem: Why no network can be made of it, or None where one can.
+        outputs: Names of its outputs.
+        remarks: Paths from the pixels that bypass the network's body, and comparisons of and branches on what
+            depends on the pixels: what a backdoor in the graph itself would need.
     """
 
     operators: int
     unknown: tuple[str, ...]
     input_shape: tuple[int, ...] | None
+    problem: str | None
+    outputs: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SetFact:
+    """One set of weights of a file.
+
+    Attributes:
+        key: Keys that lead to it, separated by dots; empty at the top.
+        tensors: Number of its tensors.
+        parameters: Numbers in all of them.
+        state: Whether it is the one that is ``shown``, ``the same``, or ``different``.
+        module: Class of the whole module that it was taken from; empty for a plain state dict.
+        problem: Why it cannot be read, or None.
+    """
+
+    key: str
+    tensors: int
+    parameters: int
+    state: str
+    module: str
     problem: str | None
 
 
@@ -130,6 +156,10 @@ class Inspection:
         notes: Remarks in words.
         problem: Why its tensors cannot be read, or None.
         graph: The graph of an ONNX file, of which a network is made as it is; None for other formats.
+        sets: Every set of weights in the file, such as a running average beside the weights.
+        other_tensors: Keys of further entries that hold tensors, such as the state of an optimizer.
+        program: The program that the file holds around its tensors, in words; empty for tensors alone.
+        program_examined: Whether a scan examines that program: it opens as it is.
     """
 
     path: str
@@ -149,6 +179,10 @@ class Inspection:
     notes: tuple[str, ...] = ()
     problem: str | None = None
     graph: GraphFact | None = None
+    sets: tuple[SetFact, ...] = ()
+    other_tensors: tuple[str, ...] = ()
+    program: str = ""
+    program_examined: bool = False
 
     @property
     def executes(self) -> bool:
@@ -195,6 +229,7 @@ def inspect(model: Path | str | Source, progress: Progress = silent) -> Inspecti
     contents = source.contents
     next(steps, None)
     tensors = tuple(_facts(contents.tensors))
+    graph = _graph(source.graph) if source.graph is not None else None
     result = Inspection(
         path=str(source.path),
         size=source.size,
@@ -212,7 +247,11 @@ def inspect(model: Path | str | Source, progress: Progress = silent) -> Inspecti
         prefix=contents.prefix,
         notes=contents.notes,
         problem=str(contents.problem) if contents.problem is not None else None,
-        graph=_graph(source.graph) if source.graph is not None else None,
+        graph=graph,
+        sets=tuple(_sets(contents)),
+        other_tensors=contents.others,
+        program=contents.program,
+        program_examined=graph is not None and graph.problem is None,
     )
     for _ in steps:
         pass
@@ -246,7 +285,27 @@ def _graph(file: StoredFile) -> GraphFact | None:
         import_graph(file)
     except UnbackdoorError as error:
         problem = str(error)
-    return GraphFact(description.operators, description.unknown, description.input_shape, problem)
+    return GraphFact(
+        description.operators,
+        description.unknown,
+        description.input_shape,
+        problem,
+        description.outputs,
+        description.remarks,
+    )
+
+
+def _sets(contents: Contents) -> Iterable[SetFact]:
+    states = contents.other_sets
+    for key, one in contents.sets.items():
+        yield SetFact(
+            key,
+            len(one.tensors),
+            sum(tensor.numel() for tensor in one.tensors.values()),
+            states.get(key, "shown"),
+            one.module,
+            None if one.problem is None else str(one.problem),
+        )
 
 
 def _facts(state: Mapping[str, Tensor]) -> Iterable[TensorFact]:

@@ -32,11 +32,18 @@ from unbackdoor.opening.normalisation_guess import (
     infer_normalisation,
     usual_normalisations,
 )
-from unbackdoor.opening.provenance import ArchitectureOrigin, NameChanges, NormalisationOrigin, Provenance
+from unbackdoor.opening.provenance import (
+    ArchitectureOrigin,
+    InFile,
+    NameChanges,
+    NormalisationOrigin,
+    Provenance,
+)
 from unbackdoor.opening.recognise_architecture import ends
 from unbackdoor.opening.rename_tensors import Adapted, Difference
 from unbackdoor.types import Classifier, Images, Progress, silent
 from unbackdoor.weights.card import ModelCard, normalisation
+from unbackdoor.weights.formats.onnx.canonical import AmbiguousOutput
 from unbackdoor.weights.formats.onnx.graph import import_graph
 from unbackdoor.weights.formats.onnx.node import Place
 from unbackdoor.weights.source import Source, open_source
@@ -64,6 +71,7 @@ class Opened:
             under the names its owner knows.
         places: Of a network that is the file's own graph: where each of its tensors stands there; else None.
         source: The file as it was opened.
+        output: The output of that graph that gives the logits, where it was named.
     """
 
     model: Classifier
@@ -72,6 +80,7 @@ class Opened:
     names: Mapping[str, str] = field(default_factory=dict)
     places: Mapping[str, Place] | None = None
     source: Source | None = None
+    output: str | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -88,6 +97,8 @@ def open_model(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     size: tuple[int, int] | None = None,
+    weights: str | None = None,
+    output: str | None = None,
     run: Run | None = None,
     progress: Progress = silent,
 ) -> Opened:
@@ -108,6 +119,9 @@ def open_model(
             taken, else the one with the lowest loss.
         std: Per-channel deviation, likewise.
         size: (H, W) of the model's input.
+        weights: Which of several sets of weights in a file, by the keys that lead to it, separated by dots,
+            such as ``state_dict_ema``; None where there is one, or all are the same.
+        output: Which of several outputs of an ONNX graph gives the logits; None where there is one.
         run: Device, precision and seed of the trials; None is the CPU and seed 0.
         progress: Shows how far loading has come.
 
@@ -124,8 +138,14 @@ def open_model(
     """
     run = run or Run.create(progress=progress)
     _require_arguments(mean, std, size)
-    arguments = _Arguments(arch, class_names, mean, std, size)
+    arguments = _Arguments(arch, class_names, mean, std, size, output)
     source = path if isinstance(path, Source) else open_source(path)
+    if weights is not None:
+        source = source.choose(weights)
+    if output is not None and (source.graph is None or arch is not None):
+        raise ConfigError(
+            "the output of the model", ["only an ONNX file that is opened as it is has outputs with names"]
+        )
     card = source.card()
     if card is not None:
         return _with_card(source, card, arguments, images, run, progress)
@@ -139,6 +159,7 @@ class _Arguments:
     mean: Sequence[float] | None
     std: Sequence[float] | None
     size: tuple[int, int] | None
+    output: str | None = None
 
     @property
     def normalisation(self) -> Normalisation | None:
@@ -199,6 +220,7 @@ def _with_card(
         "arguments" if arguments.size else "the card",
         model.classes,
         "arguments" if arguments.class_names else "the card",
+        in_file=InFile.of(source.contents),
     )
     return Opened(model, conformed, provenance.measured(image_changes, inferred, []), source=source)
 
@@ -212,7 +234,9 @@ def _without_card(
 ) -> Opened:
     if source.graph is not None and not source.contents.dangerous and arguments.arch is None:
         try:
-            network = import_graph(source.graph)
+            network = import_graph(source.graph, arguments.output)
+        except AmbiguousOutput:
+            raise
         except UnsupportedModel as unknown:  # an operator that is not imported
             if source.contents.problem is not None:
                 raise
@@ -260,8 +284,11 @@ def _own_graph(
     )
     warnings = [_assumed_size(shape)] if size_source == _ASSUMED_SIZE else []
     architecture = ArchitectureOrigin("ONNX", _GRAPH, "; ".join(network.meta["notes"]))
-    opened = _with_provenance(source, attempt, architecture, names_source, warnings)
-    return replace(opened, places=network.meta["places"])
+    in_file = InFile.of(
+        source.contents, examined=True, output=arguments.output, remarks=network.meta["remarks"]
+    )
+    opened = _with_provenance(source, attempt, architecture, names_source, warnings, in_file)
+    return replace(opened, places=network.meta["places"], output=arguments.output)
 
 
 def _by_names(
@@ -325,7 +352,8 @@ def _by_names(
         candidates.note,
         tuple(candidate.spec for candidate in candidates.fitting),
     )
-    return _with_provenance(source, attempt, architecture, names_source, warnings)
+    in_file = InFile.of(source.contents)
+    return _with_provenance(source, attempt, architecture, names_source, warnings, in_file)
 
 
 def _assumed_size(shape: Shape) -> str:
@@ -338,6 +366,7 @@ def _with_provenance(
     architecture: ArchitectureOrigin,
     names_source: str,
     warnings: list[str],
+    in_file: InFile,
 ) -> Opened:
     provenance = Provenance(
         source.path.name,
@@ -349,6 +378,7 @@ def _with_provenance(
         attempt.size_source,
         attempt.model.classes,
         names_source,
+        in_file=in_file,
     ).measured(attempt.changes, attempt.inferred, [*warnings, *attempt.warnings])
     translated = attempt.filled.adapted.renamed
     file_names = {

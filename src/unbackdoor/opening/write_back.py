@@ -96,6 +96,8 @@ def output_name(path: Path, opened: Opened | None) -> Path:
 
 def stored_types(opened: Opened) -> dict[str, torch.dtype]:
     """Return the types that the file of the original stores the network's tensors in."""
+    if opened.places is not None:
+        return {name: place.dtype for name, place in opened.places.items()}
     stored = opened.source.contents.tensors if opened.source is not None else {}
     pairs = ((name, opened.names.get(name, name)) for name in opened.model.network.state_dict())
     return {name: stored[old].dtype for name, old in pairs if old in stored}
@@ -153,7 +155,7 @@ def write_repaired(
     if opened.places is not None:
         assert source.graph is not None
         states = (m.network.state_dict() for m in (opened.model, model))
-        write_graph(path, source.graph, opened.places, *states)
+        write_graph(path, source.graph, opened.places, *states, output=opened.output)
     else:
         contents = source.contents
         write_weights(path, repaired_state(opened, model), nest=contents.nest, prefix=contents.prefix)
@@ -178,7 +180,7 @@ def repair_patch(model: Classifier, opened: Opened, facts: Mapping[str, Any]) ->
     with tempfile.TemporaryDirectory() as folder:  # several tensors of the network may be one of the file
         draft = Path(folder) / "repaired.onnx"
         states = (m.network.state_dict() for m in (opened.model, model))
-        write_graph(draft, source.graph, opened.places, *states)
+        write_graph(draft, source.graph, opened.places, *states, output=opened.output)
         return make_patch(source.contents.tensors, read_state(draft), facts)
 
 

@@ -87,6 +87,17 @@ class Source:
         for file in self.files:
             file.require_unchanged()
 
+    def choose(self, key: str) -> Source:
+        """Return the file with another set of its weights as the one that is meant.
+
+        Args:
+            key: Keys that lead to it, separated by dots, such as ``state_dict_ema``.
+
+        Raises:
+            InputError: If the file has no such set.
+        """
+        return replace(self, contents=self.contents.choose(key, self.path))
+
     def to_dict(self) -> dict[str, Any]:
         """Return name, size and hash of every file as JSON."""
         facts: list[Mapping[str, Any]] = [

@@ -61,7 +61,10 @@ class Canonical:
         if name is not None:
             if name not in self.outputs:
                 raise InputError(
-                    "the graph has no such output", expected=_names(self.outputs), got=short(name), where=where
+                    "the graph has no such output",
+                    expected=_names(self.outputs),
+                    got=short(name),
+                    where=where,
                 )
             return self.outputs[name]
         ends = set(self.outputs.values())
@@ -160,7 +163,9 @@ class _Unfolding:
             return [node]
         if depth >= _DEEPEST:
             raise UnsafeFile(
-                "the functions of the model use each other too deeply", got=short(node.op_type), where=self._path
+                "the functions of the model use each other too deeply",
+                got=short(node.op_type),
+                where=self._path,
             )
         # An empty function costs a step as well, or a tower of them would never end.
         self._count += 1
@@ -175,7 +180,7 @@ class _Unfolding:
             )
         prefix = f"{function.name}.{self._instances}."
         names = {"": ""}
-        names |= {formal: "" for formal in function.input}
+        names |= dict.fromkeys(function.input, "")
         names |= dict(zip(function.input, node.input, strict=False))
         results = dict(zip(function.output, node.output, strict=False))
         # An output that is an input as well, or that stands twice, needs a value of its own.

@@ -137,7 +137,7 @@ class Builder:
         self.notes: list[str] = []
         self.places: dict[str, Place] = {}
         self.size_nodes: set[fx.Node] = set()  # integers computed from sizes; may be sizes again
-        self.quantised: dict[fx.Node, QuantisedStep] = {}
+        self.quantised: dict[str, QuantisedStep] = {}  # by the names of computed values
         self.opset = 0
         self.types: dict[str, torch.dtype] = {}  # of constants, as the file has them
         self.batch = 0  # images of the example that the exporter has fixed; 0 where it left them open
@@ -224,7 +224,9 @@ class Builder:
             UnsafeFile: If the file makes far more than it holds.
         """
         self._spent += count * width
-        if self._spent > MAX_TIED * self.tensors.bytes_read + _SLACK:
+        # In the width that they are computed in: quantised weights have a quarter of it in the file.
+        held = max(self.tensors.bytes_read, 4 * self.tensors.numbers)
+        if self._spent > MAX_TIED * held + _SLACK:
             raise UnsafeFile("the graph makes far more of its weights than it holds", where=self.path)
 
     def _operators(self, form: Canonical, needed: list[int]) -> None:
@@ -236,7 +238,7 @@ class Builder:
                 raise call.refused("without an output")
             if any(name and self.uses.get(name) for name in call.outputs[1:]) and kind not in ("Split",):
                 raise call.refused("with its further outputs in use")
-            steps = [self.quantised[value] for value in call.operands if value in self.quantised]
+            steps = [self.quantised[value] for value in call.names if value in self.quantised]
             mixed = kind == "Concat" and len(steps) < len(call.operands)
             mixed = mixed or any(not step.equals(steps[0]) for step in steps[1:])
             if steps and (mixed or kind not in (*KEEPS_QUANTISED, "DequantizeLinear")):
@@ -247,7 +249,7 @@ class Builder:
                 if isinstance(value, fx.Node) and makes_sizes(call):
                     self.size_nodes.add(value)
                 if isinstance(value, fx.Node) and steps and kind in KEEPS_QUANTISED:
-                    self.quantised[value] = steps[0]
+                    self.quantised[name] = steps[0]
 
     def value(self, name: str) -> Value:
         """Return what a name stands for; None for an operand that is left out."""

@@ -66,7 +66,7 @@ class Builder(Protocol):
     size_nodes: set[fx.Node]
     batch: int
     opset: int
-    quantised: dict[fx.Node, QuantisedStep]
+    quantised: dict[str, QuantisedStep]
 
     def value(self, name: str) -> Value:
         """Return what a name stands for; None for an operand that is left out."""

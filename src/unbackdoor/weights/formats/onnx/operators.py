@@ -579,17 +579,17 @@ def _quantize(call: Call) -> Value:
         call.builder.root[target] = limit.reshape(())
         limits.append(call.builder.get(target))
     made = call.builder.call(_clamped, call.node(), *limits)
-    call.builder.quantised[made] = step
+    call.builder.quantised[call.outputs[0]] = step
     return made
 
 
 def _dequantize(call: Call) -> Value:
     value, step = call.operand(0), _step(call)
     if isinstance(value, Tensor):
-        call.builder.spend(value.numel(), 8)
+        call.builder.spend(value.numel())
         shaped = _along(call, step, value.dim())
         return (value.float() - shaped.zero) * shaped.scale
-    made_by = call.builder.quantised.get(value) if isinstance(value, fx.Node) else None
+    made_by = call.builder.quantised.get(call.names[0])
     if made_by is None or not made_by.equals(step):
         raise call.refused("with another scale than the values were quantised with")
     return _same(call)
@@ -692,6 +692,10 @@ def _tile(call: Call) -> Value:
 
 
 def _range(call: Call) -> Value:
+    if any(isinstance(value, fx.Node) for value in call.operands):
+        if any(isinstance(v, fx.Node) and v not in call.builder.size_nodes for v in call.operands):
+            raise call.refused("with bounds that are no sizes")
+        return call.builder.call(_range_by, *(call.node(position) for position in range(3)))
     first, last, step = (call.constant(position) for position in range(3))
     if first is None or last is None or step is None or not float(step):
         raise call.refused("without bounds")
@@ -699,6 +703,13 @@ def _range(call: Call) -> Value:
     if not 0 <= count < _LONGEST:
         raise call.refused("with such bounds")
     return torch.arange(first.item(), last.item(), step.item(), dtype=first.dtype)
+
+
+def _range_by(first: Tensor, last: Tensor, step: Tensor) -> Tensor:
+    begin, end, by = (int(value) for value in (first, last, step))
+    if not by or (end - begin) // by > _LONGEST:
+        raise ValueError("a constant that is made of sizes is too large")
+    return torch.arange(begin, end, by, device=first.device)
 
 
 def _depth_to_space(call: Call) -> Value:
@@ -713,15 +724,25 @@ def _space_to_depth(call: Call) -> Value:
 
 
 def _pad(call: Call) -> Value:
-    pads = call.sizes(1) if len(call.operands) > 1 else call.integers("pads", [])
+    pads = call.lengths(1) if len(call.operands) > 1 else call.integers("pads", [])
     fill = call.constant(2)
-    if not pads or call.text("mode", "constant") != "constant" or call.constant(3) is not None:
+    if isinstance(pads, fx.Node) and call.text("mode", "constant") == "constant" and len(call.operands) < 4:
+        value = float(fill) if fill is not None else 0.0
+        return call.builder.call(_padded_by, call.node(), pads, value)
+    if not isinstance(pads, list) or not pads or call.text("mode", "constant") != "constant" or call.constant(3) is not None:
         raise call.refused("in this way")
     value = float(fill) if fill is not None else call.number_of("value", 0.0)
     return call.builder.call(F.pad, call.node(), _around(call.bounded(pads, -LARGEST)), value=value)
 
 
+def _padded_by(x: Tensor, pads: Tensor, value: float) -> Tensor:
+    return F.pad(x, _around(pads.flatten().tolist()), value=value)
+
+
 def _slice(call: Call) -> Value:
+    computed = [call.lengths(position) for position in (1, 2)]
+    if any(isinstance(value, fx.Node) for value in computed):
+        return _slice_by_sizes(call)
     begins, ends, axes, steps = (call.sizes(position) for position in (1, 2, 3, 4))
     if len(call.operands) == 1:  # before operator set 10
         begins, ends = (call.integers(name, []) for name in ("starts", "ends"))
@@ -739,6 +760,38 @@ def _slice(call: Call) -> Value:
         if isinstance(value, Tensor)
         else call.builder.call(_sliced, call.node(), *places)
     )
+
+
+def _slice_by_sizes(call: Call) -> Value:
+    axes, steps = call.sizes(3), call.sizes(4)
+    if axes is None or any(not -LARGEST <= step <= LARGEST or not step for step in steps or ()):
+        raise call.refused("with such places")
+    places = (call.node(1), call.node(2), tuple(axes), tuple(steps or [1] * len(axes)))
+    return call.builder.call(_sliced_by, call.node(), *places)
+
+
+def _sliced_by(
+    x: Tensor, begins: Tensor, ends: Tensor, axes: tuple[int, ...], steps: tuple[int, ...]
+) -> Tensor:
+    return _sliced(x, tuple(begins.flatten().tolist()), tuple(ends.flatten().tolist()), axes, steps)
+
+
+def _scatter(call: Call) -> Value:
+    if call.text("reduction", "none") != "none":
+        raise call.refused("with a reduction")
+    values = [call.operand(position) for position in range(3)]
+    if isinstance(values[1], Tensor) and values[1].is_floating_point():
+        raise call.refused("with places that are no whole numbers")
+    if all(isinstance(value, Tensor) for value in values):
+        first, places, updates = values
+        assert isinstance(first, Tensor) and isinstance(places, Tensor) and isinstance(updates, Tensor)
+        call.builder.spend(first.numel(), 8)
+        return _scattered(first, places, updates)
+    return call.builder.call(_scattered, *(call.node(position) for position in range(3)))
+
+
+def _scattered(x: Tensor, places: Tensor, updates: Tensor) -> Tensor:
+    return x.index_put(tuple(places.long().unbind(-1)), updates.to(x.dtype))
 
 
 def _split(call: Call) -> Value:
@@ -821,8 +874,22 @@ def _unsqueeze(call: Call) -> Value:
     return call.builder.call(_unsqueezed, call.node(), _axes(call))
 
 
+def _all_in_order(call: Call, index: Tensor) -> fx.Node | None:
+    # A view that takes every number of the example's images in order, which some exporters write as a choice.
+    batch, value = call.builder.batch, call.operand(0)
+    flat = isinstance(value, fx.Node) and value.target is _reshaped and value.args[1] == (-1,)
+    if not flat or not batch or index.dim() < 2 or len(index) != batch:
+        return None
+    if not torch.equal(index.flatten(), torch.arange(index.numel())):
+        return None
+    return call.builder.call(_reshaped, call.node(), (-1, *index.shape[1:]))
+
+
 def _gather(call: Call) -> Value:
-    index, value, axis = call.constant(1), call.operand(0), call.integer("axis", 0)
+    value, axis = call.operand(0), call.integer("axis", 0)
+    if call.operand(1) in call.builder.size_nodes:
+        return call.builder.call(_gathered, call.node(), call.node(1), axis)
+    index = call.constant(1)
     if index is None or index.is_floating_point():
         raise call.refused("with places that are no whole numbers")
     if isinstance(value, Tensor):
@@ -831,6 +898,8 @@ def _gather(call: Call) -> Value:
         share = value.numel() // max(value.shape[axis], 1)
         call.builder.spend(share * index.numel(), value.element_size())
         return _gathered(value, index, axis)
+    if (whole := _all_in_order(call, index)) is not None:
+        return whole
     if index.dim():
         return call.builder.call(_gathered, call.node(), call.node(1), axis)
     return call.builder.call(torch.select, call.node(), axis, int(index))
@@ -903,6 +972,7 @@ OPERATORS: dict[str, Callable[[Call], Any]] = {
     "ReduceSum": _reduce,
     "Relu": _layer(nn.ReLU),
     "Reshape": _reshape,
+    "ScatterND": _scatter,
     "Selu": _layer(nn.SELU),
     "Shape": _shape,
     "Sigmoid": _layer(nn.Sigmoid),
@@ -930,5 +1000,6 @@ KEEPS_QUANTISED = {
 # Of integers that are sizes these make integers that are sizes.
 _OF_SIZES = {
     "Add", "Concat", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Identity", "Max", "Min", "Mod",
-    "Mul", "Neg", "Reshape", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where",
+    "Mul", "Neg", "Range", "Reshape", "ScatterND", "Slice", "Squeeze", "Sub", "Tile", "Transpose", "Unsqueeze",
+    "Where",
 }  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -67,7 +67,7 @@ def find_all(described: object) -> Inventory:
     """Return every set of weights that a checkpoint holds, wherever a loader may look for it."""
     sets: dict[str, LocatedStateDict] = {}
     others: dict[str, None] = {}
-    seen: set[int] = set()
+    seen: dict[int, LocatedStateDict | None] = {}  # one object may lie under several keys
     todo: list[tuple[object, tuple[str, ...], bool, int]] = [(described, (), True, 0)]
     visited = 0
     while todo and visited < _MAX_VISITED and len(sets) < _MAX_SETS:
@@ -76,9 +76,14 @@ def find_all(described: object) -> Inventory:
         key = ".".join(keys)
         if isinstance(value, TensorRef):
             others.setdefault(key)
-        if not isinstance(value, Stub | dict | list | tuple) or id(value) in seen:
+        if not isinstance(value, Stub | dict | list | tuple):
             continue
-        seen.add(id(value))
+        if id(value) in seen:
+            twin = seen[id(value)]
+            if twin is not None:
+                sets[key] = replace(twin, nest=keys if named and not twin.module else (), key=key)
+            continue
+        seen[id(value)] = None
         try:
             refs = _tensors(value, Trail())
         except InputError:
@@ -87,7 +92,7 @@ def find_all(described: object) -> Inventory:
         if refs:
             module = _class_of(value) if isinstance(value, Stub) and _is_module(value) else ""
             nest = keys if named and not module else ()
-            sets[key] = LocatedStateDict(refs, nest=nest, key=key, module=module)
+            sets[key] = seen[id(value)] = LocatedStateDict(refs, nest=nest, key=key, module=module)
             continue
         if depth > _DEPTH:
             continue
@@ -127,7 +132,7 @@ def find_state_dict(described: object, trail: Trail) -> LocatedStateDict:
         return located
     mapping = as_mapping(described)
     keys = listed([str(key) if isinstance(key, str | int) else "?" for key in list(mapping or {})[:6]])
-    several = [short(key)[1:-1] for key in mapping or {} if isinstance(key, str) and _holds(mapping, key)]
+    several = [short(key)[1:-1] for key in find_all(described).sets]
     if several:
         raise InputError(
             "the checkpoint holds several state dicts, and none is under a usual key",

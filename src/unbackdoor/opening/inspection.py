@@ -229,13 +229,14 @@ def inspect(model: Path | str | Source, progress: Progress = silent) -> Inspecti
     contents = source.contents
     next(steps, None)
     tensors = tuple(_facts(contents.tensors))
-    graph = _graph(source.graph) if source.graph is not None else None
+    readable = source.graph is not None and contents.problem is None
+    graph, lies = _graph(source.graph) if source.graph is not None and readable else (None, False)
     result = Inspection(
         path=str(source.path),
         size=source.size,
         sha256=source.sha256,
         format=contents.format,
-        loading=_loading(contents),
+        loading="deceptive" if lies and not contents.dangerous else _loading(contents),
         dangerous=contents.dangerous,
         foreign=contents.foreign,
         tensors=tensors,
@@ -275,17 +276,18 @@ def _loading(contents: Contents) -> Loading:
     return "known classes" if dangers else "no code"
 
 
-def _graph(file: StoredFile) -> GraphFact | None:
+def _graph(file: StoredFile) -> tuple[GraphFact, bool]:
+    """Return what a graph is, and whether it is built to show its readers different things."""
+    problem, lies = None, False
     try:
         description = describe_graph(file)
-    except UnbackdoorError:
-        return None  # the tensors cannot be read either, and that is reported
-    problem = None
+    except UnbackdoorError as error:
+        return GraphFact(0, (), None, str(error)), isinstance(error, UnsafeFile)
     try:
         import_graph(file)
     except UnbackdoorError as error:
-        problem = str(error)
-    return GraphFact(
+        problem, lies = str(error), isinstance(error, UnsafeFile)
+    fact = GraphFact(
         description.operators,
         description.unknown,
         description.input_shape,
@@ -293,6 +295,7 @@ def _graph(file: StoredFile) -> GraphFact | None:
         description.outputs,
         description.remarks,
     )
+    return fact, lies
 
 
 def _sets(contents: Contents) -> Iterable[SetFact]:

@@ -158,7 +158,9 @@ def case(tmp_path: Path) -> tuple[Path, Path]:
         labels=images.truth.numpy(),
         class_names=np.array(images.class_names),
     )
-    return saved(tmp_path / "m.pth", {"state_dict": one, "state_dict_ema": moved(one)}), tmp_path / "clean.npz"
+    return saved(
+        tmp_path / "m.pth", {"state_dict": one, "state_dict_ema": moved(one)}
+    ), tmp_path / "clean.npz"
 
 
 def call(*arguments: str | Path) -> Any:

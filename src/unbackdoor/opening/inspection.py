@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from unbackdoor.errors import InputError, UnbackdoorError, UnsafeFile
+from unbackdoor.errors import InputError, MissingExtra, UnbackdoorError, UnsafeFile
 from unbackdoor.opening.recognise_architecture import nearest
 from unbackdoor.types import Progress, silent
 from unbackdoor.weights.formats.onnx.graph import describe_graph, import_graph
@@ -229,8 +229,7 @@ def inspect(model: Path | str | Source, progress: Progress = silent) -> Inspecti
     contents = source.contents
     next(steps, None)
     tensors = tuple(_facts(contents.tensors))
-    readable = source.graph is not None and contents.problem is None
-    graph, lies = _graph(source.graph) if source.graph is not None and readable else (None, False)
+    graph, lies = (None, False) if source.graph is None else _graph(source.graph)
     result = Inspection(
         path=str(source.path),
         size=source.size,
@@ -276,11 +275,13 @@ def _loading(contents: Contents) -> Loading:
     return "known classes" if dangers else "no code"
 
 
-def _graph(file: StoredFile) -> tuple[GraphFact, bool]:
+def _graph(file: StoredFile) -> tuple[GraphFact | None, bool]:
     """Return what a graph is, and whether it is built to show its readers different things."""
     problem, lies = None, False
     try:
         description = describe_graph(file)
+    except MissingExtra:
+        return None, False  # the tensors cannot be read either, and that is reported
     except UnbackdoorError as error:
         return GraphFact(0, (), None, str(error)), isinstance(error, UnsafeFile)
     try:

@@ -20,6 +20,7 @@ from unbackdoor.weights.formats.dataflow import Step, remarks
 MAX_NODES = 20_000
 STANDARD = ("", "ai.onnx")
 _DEEPEST = 20  # functions that use each other
+_RUNTIMES = ("ai.onnx", "com.microsoft", "com.ms", "org.pytorch")  # beginnings of domains
 _OLDEST = 7  # operator set from which operands are stretched to each other as they are now
 _PASSING = ("Identity", "Cast")
 _INTEGERS = {2, 3, 4, 5, 6, 7, 9, 12, 13}  # data types, truth values included
@@ -137,6 +138,13 @@ class _Unfolding:
         self._opset = opset
         self._functions: dict[tuple[str, str, str], Any] = {}
         for function in model.functions:
+            if function.domain in STANDARD or function.domain.startswith(_RUNTIMES):
+                raise UnsafeFile(
+                    "a function of the model stands where runtimes have operators of their own, of which "
+                    "readers choose differently",
+                    got=short(f"{function.domain}.{function.name}".lstrip(".")),
+                    where=path,
+                )
             key = _key(function.domain, function.name, getattr(function, "overload", ""))
             if key in self._functions:
                 raise UnsafeFile("two functions of the model have one name", got=short(key[1]), where=path)

@@ -729,7 +729,12 @@ def _pad(call: Call) -> Value:
     if isinstance(pads, fx.Node) and call.text("mode", "constant") == "constant" and len(call.operands) < 4:
         value = float(fill) if fill is not None else 0.0
         return call.builder.call(_padded_by, call.node(), pads, value)
-    if not isinstance(pads, list) or not pads or call.text("mode", "constant") != "constant" or call.constant(3) is not None:
+    if (
+        not isinstance(pads, list)
+        or not pads
+        or call.text("mode", "constant") != "constant"
+        or call.constant(3) is not None
+    ):
         raise call.refused("in this way")
     value = float(fill) if fill is not None else call.number_of("value", 0.0)
     return call.builder.call(F.pad, call.node(), _around(call.bounded(pads, -LARGEST)), value=value)
@@ -774,6 +779,21 @@ def _sliced_by(
     x: Tensor, begins: Tensor, ends: Tensor, axes: tuple[int, ...], steps: tuple[int, ...]
 ) -> Tensor:
     return _sliced(x, tuple(begins.flatten().tolist()), tuple(ends.flatten().tolist()), axes, steps)
+
+
+def _gather_nd(call: Call) -> Value:
+    places, value = call.constant(1), call.operand(0)
+    if places is None or places.is_floating_point() or call.integer("batch_dims", 0):
+        raise call.refused("with such places")
+    if isinstance(value, Tensor):
+        share = value.numel() // max(torch.Size(value.shape[: places.shape[-1]]).numel(), 1)
+        call.builder.spend(share * places.numel(), value.element_size())
+        return _chosen(value, places)
+    return call.builder.call(_chosen, call.node(), call.node(1))
+
+
+def _chosen(x: Tensor, places: Tensor) -> Tensor:
+    return x[tuple(places.long().unbind(-1))]
 
 
 def _scatter(call: Call) -> Value:
@@ -932,6 +952,7 @@ OPERATORS: dict[str, Callable[[Call], Any]] = {
     "Flatten": lambda call: call.builder.call(_flattened, call.node(), call.integer("axis", 1)),
     "Floor": _unary(torch.floor),
     "Gather": _gather,
+    "GatherND": _gather_nd,
     "Gelu": _gelu,
     "Gemm": _gemm,
     "GlobalAveragePool": _layer(lambda: nn.AdaptiveAvgPool2d(1)),

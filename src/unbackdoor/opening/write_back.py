@@ -154,8 +154,8 @@ def write_repaired(
     assert opened is not None and source is not None
     if opened.places is not None:
         assert source.graph is not None
-        states = (m.network.state_dict() for m in (opened.model, model))
-        write_graph(path, source.graph, opened.places, *states, output=opened.output)
+        before, after = opened.model.network.state_dict(), model.network.state_dict()
+        write_graph(path, source.graph, opened.places, before, after, opened.output)
     else:
         contents = source.contents
         write_weights(path, repaired_state(opened, model), nest=contents.nest, prefix=contents.prefix)
@@ -179,8 +179,8 @@ def repair_patch(model: Classifier, opened: Opened, facts: Mapping[str, Any]) ->
     assert source.graph is not None
     with tempfile.TemporaryDirectory() as folder:  # several tensors of the network may be one of the file
         draft = Path(folder) / "repaired.onnx"
-        states = (m.network.state_dict() for m in (opened.model, model))
-        write_graph(draft, source.graph, opened.places, *states, output=opened.output)
+        before, after = opened.model.network.state_dict(), model.network.state_dict()
+        write_graph(draft, source.graph, opened.places, before, after, opened.output)
         return make_patch(source.contents.tensors, read_state(draft), facts)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -106,7 +106,7 @@ def find_all(described: object) -> Inventory:
     return Inventory(sets, tuple(others)[:_MAX_OTHERS])
 
 
-def _entries_of(value: object) -> list[tuple[str, object]]:
+def _entries_of(value: object) -> Sequence[tuple[str, object]]:
     if isinstance(value, list | tuple):
         return [(str(place), entry) for place, entry in enumerate(value[:_LISTED])]
     mapping = as_mapping(value)

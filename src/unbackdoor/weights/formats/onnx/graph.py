@@ -170,7 +170,7 @@ class Builder:
         first = inputs[0].type.tensor_type.shape.dim[:1]
         self.batch = int(first[0].dim_value) if first else 0
         shape = _input_shape(inputs[0])
-        pixels = self.graph.placeholder("pixels")
+        pixels = self.pixels = self.graph.placeholder("pixels")
         if shape is not None and shape[0] not in _COLOURS and shape[2] in _COLOURS:
             self.notes.append("the graph takes images with the colours last; they are turned for it")
             shape = (shape[2], *shape[:2])

@@ -66,6 +66,7 @@ class Builder(Protocol):
     size_nodes: set[fx.Node]
     batch: int
     opset: int
+    pixels: fx.Node
     quantised: dict[str, QuantisedStep]
 
     def value(self, name: str) -> Value:

@@ -244,6 +244,10 @@ def _reshaped(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
     return x.reshape([x.shape[axis] if size == 0 else size for axis, size in enumerate(sizes)])
 
 
+def _reshaped_for(x: Tensor, sizes: tuple[int, ...], rows: int, pixels: Tensor) -> Tensor:
+    return _reshaped(x, (rows * len(pixels), *sizes[1:]))
+
+
 def _flattened(x: Tensor, axis: int) -> Tensor:
     rows = 1
     for size in x.shape[: axis if axis >= 0 else x.dim() + axis]:
@@ -334,11 +338,14 @@ def _clamped(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def _reduced(x: Tensor, kind: str, axes: tuple[int, ...], keep: bool) -> Tensor:
-    if kind == "ReduceL2":
-        return torch.linalg.vector_norm(x, dim=axes, keepdim=keep)
-    function = {"ReduceSum": torch.sum, "ReduceMax": torch.amax, "ReduceMin": torch.amin}[kind]
-    out: Tensor = function(x, dim=axes, keepdim=keep)
-    return out
+    if kind == "ReduceSum":
+        return torch.sum(x, dim=axes, keepdim=keep)
+    if kind == "ReduceMax":
+        return torch.amax(x, dim=axes, keepdim=keep)
+    if kind == "ReduceMin":
+        return torch.amin(x, dim=axes, keepdim=keep)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=axes, keepdim=keep)
+    return norm
 
 
 def _remainder(x: Any, y: Any) -> Any:
@@ -518,7 +525,10 @@ def _reshape(call: Call) -> Value:
     batch = call.builder.batch
     if batch and sizes and sizes[0] > 0 and sizes[0] % batch == 0:
         # Exported with the batch of its example written into it: the first axis is what the others leave.
-        sizes[0] = -1 if -1 not in sizes[1:] else 0
+        if -1 in sizes[1:]:
+            rows = sizes[0] // batch  # for each image
+            return call.builder.call(_reshaped_for, call.node(), tuple(sizes), rows, call.builder.pixels)
+        sizes[0] = -1
     return call.builder.call(_reshaped, call.node(), tuple(sizes))
 
 
@@ -842,6 +852,9 @@ def _expand(call: Call) -> Value:
         return call.builder.call(_expanded_by, call.node(), sizes)
     if sizes is None:
         raise call.refused("without sizes")
+    value, batch = call.operand(0), call.builder.batch
+    if isinstance(value, Tensor) and batch > 1 and len(sizes) == value.dim() and sizes[0] == batch:
+        sizes[0] = 1  # a class token for each image of the example: one row belongs to every image
     return call.builder.call(_expanded, call.node(), tuple(call.bounded(sizes)))
 
 

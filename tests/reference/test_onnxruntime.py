@@ -1,7 +1,7 @@
 """Every network that is exported answers as onnxruntime does: what is scanned is what runs.
 
-Needs the packages of the extra ``onnx-tests``; the exporter of torch that is the default one needs onnxscript,
-the older one does without.
+Needs the packages of the extra ``onnx-tests``; torch's default exporter needs onnxscript, the older one does
+without.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 pytest.importorskip("onnx", reason="ONNX files need the package onnx (extra: onnx)")
-ort = pytest.importorskip("onnxruntime", reason="the comparison needs onnxruntime (extra: onnx-tests)")
+pytest.importorskip("onnxruntime", reason="the comparison needs onnxruntime (extra: onnx-tests)")
 
 import onnx
+import onnxruntime as ort
 
 from unbackdoor.networks import build
 from unbackdoor.opening.open_model import open_model

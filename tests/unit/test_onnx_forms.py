@@ -1,4 +1,4 @@
-"""ONNX in the forms in which it is found: functions, any order, half precision, quantised, several outputs."""
+"""ONNX in the forms in which it is found: functions, any order, half precision, several outputs."""
 
 from __future__ import annotations
 
@@ -404,7 +404,8 @@ def test_quantised_values_are_not_taken_for_numbers(tmp_path: Path) -> None:
 
 OPERATORS: dict[str, tuple[list[Any], dict[str, Tensor]]] = {
     "gather along several axes": (
-        [node("Gather", "x places", "g", axis=2), node("Flatten", "g")], {"places": torch.tensor([[0, -1], [3, 2]])},
+        [node("Gather", "x places", "g", axis=2), node("Flatten", "g")],
+        {"places": torch.tensor([[0, -1], [3, 2]])},
     ),
     "gather in a constant": (
         [node("Gather", "table places", "g"), node("Mul", "x g", "m"), node("Flatten", "m")],
@@ -412,47 +413,89 @@ OPERATORS: dict[str, tuple[list[Any], dict[str, Tensor]]] = {
     ),
     "slices with steps": (
         [node("Slice", "x a b c d", "s"), node("Flatten", "s")],
-        {"a": torch.tensor([1, 7]), "b": torch.tensor([8, -9]), "c": torch.tensor([2, 3]), "d": torch.tensor([2, -3])},
+        {
+            "a": torch.tensor([1, 7]),
+            "b": torch.tensor([8, -9]),
+            "c": torch.tensor([2, 3]),
+            "d": torch.tensor([2, -3]),
+        },
     ),
     "equal parts": (
-        [helper.make_node("Split", ["x"], ["p", "q", "r"], axis=3, num_outputs=3), node("Flatten", "r", "f"),
-         node("Flatten", "q", "g"), node("Concat", "f g", axis=1)], {},
+        [
+            helper.make_node("Split", ["x"], ["p", "q", "r"], axis=3, num_outputs=3),
+            node("Flatten", "r", "f"),
+            node("Flatten", "q", "g"),
+            node("Concat", "f g", axis=1),
+        ],
+        {},
     ),
     "scatter": (
         [node("ScatterND", "x i u", "s"), node("Flatten", "s")],
         {"i": torch.tensor([[0, 0, 1, 1], [1, 0, 2, 3]]), "u": drawn(2)},
     ),
     "range of sizes": (
-        [node("Shape", "x", "shape", start=3), node("Squeeze", "shape zero", "n"), node("Range", "o n l", "r"),
-         node("Cast", "r", "c", to=1), node("Mul", "x c", "m"), node("Flatten", "m")],
+        [
+            node("Shape", "x", "shape", start=3),
+            node("Squeeze", "shape zero", "n"),
+            node("Range", "o n l", "r"),
+            node("Cast", "r", "c", to=1),
+            node("Mul", "x c", "m"),
+            node("Flatten", "m"),
+        ],
         {"zero": torch.tensor([0]), "o": torch.tensor(0), "l": torch.tensor(1)},
     ),
     "pads of sizes": (
-        [node("Shape", "x", "s", start=3), node("Sub", "ten s", "d"), node("Concat", "six d zero", "p", axis=0),
-         node("Pad", "x p", "q"), node("Flatten", "q")],
+        [
+            node("Shape", "x", "s", start=3),
+            node("Sub", "ten s", "d"),
+            node("Concat", "six d zero", "p", axis=0),
+            node("Pad", "x p", "q"),
+            node("Flatten", "q"),
+        ],
         {"ten": torch.tensor([10]), "six": torch.zeros(6, dtype=torch.int64), "zero": torch.tensor([0])},
     ),
     "reductions": (
-        [node("ReduceMax", "x a", "m", keepdims=0), node("ReduceSum", "x a", "s", keepdims=0),
-         node("ReduceL2", "x a", "l", keepdims=0), node("ReduceMin", "x a", "n", keepdims=0),
-         node("Concat", "m s l n", axis=1)], {"a": torch.tensor([2, 3])},
+        [
+            node("ReduceMax", "x a", "m", keepdims=0),
+            node("ReduceSum", "x a", "s", keepdims=0),
+            node("ReduceL2", "x a", "l", keepdims=0),
+            node("ReduceMin", "x a", "n", keepdims=0),
+            node("Concat", "m s l n", axis=1),
+        ],
+        {"a": torch.tensor([2, 3])},
     ),
     "largest and smallest": (
         [node("Max", "x a b", "m"), node("Min", "m b", "n"), node("Flatten", "n")],
         {"a": drawn(8, 8), "b": torch.tensor(0.3)},
     ),
     "comparisons": (
-        [node("Greater", "x t", "g"), node("Less", "x t", "l"), node("Or", "g l", "o"), node("Not", "o", "n"),
-         node("Where", "g x t", "w"), node("Cast", "n", "c", to=1), node("Add", "w c", "s"), node("Flatten", "s")],
+        [
+            node("Greater", "x t", "g"),
+            node("Less", "x t", "l"),
+            node("Or", "g l", "o"),
+            node("Not", "o", "n"),
+            node("Where", "g x t", "w"),
+            node("Cast", "n", "c", to=1),
+            node("Add", "w c", "s"),
+            node("Flatten", "s"),
+        ],
         {"t": torch.tensor(0.5)},
     ),
     "blocks to space": (
-        [node("SpaceToDepth", "x", "d", blocksize=2), node("DepthToSpace", "d", "s", blocksize=2, mode="CRD"),
-         node("Flatten", "s")], {},
+        [
+            node("SpaceToDepth", "x", "d", blocksize=2),
+            node("DepthToSpace", "d", "s", blocksize=2, mode="CRD"),
+            node("Flatten", "s"),
+        ],
+        {},
     ),
     "blocks to space, rows first": (
-        [node("SpaceToDepth", "x", "d", blocksize=4), node("DepthToSpace", "d", "s", blocksize=2),
-         node("Flatten", "s")], {},
+        [
+            node("SpaceToDepth", "x", "d", blocksize=4),
+            node("DepthToSpace", "d", "s", blocksize=2),
+            node("Flatten", "s"),
+        ],
+        {},
     ),
     "gather by places": (
         [node("GatherND", "table places", "g"), node("Mul", "x g", "m"), node("Flatten", "m")],
@@ -460,17 +503,27 @@ OPERATORS: dict[str, tuple[list[Any], dict[str, Tensor]]] = {
     ),
     "einsum": ([node("Einsum", "x w", equation="bchw,wk->bk")], {"w": drawn(8, 4)}),
     "instance norm": (
-        [node("InstanceNormalization", "x g h", "n"), node("Flatten", "n")], {"g": drawn(1) + 2, "h": drawn(1)},
+        [node("InstanceNormalization", "x g h", "n"), node("Flatten", "n")],
+        {"g": drawn(1) + 2, "h": drawn(1)},
     ),
     "prelu": ([node("PRelu", "x s", "p"), node("Flatten", "p")], {"s": drawn(1, 1, 1)}),
     "numbers one by one": (
-        [node("Neg", "x", "n"), node("Abs", "n", "a"), node("Exp", "a", "e"), node("Log", "e", "l"),
-         node("Reciprocal", "e", "r"), node("Sum", "l r x", "s"), node("Softplus", "s", "p"), node("Mish", "p", "m"),
-         node("Flatten", "m")], {},
+        [
+            node("Neg", "x", "n"),
+            node("Abs", "n", "a"),
+            node("Exp", "a", "e"),
+            node("Log", "e", "l"),
+            node("Reciprocal", "e", "r"),
+            node("Sum", "l r x", "s"),
+            node("Softplus", "s", "p"),
+            node("Mish", "p", "m"),
+            node("Flatten", "m"),
+        ],
+        {},
     ),
     "log softmax in the middle": ([node("LogSoftmax", "x", "l", axis=3), node("Flatten", "l")], {}),
     "tiles": ([node("Tile", "x n", "t"), node("Flatten", "t")], {"n": torch.tensor([1, 1, 2, 1])}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", OPERATORS)
@@ -500,11 +553,31 @@ def test_a_view_written_as_a_choice_of_every_number(tmp_path: Path) -> None:
 
 
 FORBIDDEN = [
-    "a.__class__.forward.weight", "a.forward.weight", "a._modules.weight", "a.__dict__.weight", "a.b.train.weight",
-    "__init__.weight", "a.state_dict.weight", "a.requires_grad_.weight", "a.meta.weight", "a.__call__", "a.b.eval",
-]  # fmt: skip
-LEGITIMATE = ["in.weight", "class.weight", "a.lambda.b.weight", "None.weight", "import", "type.weight", "async.0.weight",
-              "_conv_stem.weight", "layer1.0.conv1.weight", "print.weight", "match.weight"]  # fmt: skip
+    "a.__class__.forward.weight",
+    "a.forward.weight",
+    "a._modules.weight",
+    "a.__dict__.weight",
+    "a.b.train.weight",
+    "__init__.weight",
+    "a.state_dict.weight",
+    "a.requires_grad_.weight",
+    "a.meta.weight",
+    "a.__call__",
+    "a.b.eval",
+]
+LEGITIMATE = [
+    "in.weight",
+    "class.weight",
+    "a.lambda.b.weight",
+    "None.weight",
+    "import",
+    "type.weight",
+    "async.0.weight",
+    "_conv_stem.weight",
+    "layer1.0.conv1.weight",
+    "print.weight",
+    "match.weight",
+]
 
 
 @pytest.mark.parametrize("name", [*FORBIDDEN, *LEGITIMATE])
@@ -528,8 +601,8 @@ def test_names_of_a_file_reach_no_attribute_that_is_there(tmp_path: Path, name: 
 
 
 def test_a_keyword_keeps_its_word(tmp_path: Path) -> None:
-    path = write_onnx(tmp_path / "m.onnx", [node("Flatten", "x", "f"), node("Gemm", "f block.in.weight", transB=1)],
-                      {"block.in.weight": drawn(4, 64)})  # fmt: skip
+    nodes = [node("Flatten", "x", "f"), node("Gemm", "f block.in.weight", transB=1)]
+    path = write_onnx(tmp_path / "m.onnx", nodes, {"block.in.weight": drawn(4, 64)})
     assert list(import_graph(path).state_dict()) == ["block.in_.weight"]
 
 
@@ -587,8 +660,18 @@ def test_an_export_with_the_normalisation_inside(tmp_path: Path) -> None:
     write_onnx(tmp_path / "n.onnx", *folded(model))
     images = tiny_data(60)
     np.savez(tmp_path / "c.npz", images=images.pixels.numpy()[:, 0], labels=images.truth.numpy())
-    typed = ["verify", tmp_path / "m.pth", tmp_path / "n.onnx", "--data", tmp_path / "c.npz", "--checks", "tac",
-             "--arch", "small_cnn[width=8]", "--quiet"]  # fmt: skip
+    typed = [
+        "verify",
+        tmp_path / "m.pth",
+        tmp_path / "n.onnx",
+        "--data",
+        tmp_path / "c.npz",
+        "--checks",
+        "tac",
+        "--arch",
+        "small_cnn[width=8]",
+        "--quiet",
+    ]
     options: dict[str, Any] = {"arch": "small_cnn[width=8]", "mean": (0.35,), "std": (0.25,), "size": (8, 8)}
     first = unbackdoor.open_model(tmp_path / "m.pth", **options)
     done = unbackdoor.verify(first, tmp_path / "m.onnx", images, checks="tac")

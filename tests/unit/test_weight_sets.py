@@ -55,12 +55,16 @@ BESIDE: dict[str, tuple[Any, str, str]] = {
     "two usual keys": (lambda a, b: {"net": b, "state_dict": a}, "state_dict", "net"),
     "an unusual key": (lambda a, b: {"net": a, "teacher": b, "epoch": 1}, "net", "teacher"),
     "a prefix": (lambda a, b: {"net": a, "x": {f"module.{n}": t for n, t in b.items()}}, "net", "x"),
-    "deeper": (lambda a, b: {"state_dict": a, "callbacks": {"EMA": {"w": b}}}, "state_dict", "callbacks.EMA.w"),
+    "deeper": (
+        lambda a, b: {"state_dict": a, "callbacks": {"EMA": {"w": b}}},
+        "state_dict",
+        "callbacks.EMA.w",
+    ),
     "nested": (lambda a, b: {"model": {"state_dict": a, "ema": b}}, "model.state_dict", "model.ema"),
     "a whole module": (lambda a, b: {"model": a, "ema": in_a_module(b)}, "model", "ema"),
     "an object": (lambda a, b: {"model": a, "swa": Averaged(in_a_module(b))}, "model", "swa.module"),
     "at the top of a list": (lambda a, b: (a, {"best": b}), "0", "1.best"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy"])

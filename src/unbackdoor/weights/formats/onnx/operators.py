@@ -831,11 +831,12 @@ def _split(call: Call) -> Value:
         raise call.refused("into so many parts")
     node = call.node()
     if sizes is None:
-        return [call.builder.call(_part, node, place, parts, axis) for place in range(parts)]  # type: ignore[return-value]
-    at, made = 0, []
-    for size in sizes:
-        made.append(call.builder.call(_sliced, node, (at,), (at + size,), (axis,), (1,)))
-        at += size
+        made = [call.builder.call(_part, node, place, parts, axis) for place in range(parts)]
+    else:
+        at, made = 0, []
+        for size in sizes:
+            made.append(call.builder.call(_sliced, node, (at,), (at + size,), (axis,), (1,)))
+            at += size
     return made  # type: ignore[return-value]
 
 
@@ -1034,6 +1035,6 @@ KEEPS_QUANTISED = {
 # Of integers that are sizes these make integers that are sizes.
 _OF_SIZES = {
     "Add", "Concat", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Identity", "Max", "Min", "Mod",
-    "Mul", "Neg", "Range", "Reshape", "ScatterND", "Slice", "Squeeze", "Sub", "Tile", "Transpose", "Unsqueeze",
-    "Where",
+    "Mul", "Neg", "Range", "Reshape", "ScatterND", "Slice", "Squeeze", "Sub", "Tile", "Transpose",
+    "Unsqueeze", "Where",
 }  # fmt: skip

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from unbackdoor.errors import InputError, MissingExtra, UnbackdoorError, UnsafeFile
+from unbackdoor.opening.open_model import own_network
 from unbackdoor.opening.recognise_architecture import nearest
 from unbackdoor.types import Progress, silent
 from unbackdoor.weights.formats.onnx.graph import describe_graph, import_graph
@@ -230,6 +231,8 @@ def inspect(model: Path | str | Source, progress: Progress = silent) -> Inspecti
     next(steps, None)
     tensors = tuple(_facts(contents.tensors))
     graph, lies = (None, False) if source.graph is None else _graph(source.graph)
+    if contents.format == "torch.export" and contents.problem is None and not contents.dangerous:
+        graph, lies = _program(source)
     result = Inspection(
         path=str(source.path),
         size=source.size,
@@ -297,6 +300,16 @@ def _graph(file: StoredFile) -> tuple[GraphFact | None, bool]:
         description.remarks,
     )
     return fact, lies
+
+
+def _program(source: Source) -> tuple[GraphFact, bool]:
+    """Return what a program of torch.export is, and whether it is built to mislead."""
+    try:
+        network = own_network(source)
+    except UnbackdoorError as error:
+        return GraphFact(0, (), None, str(error)), isinstance(error, UnsafeFile)
+    shape, remarks = network.meta["input_shape"], network.meta["remarks"]
+    return GraphFact(len(network.graph.nodes), (), shape, None, (), remarks), False
 
 
 def _sets(contents: Contents) -> Iterable[SetFact]:

@@ -43,6 +43,7 @@ from unbackdoor.opening.recognise_architecture import ends
 from unbackdoor.opening.rename_tensors import Adapted, Difference
 from unbackdoor.types import Classifier, Images, Progress, silent
 from unbackdoor.weights.card import ModelCard, normalisation
+from unbackdoor.weights.formats.exported_program.graph import import_program
 from unbackdoor.weights.formats.onnx.canonical import AmbiguousOutput
 from unbackdoor.weights.formats.onnx.graph import import_graph
 from unbackdoor.weights.formats.onnx.node import Place
@@ -232,9 +233,10 @@ def _with_card(
 def _without_card(
     source: Source, arguments: _Arguments, images: Images | Path | str | None, run: Run, progress: Progress
 ) -> Opened:
-    if source.graph is not None and not source.contents.dangerous and arguments.arch is None:
+    has_program = source.graph is not None or source.contents.format == "torch.export"
+    if has_program and not source.contents.dangerous and arguments.arch is None:
         try:
-            network = import_graph(source.graph, arguments.output)
+            network = own_network(source, arguments.output)
         except AmbiguousOutput:
             raise
         except UnsupportedModel as unknown:  # an operator that is not imported
@@ -244,8 +246,34 @@ def _without_card(
                 return _by_names(source, arguments, images, run, progress)
             except UnsupportedModel:
                 raise unknown from None  # the fault of the graph, not of the guess
-        return _own_graph(source, network, arguments, images, run, progress)
+        if source.graph is not None:
+            return _own_graph(source, network, arguments, images, run, progress)
+        try:
+            return _own_graph(source, network, arguments, images, run, progress)
+        except UnsupportedModel as unfit:  # most often the batch of the example, written into the program
+            try:
+                return _by_names(source, arguments, images, run, progress)
+            except UnsupportedModel:
+                raise unfit from None
     return _by_names(source, arguments, images, run, progress)
+
+
+def own_network(source: Source, output: str | None = None) -> fx.GraphModule:
+    """Return the network that a file's own program describes.
+
+    Args:
+        source: The file.
+        output: The output of an ONNX graph that gives the logits; None where there is one.
+
+    Raises:
+        UnsupportedModel: If the file has none that is imported, or it has operators that are not.
+        UnbackdoorError: If it is damaged, or built to exhaust the memory.
+    """
+    if source.graph is not None:
+        return import_graph(source.graph, output)
+    if source.contents.format != "torch.export":
+        raise UnsupportedModel("the file holds no program that is imported", where=source.path)
+    return import_program(source.main, source.state(), source.contents.prefix)
 
 
 def _own_graph(
@@ -256,7 +284,7 @@ def _own_graph(
     run: Run,
     progress: Progress,
 ) -> Opened:
-    """Open an ONNX file as the network that it describes."""
+    """Open a file as the network that its own program describes."""
     path = source.path
     require_finite(network.state_dict(), path)
     stated = network.meta["input_shape"]
@@ -269,7 +297,9 @@ def _own_graph(
     classes = outputs_of(network, shape, path)
     _require_independent_images(network, shape, path)
     names, names_source = _class_names(arguments, Preprocessing(), raw, classes)
-    filled = Filled(network, Adapted({}, Difference((), (), (), 0)))
+    names_in_file = network.meta.get("names", {})
+    renamed = {name: old for name, old in names_in_file.items() if name != old}
+    filled = Filled(network, Adapted({}, Difference((), (), (), 0), renamed))
     attempt = _open_at_shape(
         path,
         lambda *_: {_GRAPH: filled},
@@ -283,12 +313,13 @@ def _own_graph(
         progress,
     )
     warnings = [_assumed_size(shape)] if size_source == _ASSUMED_SIZE else []
-    architecture = ArchitectureOrigin("ONNX", _GRAPH, "; ".join(network.meta["notes"]))
+    kind = "ONNX" if source.graph is not None else source.contents.format
+    architecture = ArchitectureOrigin(kind, _GRAPH, "; ".join(network.meta["notes"]))
     in_file = InFile.of(
         source.contents, examined=True, output=arguments.output, remarks=network.meta["remarks"]
     )
     opened = _with_provenance(source, attempt, architecture, names_source, warnings, in_file)
-    return replace(opened, places=network.meta["places"], output=arguments.output)
+    return replace(opened, places=network.meta.get("places"), output=arguments.output)
 
 
 def _by_names(

@@ -79,8 +79,18 @@ def output_name(path: Path, opened: Opened | None) -> Path:
         InputError: If the network cannot be written as the suffix asks.
     """
     graph = opened is not None and opened.places is not None
+    # No text builds the network of a program again, so that a card could not say what the weights are of.
+    program = opened is not None and not graph and not opened.model.architecture
     if path.suffix not in SUFFIXES:
-        path = path.with_name(path.name + (ONNX if graph else SAFETENSORS))
+        path = path.with_name(path.name + (ONNX if graph else CHECKPOINTS[1] if program else SAFETENSORS))
+    if program and path.suffix == SAFETENSORS:
+        raise InputError(
+            "the network is the program of the file, and a card cannot name it",
+            expected="a name that ends in " + ", ".join(CHECKPOINTS),
+            got=path.name,
+            where="--out",
+            remedy=f"Choose such a name, or name the architecture to write {SAFETENSORS}",
+        )
     source = opened.source if opened is not None else None
     if source is None and path.suffix != SAFETENSORS:
         raise InputError(

@@ -18,6 +18,7 @@ from unbackdoor.weights.card import MAX_CARD, ModelCard, read_card
 from unbackdoor.weights.read import Contents, bytes_needed, read_contents
 from unbackdoor.weights.stored_file import StoredFile, read_file
 
+_PROGRAMS = ("onnx", "torch.export")  # of which a network is built as they are
 SUFFIX = ".safetensors"  # of the files that may have a card beside them
 
 
@@ -135,8 +136,8 @@ def open_source(path: Path | str) -> Source:
         contents = read_contents(main)
     except UnbackdoorError as error:
         contents = Contents("unknown", problem=error)
-    # Only a graph is built of the bytes again; the tensors of other files have memory of their own.
-    main = replace(main, content=bytes(main.content) if contents.format == "onnx" else b"")
+    # Only a program is built of the bytes again; the tensors of other files have memory of their own.
+    main = replace(main, content=bytes(main.content) if contents.format in _PROGRAMS else b"")
     return Source(path, main.size, main.sha256, contents, main, *_card_beside(path))
 
 

@@ -17,8 +17,6 @@ image is bounded by ``opening.cost_limits``.
 
 from __future__ import annotations
 
-import keyword
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +26,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from unbackdoor.errors import InputError, UnbackdoorError, UnsafeFile, UnsupportedModel
+from unbackdoor.weights.formats.attribute_paths import AttributePaths, attribute_path
 from unbackdoor.weights.formats.buffers import short
 from unbackdoor.weights.formats.onnx import initializers as onnx
 from unbackdoor.weights.formats.onnx.canonical import MAX_NODES as MAX_NODES
@@ -38,9 +37,6 @@ from unbackdoor.weights.formats.tensors import MAX_TIED
 from unbackdoor.weights.stored_file import StoredFile, stored
 
 _SLACK = 64 << 20  # bytes that any file may fold and share, however small it is
-# Parts of a name that become attributes of modules. What a module has already is never one of them.
-_SEGMENT = re.compile(r"(?!__)[A-Za-z0-9_]{1,100}")
-_RESERVED = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))
 _COLOURS = (1, 3, 4)
 _BROKEN = (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError)
 
@@ -141,8 +137,7 @@ class Builder:
         self.opset = 0
         self.types: dict[str, torch.dtype] = {}  # of constants, as the file has them
         self.batch = 0  # images of the example that the exporter has fixed; 0 where it left them open
-        self._used_names: set[str] = set()
-        self._above: set[str] = set()
+        self._paths = AttributePaths()
         self._spent = 0
 
     def build(self, graph: Any, form: Canonical, output: str | None) -> fx.GraphModule:
@@ -276,23 +271,7 @@ class Builder:
 
     def place(self, name: str, kind: str) -> str:
         """Return a free attribute path, if possible the one in the name that the exporter wrote."""
-        name = _attribute_path(name)
-        if not name or self._clashes(name):
-            name = f"{kind}_{len(self._used_names)}"
-        self._used_names.add(name)
-        above = name.rpartition(".")[0]
-        while above:
-            self._above.add(above)
-            above = above.rpartition(".")[0]
-        return name
-
-    def _clashes(self, name: str) -> bool:
-        above = name
-        while above:
-            if above in self._used_names:
-                return True
-            above = above.rpartition(".")[0]
-        return name in self._above
+        return self._paths.take(name, kind)
 
     def module(
         self,
@@ -307,7 +286,7 @@ class Builder:
         names = [name.rpartition(".") for name in call.names[1:]]
         owners = [
             owner for owner, _, last in names
-            if last in WEIGHTS and _attribute_path(owner) and not self._clashes(_attribute_path(owner))
+            if last in WEIGHTS and attribute_path(owner) and not self._paths.clashes(attribute_path(owner))
         ]  # fmt: skip
         target = self.place(owners[0] if owners else "", call.kind.lower())
         self.root[target] = layer.eval()
@@ -329,18 +308,6 @@ def _input_shape(value: Any) -> tuple[int, ...] | None:
 def _channels(value: Any) -> int | None:
     sizes = [int(size.dim_value) for size in value.type.tensor_type.shape.dim]
     return sizes[1] if len(sizes) == 4 and sizes[1] in _COLOURS else None
-
-
-def _attribute_path(name: str) -> str:
-    """Return a name as a path of attributes; empty where it is none.
-
-    No part of it may be an attribute that every module has, or a word of Python, of which the code that runs
-    the graph is written: such a part gets an underscore.
-    """
-    parts = name.split(".")
-    if not (all(_SEGMENT.fullmatch(part) for part in parts) and len(parts) < 20):
-        return ""
-    return ".".join(f"{part}_" if part in _RESERVED or keyword.iskeyword(part) else part for part in parts)
 
 
 def _kind(node: Any) -> str:

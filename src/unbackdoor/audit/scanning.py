@@ -124,6 +124,8 @@ class Audit(Result):
         left_out: Default checks that were not run. With fewer checks, p-values are corrected less.
         interrupted: True where Ctrl-C or SIGTERM ended the scan; the checks that had ended count.
         case: The model and the images as the caller gave them.
+        reservations: What no check can see, such as a program of the file that was not examined. With one,
+            the verdict is at best ``undecided``.
     """
 
     verdict: Verdict
@@ -138,6 +140,7 @@ class Audit(Result):
     left_out: tuple[str, ...] = ()
     interrupted: bool = False
     case: Case | None = field(default=None, repr=False)
+    reservations: tuple[str, ...] = ()
 
     @property
     def partial(self) -> bool:
@@ -186,6 +189,7 @@ def scan(
     model: Classifier,
     data: CleanData | Images | None = None,
     *,
+    reservations: Sequence[str] = (),
     checks: Sequence[Check | str] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     references: Sequence[Path] | None = None,
@@ -202,6 +206,7 @@ def scan(
         model: The classifier; never changed.
         data: Clean images, split already or not, with or without labels; None where there are none, which
             leaves the checks that need none.
+        reservations: What no check can see, as sentences; with one, the verdict is at best ``undecided``.
         checks: Which checks, by themselves or by the name of any registered scanner, with that of a variant
             behind a colon; None is :func:`default_checks`.
         options: For checks by name: options laid over those of the check.
@@ -280,15 +285,29 @@ def scan(
         done += [Checked(c, "interrupted", "it was interrupted", seconds=seconds) for c in left[:1]]
         done += [Checked(c, "interrupted", BEFORE_IT_BEGAN) for c in left[1:]]
     return _concluded(
-        done, level, facts, model.class_names, seconds=time.monotonic() - start, interrupted=interrupted
+        done,
+        level,
+        facts,
+        model.class_names,
+        seconds=time.monotonic() - start,
+        interrupted=interrupted,
+        reservations=reservations,
     )
 
 
-def unscanned(model: Classifier, planned: Sequence[Check], level: float) -> Audit:
+def unscanned(
+    model: Classifier, planned: Sequence[Check], level: float, reservations: Sequence[str] = ()
+) -> Audit:
     """Return a scan that was interrupted before any of its checks began."""
     done = [Checked(check, "interrupted", BEFORE_IT_BEGAN) for check in planned]
     return _concluded(
-        done, level, {"model_sha256": model.sha256()}, model.class_names, seconds=0.0, interrupted=True
+        done,
+        level,
+        {"model_sha256": model.sha256()},
+        model.class_names,
+        seconds=0.0,
+        interrupted=True,
+        reservations=reservations,
     )
 
 
@@ -300,11 +319,12 @@ def _concluded(
     *,
     seconds: float,
     interrupted: bool,
+    reservations: Sequence[str] = (),
 ) -> Audit:
     judged, agreed = _adjusted(done)
     names = {c.check.name for c in done}
     left_out = tuple(check.name for check in default_checks() if check.name not in names)
-    verdict, classes, reasons = _reach_verdict(judged, agreed, level, class_names)
+    verdict, classes, reasons = _reach_verdict(judged, agreed, level, class_names, reservations)
     return Audit(
         verdict,
         classes,
@@ -317,6 +337,7 @@ def _concluded(
         tuple(agreed),
         left_out,
         interrupted,
+        reservations=tuple(reservations),
     )
 
 
@@ -417,7 +438,11 @@ def _ranked(done: Sequence[Checked], agreed: Sequence[Agreed]) -> list[Noticed]:
 
 
 def _reach_verdict(
-    done: Sequence[Checked], agreed: Sequence[Agreed], level: float, names: Sequence[str]
+    done: Sequence[Checked],
+    agreed: Sequence[Agreed],
+    level: float,
+    names: Sequence[str],
+    reservations: Sequence[str] = (),
 ) -> tuple[Verdict, tuple[int, ...], list[str]]:
     """Return the verdict, the suspected classes and the reasons in words."""
     ranked = _ranked(done, agreed)
@@ -425,8 +450,9 @@ def _reach_verdict(
     if guilty:
         classes = tuple(dict.fromkeys(k for one in guilty for k in one.classes))
         evidence = "; ".join(_sentence(one, names) for one in guilty)
-        return "backdoor found", classes, [f"Evidence of a backdoor in {evidence}."]
-    reasons = [] if ranked else ["No check came to a calibrated result."]
+        return "backdoor found", classes, [f"Evidence of a backdoor in {evidence}.", *reservations]
+    reasons = list(reservations)
+    reasons += [] if ranked else ["No check came to a calibrated result."]
     lost = [c for c in done if c.status in LOST]
     if lost:
         unfinished = "; ".join(f"{c.check.name} ({c.reason.rstrip('.')})" for c in lost)

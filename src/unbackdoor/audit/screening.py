@@ -105,6 +105,8 @@ def screen(
     std: Sequence[float] | None = None,
     size: tuple[int, int] | None = None,
     class_names: Sequence[str] | None = None,
+    weights: str | None = None,
+    output: str | None = None,
     clean: int | None = None,
     per_class: int | None = None,
     fraction: float | None = None,
@@ -125,11 +127,13 @@ def screen(
             without.
         options: Options of the method.
         select_fraction: Share of the clean images that only thresholds are chosen on, in (0, 1).
-        arch: See :func:`unbackdoor.open_model`, as for the four that follow; only for a file.
+        arch: See :func:`unbackdoor.open_model`, as for the six that follow; only for a file.
         mean: Per-channel mean.
         std: Per-channel deviation.
         size: (H, W) of the model's input.
         class_names: K names, in logit order.
+        weights: Which of several sets of weights in the file.
+        output: Which of several outputs of an ONNX graph gives the logits.
         clean: Images to draw from a named data set, equally from all classes.
         per_class: Likewise: images of each class.
         fraction: Likewise: share of the images set aside for defenders, in (0, 1].
@@ -172,6 +176,8 @@ def screen(
         std=std,
         size=size,
         class_names=class_names,
+        weights=weights,
+        output=output,
         clean=clean,
         per_class=per_class,
         fraction=fraction,

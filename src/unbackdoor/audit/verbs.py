@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from unbackdoor.audit import purifying, scanning, verification
-from unbackdoor.audit.cases import Data, Model, open_case, open_second, require_share
+from unbackdoor.audit.cases import (
+    Data,
+    Model,
+    open_case,
+    open_pair_sources,
+    open_second,
+    options_for,
+    require_share,
+)
 from unbackdoor.audit.checks import Check
 from unbackdoor.audit.scanning import LEVEL, Audit
 from unbackdoor.audit.verification import Verification
@@ -40,6 +48,8 @@ def scan(
     std: Sequence[float] | None = None,
     size: tuple[int, int] | None = None,
     class_names: Sequence[str] | None = None,
+    weights: str | None = None,
+    output: str | None = None,
     clean: int | None = None,
     per_class: int | None = None,
     fraction: float | None = None,
@@ -62,11 +72,13 @@ def scan(
             checks that are calibrated by them.
         level: Accepted probability that the whole scan accuses a clean model, in (0, 1).
         budget: Seconds after which no check is begun or goes on; None is no limit.
-        arch: See :func:`unbackdoor.open_model`, as for the four that follow; only for a file.
+        arch: See :func:`unbackdoor.open_model`, as for the six that follow; only for a file.
         mean: Per-channel mean.
         std: Per-channel deviation.
         size: (H, W) of the model's input.
         class_names: K names, in logit order.
+        weights: Which of several sets of weights in the file, such as ``state_dict_ema``.
+        output: Which of several outputs of an ONNX graph gives the logits.
         clean: Images to draw from a named data set, equally from all classes.
         per_class: Likewise: images of each class.
         fraction: Likewise: share of the images set aside for defenders, in (0, 1].
@@ -99,6 +111,8 @@ def scan(
         std=std,
         size=size,
         class_names=class_names,
+        weights=weights,
+        output=output,
         clean=clean,
         per_class=per_class,
         fraction=fraction,
@@ -108,6 +122,7 @@ def scan(
     audit = scanning.scan(
         case.model,
         case.split(seed),
+        reservations=case.reservations,
         checks=checks,
         options=options,
         references=references,
@@ -138,6 +153,8 @@ def purify(
     std: Sequence[float] | None = None,
     size: tuple[int, int] | None = None,
     class_names: Sequence[str] | None = None,
+    weights: str | None = None,
+    output: str | None = None,
     clean: int | None = None,
     per_class: int | None = None,
     fraction: float | None = None,
@@ -163,11 +180,13 @@ def purify(
         triggers: Recovered triggers, or their files, whose success is measured before and after.
         proof: Further images, for measuring alone; None keeps a part of ``data`` from the method.
         select_fraction: Share of the method's images that it only chooses thresholds on.
-        arch: See :func:`unbackdoor.open_model`, as for the four that follow; only for a file.
+        arch: See :func:`unbackdoor.open_model`, as for the six that follow; only for a file.
         mean: Per-channel mean.
         std: Per-channel deviation.
         size: (H, W) of the model's input.
         class_names: K names, in logit order.
+        weights: Which of several sets of weights in the file, such as ``state_dict_ema``.
+        output: Which of several outputs of an ONNX graph gives the logits.
         clean: Images to draw from a named data set, equally from all classes.
         per_class: Likewise: images of each class.
         fraction: Likewise: share of the images set aside for defenders, in (0, 1].
@@ -205,6 +224,8 @@ def purify(
         std=std,
         size=size,
         class_names=class_names,
+        weights=weights,
+        output=output,
         clean=clean,
         per_class=per_class,
         fraction=fraction,
@@ -215,7 +236,6 @@ def purify(
     images = case.data if case.data is not None else case.images
     if images is None:
         raise InputError("there is no clean image", expected="clean images to repair with", where="data")
-    in_file = case.opened is not None and case.opened.places is None
     done = purifying.purify(
         case.model,
         images,
@@ -226,7 +246,7 @@ def purify(
         promise=promise,
         triggers=read_triggers(triggers, case.model),
         proof=case.proof,
-        types=stored_types(case.opened) if in_file and case.opened is not None else None,
+        types=stored_types(case.opened) if case.opened is not None else None,
         select_fraction=select_fraction,
         augmentation=case.augmentation,
         seed=seed,
@@ -251,6 +271,8 @@ def verify(
     std: Sequence[float] | None = None,
     size: tuple[int, int] | None = None,
     class_names: Sequence[str] | None = None,
+    weights: str | None = None,
+    output: str | None = None,
     clean: int | None = None,
     per_class: int | None = None,
     fraction: float | None = None,
@@ -270,12 +292,14 @@ def verify(
         checks: Checks of both scans; None is all. On ``after`` those that accused ``before`` come first.
         level: Accepted probability of a false alarm in each scan.
         budget: Seconds for both scans together; None is no limit.
-        arch: See :func:`unbackdoor.open_model`, as for the four that follow; of both models, but of none that
+        arch: See :func:`unbackdoor.open_model`, as for the six that follow; of both models, but of none that
             has a card.
         mean: Per-channel mean.
         std: Per-channel deviation.
         size: (H, W) of the models' input.
         class_names: K names, in logit order.
+        weights: Which of several sets of weights in the file, such as ``state_dict_ema``.
+        output: Which of several outputs of an ONNX graph gives the logits.
         clean: Images to draw from a named data set, equally from all classes.
         per_class: Likewise: images of each class.
         fraction: Likewise: share of the images set aside for defenders, in (0, 1].
@@ -291,8 +315,10 @@ def verify(
     """
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
     model_options: dict[str, Any] = {
-        "arch": arch, "mean": mean, "std": std, "size": size, "class_names": class_names
+        "arch": arch, "mean": mean, "std": std, "size": size, "class_names": class_names,
+        "weights": weights, "output": output,
     }  # fmt: skip
+    before, after = open_pair_sources(before, after, model_options)
     first = open_case(
         before,
         data,
@@ -301,7 +327,7 @@ def verify(
         per_class=per_class,
         fraction=fraction,
         data_root=data_root,
-        **model_options,
+        **options_for(before, model_options),
     )
     second = open_second(after, first, run=run, **model_options)
     if first.images is None:
@@ -311,6 +337,7 @@ def verify(
         second.model,
         first.images,
         triggers=read_triggers(triggers, first.model),
+        reservations=(first.reservations, second.reservations),
         checks=checks,
         level=level,
         budget=budget,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from unbackdoor.attacks import AttackTruth
-from unbackdoor.audit.cases import Case, Model, open_case
+from unbackdoor.audit.cases import Case, Model, open_case, open_pair_sources, options_for
 from unbackdoor.audit.comparison import rate_facts
 from unbackdoor.bench.judge import Scores, der, judge, rir
 from unbackdoor.bench.truth_files import TENSORS_SUFFIX, TRUTH_SUFFIX, load_truth
@@ -229,6 +229,8 @@ def evaluate(
     std: Sequence[float] | None = None,
     size: tuple[int, int] | None = None,
     class_names: Sequence[str] | None = None,
+    weights: str | None = None,
+    output: str | None = None,
     device: str = "cpu",
     precision: Policy = "auto",
     progress: Progress = silent,
@@ -242,11 +244,13 @@ def evaluate(
         before: The same model before its repair; adds DER and RIR.
         truth: The attack, or its record; None: the ``.truth.json`` beside ``model``, else beside ``before``.
         data_root: Folder that holds the data sets.
-        arch: See :func:`unbackdoor.open_model`, as for the four that follow; only for files.
+        arch: See :func:`unbackdoor.open_model`, as for the six that follow; only for files.
         mean: Per-channel mean; None: the card's, else the data set's.
         std: Per-channel deviation, likewise.
         size: (H, W) of the model's input.
         class_names: K names, in logit order.
+        weights: Which of several sets of weights in the file.
+        output: Which of several outputs of an ONNX graph gives the logits.
         device: Where to compute.
         precision: ``auto``, ``fp32`` or ``bf16``.
         progress: Progress display.
@@ -268,13 +272,17 @@ def evaluate(
     data = _loaded(dataset, data_root, progress)
     _require_same_form(attack, data, record)
     model_options: dict[str, Any] = {
-        "arch": arch, "mean": mean, "std": std, "size": size, "class_names": class_names
+        "arch": arch, "mean": mean, "std": std, "size": size, "class_names": class_names,
+        "weights": weights, "output": output,
     }  # fmt: skip
+    if before is not None:
+        before, model = open_pair_sources(before, model, model_options)
     one_is_stored = isinstance(model, _Stored) or isinstance(before, _Stored)
 
     def measured(given: Model) -> tuple[Case, Scores]:
         in_memory = one_is_stored and not isinstance(given, _Stored)  # the options are of the other one
-        case = _opened(given, data, run, {} if in_memory else model_options)
+        own = model_options if before is None else options_for(given, model_options)
+        case = _opened(given, data, run, {} if in_memory else own)
         _require_same_order(case, data)
         label = f"judging {case.name}"
         return case, judge(case.model.copy().to(run.device), attack, data.test, run, label=label)

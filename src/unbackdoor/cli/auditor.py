@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,6 +51,15 @@ Classes = Annotated[
         "--class-names",
         help="Names in the order of the outputs, separated by commas, or a text file with one on each line.",
         show_default="the card's, else the data's",
+        rich_help_panel=_MODEL,
+    ),
+]
+Output = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Which of several outputs of an ONNX graph gives the logits.",
+        show_default="the only one",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -119,6 +128,8 @@ class UserOptions:
     augmentation: options.AugmentationName | None = None
     data_root: Path | None = None
     proof: Path | None = None
+    weights: str | None = None
+    output: str | None = None
 
 
 def open_case(
@@ -141,7 +152,7 @@ def open_case(
         model,
         user_options.data,
         run=run,
-        **_model_options(user_options),
+        **model_options(user_options),
         clean=user_options.clean,
         per_class=user_options.per_class,
         fraction=user_options.fraction,
@@ -153,11 +164,22 @@ def open_case(
     return case
 
 
-def open_second(model: Path, first: Case, user_options: UserOptions, run: Run) -> Case:
-    """Open the model that a first one is compared with, under the same assumptions unless it has a card."""
+def open_pair(
+    before: Path, after: Path, user_options: UserOptions, run: Run, progress: Progress, *, quiet: bool = False
+) -> tuple[Case, Case]:
+    """Open two models that are compared, the second under the same assumptions unless it has a card."""
     from unbackdoor.audit import cases
 
-    return cases.open_second(model, first, run=run, **_model_options(user_options))
+    typed = model_options(user_options)
+    first_file, second_file = cases.open_pair_sources(before, after, typed)
+    fitting = cases.options_for(first_file, typed)
+    assert not isinstance(first_file, Path)
+    options_of_first = replace(user_options, weights=fitting["weights"], output=fitting["output"])
+    first = open_case(first_file, options_of_first, run, progress, quiet=quiet)  # type: ignore[arg-type]
+    second = cases.open_second(second_file, first, run=run, **typed)
+    for warning in second.opened.provenance.in_file.warnings if second.opened is not None else ():
+        note(f"mind, of the second model: {warning}", quiet=quiet)
+    return first, second
 
 
 def show_notes(case: Case, *, quiet: bool) -> None:
@@ -169,13 +191,16 @@ def show_notes(case: Case, *, quiet: bool) -> None:
             note(f"mind: {warning}", quiet=quiet)
 
 
-def _model_options(user_options: UserOptions) -> dict[str, Any]:
+def model_options(user_options: UserOptions) -> dict[str, Any]:
+    """Return the options of a model as :func:`unbackdoor.open_model` takes them."""
     return {
         "arch": user_options.architecture,
         "mean": options.numbers(user_options.mean, "--mean"),
         "std": options.numbers(user_options.std, "--std"),
         "size": image_size(user_options.size),
         "class_names": class_names(user_options.class_names),
+        "weights": user_options.weights,
+        "output": user_options.output,
     }
 
 

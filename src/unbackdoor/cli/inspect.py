@@ -69,6 +69,7 @@ def _show(inspection: Inspection, *, everything: bool) -> None:
         _list("In the tensors", bad)
     if inspection.beside:
         _list("Beside the weights", [f"{key} {value}" for key, value in inspection.beside.items()])
+    _show_sets(inspection)
     if not inspection.tensors:
         return
     say()
@@ -84,9 +85,25 @@ def _show(inspection: Inspection, *, everything: bool) -> None:
     _show_guesses(inspection)
 
 
+def _show_sets(inspection: Inspection) -> None:
+    if len(inspection.sets) > 1:
+        rows = [
+            (s.key or "at the top", s.tensors, s.parameters, s.state if s.problem is None else "not readable")
+            for s in inspection.sets
+        ]
+        table("Sets of weights; --weights KEY takes one", ("key", ">tensors", ">numbers", ""), rows)
+    _list("Further tensors", inspection.other_tensors)
+
+
 def _show_graph(inspection: Inspection) -> None:
+    if inspection.program and not inspection.program_examined:
+        say(f"Program: {inspection.program}; a scan reads its weights alone, and says so")
     if inspection.graph is None:
         return
+    if len(inspection.graph.outputs) > 1:
+        _list("Outputs", inspection.graph.outputs)
+    for remark in inspection.graph.remarks:
+        say(f"In the graph: {remark}")
     problem = inspection.graph.problem
     opens = "opens as it is" if problem is None else f"does not open: {plain(problem)}"
     say(f"Graph: {inspection.graph.operators} operators, {opens}")

@@ -62,6 +62,15 @@ AsJson = Annotated[
     typer.Option("--json", help="Print the result as JSON on standard output.", rich_help_panel=_OUTPUT),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.", rich_help_panel=_OUTPUT)]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY",
+        help="Which of several sets of weights in the file, such as state_dict_ema; inspect lists them.",
+        show_default="the only one",
+        rich_help_panel="Models without a card",
+    ),
+]
 Mean = Annotated[
     str | None,
     typer.Option(

@@ -117,6 +117,8 @@ def purify(
     std: shared.Std = None,
     size: auditor.Size = None,
     class_names: auditor.Classes = None,
+    weights: shared.Weights = None,
+    output: auditor.Output = None,
     seed: shared.Seed = 0,
     device: shared.Device = "cpu",
     precision: shared.PrecisionOption = shared.PrecisionPolicy.auto,
@@ -149,8 +151,9 @@ def purify(
     config = part.configure_text(shared.pairs(options or [], "--set"), preset=preset)
     require_share(select_fraction)
     user_options = auditor.UserOptions(
-        arch, mean, std, size, class_names, data, clean, per_class, fraction, augmentation, data_root, proof
-    )
+        arch, mean, std, size, class_names, data, clean, per_class, fraction, augmentation, data_root, proof,
+        weights=weights, output=output,
+    )  # fmt: skip
     # Checked before the repair as far as possible, because the repair may take an hour.
     source = shared.existing_model(model)
     others = (*(() if patch is None else (patch,)), *auditor.report_files(report))
@@ -190,6 +193,8 @@ def purify(
         emit(done.to_dict())
         return
     _show(method, preset, done)
+    for text in done.left_behind:
+        say(f"Mind: {text}.")
     say(f"Repaired model: {out}" + (f", patch: {patch}" if patch is not None else ""))
 
 

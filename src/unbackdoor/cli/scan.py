@@ -55,6 +55,8 @@ def scan(
     std: shared.Std = None,
     size: auditor.Size = None,
     class_names: auditor.Classes = None,
+    weights: shared.Weights = None,
+    output: auditor.Output = None,
     seed: shared.Seed = 0,
     device: shared.Device = "cpu",
     precision: shared.PrecisionOption = shared.PrecisionPolicy.auto,
@@ -68,9 +70,9 @@ def scan(
     p-value that it calibrated on this model itself, and all of them together are held against --level. What
     is said is "backdoor found", "no evidence found" or "undecided", and never "clean".
 
-    Exit codes: 0 no evidence found, 1 backdoor found, 2 an error, or the scan could not decide or did not
-    finish, 3 the model is of a kind that no check can work on, 130 interrupted with Ctrl-C or SIGTERM: what
-    had ended by then is printed and written all the same.
+    Exit codes: 0 no evidence found, 1 backdoor found, 2 an error, or the scan could not decide, did not
+    finish, or could not examine the file's own program, 3 the model is of a kind that no check can work on,
+    130 interrupted with Ctrl-C or SIGTERM: what had ended by then is printed and written all the same.
     """
     import unbackdoor
     from unbackdoor.audit.references import read_references
@@ -82,8 +84,9 @@ def scan(
     check_options = _options_by_check(options, named)
     read_references(references or ())  # a wrong path is an error before the scan, not after it
     user_options = auditor.UserOptions(
-        arch, mean, std, size, class_names, data, clean, per_class, fraction, augmentation, data_root
-    )
+        arch, mean, std, size, class_names, data, clean, per_class, fraction, augmentation, data_root,
+        weights=weights, output=output,
+    )  # fmt: skip
     with Display(quiet=quiet) as display:
         run = shared.open_run(seed, device, precision, display)
         audit = unbackdoor.scan(

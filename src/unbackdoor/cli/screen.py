@@ -62,6 +62,8 @@ def screen(
     std: shared.Std = None,
     size: auditor.Size = None,
     class_names: auditor.Classes = None,
+    weights: shared.Weights = None,
+    output: auditor.Output = None,
     seed: shared.Seed = 0,
     device: shared.Device = "cpu",
     precision: shared.PrecisionOption = shared.PrecisionPolicy.auto,
@@ -87,8 +89,9 @@ def screen(
     if data is None:
         require_no_images(part)  # before the model is opened
     user_options = auditor.UserOptions(
-        arch, mean, std, size, class_names, data, clean, per_class, fraction, None, data_root
-    )
+        arch, mean, std, size, class_names, data, clean, per_class, fraction, None, data_root,
+        weights=weights, output=output,
+    )  # fmt: skip
     with Display(quiet=quiet) as display:
         run = shared.open_run(seed, device, precision, display)
         screened = unbackdoor.screen(

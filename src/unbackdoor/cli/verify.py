@@ -10,7 +10,7 @@ import typer
 from unbackdoor.cli import auditor, defender, options
 from unbackdoor.cli.output import emit, say, table
 from unbackdoor.cli.progress import Display
-from unbackdoor.report.words import interval, percent, rate
+from unbackdoor.report.words import interval, logits_in_words, percent, rate
 
 if TYPE_CHECKING:
     from unbackdoor.audit.verification import Verification
@@ -38,6 +38,8 @@ def verify(
     std: options.Std = None,
     size: auditor.Size = None,
     class_names: auditor.Classes = None,
+    weights: options.Weights = None,
+    output: auditor.Output = None,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
     precision: options.PrecisionOption = options.PrecisionPolicy.auto,
@@ -58,14 +60,15 @@ def verify(
     options.require_writable(auditor.report_files(report), force=force, inputs=(before, after))
     limit = options.seconds_of(budget, "--budget")
     user_options = auditor.UserOptions(
-        arch, mean, std, size, class_names, data, clean, per_class, fraction, None, data_root
-    )
+        arch, mean, std, size, class_names, data, clean, per_class, fraction, None, data_root,
+        weights=weights, output=output,
+    )  # fmt: skip
     with Display(quiet=quiet) as display:
         run = options.open_run(seed, device, precision, display)
-        first = auditor.open_case(before, user_options, run, display, quiet=quiet)
+        first, second = auditor.open_pair(before, after, user_options, run, display, quiet=quiet)
         done = unbackdoor.verify(
             first,
-            auditor.open_second(after, first, user_options, run),
+            second,
             triggers=triggers,
             checks=auditor.check_names(checks),
             level=level,
@@ -121,6 +124,8 @@ def _show(done: Verification, names: tuple[str, ...]) -> None:
         rows.append((f"recovered trigger to {name}, before", rate(r.before), interval(r.before)))
         rows.append((f"recovered trigger to {name}, after", rate(r.after), interval(r.after)))
     table("Comparison", ("", ">rate", ">95 % interval"), rows)
+    if done.logits is not None and not done.identical:
+        say(logits_in_words(done.logits))
     entries = sum(c.changed for c in done.changes)
     say(f"Changed: {entries:,} numbers in {len(done.changes)} tensors.")
     for c in sorted(done.changes, key=lambda c: -c.relative)[:5]:

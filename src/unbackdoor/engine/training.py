@@ -270,7 +270,7 @@ def train(
                 pixels = pixels.contiguous(memory_format=torch.channels_last)
             yield epoch * steps + step, pixels, labels, extra
 
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last)
     ticks = iter(run.progress(range(first * steps, epochs * steps), label, (epochs - first) * steps))
     with mode(model, training=True):
         for module in model.modules():
@@ -313,7 +313,7 @@ def train(
     if slow is not None:
         slow.restore(model.network)
     next(ticks, None)  # lets the progress display close its bar
-    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    model.to(memory_format=torch.contiguous_format)
     model.zero_grad(set_to_none=True)
     model.eval()
     if checkpoint:

@@ -32,11 +32,19 @@ from unbackdoor.opening.normalisation_guess import (
     infer_normalisation,
     usual_normalisations,
 )
-from unbackdoor.opening.provenance import ArchitectureOrigin, NameChanges, NormalisationOrigin, Provenance
+from unbackdoor.opening.provenance import (
+    ArchitectureOrigin,
+    InFile,
+    NameChanges,
+    NormalisationOrigin,
+    Provenance,
+)
 from unbackdoor.opening.recognise_architecture import ends
 from unbackdoor.opening.rename_tensors import Adapted, Difference
 from unbackdoor.types import Classifier, Images, Progress, logits_in, silent
 from unbackdoor.weights.card import ModelCard, normalisation
+from unbackdoor.weights.formats.exported_program.graph import import_program
+from unbackdoor.weights.formats.onnx.canonical import AmbiguousOutput
 from unbackdoor.weights.formats.onnx.graph import import_graph
 from unbackdoor.weights.formats.onnx.node import Place
 from unbackdoor.weights.source import Source, open_source
@@ -64,6 +72,7 @@ class Opened:
             under the names its owner knows.
         places: Of a network that is the file's own graph: where each of its tensors stands there; else None.
         source: The file as it was opened.
+        output: The output of that graph that gives the logits, where it was named.
     """
 
     model: Classifier
@@ -72,6 +81,7 @@ class Opened:
     names: Mapping[str, str] = field(default_factory=dict)
     places: Mapping[str, Place] | None = None
     source: Source | None = None
+    output: str | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -88,6 +98,8 @@ def open_model(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     size: tuple[int, int] | None = None,
+    weights: str | None = None,
+    output: str | None = None,
     run: Run | None = None,
     progress: Progress = silent,
 ) -> Opened:
@@ -108,6 +120,9 @@ def open_model(
             taken, else the one with the lowest loss.
         std: Per-channel deviation, likewise.
         size: (H, W) of the model's input.
+        weights: Which of several sets of weights in a file, by the keys that lead to it, separated by dots,
+            such as ``state_dict_ema``; None where there is one, or all are the same.
+        output: Which of several outputs of an ONNX graph gives the logits; None where there is one.
         run: Device, precision and seed of the trials; None is the CPU and seed 0.
         progress: Shows how far loading has come.
 
@@ -124,8 +139,14 @@ def open_model(
     """
     run = run or Run.create(progress=progress)
     _require_arguments(mean, std, size)
-    arguments = _Arguments(arch, class_names, mean, std, size)
+    arguments = _Arguments(arch, class_names, mean, std, size, output)
     source = path if isinstance(path, Source) else open_source(path)
+    if weights is not None:
+        source = source.choose(weights)
+    if output is not None and (source.graph is None or arch is not None):
+        raise ConfigError(
+            "the output of the model", ["only an ONNX file that is opened as it is has outputs with names"]
+        )
     card = source.card()
     if card is not None:
         return _with_card(source, card, arguments, images, run, progress)
@@ -139,6 +160,7 @@ class _Arguments:
     mean: Sequence[float] | None
     std: Sequence[float] | None
     size: tuple[int, int] | None
+    output: str | None = None
 
     @property
     def normalisation(self) -> Normalisation | None:
@@ -199,6 +221,7 @@ def _with_card(
         "arguments" if arguments.size else "the card",
         model.classes,
         "arguments" if arguments.class_names else "the card",
+        in_file=InFile.of(source.contents),
     )
     return Opened(model, conformed, provenance.measured(image_changes, inferred, []), source=source)
 
@@ -210,9 +233,12 @@ def _with_card(
 def _without_card(
     source: Source, arguments: _Arguments, images: Images | Path | str | None, run: Run, progress: Progress
 ) -> Opened:
-    if source.graph is not None and not source.contents.dangerous and arguments.arch is None:
+    has_program = source.graph is not None or source.contents.format == "torch.export"
+    if has_program and not source.contents.dangerous and arguments.arch is None:
         try:
-            network = import_graph(source.graph)
+            network = own_network(source, arguments.output)
+        except AmbiguousOutput:
+            raise
         except UnsupportedModel as unknown:  # an operator that is not imported
             if source.contents.problem is not None:
                 raise
@@ -220,8 +246,34 @@ def _without_card(
                 return _by_names(source, arguments, images, run, progress)
             except UnsupportedModel:
                 raise unknown from None  # the fault of the graph, not of the guess
-        return _own_graph(source, network, arguments, images, run, progress)
+        if source.graph is not None:
+            return _own_graph(source, network, arguments, images, run, progress)
+        try:
+            return _own_graph(source, network, arguments, images, run, progress)
+        except UnsupportedModel as unfit:  # most often the batch of the example, written into the program
+            try:
+                return _by_names(source, arguments, images, run, progress)
+            except UnsupportedModel:
+                raise unfit from None
     return _by_names(source, arguments, images, run, progress)
+
+
+def own_network(source: Source, output: str | None = None) -> fx.GraphModule:
+    """Return the network that a file's own program describes.
+
+    Args:
+        source: The file.
+        output: The output of an ONNX graph that gives the logits; None where there is one.
+
+    Raises:
+        UnsupportedModel: If the file has none that is imported, or it has operators that are not.
+        UnbackdoorError: If it is damaged, or built to exhaust the memory.
+    """
+    if source.graph is not None:
+        return import_graph(source.graph, output)
+    if source.contents.format != "torch.export":
+        raise UnsupportedModel("the file holds no program that is imported", where=source.path)
+    return import_program(source.main, source.state(), source.contents.prefix)
 
 
 def _own_graph(
@@ -232,7 +284,7 @@ def _own_graph(
     run: Run,
     progress: Progress,
 ) -> Opened:
-    """Open an ONNX file as the network that it describes."""
+    """Open a file as the network that its own program describes."""
     path = source.path
     require_finite(network.state_dict(), path)
     stated = network.meta["input_shape"]
@@ -245,7 +297,9 @@ def _own_graph(
     classes = outputs_of(network, shape, path)
     _require_independent_images(network, shape, path)
     names, names_source = _class_names(arguments, Preprocessing(), raw, classes)
-    filled = Filled(network, Adapted({}, Difference((), (), (), 0)))
+    names_in_file = network.meta.get("names", {})
+    renamed = {name: old for name, old in names_in_file.items() if name != old}
+    filled = Filled(network, Adapted({}, Difference((), (), (), 0), renamed))
     attempt = _open_at_shape(
         path,
         lambda *_: {_GRAPH: filled},
@@ -259,9 +313,13 @@ def _own_graph(
         progress,
     )
     warnings = [_assumed_size(shape)] if size_source == _ASSUMED_SIZE else []
-    architecture = ArchitectureOrigin("ONNX", _GRAPH, "; ".join(network.meta["notes"]))
-    opened = _with_provenance(source, attempt, architecture, names_source, warnings)
-    return replace(opened, places=network.meta["places"])
+    kind = "ONNX" if source.graph is not None else source.contents.format
+    architecture = ArchitectureOrigin(kind, _GRAPH, "; ".join(network.meta["notes"]))
+    in_file = InFile.of(
+        source.contents, examined=True, output=arguments.output, remarks=network.meta["remarks"]
+    )
+    opened = _with_provenance(source, attempt, architecture, names_source, warnings, in_file)
+    return replace(opened, places=network.meta.get("places"), output=arguments.output)
 
 
 def _by_names(
@@ -325,7 +383,8 @@ def _by_names(
         candidates.note,
         tuple(candidate.spec for candidate in candidates.fitting),
     )
-    return _with_provenance(source, attempt, architecture, names_source, warnings)
+    in_file = InFile.of(source.contents)
+    return _with_provenance(source, attempt, architecture, names_source, warnings, in_file)
 
 
 def _assumed_size(shape: Shape) -> str:
@@ -338,6 +397,7 @@ def _with_provenance(
     architecture: ArchitectureOrigin,
     names_source: str,
     warnings: list[str],
+    in_file: InFile,
 ) -> Opened:
     provenance = Provenance(
         source.path.name,
@@ -349,6 +409,7 @@ def _with_provenance(
         attempt.size_source,
         attempt.model.classes,
         names_source,
+        in_file=in_file,
     ).measured(attempt.changes, attempt.inferred, [*warnings, *attempt.warnings])
     translated = attempt.filled.adapted.renamed
     file_names = {

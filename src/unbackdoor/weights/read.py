@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,12 +18,11 @@ from torch import Tensor
 
 from unbackdoor.errors import InputError, MissingExtra, UnbackdoorError, UnsafeFile
 from unbackdoor.weights.formats import other_readers
-from unbackdoor.weights.formats import state_dicts as states
 from unbackdoor.weights.formats.buffers import Buffer, listed, short
 from unbackdoor.weights.formats.exported_program import archive as exported
 from unbackdoor.weights.formats.onnx import initializers as onnx
 from unbackdoor.weights.formats.safetensors import header as safetensors
-from unbackdoor.weights.formats.state_dicts import Fact
+from unbackdoor.weights.formats.state_dicts import Fact, find_all, find_state_dict
 from unbackdoor.weights.formats.tensors import materialise
 from unbackdoor.weights.formats.torch_save import checkpoints
 from unbackdoor.weights.formats.torch_save.pickle_globals import Danger
@@ -31,6 +30,7 @@ from unbackdoor.weights.formats.torch_save.pickle_reader import BROKEN, Trail
 from unbackdoor.weights.formats.torchscript import archive as torchscript
 from unbackdoor.weights.formats.zip_archive import Archive
 from unbackdoor.weights.stored_file import MAX_FILE, StoredFile, read_file
+from unbackdoor.weights.weight_sets import WeightSet, named, plain_set, read_sets
 
 Magic = Literal["safetensors", "zip", "pickle", "tar", "onnx"]
 Format = Literal[
@@ -61,6 +61,11 @@ class Contents:
         nest: The keys that lead to the state dict in a checkpoint; empty at the top.
         problem: Why there are no tensors, or None.
         metadata: The texts in the header of a safetensors file.
+        sets: Every set of weights in the file by its key; that of ``tensors`` is one of them.
+        key: The key of ``tensors``; empty at the top.
+        others: Keys of further entries that hold tensors.
+        program: The program that the file holds around its tensors, in words; empty for tensors alone.
+        chosen: Whether the user has said which set is meant.
     """
 
     format: Format
@@ -72,6 +77,55 @@ class Contents:
     nest: tuple[str, ...] = ()
     problem: UnbackdoorError | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    sets: Mapping[str, WeightSet] = field(default_factory=dict, repr=False)
+    key: str = ""
+    others: tuple[str, ...] = ()
+    program: str = ""
+    chosen: bool = False
+
+    def choose(self, key: str, where: object = None) -> Contents:
+        """Return the contents with another set of weights as theirs.
+
+        Raises:
+            InputError: If there is no such set.
+        """
+        found = named(self.sets, key, where)
+        own = self.sets[self.key].notes if self.key in self.sets else ()
+        return replace(
+            self,
+            tensors=found.tensors,
+            prefix=found.prefix,
+            nest=found.nest,
+            problem=found.problem,
+            notes=(*(note for note in self.notes if note not in own), *found.notes),
+            key=key,
+            program=found.module and _of_module(found.module),
+            chosen=True,
+        )
+
+    @property
+    def other_sets(self) -> Mapping[str, str]:
+        """The other sets of weights by their keys: whether each is ``the same`` or ``different``."""
+        if self.key not in self.sets:
+            return dict.fromkeys(self.sets, "different")
+        own = self.sets[self.key]
+        return {
+            key: "the same" if one.equals(own) else "different"
+            for key, one in self.sets.items()
+            if key != self.key
+        }
+
+    @property
+    def rivals(self) -> tuple[str, ...]:
+        """The keys of other sets that differ and that a program may load instead of this one."""
+        if self.key not in self.sets:
+            return ()
+        own = self.sets[self.key]
+        return tuple(
+            key
+            for key, answer in self.other_sets.items()
+            if answer == "different" and self.sets[key].may_be_meant_for(own)
+        )
 
     @property
     def foreign(self) -> tuple[str, ...]:
@@ -100,6 +154,14 @@ class Contents:
             )
         if self.problem is not None:
             raise self.problem
+        if not self.chosen and (rivals := self.rivals):
+            raise InputError(
+                "the file holds several sets of weights that differ, and programs load different ones",
+                expected="the name of the one that is meant",
+                got=listed([short(key)[1:-1] or "those at the top" for key in (self.key, *rivals)], 8),
+                where=where,
+                remedy="Name it: --weights KEY, in Python weights=KEY; to be sure of all, take each in turn",
+            )
         return dict(self.tensors)
 
 
@@ -167,20 +229,23 @@ def read_contents(file: Path | StoredFile) -> Contents:
             where=file.path,
             remedy="Ask its author for safetensors",
         )
-    prefix = states.strip(list(state))
-    if prefix:
-        trail.note(f"the prefix {short(prefix)} was taken off all names")
-    state = states.unpruned({name[len(prefix) :]: tensor for name, tensor in state.items()}, trail)
+    sets = reader.sets or ({"": plain_set(state)} if state else {})
+    own = sets.get(reader.key, WeightSet(""))
+    where = [f"the weights lie under {short(own.key)[1:-1]}"] if own.key else []
     return Contents(
         reader.format,
-        tensors=state,
+        tensors=own.tensors if problem is None else {},
         names=_dangers_by_name(trail),
-        notes=tuple(trail.notes),
+        notes=(*where, *trail.notes, *own.notes),
         beside=reader.beside,
-        prefix=prefix,
-        nest=reader.nest,
+        prefix=own.prefix,
+        nest=own.nest,
         problem=problem,
         metadata=reader.metadata,
+        sets=sets,
+        key=reader.key,
+        others=reader.others,
+        program=reader.program,
     )
 
 
@@ -247,16 +312,21 @@ class _FileReader:
         self._trail = trail
         self.format: Format = "pickle"
         self.beside: Mapping[str, Fact] = {}
-        self.nest: tuple[str, ...] = ()
         self.metadata: Mapping[str, str] = {}
+        self.sets: dict[str, WeightSet] = {}
+        self.key = ""
+        self.others: tuple[str, ...] = ()
+        self.program = ""
 
-    def read(self, magic: Magic) -> dict[str, Tensor]:
+    def read(self, magic: Magic) -> Mapping[str, Tensor]:
+        state: Mapping[str, Tensor]
         if magic == "safetensors":
             self.format = "safetensors"
             described, self.metadata = safetensors.read(self._file.content, self._path)
             state = materialise(described, self._file.size)
         elif magic == "onnx":
             self.format = "onnx"
+            self.program = "an ONNX graph"
             state = onnx.read(self._file, self._trail)
         else:
             state = self._tensors(magic, self._file.content)
@@ -270,7 +340,7 @@ class _FileReader:
                 )
         return state
 
-    def _tensors(self, magic: Magic, data: Buffer) -> dict[str, Tensor]:
+    def _tensors(self, magic: Magic, data: Buffer) -> Mapping[str, Tensor]:
         if magic == "zip":
             self.format = "archive"
             archive = Archive(data, self._path)
@@ -282,9 +352,11 @@ class _FileReader:
                 )
             if torchscript.is_torchscript(archive):
                 self.format = "torchscript"
+                self.program = "a TorchScript program"
                 return materialise(torchscript.read(archive, data, self._trail, self._path), len(data))
             if exported.is_exported(archive):
                 self.format = "torch.export"
+                self.program = "a program of torch.export"
                 return materialise(exported.read(archive, data, self._trail, self._path), len(data))
             described = checkpoints.read_zip(archive, data, self._trail, self._path)
             self.format = "checkpoint"
@@ -294,9 +366,25 @@ class _FileReader:
         else:
             described, saved_by_torch = checkpoints.read_stream(data, self._trail)
             self.format = "old checkpoint" if saved_by_torch else "pickle"
-        result = states.find_state_dict(described, self._trail)
-        self.beside, self.nest = result.beside, result.nest
-        return materialise(result.refs, len(data))
+        inventory = find_all(described)
+        self.others = inventory.others
+        try:
+            located = find_state_dict(described, self._trail)
+        except InputError:
+            self.sets = read_sets(inventory.sets, len(data))  # so that the user can choose one
+            raise
+        self.beside, self.key = located.beside, located.key
+        self.program = located.module and _of_module(located.module)
+        # The one that is meant comes first: the bound on memory is never spent on the others.
+        self.sets = read_sets({located.key: located, **inventory.sets, located.key: located}, len(data))
+        own = self.sets[located.key]
+        if own.problem is not None:
+            raise own.problem
+        return own.tensors
+
+
+def _of_module(cls: str) -> str:
+    return f"a pickled module of {short(cls)[1:-1]}"
 
 
 def _hidden_pickle(file: StoredFile, trail: Trail) -> bool:

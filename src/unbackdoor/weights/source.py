@@ -18,6 +18,7 @@ from unbackdoor.weights.card import MAX_CARD, ModelCard, read_card
 from unbackdoor.weights.read import Contents, bytes_needed, read_contents
 from unbackdoor.weights.stored_file import StoredFile, read_file
 
+_PROGRAMS = ("onnx", "torch.export")  # of which a network is built as they are
 SUFFIX = ".safetensors"  # of the files that may have a card beside them
 
 
@@ -87,6 +88,17 @@ class Source:
         for file in self.files:
             file.require_unchanged()
 
+    def choose(self, key: str) -> Source:
+        """Return the file with another set of its weights as the one that is meant.
+
+        Args:
+            key: Keys that lead to it, separated by dots, such as ``state_dict_ema``.
+
+        Raises:
+            InputError: If the file has no such set.
+        """
+        return replace(self, contents=self.contents.choose(key, self.path))
+
     def to_dict(self) -> dict[str, Any]:
         """Return name, size and hash of every file as JSON."""
         facts: list[Mapping[str, Any]] = [
@@ -124,8 +136,8 @@ def open_source(path: Path | str) -> Source:
         contents = read_contents(main)
     except UnbackdoorError as error:
         contents = Contents("unknown", problem=error)
-    # Only a graph is built of the bytes again; the tensors of other files have memory of their own.
-    main = replace(main, content=bytes(main.content) if contents.format == "onnx" else b"")
+    # Only a program is built of the bytes again; the tensors of other files have memory of their own.
+    main = replace(main, content=bytes(main.content) if contents.format in _PROGRAMS else b"")
     return Source(path, main.size, main.sha256, contents, main, *_card_beside(path))
 
 

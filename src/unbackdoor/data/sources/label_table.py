@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ _FILE_HEADS = ("file", "filename", "file_name", "path", "image", "image_path", "
 _LABEL_HEADS = ("label", "class", "classid", "class_id", "target", "category", "class_name", "y")
 _MAX_BYTES = 1 << 26
 _MAX_ROWS = 1 << 22
+_WHOLE = re.compile(r"\d{1,9}(\.0{0,20})?")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _FORM = "Write one row an image: file,label"
 
 
@@ -118,16 +121,25 @@ def numbered(
         InputError: If a label is no class.
     """
     texts = [entry.label for entry in entries]
-    digits = all(text.isdecimal() and len(text) < 10 for text in texts)
+    whole = [_whole(text) for text in texts]
+    digits = None not in whole
     if names is None:
+        odd = next((entry for entry, number in zip(entries, whole, strict=True) if number is None), None)
+        if odd is not None and all(_NUMBER.fullmatch(text) for text in texts):
+            raise InputError(
+                "the labels are numbers, and one is no number of a class",
+                expected="0, 1, 2, ...; 3.0 counts as 3",
+                got=repr(odd.label[:80])[1:-1],
+                where=f"{table}, line {odd.line}",
+            )
         # Bounded, because one absurd number must not make a billion names.
-        count = min(max(map(int, texts)) + 1, MAX_CLASSES) if digits else 0
+        count = min(max(number or 0 for number in whole) + 1, MAX_CLASSES) if digits else 0
         names = [str(k) for k in range(count)] if digits else sorted(set(texts))
     places = {name: k for k, name in enumerate(names)}
     by_index = digits and not any(text in places for text in texts)
     labels = []
-    for entry in entries:
-        label = int(entry.label) if by_index else places.get(entry.label, -1)
+    for entry, number in zip(entries, whole, strict=True):
+        label = number if by_index and number is not None else places.get(entry.label, -1)
         if not 0 <= label < len(names):
             raise InputError(
                 "the label is none of the classes",
@@ -137,6 +149,11 @@ def numbered(
             )
         labels.append(label)
     return labels, list(names)
+
+
+def _whole(text: str) -> int | None:
+    """Return a number of a class, also where a spreadsheet wrote it as ``3.0``; None for all else."""
+    return int(text.partition(".")[0]) if _WHOLE.fullmatch(text) else None
 
 
 def _rows(table: Path) -> list[tuple[int, list[str]]]:

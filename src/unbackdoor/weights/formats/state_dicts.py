@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +29,9 @@ PREFIXES = ("module.", "_orig_mod.", "network.", "model.")
 _LISTED = 16  # entries of a list that are searched
 _DEPTH = 4  # levels of dictionaries that are searched for a state dict
 _MODULES = 20_000  # modules, so that one that contains itself many times ends too
+_MAX_SETS = 64  # sets of weights that are told apart; of an honest file there are three
+_MAX_VISITED = 20_000  # entries that are searched for further sets
+_MAX_OTHERS = 256  # further entries with tensors that are named
 _NUMPY_FORMATS = {"f8": "d", "f4": "f", "i8": "q", "i4": "i", "i2": "h", "u1": "B", "i1": "b", "b1": "?"}
 
 Fact = str | int | float | bool
@@ -42,11 +45,86 @@ class LocatedStateDict:
         refs: Its tensors by name.
         beside: Plain values that stood beside it, such as the epoch and the accuracy.
         nest: The keys that lead to it; empty at the top, and for a module or an entry of a list.
+        key: Keys and places in lists that lead to it, separated by dots; empty at the top.
+        module: Class of the whole module that it was taken from; empty for a plain state dict.
     """
 
     refs: dict[str, TensorRef]
     beside: dict[str, Fact] = field(default_factory=dict)
     nest: tuple[str, ...] = ()
+    key: str = ""
+    module: str = ""
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Everything in a checkpoint that holds tensors.
+
+    Attributes:
+        sets: State dicts and whole modules by their keys, in their order.
+        others: Keys of further entries that hold tensors, such as the state of an optimizer.
+    """
+
+    sets: dict[str, LocatedStateDict]
+    others: tuple[str, ...]
+
+
+def find_all(described: object) -> Inventory:
+    """Return every set of weights that a checkpoint holds, wherever a loader may look for it."""
+    sets: dict[str, LocatedStateDict] = {}
+    others: dict[str, None] = {}
+    seen: dict[int, LocatedStateDict | None] = {}  # one object may lie under several keys
+    todo: list[tuple[object, tuple[str, ...], bool, int]] = [(described, (), True, 0)]
+    visited = 0
+    while todo and visited < _MAX_VISITED and len(sets) < _MAX_SETS:
+        value, keys, named, depth = todo.pop()
+        visited += 1
+        key = ".".join(keys)
+        if isinstance(value, TensorRef):
+            others.setdefault(key)
+        if not isinstance(value, Stub | dict | list | tuple):
+            continue
+        if id(value) in seen:
+            twin = seen[id(value)]
+            if twin is not None:
+                sets[key] = replace(twin, nest=keys if named and not twin.module else (), key=key)
+            continue
+        seen[id(value)] = None
+        try:
+            refs = _tensors(value, Trail())
+        except InputError:
+            others.setdefault(key)
+            continue
+        if refs:
+            module = _class_of(value) if isinstance(value, Stub) and _is_module(value) else ""
+            nest = keys if named and not module else ()
+            sets[key] = seen[id(value)] = LocatedStateDict(refs, nest=nest, key=key, module=module)
+            continue
+        if depth > _DEPTH:
+            continue
+        inner = _entries_of(value)
+        if keys and "optim" in keys[-1].lower():
+            if inner:
+                others.setdefault(key)
+            continue
+        named = named and not isinstance(value, list | tuple)
+        todo += reversed([(entry, (*keys, name), named, depth + 1) for name, entry in inner])
+    return Inventory(sets, tuple(others)[:_MAX_OTHERS])
+
+
+def _entries_of(value: object) -> Sequence[tuple[str, object]]:
+    if isinstance(value, list | tuple):
+        return [(str(place), entry) for place, entry in enumerate(value[:_LISTED])]
+    mapping = as_mapping(value)
+    if not mapping and isinstance(value, Stub):
+        mapping = value.attributes()  # an object of another class that holds a module or a state dict
+    held = (Stub, TensorRef, dict, list, tuple)
+    return [(str(key)[:200], entry) for key, entry in (mapping or {}).items()
+            if isinstance(key, str | int) and isinstance(entry, held)][:_MAX_VISITED]  # fmt: skip
+
+
+def _class_of(value: Stub) -> str:
+    return value.cls or "a computed class"
 
 
 def find_state_dict(described: object, trail: Trail) -> LocatedStateDict:
@@ -60,13 +138,13 @@ def find_state_dict(described: object, trail: Trail) -> LocatedStateDict:
         return located
     mapping = as_mapping(described)
     keys = listed([str(key) if isinstance(key, str | int) else "?" for key in list(mapping or {})[:6]])
-    several = [short(key)[1:-1] for key in mapping or {} if isinstance(key, str) and _holds(mapping, key)]
+    several = [short(key)[1:-1] for key in find_all(described).sets]
     if several:
         raise InputError(
             "the checkpoint holds several state dicts, and none is under a usual key",
             expected="one that can be told to be meant",
             got=listed(several),
-            remedy="Save the one that is meant alone: torch.load(file, weights_only=True) runs no code",
+            remedy="Name the one that is meant: --weights KEY, in Python weights=KEY",
         )
     raise InputError(
         "the checkpoint holds no state dict",
@@ -78,9 +156,8 @@ def find_state_dict(described: object, trail: Trail) -> LocatedStateDict:
 def _search(value: object, trail: Trail, path: str, depth: int) -> LocatedStateDict | None:
     refs = _tensors(value, trail)
     if refs:
-        if path:
-            trail.note(f"the weights lie under {path}")
-        return LocatedStateDict(refs)
+        module = _class_of(value) if isinstance(value, Stub) and _is_module(value) else ""
+        return LocatedStateDict(refs, key=path, module=module)
     listing = isinstance(value, list | tuple)
     if isinstance(value, list | tuple):  # (state dict, epoch), as some scripts save it
         value = {str(place): entry for place, entry in enumerate(value[:_LISTED])}
@@ -99,7 +176,7 @@ def _search(value: object, trail: Trail, path: str, depth: int) -> LocatedStateD
             + listed([short(key)[1:-1] for key in candidates])
         )
     for key in keys or candidates if len(candidates) <= 1 else []:
-        located = _search(mapping[key], trail, f"{path}.{key}"[:200].lstrip("."), depth + 1)
+        located = _search(mapping[key], trail, f"{path}.{key}" if path else key, depth + 1)
         if located is not None:
             if not listing and (located.nest or as_mapping(mapping[key]) is not None):
                 located.nest = (key, *located.nest)

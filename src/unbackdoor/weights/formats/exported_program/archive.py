@@ -23,8 +23,9 @@ from unbackdoor.weights.formats.zip_archive import Archive
 
 _MAX_LIST = 64 << 20  # bytes of the list of weights
 _LIST = "_weights_config.json"
+_CONSTANTS = "_constants_config.json"
 # Numbers of the serialised schema of torch.export.
-_TYPES = {
+DTYPES = {
     1: torch.uint8, 2: torch.int8, 3: torch.int16, 4: torch.int32, 5: torch.int64, 6: torch.float16, 7:
     torch.float32, 8: torch.float64, 10: torch.complex64, 11: torch.complex128, 12: torch.bool, 13:
     torch.bfloat16, 28: torch.uint16, 34: torch.uint32, 35: torch.uint64,
@@ -69,6 +70,19 @@ def read(archive: Archive, data: Buffer, trail: Trail, where: object) -> dict[st
     content = archive.inside(inner[0], checkpoints.MAX_PICKLE)
     described = checkpoints.read_zip(Archive(content, where), content, trail, where)
     return states.find_state_dict(described, trail).refs
+
+
+def read_constants(archive: Archive, data: Buffer, where: object) -> dict[str, TensorRef]:
+    """Return the tensors that the program holds beside its weights and buffers, by name.
+
+    Raises:
+        InputError: If the archive is damaged.
+        UnsafeFile: If one is said to be a pickle, which its loader would execute.
+    """
+    lists = [name for name in archive.entries if name.endswith(_CONSTANTS) and "/constants/" in name]
+    if len(lists) > 1:
+        raise InputError("the archive holds several programs", expected="one", got=len(lists), where=where)
+    return _listed(archive, data, Trail(), lists[0], where) if lists else {}
 
 
 def _remark(archive: Archive, trail: Trail) -> None:
@@ -116,7 +130,7 @@ def _weight(archive: Archive, data: Buffer, store: Store, folder: str, meta: dic
         raise UnsafeFile("a weight lies outside the folder of weights", got=short(path))
     entry = archive.find(f"{folder}/{path}")
     tensor = meta["tensor_meta"]
-    dtype = _TYPES.get(tensor["dtype"]) if isinstance(tensor["dtype"], int) else None
+    dtype = DTYPES.get(tensor["dtype"]) if isinstance(tensor["dtype"], int) else None
     if dtype is None:
         raise InputError("a weight is of an unknown type", got=short(tensor["dtype"]))
     if entry is not None and path not in store.windows:

@@ -133,6 +133,7 @@ class Tensors:
         self._path = file.path
         self._folder = file.path.parent.resolve()
         self._described = 0
+        self.numbers = 0
         self.outside: dict[str, int] = {}
 
     @property
@@ -159,6 +160,7 @@ class Tensors:
         dtype, carrier, field = TYPES[message.data_type]
         numbers = self._numbers(message, np.dtype(carrier), field, count, where)
         self._described += numbers.nbytes
+        self.numbers += count
         if self._described > MAX_TIED * self.bytes_read:
             raise UnsafeFile("the model describes more than it holds", got=self._described, where=where)
         tensor = torch.from_numpy(numbers.reshape(shape))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from differential import difference
 from tiny import tiny_classifier, tiny_data
 from unbackdoor.engine.trusted_caller import Surroundings
 from unbackdoor.types import Classifier, CleanData
-from unbackdoor.weights import read
+from unbackdoor.weights import read, weight_sets
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,15 +34,22 @@ def no_traces(request: pytest.FixtureRequest) -> Iterator[None]:
 def same_weights_as_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fail a test in which a checkpoint was read of which torch would load other weights."""
     differences: list[str] = []
-    reading = read._FileReader.read
+    states: list[Mapping[str, torch.Tensor]] = []
+    reading, making_set = read._FileReader.read, weight_sets.plain_set
 
-    def compared(self: read._FileReader, magic: read.Magic) -> dict[str, torch.Tensor]:
-        state = reading(self, magic)
-        if self.format in ("checkpoint", "old checkpoint"):
+    def noted(state: Mapping[str, torch.Tensor], *key: str, **facts: object) -> weight_sets.WeightSet:
+        states.append(state)  # before names and masks are changed
+        return making_set(state, *key, **facts)
+
+    def compared(self: read._FileReader, magic: read.Magic) -> Mapping[str, torch.Tensor]:
+        states.clear()
+        own = reading(self, magic)
+        for state in states if self.format in ("checkpoint", "old checkpoint") else ():
             found = difference(bytes(self._file.content), state)
             differences.extend([f"{self._path}: {found}"] if found else [])
-        return state
+        return own
 
+    monkeypatch.setattr(weight_sets, "plain_set", noted)
     monkeypatch.setattr(read._FileReader, "read", compared)
     yield
     assert differences == []

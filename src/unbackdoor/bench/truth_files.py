@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -10,8 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from unbackdoor.attacks import AttackTruth
 from unbackdoor.errors import InputError
-from unbackdoor.files import atomic_write, write_json
+from unbackdoor.files import atomic_write, parse_json, read_text, write_json
 
+_MAX_JSON = 1 << 24  # bytes
 TRUTH_SUFFIX = ".truth.json"
 TENSORS_SUFFIX = ".truth.safetensors"  # beside it, where the trigger was learned
 
@@ -42,11 +42,12 @@ def load_truth(path: Path) -> AttackTruth:
             remedy="Only a model that was trained here can be judged; for others use a scan",
         )
     beside = file.with_name(file.name.removesuffix(TRUTH_SUFFIX) + TENSORS_SUFFIX)
+    what = "the record of the attack"
     try:
-        spec = json.loads(file.read_text(encoding="utf-8"))
+        spec = parse_json(read_text(file, what, limit=_MAX_JSON), what, file)
         tensors = load_file(beside) if "tensors_sha256" in spec else None
         return AttackTruth.from_spec(spec, tensors)
     except FileNotFoundError as error:
         raise InputError("what the trigger learned is missing", where=beside) from error
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise InputError("the record of the attack cannot be read", got=str(error), where=file) from error

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from unbackdoor.errors import InputError, UnbackdoorError
+from unbackdoor.errors import InputError, UnbackdoorError, UnsafeFile
 from unbackdoor.weights.card import MAX_CARD, ModelCard, read_card
 from unbackdoor.weights.read import Contents, bytes_needed, read_contents
 from unbackdoor.weights.stored_file import StoredFile, read_file
@@ -142,6 +142,10 @@ def _card_beside(path: Path) -> tuple[StoredFile | None, InputError | None]:
     if path.suffix != SUFFIX or not beside.exists():
         return None, None
     try:
-        return read_file(beside, lambda _, size: min(size, MAX_CARD + 1)), None
+        return read_file(beside, limit=MAX_CARD), None
+    except UnsafeFile as error:
+        return None, InputError(
+            "the model card is too large", expected=error.expected, got=error.got, where=beside
+        )
     except InputError as error:
         return None, InputError("the model card cannot be read", got=error.got, where=beside)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from unbackdoor.data.cache import as_images
 from unbackdoor.data.decode import CHUNK, Item, decode, require_memory
 from unbackdoor.data.sources.checks import agreed_names, checked_labels
 from unbackdoor.errors import InputError, MissingExtra
+from unbackdoor.files import parse_json
 from unbackdoor.types import Images, Progress, silent
 
 
@@ -131,9 +131,9 @@ def _names_in(metadata: dict[bytes, bytes] | None, path: Path) -> tuple[str, ...
     if text is None:
         return None
     try:
-        feature = json.loads(text)["info"]["features"]["label"]
+        feature = parse_json(text, "the metadata")["info"]["features"]["label"]
         names = feature.get("names")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (InputError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             "the metadata under 'huggingface' cannot be read",
             expected="JSON with info.features.label.names",

@@ -20,6 +20,7 @@ import torch
 
 from unbackdoor.errors import InputError, UnbackdoorError, UnsafeFile
 from unbackdoor.weights.formats.buffers import short
+from unbackdoor.weights.formats.limits import spend
 from unbackdoor.weights.formats.tensors import DTYPES, STORAGES, StorageRef, TensorRef, natural, sizes
 from unbackdoor.weights.formats.torch_save.pickle_globals import Danger, Name, judge
 
@@ -28,6 +29,8 @@ MAX_STEPS = (
 )
 MAX_NAMES = 1000
 _LONGEST = 500  # characters of a name; nothing that long can be imported
+_COUNTED = 64  # instructions that are put on the account at a time; so many for every pickle
+_WORD = 64  # bits of a key that is an integer
 _NESTED = 3  # pickles within pickles that are opened
 
 # Everything that a malformed pickle raises in pickletools and here.
@@ -96,6 +99,7 @@ class Stub:
     def attributes(self) -> dict[Any, Any]:
         """The attributes that would have been set on it."""
         state = self.state
+        spend("visits")
         if isinstance(state, tuple) and len(state) == 2:  # plain attributes and slots
             return {
                 **(state[0] if isinstance(state[0], dict) else {}),
@@ -134,10 +138,13 @@ def as_mapping(value: object) -> dict[Any, Any] | None:
     """Return the items of a dictionary of any class, or None for everything else."""
     if isinstance(value, dict):
         return value
+    if isinstance(value, Stub):
+        spend("visits", len(value.items or ()) + 1)
     if not isinstance(value, Stub) or value.cls not in _MAPPINGS:
         return value.items if isinstance(value, Stub) and value.items else None
     out: dict[Any, Any] = {}
     for argument in value.args if isinstance(value.args, tuple) else ():
+        spend("visits", len(argument) if isinstance(argument, dict | list) else 1)
         if isinstance(argument, dict):
             out.update(argument)
         elif isinstance(argument, list):  # as Python 2 wrote it
@@ -202,7 +209,9 @@ class _Machine:
 
     def _steps(self, stream: IO[bytes]) -> object:
         frame = 0  # where the present one ends
-        for _ in range(MAX_STEPS):
+        for step in range(MAX_STEPS):
+            if not step % _COUNTED:
+                spend("instructions", _COUNTED)
             begun = stream.tell() if frame else 0
             opcode = _OPCODES[stream.read(1).decode("latin-1")]
             if opcode.name in _READERS:
@@ -314,7 +323,10 @@ class _Machine:
         if not isinstance(target, dict):
             return
         for key, value in zip(group[::2], group[1::2], strict=True):
-            if not isinstance(key, str | int | float | bytes | None):
+            # A long integer is hashed anew at every use, in time that grows with its length.
+            if not isinstance(key, str | int | float | bytes | None) or (
+                isinstance(key, int) and key.bit_length() > _WORD
+            ):
                 self._unhashed_keys += 1
                 key = UnhashedKey(self._unhashed_keys)
             target[key] = value
@@ -406,6 +418,7 @@ class _Machine:
             and isinstance(args[0], str)
             and args[1] == "latin1"
         ):
+            spend("unpacked", len(args[0]))  # the same text may be encoded again and again
             return args[0].encode("latin1")
         if function == _OPENS and len(args) == 1 and isinstance(args[0], bytes):
             self._unopened -= 1  # its content is read now, and its names are recorded

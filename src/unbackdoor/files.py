@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from unbackdoor.errors import DiskFull, InputError, UnsafeFile
+from unbackdoor.text import is_text, json_text
 
 _HASH_CHUNK = 1 << 20
 MAX_FILE = 1 << 36  # bytes of any file that is read or hashed; a bound against nonsense
@@ -107,7 +108,7 @@ def write_json(path: Path, obj: object) -> None:
         obj: Anything ``json`` can write; NaN and infinities are refused because JSON has none.
     """
     # Before the file is touched: an object that cannot be written must not cost a disk write.
-    text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json_text(obj) + "\n"
     with atomic_write(path) as draft:
         draft.write_text(text, encoding="utf-8")
 
@@ -259,11 +260,6 @@ def _no_number(text: str) -> float:
 def _finite_number(text: str) -> float:
     value = float(text)
     return value if math.isfinite(value) else _no_number(text[:40])
-
-
-def is_text(value: str) -> bool:
-    """Tell whether a text can be written: half of a character (a lone surrogate) cannot."""
-    return not any("\ud800" <= c <= "\udfff" for c in value) if not value.isascii() else True
 
 
 def sha256_file(path: Path) -> str:

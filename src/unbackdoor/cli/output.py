@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -15,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from unbackdoor.text import json_text, printable
+
 if TYPE_CHECKING:
     from unbackdoor.bench.judge import Scores
     from unbackdoor.metrics import Rate
@@ -25,7 +26,7 @@ _WIDEST_PARAGRAPH = 100
 
 def plain(text: object) -> str:
     """Return a text with control characters escaped, because names come from untrusted files."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
+    return printable(text)
 
 
 def paragraph(text: object) -> str:
@@ -63,7 +64,7 @@ def _put(text: str) -> None:
 
 def emit(result: Mapping[str, Any]) -> None:
     """Print a result as JSON, the only thing on standard output."""
-    _put(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    _put(json_text(result) + "\n")
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

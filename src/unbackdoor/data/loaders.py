@@ -22,7 +22,7 @@ from unbackdoor.data.sources.label_table import read_labelled, read_table
 from unbackdoor.data.sources.npz import read_npz
 from unbackdoor.data.sources.parquet import read_parquet
 from unbackdoor.errors import InputError
-from unbackdoor.files import sha256_file
+from unbackdoor.files import opened, sha256_file
 from unbackdoor.types import Images, Progress, silent
 
 
@@ -94,6 +94,8 @@ def _reader(path: Path) -> tuple[Callable[..., Images], Any]:
     suffix = path.suffix.lower()
     if suffix == ".csv":
         return read_labelled, ["table", sha256_file(path), flat_state(path.parent)]
+    with opened(path, "the image set"):
+        pass  # its type and its size are looked at before it is hashed
     if suffix in IMAGE_SUFFIXES:
         return read_flat, ["image", sha256_file(path)]
     if suffix not in (".parquet", ".npz"):

@@ -20,6 +20,7 @@ from unbackdoor.errors import InputError, MissingExtra, UnbackdoorError, UnsafeF
 from unbackdoor.weights.formats import state_dicts as states
 from unbackdoor.weights.formats.buffers import Buffer, listed, short
 from unbackdoor.weights.formats.exported_program import archive as exported
+from unbackdoor.weights.formats.limits import accounting
 from unbackdoor.weights.formats.onnx import initializers as onnx
 from unbackdoor.weights.formats.safetensors import header as safetensors
 from unbackdoor.weights.formats.state_dicts import Fact
@@ -148,7 +149,11 @@ def read_contents(file: Path | StoredFile) -> Contents:
         InputError: If the file cannot be read at all, or is of no supported format.
         UnsafeFile: If it is larger than any model this package can build.
     """
-    file = _stored(file)
+    with accounting():
+        return _read_contents(_stored(file))
+
+
+def _read_contents(file: StoredFile) -> Contents:
     trail = Trail()
     try:
         magic = sniff(file)
@@ -262,6 +267,7 @@ class _FileReader:
             state = onnx.read(self._file, self._trail)
         else:
             state = self._tensors(magic, self._file.content)
+        states.require_names(state)
         for name, tensor in state.items():
             if tensor.dtype not in _PLAIN:
                 raise InputError(

@@ -71,9 +71,7 @@ def read(data: Buffer, where: object) -> tuple[dict[str, TensorRef], dict[str, s
     header = bytes(data[8 : 8 + length])
     spend("visits", header.count(b",") + header.count(b"[") + header.count(b"{"))  # each is an object to come
     try:
-        entries = json.loads(
-            header.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_number
-        )
+        entries = json.loads(header.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_number)
         if not isinstance(entries, dict):
             raise ValueError("the header is no object")
         metadata = entries.pop(_METADATA, None) or {}

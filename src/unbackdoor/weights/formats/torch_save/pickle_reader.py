@@ -99,8 +99,8 @@ class Stub:
     def attributes(self) -> dict[Any, Any]:
         """The attributes that would have been set on it."""
         state = self.state
-        spend("visits")
         if isinstance(state, tuple) and len(state) == 2:  # plain attributes and slots
+            spend("visits", sum(len(part) for part in state if isinstance(part, dict)))
             return {
                 **(state[0] if isinstance(state[0], dict) else {}),
                 **(state[1] if isinstance(state[1], dict) else {}),

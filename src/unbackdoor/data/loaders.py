@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from unbackdoor.data.cache import as_images, cache_key, cached
+from unbackdoor import confinement
+from unbackdoor.data.cache import as_images, cache_key, cache_path, cached, load, store
 from unbackdoor.data.decode import decode
 from unbackdoor.data.sources.checks import REMEDY_FORMS, require_arguments
 from unbackdoor.data.sources.class_folders import by_class, class_folders, folder_state, read_folder
@@ -24,6 +27,8 @@ from unbackdoor.data.sources.parquet import read_parquet
 from unbackdoor.errors import InputError
 from unbackdoor.files import opened, sha256_file
 from unbackdoor.types import Images, Progress, silent
+
+T = TypeVar("T")
 
 
 def load_images(
@@ -78,7 +83,79 @@ def load_images(
     read, source = _reader(path)
     facts = {"source": source, "class_names": names, "size": size} | ({"partial": True} if partial else {})
     options = {"class_names": names, "size": size, "progress": progress, "partial": partial}
-    return cached(path.stem, cache_key(facts), lambda: read(path, **options), cache=cache)
+    if not confinement.enabled():
+        return cached(path.stem, cache_key(facts), lambda: read(path, **options), cache=cache)
+    stored = cache_path(path.stem, cache_key(facts), cache=cache)
+    images = load(stored)
+    if images is None:
+        task = {"path": str(path.absolute()), "class_names": names, "size": size, "partial": partial}
+        images = _decoded_apart(task, stored, _bytes(source), progress)
+    return images
+
+
+def _bytes(source: Any) -> int:
+    """Return the bytes of what identifies a source: a list of files with their sizes, or of one of them."""
+    if isinstance(source, list):
+        return sum(_bytes(part) for part in source)
+    return source if isinstance(source, int) and source < 1 << 40 else 0
+
+
+def _decoded_apart(task: Mapping[str, Any], stored: Path, size: int, progress: Progress) -> Images:
+    """Decode a set in a process of its own, which leaves the pixels in a file that is checked."""
+    bar: Iterator[None] | None = None
+    shown, over = 0, False
+
+    def steps() -> Iterator[None]:
+        while not over:
+            yield None
+
+    def tick(report: Mapping[str, Any] | None) -> None:
+        nonlocal bar, shown
+        if report is None:
+            return
+        if bar is None:
+            bar = iter(progress(steps(), str(report["label"]), int(report["total"])))
+        while shown < int(report["done"]):
+            next(bar, None)
+            shown += 1
+
+    confinement.run(
+        "unbackdoor.data.loaders:decode_apart",
+        {**task, "stored": str(stored.absolute())},
+        size,
+        task["path"],
+        tick=tick,
+    )
+    over = True
+    if bar is not None:
+        next(bar, None)
+    images = load(stored)
+    if images is None:
+        raise InputError("the decoded images were changed", where=stored, remedy="Try again")
+    return images
+
+
+def decode_apart(task: Mapping[str, Any]) -> None:
+    """Decode a set in a process of its own; the pixels go into a file."""
+    path, report = Path(task["path"]), Path(task["progress"])
+
+    def show(items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
+        for done, item in enumerate(items):
+            draft = report.with_suffix(".tmp")
+            draft.write_text(
+                json.dumps({"label": label, "done": done, "total": total or 0}), encoding="utf-8"
+            )
+            draft.replace(report)
+            yield item
+
+    names = None if task["class_names"] is None else tuple(task["class_names"])
+    size = None if task["size"] is None else (int(task["size"][0]), int(task["size"][1]))
+    if task.get("flat"):
+        images = read_flat(path, size=size, progress=show)
+    else:
+        read, _ = _reader(path)
+        images = read(path, class_names=names, size=size, progress=show, partial=bool(task["partial"]))
+    store(images, Path(task["stored"]))
 
 
 def _reader(path: Path) -> tuple[Callable[..., Images], Any]:
@@ -136,8 +213,14 @@ def load_unlabelled(
     files = image_files(path)
     if not files:
         raise InputError("the folder holds no image", where=path, remedy=REMEDY_FORMS)
-    items = ((str(file), read_bounded(file)) for file in files)
-    pixels = decode(items, len(files), name=path.name or "images", size=size, progress=progress)
+    if confinement.enabled():
+        with tempfile.TemporaryDirectory(prefix="unbackdoor-") as folder:
+            task = {"path": str(path.absolute()), "class_names": None, "size": size, "flat": True}
+            total = sum(file.stat().st_size for file in files)
+            pixels = _decoded_apart(task, Path(folder) / "pixels", total, progress).pixels.numpy()
+    else:
+        items = ((str(file), read_bounded(file)) for file in files)
+        pixels = decode(items, len(files), name=path.name or "images", size=size, progress=progress)
     names = tuple(file.relative_to(path).as_posix() for file in files)
     return as_images(pixels, None, tuple(class_names), path.name or "images"), names
 

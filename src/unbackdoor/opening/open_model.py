@@ -9,19 +9,23 @@ provenance names the source of each fact.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from unbackdoor.confinement import rehearsed
 from unbackdoor.data.conform import conform
 from unbackdoor.data.loaders import load_images
 from unbackdoor.engine.inference import mode
 from unbackdoor.engine.run import Run
-from unbackdoor.errors import ConfigError, InputError, UnsupportedModel
+from unbackdoor.errors import ConfigError, InputError, UnbackdoorError, UnsupportedModel
 from unbackdoor.networks.build import canonical, preprocessing_of
 from unbackdoor.networks.sources import Preprocessing
+from unbackdoor.networks.spec import OWN, read_spec
 from unbackdoor.opening.candidates import CandidateSet, find_candidates, library_size, refuse_to_guess
 from unbackdoor.opening.classifier_files import load_model
 from unbackdoor.opening.cost_limits import outputs_of
@@ -39,7 +43,7 @@ from unbackdoor.types import Classifier, Images, Progress, silent
 from unbackdoor.weights.card import ModelCard, normalisation
 from unbackdoor.weights.formats.onnx.graph import import_graph
 from unbackdoor.weights.formats.onnx.node import Place
-from unbackdoor.weights.source import Source, open_source
+from unbackdoor.weights.source import Source, existing_file, open_source
 
 # What is assumed where neither the file nor any image shows it.
 _USUAL_SIDE = 32
@@ -125,7 +129,29 @@ def open_model(
     run = run or Run.create(progress=progress)
     _require_arguments(mean, std, size)
     arguments = _Arguments(arch, class_names, mean, std, size)
-    source = path if isinstance(path, Source) else open_source(path)
+    file = path.path if isinstance(path, Source) else existing_file(Path(path))
+    # Where the user chooses what is built, only reading is rehearsed, because code of the user runs once.
+    own = arch is None or read_spec(arch).source == OWN
+    name = "unbackdoor.opening.open_model:rehearse"
+    with rehearsed(name, file, asdict(arguments)) if own else nullcontext():
+        source = path if isinstance(path, Source) else open_source(file)
+        return _open_model(source, arguments, images, run, progress)
+
+
+def rehearse(path: Path, options: Mapping[str, Any]) -> UnbackdoorError | None:
+    """Open a model in a process of its own, without images, and return the fault of its content."""
+    source = open_source(path)
+    _open_model(source, _Arguments(**options), None, Run.create(), silent)
+    return source.contents.problem
+
+
+def _open_model(
+    source: Source,
+    arguments: _Arguments,
+    images: Images | Path | str | None,
+    run: Run,
+    progress: Progress,
+) -> Opened:
     card = source.card()
     if card is not None:
         return _with_card(source, card, arguments, images, run, progress)

@@ -331,9 +331,11 @@ def _with_path(error: UnbackdoorError, path: Path) -> UnbackdoorError:
 def _damaged(path: Path, error: BaseException) -> InputError:
     if isinstance(error, InputError):
         return error
-    return InputError(
+    damaged = InputError(
         "the model file is damaged or cut short",
         got=short(str(error).strip().split("\n")[0] or type(error).__name__),
         where=path,
         remedy="Copy or download it again",
     )
+    damaged.__cause__ = error
+    return damaged

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from unbackdoor.confinement import rehearsed
 from unbackdoor.errors import InputError, UnbackdoorError, UnsafeFile
 from unbackdoor.weights.card import MAX_CARD, ModelCard, read_card
 from unbackdoor.weights.read import Contents, bytes_needed, read_contents
@@ -119,6 +120,16 @@ def open_source(path: Path | str) -> Source:
         >>> source.require_unchanged()
     """
     path = existing_file(Path(path))
+    with rehearsed("unbackdoor.weights.source:rehearse", path):
+        return _open_source(path)
+
+
+def rehearse(path: Path, options: Mapping[str, Any]) -> UnbackdoorError | None:
+    """Open a source in a process of its own, and return the fault of its content."""
+    return _open_source(path).contents.problem
+
+
+def _open_source(path: Path) -> Source:
     main = read_file(path, bytes_needed)
     try:
         contents = read_contents(main)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from unbackdoor.confinement import seen
 from unbackdoor.errors import IntegrityError
 from unbackdoor.files import opened, sha256_file
 from unbackdoor.weights.formats.buffers import Buffer
@@ -122,6 +123,7 @@ def read_file(path: Path, keep: Keep | None = None, *, limit: int = MAX_FILE) ->
             where=path,
             remedy="Wait until nobody writes to it",
         )
+    seen(digest.hexdigest(), path)
     return StoredFile(path, total, digest.hexdigest(), content)
 
 

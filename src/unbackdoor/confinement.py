@@ -55,7 +55,7 @@ class Bounds:
 WEIGHTS = Bounds()
 # Decoding is slower, and pixels take up to the half of the memory (``data.decode.require_memory``).
 IMAGES = Bounds(seconds=900.0, bytes_per_second=2.5e5, memory_mb=6144, memory_factor=64.0)
-# Until when opening has to be done, on the clock of ``time.monotonic``; None without a limit.
+# Until when opening has to be done, on the clock of ``now``; None without a limit.
 deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
 
 _rehearsed: ContextVar[frozenset[str] | None] = ContextVar("rehearsed", default=None)
@@ -71,6 +71,11 @@ def enabled() -> bool:
     from unbackdoor import isolate
 
     return not isolate.inside()
+
+
+def now() -> float:
+    """Return the time of the clock that deadlines are measured by, in seconds."""
+    return time.monotonic()
 
 
 def start() -> None:
@@ -184,8 +189,9 @@ def _answer(
 ) -> dict[str, Any]:
     isolate = _isolate()
     seconds = bounds.seconds + size / bounds.bytes_per_second
-    if (end := deadline.get()) is not None:
-        seconds = min(seconds, max(end - time.monotonic(), 0.0))
+    end = deadline.get()
+    left = seconds if end is None else end - now()
+    seconds = max(min(seconds, left), 0.0)
     memory = int(bounds.memory_mb + bounds.memory_factor * size / 2**20)
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20
@@ -209,6 +215,12 @@ def _answer(
                 function, task, Path(folder), limits, tick=None if tick is None else look
             )
         except MethodFailed as error:
+            if left <= seconds and end is not None and "out of time" in error.problem:
+                raise InputError(
+                    "the budget was spent before the file was read",
+                    where=where,
+                    remedy="Give a larger budget",
+                ) from error
             raise _died(error, where, seconds, memory) from error
     if answer.get("memory"):
         raise _exhausting("memory", f"{memory} MB", where)

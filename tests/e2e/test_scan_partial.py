@@ -20,13 +20,12 @@ from unbackdoor.opening.classifier_files import save_model
 PROGRAM = """
 import signal, sys
 from types import SimpleNamespace
-from unbackdoor import cli
-from unbackdoor.audit import scanning
+from unbackdoor import cli, confinement
 from unbackdoor.registry import Config, scanner
 from unbackdoor.types import Finding, ScanReport
 
 clock = [0.0]
-scanning.time = SimpleNamespace(monotonic=lambda: clock[0])
+confinement.time = SimpleNamespace(monotonic=lambda: clock[0])
 
 @scanner("quick", config=Config, question="Quick?", cost=1)
 def quick(model, data, cfg, *, run):

@@ -8,17 +8,18 @@ shown and not counted.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from unbackdoor.audit.budget import BudgetSpent, watched
 from unbackdoor.audit.cases import Case
 from unbackdoor.audit.checks import Check, default_checks, plan_checks
 from unbackdoor.audit.evidence import Agreement, agreements, holm
 from unbackdoor.audit.references import calibrated, read_references
 from unbackdoor.audit.result import Result
+from unbackdoor.confinement import deadline, now
 from unbackdoor.engine import trusted_caller
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
@@ -178,10 +179,6 @@ class Audit(Result):
 BEFORE_IT_BEGAN = "the scan was interrupted before it began"
 
 
-class _BudgetSpent(UnbackdoorError):
-    """The budget of the scan is spent; raised inside a check by its progress display."""
-
-
 def scan(
     model: Classifier,
     data: CleanData | Images | None = None,
@@ -254,19 +251,19 @@ def scan(
         "budget": budget,
     }
     planned = calibrated(planned, reference_records, facts["setting"], facts["model_sha256"])
-    start = time.monotonic()
-    deadline = None if budget is None else start + budget
+    start = now()
+    ends = [end for end in (None if budget is None else start + budget, deadline.get()) if end is not None]
     done: list[Checked] = []
     begun, interrupted = start, False
     try:
         for check in planned:
-            begun = time.monotonic()
+            begun = now()
             done.append(
                 _run_check(
                     check,
                     model,
                     clean,
-                    deadline,
+                    min(ends, default=None),
                     seed=seed,
                     device=device,
                     precision=precision,
@@ -276,12 +273,10 @@ def scan(
     except KeyboardInterrupt:
         interrupted = True
         left = planned[len(done) :]
-        seconds = time.monotonic() - begun
+        seconds = now() - begun
         done += [Checked(c, "interrupted", "it was interrupted", seconds=seconds) for c in left[:1]]
         done += [Checked(c, "interrupted", BEFORE_IT_BEGAN) for c in left[1:]]
-    return _concluded(
-        done, level, facts, model.class_names, seconds=time.monotonic() - start, interrupted=interrupted
-    )
+    return _concluded(done, level, facts, model.class_names, seconds=now() - start, interrupted=interrupted)
 
 
 def unscanned(model: Classifier, planned: Sequence[Check], level: float) -> Audit:
@@ -324,7 +319,7 @@ def _run_check(
     check: Check,
     model: Classifier,
     data: CleanData,
-    deadline: float | None,
+    end: float | None,
     *,
     seed: int,
     device: str,
@@ -336,50 +331,54 @@ def _run_check(
     unmet = _unmet_needs(part.needs, data)
     if unmet:
         return Checked(check, "skipped", unmet)
-    if deadline is not None and time.monotonic() >= deadline:
+    if end is not None and now() >= end:
         return Checked(check, "out of budget", "the budget was spent before it began")
 
     spent = False
 
-    def limited(items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
+    def note_spent() -> None:
         nonlocal spent
+        spent = True
+
+    def limited(items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
         for item in show(items, f"{check.name}: {label}", total):
-            if deadline is not None and time.monotonic() >= deadline:
-                spent = True
-                raise _BudgetSpent("the time of the scan is over")
+            if end is not None and now() >= end:
+                note_spent()
+                raise BudgetSpent("the time of the scan is over")
             yield item
 
     def lost() -> Checked:
         reason = "the budget was spent while it ran"
-        return Checked(check, "out of budget", reason, seconds=time.monotonic() - start)
+        return Checked(check, "out of budget", reason, seconds=now() - start)
 
-    start = time.monotonic()
+    start = now()
     try:
-        report = trusted_caller.scan(
-            part,
-            model,
-            data,
-            options=check.options,
-            seed=seed,
-            device=device,
-            precision=precision,
-            progress=limited,
-        )
-    except _BudgetSpent:
+        with watched(end, note_spent):
+            report = trusted_caller.scan(
+                part,
+                model,
+                data,
+                options=check.options,
+                seed=seed,
+                device=device,
+                precision=precision,
+                progress=limited,
+            )
+    except BudgetSpent:
         return lost()
     except (UnsupportedModel, MissingExtra) as error:
         unsuited = isinstance(error, UnsupportedModel)
-        return Checked(check, "skipped", str(error), seconds=time.monotonic() - start, unsuited=unsuited)
+        return Checked(check, "skipped", str(error), seconds=now() - start, unsuited=unsuited)
     except TooFewImages as error:
-        return Checked(check, "skipped", str(error), seconds=time.monotonic() - start)
+        return Checked(check, "skipped", str(error), seconds=now() - start)
     except UnbackdoorError as error:
-        # A scanner may have turned _BudgetSpent into an error of its own, or continued after it.
+        # A scanner may have turned BudgetSpent into an error of its own, or continued after it.
         if spent:
             return lost()
-        return Checked(check, "failed", str(error), seconds=time.monotonic() - start)
+        return Checked(check, "failed", str(error), seconds=now() - start)
     if spent:
         return lost()
-    return Checked(check, "ran", "", report, _p_value(report), seconds=time.monotonic() - start)
+    return Checked(check, "ran", "", report, _p_value(report), seconds=now() - start)
 
 
 def _unmet_needs(needs: frozenset[str], data: CleanData) -> str:

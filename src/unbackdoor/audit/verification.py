@@ -24,6 +24,7 @@ from unbackdoor.audit.comparison import (
 from unbackdoor.audit.purifying import Residue, split_proof
 from unbackdoor.audit.result import Result
 from unbackdoor.audit.scanning import LEVEL, Audit, scan, unscanned
+from unbackdoor.confinement import deadline, now
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import UnsupportedModel
@@ -111,6 +112,8 @@ def verify(
             got=f"input {after.input_shape}, {after.classes} classes",
         )
     start = time.monotonic()
+    end = deadline.get()
+    whole = budget if budget is None or end is None else min(budget, max(end - now(), 0.0))
     scan_images, trigger_images, _ = split_proof(images, seed=seed)
     data = CleanData.split(scan_images, seed=seed)
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
@@ -118,7 +121,7 @@ def verify(
     planned = plan_checks([checks] if isinstance(checks, str) else checks)
 
     def scan_model(model: Classifier, order: Sequence[Check]) -> Audit:
-        left = None if budget is None else budget / 2
+        left = None if whole is None else whole / 2
         return scan(
             model,
             data,

@@ -73,6 +73,7 @@ def scan(
     had ended by then is printed and written all the same.
     """
     import unbackdoor
+    from unbackdoor.audit.budget import budgeted, opening
     from unbackdoor.audit.references import read_references
 
     outputs = (*auditor.report_files(report), *(() if sarif_file is None else (sarif_file,)))
@@ -84,10 +85,12 @@ def scan(
     user_options = auditor.UserOptions(
         arch, mean, std, size, class_names, data, clean, per_class, fraction, augmentation, data_root
     )
-    with Display(quiet=quiet) as display:
+    with Display(quiet=quiet) as display, budgeted(limit):
         run = shared.open_run(seed, device, precision, display)
+        with opening():
+            case = auditor.open_case(model, user_options, run, display, quiet=quiet)
         audit = unbackdoor.scan(
-            auditor.open_case(model, user_options, run, display, quiet=quiet),
+            case,
             checks=named,
             options=check_options,
             references=references,

@@ -54,18 +54,21 @@ def verify(
     accuses it, 2 an error, or the checks could not decide, 3 the two models do not do the same task.
     """
     import unbackdoor
+    from unbackdoor.audit.budget import budgeted, opening
 
     options.require_writable(auditor.report_files(report), force=force, inputs=(before, after))
     limit = options.seconds_of(budget, "--budget")
     user_options = auditor.UserOptions(
         arch, mean, std, size, class_names, data, clean, per_class, fraction, None, data_root
     )
-    with Display(quiet=quiet) as display:
+    with Display(quiet=quiet) as display, budgeted(limit):
         run = options.open_run(seed, device, precision, display)
-        first = auditor.open_case(before, user_options, run, display, quiet=quiet)
+        with opening():
+            first = auditor.open_case(before, user_options, run, display, quiet=quiet)
+            second = auditor.open_second(after, first, user_options, run)
         done = unbackdoor.verify(
             first,
-            auditor.open_second(after, first, user_options, run),
+            second,
             triggers=triggers,
             checks=auditor.check_names(checks),
             level=level,

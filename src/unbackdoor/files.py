@@ -168,6 +168,15 @@ def _sayable(path: Path, what: str) -> Path:
     return path
 
 
+def is_there(path: Path) -> bool:
+    """Tell whether a path leads to anything; one that cannot be, such as too long a name, does not."""
+    try:
+        path.stat()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def _hardly_written(descriptor: int, facts: os.stat_result) -> bool:
     """Tell whether a large file has holes and less than a quarter of it is on the disk."""
     if facts.st_size < _HOLES_FROM or 512 * facts.st_blocks >= facts.st_size // 4:

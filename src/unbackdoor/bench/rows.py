@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from unbackdoor.errors import InputError
-from unbackdoor.files import atomic_write, parse_json, read_text
+from unbackdoor.files import atomic_write, is_there, parse_json, read_text
 
 R = TypeVar("R", bound=BaseModel)
 MAX_ROWS = 1 << 30  # bytes of a file of rows; a thousand times the largest that is published
@@ -103,12 +103,12 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         InputError: If a line is no row; the line is named.
     """
-    return list(_rows(path, Row)) if path.exists() else []
+    return list(_rows(path, Row)) if is_there(path) else []
 
 
 def read_scans(path: Path) -> list[ScanRow]:
     """Read a JSON-lines file of scans, as :func:`read_rows` does."""
-    return list(_rows(path, ScanRow)) if path.exists() else []
+    return list(_rows(path, ScanRow)) if is_there(path) else []
 
 
 def write_rows(path: Path, rows: Iterable[BaseModel]) -> None:

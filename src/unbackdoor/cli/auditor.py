@@ -13,8 +13,8 @@ import typer
 
 from unbackdoor.cli import options
 from unbackdoor.cli.output import note
-from unbackdoor.errors import ConfigError
-from unbackdoor.files import read_text
+from unbackdoor.errors import ConfigError, InputError
+from unbackdoor.files import is_there, read_text
 
 if TYPE_CHECKING:
     from unbackdoor.audit.cases import Case
@@ -186,13 +186,12 @@ def class_names(text: str | None) -> tuple[str, ...] | None:
     if text is None:
         return None
     path = Path(text)
-    try:
-        there = path.exists() and not path.is_dir()
-    except (OSError, ValueError):  # a list of names is longer than the name of a file may be
-        there = False
-    if there:
+    if is_there(path) and not path.is_dir():  # a list of names may be longer than the name of a file may be
         content = read_text(path, "the file of class names", limit=_MAX_NAMES_FILE)
-        return tuple(line.strip() for line in content.splitlines() if line.strip())
+        names = tuple(line.strip() for line in content.splitlines() if line.strip())
+        if not names:
+            raise InputError("the file of class names is empty", expected="a name on each line", where=path)
+        return names
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 

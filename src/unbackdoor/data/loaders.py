@@ -25,7 +25,7 @@ from unbackdoor.data.sources.label_table import read_labelled, read_table
 from unbackdoor.data.sources.npz import read_npz
 from unbackdoor.data.sources.parquet import read_parquet
 from unbackdoor.errors import InputError
-from unbackdoor.files import opened, sha256_file
+from unbackdoor.files import is_there, opened, sha256_file
 from unbackdoor.types import Images, Progress, silent
 
 T = TypeVar("T")
@@ -160,14 +160,14 @@ def decode_apart(task: Mapping[str, Any]) -> None:
 
 def _reader(path: Path) -> tuple[Callable[..., Images], Any]:
     """Return the function for this form of set, and what identifies the source's content."""
-    if path.is_dir() and (path / LABELS).is_file():
+    if not is_there(path):
+        raise InputError("there is no such file or folder", where=path, remedy=REMEDY_FORMS)
+    if path.is_dir() and is_there(path / LABELS):
         return read_labelled, ["table", sha256_file(path / LABELS), flat_state(path)]
     if path.is_dir():
         if not class_folders(path) and (flat := flat_state(path)):
             return read_flat, ["images", flat]
         return read_folder, ["class folders", folder_state(path)]
-    if not path.exists():
-        raise InputError("there is no such file or folder", where=path, remedy=REMEDY_FORMS)
     suffix = path.suffix.lower()
     if suffix == ".csv":
         return read_labelled, ["table", sha256_file(path), flat_state(path.parent)]

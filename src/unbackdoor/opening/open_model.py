@@ -211,6 +211,8 @@ def _with_card(
         mean=arguments.mean,
         std=arguments.std,
     )
+    if arguments.size is None and read_spec(model.architecture).source == OWN:
+        outputs_of(model.network, model.input_shape, path)  # what a size that only the card states would cost
     conformed, image_changes = _fitting_images(images, model.input_shape, model.class_names, progress)
     mean, std = normalisation(model)
     scale = arguments.normalisation or Normalisation("the card's", mean, std)

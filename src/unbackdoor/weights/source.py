@@ -15,6 +15,7 @@ from torch import Tensor
 
 from unbackdoor.confinement import rehearsed
 from unbackdoor.errors import InputError, UnbackdoorError, UnsafeFile
+from unbackdoor.files import is_there
 from unbackdoor.weights.card import MAX_CARD, ModelCard, read_card
 from unbackdoor.weights.read import Contents, bytes_needed, read_contents
 from unbackdoor.weights.stored_file import StoredFile, read_file
@@ -144,7 +145,7 @@ def existing_file(path: Path) -> Path:
     """Return the weights file, with its suffix appended where only that exists."""
     with_suffix = path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
     # The name without its suffix is accepted, because save_model accepts it.
-    return with_suffix if not path.exists() and with_suffix.exists() else path
+    return with_suffix if not is_there(path) and is_there(with_suffix) else path
 
 
 def _card_beside(path: Path) -> tuple[StoredFile | None, InputError | None]:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from unbackdoor.errors import InputError
-from unbackdoor.files import atomic_write, opened, parse_json
+from unbackdoor.files import atomic_write, is_there, opened, parse_json
 from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Classifier
 
@@ -82,7 +82,7 @@ def read_trigger(path: Path, model: Classifier) -> RecoveredTrigger:
     Raises:
         InputError: If it cannot be read or does not fit the model.
     """
-    file = path / TENSORS if path.is_dir() else path
+    file = path / TENSORS if is_there(path) and path.is_dir() else path
 
     def misfit(got: str) -> InputError:
         return InputError(

@@ -191,7 +191,7 @@ def _npz_names(array: NDArray[Any] | None, path: Path) -> tuple[str, ...] | None
         )
     try:
         return tuple(str(name) for name in array)
-    except ValueError as error:  # a number that is no character
+    except (ValueError, SystemError) as error:  # a number that is no character
         raise InputError(
             "the class names have the wrong form", expected="a list of texts", got=str(error), where=path
         ) from error

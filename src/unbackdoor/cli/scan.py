@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from unbackdoor import confinement
 from unbackdoor.cli import auditor, defender
 from unbackdoor.cli import options as shared
 from unbackdoor.cli.output import emit, say
@@ -72,6 +73,7 @@ def scan(
     finish, 3 the model is of a kind that no check can work on, 130 interrupted with Ctrl-C or SIGTERM: what
     had ended by then is printed and written all the same.
     """
+    confinement.start()  # its imports run beside ours
     import unbackdoor
     from unbackdoor.audit.budget import budgeted, opening
     from unbackdoor.audit.references import read_references

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from unbackdoor import confinement
 from unbackdoor.cli import auditor, defender, options
 from unbackdoor.cli.output import emit, say, table
 from unbackdoor.cli.progress import Display
@@ -53,6 +54,7 @@ def verify(
     Exit codes: 0 the recovered triggers do not work on AFTER and no check accuses it, 1 one does or one
     accuses it, 2 an error, or the checks could not decide, 3 the two models do not do the same task.
     """
+    confinement.start()  # its imports run beside ours
     import unbackdoor
     from unbackdoor.audit.budget import budgeted, opening
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from unbackdoor import confinement
+from unbackdoor.data import apart
 from unbackdoor.data.cache import as_images, cache_key, cache_path, cached, load, store
 from unbackdoor.data.decode import decode
 from unbackdoor.data.sources.checks import REMEDY_FORMS, require_arguments
@@ -28,7 +28,7 @@ from unbackdoor.errors import InputError
 from unbackdoor.files import is_there, opened, sha256_file
 from unbackdoor.types import Images, Progress, silent
 
-T = TypeVar("T")
+_DECODE = "unbackdoor.data.loaders:decode_apart"
 
 
 def load_images(
@@ -89,7 +89,7 @@ def load_images(
     images = load(stored)
     if images is None:
         task = {"path": str(path.absolute()), "class_names": names, "size": size, "partial": partial}
-        images = _decoded_apart(task, stored, _bytes(source), progress)
+        images = apart.decoded(_DECODE, task, stored, _bytes(source), progress)
     return images
 
 
@@ -100,54 +100,9 @@ def _bytes(source: Any) -> int:
     return source if isinstance(source, int) and source < 1 << 40 else 0
 
 
-def _decoded_apart(task: Mapping[str, Any], stored: Path, size: int, progress: Progress) -> Images:
-    """Decode a set in a process of its own, which leaves the pixels in a file that is checked."""
-    bar: Iterator[None] | None = None
-    shown, over = 0, False
-
-    def steps() -> Iterator[None]:
-        while not over:
-            yield None
-
-    def tick(report: Mapping[str, Any] | None) -> None:
-        nonlocal bar, shown
-        if report is None:
-            return
-        if bar is None:
-            bar = iter(progress(steps(), str(report["label"]), int(report["total"])))
-        while shown < int(report["done"]):
-            next(bar, None)
-            shown += 1
-
-    confinement.run(
-        "unbackdoor.data.loaders:decode_apart",
-        {**task, "stored": str(stored.absolute())},
-        size,
-        task["path"],
-        tick=tick,
-    )
-    over = True
-    if bar is not None:
-        next(bar, None)
-    images = load(stored)
-    if images is None:
-        raise InputError("the decoded images were changed", where=stored, remedy="Try again")
-    return images
-
-
 def decode_apart(task: Mapping[str, Any]) -> None:
-    """Decode a set in a process of its own; the pixels go into a file."""
-    path, report = Path(task["path"]), Path(task["progress"])
-
-    def show(items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
-        for done, item in enumerate(items):
-            draft = report.with_suffix(".tmp")
-            draft.write_text(
-                json.dumps({"label": label, "done": done, "total": total or 0}), encoding="utf-8"
-            )
-            draft.replace(report)
-            yield item
-
+    """Decode a set in a process of its own; see :mod:`unbackdoor.data.apart`."""
+    path, show = Path(task["path"]), apart.reporting(task)
     names = None if task["class_names"] is None else tuple(task["class_names"])
     size = None if task["size"] is None else (int(task["size"][0]), int(task["size"][1]))
     if task.get("flat"):
@@ -217,7 +172,7 @@ def load_unlabelled(
         with tempfile.TemporaryDirectory(prefix="unbackdoor-") as folder:
             task = {"path": str(path.absolute()), "class_names": None, "size": size, "flat": True}
             total = sum(file.stat().st_size for file in files)
-            pixels = _decoded_apart(task, Path(folder) / "pixels", total, progress).pixels.numpy()
+            pixels = apart.decoded(_DECODE, task, Path(folder) / "pixels", total, progress).pixels.numpy()
     else:
         items = ((str(file), read_bounded(file)) for file in files)
         pixels = decode(items, len(files), name=path.name or "images", size=size, progress=progress)

@@ -282,7 +282,7 @@ def _rehearse(task: Mapping[str, Any], _: Path) -> dict[str, Any]:
         return _named(task["function"])(Path(task["path"]), dict(task["options"]))
 
     _read.clear()
-    _, answer = _ended(work)
+    answer = _ended(work)[1]
     return {**answer, "read": list(_read)}
 
 

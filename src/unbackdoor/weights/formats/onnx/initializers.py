@@ -17,6 +17,7 @@ from torch import Tensor
 
 from unbackdoor.errors import InputError, MissingExtra, UnsafeFile
 from unbackdoor.weights.formats.buffers import listed, short
+from unbackdoor.weights.formats.limits import spend
 from unbackdoor.weights.formats.tensors import MAX_AXES, MAX_TIED, natural
 from unbackdoor.weights.formats.torch_save.pickle_reader import Trail
 from unbackdoor.weights.stored_file import StoredFile
@@ -83,6 +84,7 @@ def read(file: StoredFile, trail: Trail) -> dict[str, Tensor]:
     tensors, path = Tensors(file), file.path
     if not all(isinstance(tensor.name, str) for tensor in model.graph.initializer):
         raise InputError("the name of a weight is no text", where=path)  # protobuf leaves bad ones as bytes
+    spend("tensors", len(model.graph.initializer))
     state = {tensor.name: tensors.read(tensor) for tensor in model.graph.initializer}
     if len(state) != len(model.graph.initializer):
         raise UnsafeFile("two weights of the model have one name", where=path)
@@ -275,6 +277,7 @@ def _count(content: bytes) -> None:
         number, wire, inner = next(fields, (0, _VARINT, memoryview(b"")))
         if not number:
             above.pop()
+            spend("visits")
             continue
         packed = wire == _LENGTH and number in _PACKED.get(kind, ())
         seen += max(len(inner), 1) if packed else 1

@@ -55,7 +55,9 @@ class Bounds:
 WEIGHTS = Bounds()
 # Decoding is slower, and pixels take up to the half of the memory (``data.decode.require_memory``).
 IMAGES = Bounds(seconds=900.0, bytes_per_second=2.5e5, memory_mb=6144, memory_factor=64.0)
-# Until when opening has to be done, on the clock of ``now``; None without a limit.
+# The end of the budget that holds, on the clock of ``now``; None without a limit. Opening may go on for the
+# grace after it: a small budget then ends the checks, and the scan still says what it has.
+GRACE = 15.0  # seconds
 deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
 
 _rehearsed: ContextVar[frozenset[str] | None] = ContextVar("rehearsed", default=None)
@@ -190,7 +192,7 @@ def _answer(
     isolate = _isolate()
     seconds = bounds.seconds + size / bounds.bytes_per_second
     end = deadline.get()
-    left = seconds if end is None else end - now()
+    left = seconds if end is None else end + GRACE - now()
     seconds = max(min(seconds, left), 0.0)
     memory = int(bounds.memory_mb + bounds.memory_factor * size / 2**20)
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:

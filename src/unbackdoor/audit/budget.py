@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from unbackdoor.confinement import deadline, now
+from unbackdoor.confinement import GRACE, deadline, now
 from unbackdoor.errors import InputError, UnbackdoorError
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class BudgetSpent(UnbackdoorError):
@@ -29,26 +33,47 @@ def budgeted(seconds: float | None) -> Iterator[None]:
     Args:
         seconds: From now; None is no limit.
     """
-    if seconds is None:
-        yield
-        return
-    end, outer = now() + seconds, deadline.get()
-    token = deadline.set(end if outer is None else min(end, outer))
+    token = deadline.set(end_of(seconds))
     try:
         yield
     finally:
         deadline.reset(token)
 
 
+def within_budget(verb: Callable[P, T]) -> Callable[P, T]:
+    """Return a verb whose option ``budget`` begins when it is called."""
+
+    @wraps(verb)
+    def begun(*args: P.args, **options: P.kwargs) -> T:
+        budget = options.get("budget")
+        with budgeted(budget if isinstance(budget, int | float) else None):
+            return verb(*args, **options)
+
+    return begun
+
+
+def end_of(seconds: float | None) -> float | None:
+    """Return when a budget that begins now ends, or the one that holds already; None where there is none."""
+    ends = [end for end in (None if seconds is None else now() + seconds, deadline.get()) if end is not None]
+    return min(ends, default=None)
+
+
+def seconds_left(seconds: float | None) -> float | None:
+    """Return what is left of a budget, which may have begun before."""
+    end = end_of(seconds)
+    return None if end is None else max(end - now(), 0.0)
+
+
 @contextmanager
 def opening() -> Iterator[None]:
-    """Hold the opening of a model and of images to the budget.
+    """Hold the opening of a model and of images to the budget, with some seconds of grace.
 
     Raises:
         InputError: If it was spent before they were open.
     """
+    end = deadline.get()
     try:
-        with watched(deadline.get()):
+        with watched(None if end is None else end + GRACE):
             yield
     except BudgetSpent:
         raise InputError(

@@ -8,18 +8,19 @@ shown and not counted.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from unbackdoor.audit.budget import BudgetSpent, watched
+from unbackdoor.audit.budget import BudgetSpent, end_of, watched
 from unbackdoor.audit.cases import Case
 from unbackdoor.audit.checks import Check, default_checks, plan_checks
 from unbackdoor.audit.evidence import Agreement, agreements, holm
 from unbackdoor.audit.references import calibrated, read_references
 from unbackdoor.audit.result import Result
-from unbackdoor.confinement import deadline, now
+from unbackdoor.confinement import now
 from unbackdoor.engine import trusted_caller
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
@@ -251,19 +252,19 @@ def scan(
         "budget": budget,
     }
     planned = calibrated(planned, reference_records, facts["setting"], facts["model_sha256"])
-    start = now()
-    ends = [end for end in (None if budget is None else start + budget, deadline.get()) if end is not None]
+    start = time.monotonic()
+    deadline = end_of(budget)
     done: list[Checked] = []
     begun, interrupted = start, False
     try:
         for check in planned:
-            begun = now()
+            begun = time.monotonic()
             done.append(
                 _run_check(
                     check,
                     model,
                     clean,
-                    min(ends, default=None),
+                    deadline,
                     seed=seed,
                     device=device,
                     precision=precision,
@@ -273,10 +274,12 @@ def scan(
     except KeyboardInterrupt:
         interrupted = True
         left = planned[len(done) :]
-        seconds = now() - begun
+        seconds = time.monotonic() - begun
         done += [Checked(c, "interrupted", "it was interrupted", seconds=seconds) for c in left[:1]]
         done += [Checked(c, "interrupted", BEFORE_IT_BEGAN) for c in left[1:]]
-    return _concluded(done, level, facts, model.class_names, seconds=now() - start, interrupted=interrupted)
+    return _concluded(
+        done, level, facts, model.class_names, seconds=time.monotonic() - start, interrupted=interrupted
+    )
 
 
 def unscanned(model: Classifier, planned: Sequence[Check], level: float) -> Audit:
@@ -319,7 +322,7 @@ def _run_check(
     check: Check,
     model: Classifier,
     data: CleanData,
-    end: float | None,
+    deadline: float | None,
     *,
     seed: int,
     device: str,
@@ -331,7 +334,7 @@ def _run_check(
     unmet = _unmet_needs(part.needs, data)
     if unmet:
         return Checked(check, "skipped", unmet)
-    if end is not None and now() >= end:
+    if deadline is not None and now() >= deadline:
         return Checked(check, "out of budget", "the budget was spent before it began")
 
     spent = False
@@ -342,18 +345,18 @@ def _run_check(
 
     def limited(items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
         for item in show(items, f"{check.name}: {label}", total):
-            if end is not None and now() >= end:
+            if deadline is not None and now() >= deadline:
                 note_spent()
                 raise BudgetSpent("the time of the scan is over")
             yield item
 
     def lost() -> Checked:
         reason = "the budget was spent while it ran"
-        return Checked(check, "out of budget", reason, seconds=now() - start)
+        return Checked(check, "out of budget", reason, seconds=time.monotonic() - start)
 
-    start = now()
+    start = time.monotonic()
     try:
-        with watched(end, note_spent):
+        with watched(deadline, note_spent):
             report = trusted_caller.scan(
                 part,
                 model,
@@ -368,17 +371,17 @@ def _run_check(
         return lost()
     except (UnsupportedModel, MissingExtra) as error:
         unsuited = isinstance(error, UnsupportedModel)
-        return Checked(check, "skipped", str(error), seconds=now() - start, unsuited=unsuited)
+        return Checked(check, "skipped", str(error), seconds=time.monotonic() - start, unsuited=unsuited)
     except TooFewImages as error:
-        return Checked(check, "skipped", str(error), seconds=now() - start)
+        return Checked(check, "skipped", str(error), seconds=time.monotonic() - start)
     except UnbackdoorError as error:
         # A scanner may have turned BudgetSpent into an error of its own, or continued after it.
         if spent:
             return lost()
-        return Checked(check, "failed", str(error), seconds=now() - start)
+        return Checked(check, "failed", str(error), seconds=time.monotonic() - start)
     if spent:
         return lost()
-    return Checked(check, "ran", "", report, _p_value(report), seconds=now() - start)
+    return Checked(check, "ran", "", report, _p_value(report), seconds=time.monotonic() - start)
 
 
 def _unmet_needs(needs: frozenset[str], data: CleanData) -> str:

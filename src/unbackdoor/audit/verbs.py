@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from unbackdoor.audit import purifying, scanning, verification
-from unbackdoor.audit.budget import budgeted, opening
+from unbackdoor.audit.budget import within_budget
 from unbackdoor.audit.cases import Data, Model, open_case, open_second
 from unbackdoor.audit.checks import Check
 from unbackdoor.audit.scanning import LEVEL, Audit
@@ -27,6 +27,7 @@ from unbackdoor.types import Augmentation, Progress, silent
 from unbackdoor.weights.triggers import read_triggers
 
 
+@within_budget
 def scan(
     model: Model,
     data: Data | None = None,
@@ -62,8 +63,7 @@ def scan(
         references: Records of scans of clean models of the same kind (``result.json`` of a report), for the
             checks that are calibrated by them.
         level: Accepted probability that the whole scan accuses a clean model, in (0, 1).
-        budget: Seconds from now, opening included, after which no check is begun or goes on; None is no
-            limit.
+        budget: Seconds, opening included, after which no check is begun or goes on; None is no limit.
         arch: See :func:`unbackdoor.open_model`, as for the four that follow; only for a file.
         mean: Per-channel mean.
         std: Per-channel deviation.
@@ -92,36 +92,34 @@ def scan(
         'backdoor found'
     """
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
-    with budgeted(budget):
-        with opening():
-            case = open_case(
-                model,
-                data,
-                run=run,
-                arch=arch,
-                mean=mean,
-                std=std,
-                size=size,
-                class_names=class_names,
-                clean=clean,
-                per_class=per_class,
-                fraction=fraction,
-                augmentation=augmentation,
-                data_root=data_root,
-            )
-        audit = scanning.scan(
-            case.model,
-            case.split(seed),
-            checks=checks,
-            options=options,
-            references=references,
-            level=level,
-            budget=budget,
-            seed=seed,
-            device=device,
-            precision=precision,
-            progress=progress,
-        )
+    case = open_case(
+        model,
+        data,
+        run=run,
+        arch=arch,
+        mean=mean,
+        std=std,
+        size=size,
+        class_names=class_names,
+        clean=clean,
+        per_class=per_class,
+        fraction=fraction,
+        augmentation=augmentation,
+        data_root=data_root,
+    )
+    audit = scanning.scan(
+        case.model,
+        case.split(seed),
+        checks=checks,
+        options=options,
+        references=references,
+        level=level,
+        budget=budget,
+        seed=seed,
+        device=device,
+        precision=precision,
+        progress=progress,
+    )
     return replace(audit, case=case)
 
 
@@ -240,6 +238,7 @@ def purify(
     return replace(done, case=case)
 
 
+@within_budget
 def verify(
     before: Model,
     after: Model,
@@ -272,7 +271,7 @@ def verify(
         triggers: Known triggers, or their files, to try beside the recovered ones.
         checks: Checks of both scans; None is all. On ``after`` those that accused ``before`` come first.
         level: Accepted probability of a false alarm in each scan.
-        budget: Seconds from now for both scans together, opening included; None is no limit.
+        budget: Seconds for opening and both scans together; None is no limit.
         arch: See :func:`unbackdoor.open_model`, as for the four that follow; of both models, but of none that
             has a card.
         mean: Per-channel mean.
@@ -296,32 +295,30 @@ def verify(
     model_options: dict[str, Any] = {
         "arch": arch, "mean": mean, "std": std, "size": size, "class_names": class_names
     }  # fmt: skip
-    with budgeted(budget):
-        with opening():
-            first = open_case(
-                before,
-                data,
-                run=run,
-                clean=clean,
-                per_class=per_class,
-                fraction=fraction,
-                data_root=data_root,
-                **model_options,
-            )
-            second = open_second(after, first, run=run, **model_options)
-        if first.images is None:
-            raise InputError("there is no clean image", expected="clean images to compare on", where="data")
-        done = verification.verify(
-            first.model,
-            second.model,
-            first.images,
-            triggers=read_triggers(triggers, first.model),
-            checks=checks,
-            level=level,
-            budget=budget,
-            seed=seed,
-            device=device,
-            precision=precision,
-            progress=progress,
-        )
+    first = open_case(
+        before,
+        data,
+        run=run,
+        clean=clean,
+        per_class=per_class,
+        fraction=fraction,
+        data_root=data_root,
+        **model_options,
+    )
+    second = open_second(after, first, run=run, **model_options)
+    if first.images is None:
+        raise InputError("there is no clean image", expected="clean images to compare on", where="data")
+    done = verification.verify(
+        first.model,
+        second.model,
+        first.images,
+        triggers=read_triggers(triggers, first.model),
+        checks=checks,
+        level=level,
+        budget=budget,
+        seed=seed,
+        device=device,
+        precision=precision,
+        progress=progress,
+    )
     return replace(done, cases=(first, second))

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from unbackdoor.audit.budget import seconds_left
 from unbackdoor.audit.cases import Case
 from unbackdoor.audit.checks import Check, plan_checks
 from unbackdoor.audit.comparison import (
@@ -24,7 +25,6 @@ from unbackdoor.audit.comparison import (
 from unbackdoor.audit.purifying import Residue, split_proof
 from unbackdoor.audit.result import Result
 from unbackdoor.audit.scanning import LEVEL, Audit, scan, unscanned
-from unbackdoor.confinement import deadline, now
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import UnsupportedModel
@@ -112,8 +112,7 @@ def verify(
             got=f"input {after.input_shape}, {after.classes} classes",
         )
     start = time.monotonic()
-    end = deadline.get()
-    whole = budget if budget is None or end is None else min(budget, max(end - now(), 0.0))
+    whole = seconds_left(budget)
     scan_images, trigger_images, _ = split_proof(images, seed=seed)
     data = CleanData.split(scan_images, seed=seed)
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)

@@ -75,7 +75,7 @@ def scan(
     """
     confinement.start()  # its imports run beside ours
     import unbackdoor
-    from unbackdoor.audit.budget import budgeted, opening
+    from unbackdoor.audit.budget import budgeted
     from unbackdoor.audit.references import read_references
 
     outputs = (*auditor.report_files(report), *(() if sarif_file is None else (sarif_file,)))
@@ -89,10 +89,8 @@ def scan(
     )
     with Display(quiet=quiet) as display, budgeted(limit):
         run = shared.open_run(seed, device, precision, display)
-        with opening():
-            case = auditor.open_case(model, user_options, run, display, quiet=quiet)
         audit = unbackdoor.scan(
-            case,
+            auditor.open_case(model, user_options, run, display, quiet=quiet),
             checks=named,
             options=check_options,
             references=references,

@@ -56,7 +56,7 @@ def verify(
     """
     confinement.start()  # its imports run beside ours
     import unbackdoor
-    from unbackdoor.audit.budget import budgeted, opening
+    from unbackdoor.audit.budget import budgeted
 
     options.require_writable(auditor.report_files(report), force=force, inputs=(before, after))
     limit = options.seconds_of(budget, "--budget")
@@ -65,12 +65,10 @@ def verify(
     )
     with Display(quiet=quiet) as display, budgeted(limit):
         run = options.open_run(seed, device, precision, display)
-        with opening():
-            first = auditor.open_case(before, user_options, run, display, quiet=quiet)
-            second = auditor.open_second(after, first, user_options, run)
+        first = auditor.open_case(before, user_options, run, display, quiet=quiet)
         done = unbackdoor.verify(
             first,
-            second,
+            auditor.open_second(after, first, user_options, run),
             triggers=triggers,
             checks=auditor.check_names(checks),
             level=level,

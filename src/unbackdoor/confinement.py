@@ -201,7 +201,7 @@ def _answer(
     limits = isolate.Limits(
         seconds=seconds, memory_mb=memory, cpu_seconds=int(16 * seconds) + 1 if seconds < 1e8 else None
     )
-    with tempfile.TemporaryDirectory(prefix="unbackdoor-") as folder:
+    with _folder() as folder:
         report = Path(folder) / "progress.json"
 
         def look() -> None:
@@ -224,6 +224,8 @@ def _answer(
                     remedy="Give a larger budget",
                 ) from error
             raise _died(error, where, seconds, memory) from error
+        except (OSError, EOFError) as error:  # no more processes, or no socket to ask for one
+            raise _no_process(error) from error
     if answer.get("memory"):
         raise _exhausting("memory", f"{memory} MB", where)
     if answer.get("defect"):
@@ -234,6 +236,24 @@ def _answer(
             remedy="Please report it with the file",
         )
     return answer
+
+
+@contextmanager
+def _folder() -> Iterator[str]:
+    try:
+        made = tempfile.TemporaryDirectory(prefix="unbackdoor-")
+    except OSError as error:
+        raise _no_process(error) from error
+    with made as folder:
+        yield folder
+
+
+def _no_process(error: BaseException) -> InputError:
+    return InputError(
+        "no process can be started to read the file in",
+        got=str(error) or type(error).__name__,
+        remedy=f"Set TMPDIR to a folder that can be written, or {VARIABLE}=0 to read it in this process",
+    )
 
 
 def _died(error: MethodFailed, where: object, seconds: float, memory: int) -> UnbackdoorError:

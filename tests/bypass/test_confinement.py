@@ -15,10 +15,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tiny import tiny_classifier
 from unbackdoor import confinement, isolate
 from unbackdoor.confinement import Bounds, rehearsed
 from unbackdoor.data.loaders import load_images, load_unlabelled
-from unbackdoor.errors import InputError, IntegrityError, UnbackdoorError, UnsafeFile, UnsupportedModel
+from unbackdoor.errors import (
+    ConfigError,
+    InputError,
+    IntegrityError,
+    UnbackdoorError,
+    UnsafeFile,
+    UnsupportedModel,
+)
+from unbackdoor.opening.classifier_files import save_model
 from unbackdoor.opening.inspection import inspect
 from unbackdoor.opening.open_model import open_model
 from unbackdoor.weights.source import open_source
@@ -183,6 +192,40 @@ def test_a_program_without_a_guard_is_not_run_again(model: Path, tmp_path: Path)
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["begun", "done"]
+
+
+def test_options_may_be_numbers_of_numpy(tmp_path: Path) -> None:
+    model = tiny_classifier("conv-bn")
+    save_model(model, tmp_path / "m.safetensors")
+    channels = model.input_shape[0]
+    mean, std = list(np.full(channels, 0.5, np.float32)), list(np.full(channels, 0.25))
+    opened = open_model(tmp_path / "m.safetensors", mean=mean, std=std)
+    assert opened.model.mean.flatten().tolist() == [0.5] * channels
+    with pytest.raises(ConfigError, match="finite"):
+        open_model(tmp_path / "m.safetensors", mean=[float("nan")], std=[1.0])
+
+
+@pytest.mark.parametrize("fault", [OSError(11, "Resource temporarily unavailable"), EOFError()])
+def test_where_no_process_can_be_started_the_remedy_is_said(
+    fault: BaseException, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def call(*_: Any, **__: Any) -> None:
+        raise fault
+
+    monkeypatch.setattr(isolate, "call", call)
+    with pytest.raises(InputError, match="UNBACKDOOR_CONFINE=0"):
+        inspect(model)
+
+
+def test_without_a_folder_for_temporary_files_the_remedy_is_said(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(**_: Any) -> None:
+        raise FileNotFoundError("no usable temporary directory")
+
+    monkeypatch.setattr(confinement.tempfile, "TemporaryDirectory", none)
+    with pytest.raises(InputError, match="TMPDIR"):
+        inspect(model)
 
 
 def test_confinement_is_the_default_and_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:

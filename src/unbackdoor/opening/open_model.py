@@ -8,6 +8,7 @@ provenance names the source of each fact.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -133,7 +134,7 @@ def open_model(
     # Where the user chooses what is built, only reading is rehearsed, because code of the user runs once.
     own = arch is None or read_spec(arch).source == OWN
     name = "unbackdoor.opening.open_model:rehearse"
-    with rehearsed(name, file, asdict(arguments)) if own else nullcontext():
+    with rehearsed(name, file, arguments.to_dict()) if own else nullcontext():
         source = path if isinstance(path, Source) else open_source(file)
         return _open_model(source, arguments, images, run, progress)
 
@@ -166,6 +167,16 @@ class _Arguments:
     std: Sequence[float] | None
     size: tuple[int, int] | None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return them as JSON, also where they are numbers of numpy."""
+        return {
+            **asdict(self),
+            "class_names": None if self.class_names is None else [str(name) for name in self.class_names],
+            "mean": None if self.mean is None else [float(value) for value in self.mean],
+            "std": None if self.std is None else [float(value) for value in self.std],
+            "size": None if self.size is None else [int(side) for side in self.size],
+        }
+
     @property
     def normalisation(self) -> Normalisation | None:
         if self.mean is None or self.std is None:
@@ -179,6 +190,8 @@ def _require_arguments(
     faults = []
     if (mean is None) != (std is None) or len(mean or ()) != len(std or ()):
         faults.append("mean and std belong together, one value for each channel")
+    if not all(math.isfinite(value) for value in (*(mean or ()), *(std or ()))):
+        faults.append("mean and std must be finite numbers")
     if any(value <= 0 for value in std or ()):
         faults.append("every std must be positive")
     if size is not None and (len(size) != 2 or min(size) < 1):

@@ -504,6 +504,15 @@ def test_tables(examples: int, tmp_path: Path) -> None:
     hold(encoded | st.binary(max_size=60), sets(tmp_path, "labels.csv"), examples)
 
 
+@pytest.mark.parametrize("first", ["file,label\n", ""])
+@pytest.mark.parametrize("name", ["9" * 300, "a/" + "9" * 300 + "/b.png", "loop/a.png", "loop"])
+def test_a_table_names_what_cannot_be_a_file(first: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "labels.csv").write_text(f"{first}{name},0\n{name},1\n")
+    with pytest.raises(UnbackdoorError):
+        load_images(tmp_path / "labels.csv", cache=tmp_path / "cache")
+
+
 @PROFILES
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"])
 @pytest.mark.filterwarnings("ignore")  # of the decoders, about the damage

@@ -16,7 +16,7 @@ from unbackdoor.data.decode import decode
 from unbackdoor.data.sources.checks import MAX_CLASSES, checked_labels
 from unbackdoor.data.sources.image_files import read_bounded
 from unbackdoor.errors import InputError, UnsafeFile
-from unbackdoor.files import read_text
+from unbackdoor.files import is_there, read_text
 from unbackdoor.text import is_text
 from unbackdoor.types import Images, Progress, silent
 
@@ -99,7 +99,7 @@ def read_table(table: Path) -> list[Entry]:
                 where=f"{table}, line {line}",
                 remedy="Put the images beside the table",
             )
-        if not file.is_file():
+        if not (is_there(file) and file.is_file()):
             raise InputError("the image is not there", where=f"{table}, line {line}", expected=file)
         entries.append(Entry(line, file, row[label_at].strip()))
     if not entries:
@@ -111,9 +111,12 @@ def _lies_inside(name: str, file: Path, root: Path, inside: dict[Path, bool]) ->
     if "\0" in name or not is_text(name) or len(name) > _MAX_NAME:
         return False
     folder = file.parent
-    if folder not in inside:
-        inside[folder] = folder.resolve().is_relative_to(root)
-    return inside[folder] and (not file.is_symlink() or file.resolve().is_relative_to(root))
+    try:
+        if folder not in inside:
+            inside[folder] = folder.resolve().is_relative_to(root)
+        return inside[folder] and (not file.is_symlink() or file.resolve().is_relative_to(root))
+    except (OSError, RuntimeError):  # a part of a path that is too long, or links in a circle
+        return False
 
 
 def numbered(
@@ -189,5 +192,5 @@ def _columns(rows: Sequence[tuple[int, list[str]]], table: Path) -> tuple[int, i
     # A header in words that nobody knows: its first field is no file.
     first = rows[0][1][0].strip()
     named = bool(first) and _lies_inside(first, table.parent / first, table.parent.resolve(), {})
-    named = named and (table.parent / first).is_file()
+    named = named and is_there(table.parent / first) and (table.parent / first).is_file()
     return 0, 1, 0 if named or len(rows) == 1 else 1

@@ -237,7 +237,8 @@ def parse_json(text: str | bytes, what: str, where: object = None) -> Any:
         raise InputError(problem, expected="JSON", got=got, where=where) from error
     if depth(value) > MAX_DEPTH:
         raise InputError(problem, expected=f"at most {MAX_DEPTH} levels", got="more", where=where)
-    if not is_text(text if isinstance(text, str) else "") or ("\\u" in str(text) and not _all_texts(value)):
+    # Only these can bring half of a character along.
+    if (isinstance(text, bytes) or "\\u" in text or not is_text(text)) and not _all_texts(value):
         raise InputError(problem, expected="JSON", got="half of a character", where=where)
     return value
 

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from tiny import tiny_classifier
 from unbackdoor import confinement, isolate
+from unbackdoor.cli.app import app
 from unbackdoor.confinement import Bounds, rehearsed
 from unbackdoor.data.loaders import load_images, load_unlabelled
 from unbackdoor.errors import (
@@ -232,3 +234,27 @@ def test_confinement_is_the_default_and_can_be_turned_off(monkeypatch: pytest.Mo
     assert confinement.enabled()
     monkeypatch.setenv(confinement.VARIABLE, "0")
     assert not confinement.enabled()
+
+
+@pytest.mark.parametrize("command", ["inspect", "scan", "purify", "verify"])
+@pytest.mark.parametrize("kind", ["pipe", "zeros"])
+def test_the_commands_end_with_an_error_of_ours(command: str, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.pth" if kind == "pipe" else Path("/dev/zero")
+    if kind == "pipe":
+        os.mkfifo(path)
+    more = {"purify": ["--method", "ft"], "verify": [str(path)]}.get(command, [])
+    data = [] if command == "inspect" else ["--data", str(tmp_path / "none.npz")]
+    out = ["--out", str(tmp_path / "out.pth")] if command == "purify" else []
+    result = CliRunner().invoke(app, [command, str(path), *more, *data, *out, "--quiet"])
+    assert result.exit_code == 2 and "error:" in result.stderr and "defect" not in result.stderr
+
+
+@pytest.mark.parametrize("form", [[], ["--tensors"], ["--json"]])
+def test_names_are_shown_by_their_codes(form: list[str], tmp_path: Path) -> None:
+    name = "fc\x1b[2J\u202e\x9b31m.weight"
+    torch.save({name: torch.zeros(2, 3), "epoch\x07": 1}, tmp_path / "m.pth")
+    torch.save({"state_dict": {name: torch.zeros(2, 3)}, "e\x07\u202e": "\x1b[1m"}, tmp_path / "n.pth")
+    for file in ("m.pth", "n.pth"):
+        result = CliRunner().invoke(app, ["inspect", str(tmp_path / file), *form])
+        assert result.exit_code in (0, 2)
+        assert not {c for c in result.output if not c.isprintable()} - {"\n"}

@@ -356,17 +356,16 @@ def _run_check(
 
     start = time.monotonic()
     try:
-        with watched(deadline, note_spent):
-            report = trusted_caller.scan(
-                part,
-                model,
-                data,
-                options=check.options,
-                seed=seed,
-                device=device,
-                precision=precision,
-                progress=limited,
-            )
+        report = watched(deadline, note_spent)(trusted_caller.scan)(
+            part,
+            model,
+            data,
+            options=check.options,
+            seed=seed,
+            device=device,
+            precision=precision,
+            progress=limited,
+        )
     except BudgetSpent:
         return lost()
     except (UnsupportedModel, MissingExtra) as error:

@@ -82,13 +82,14 @@ def load_images(
     require_arguments(names, size)
     read, source = _reader(path)
     facts = {"source": source, "class_names": names, "size": size} | ({"partial": True} if partial else {})
-    options = {"class_names": names, "size": size, "progress": progress, "partial": partial}
+    options = {"class_names": names, "size": size, "partial": partial}
     if not confinement.enabled():
-        return cached(path.stem, cache_key(facts), lambda: read(path, **options), cache=cache)
+        here = {**options, "progress": progress}
+        return cached(path.stem, cache_key(facts), lambda: read(path, **here), cache=cache)
     stored = cache_path(path.stem, cache_key(facts), cache=cache)
     images = load(stored)
     if images is None:
-        task = {"path": str(path.absolute()), "class_names": names, "size": size, "partial": partial}
+        task = {"path": str(path.absolute()), "options": options}
         images = apart.decoded(_DECODE, task, stored, _bytes(source), progress)
     return images
 
@@ -102,15 +103,11 @@ def _bytes(source: Any) -> int:
 
 def decode_apart(task: Mapping[str, Any]) -> None:
     """Decode a set in a process of its own; see :mod:`unbackdoor.data.apart`."""
-    path, show = Path(task["path"]), apart.reporting(task)
-    names = None if task["class_names"] is None else tuple(task["class_names"])
-    size = None if task["size"] is None else (int(task["size"][0]), int(task["size"][1]))
-    if task.get("flat"):
-        images = read_flat(path, size=size, progress=show)
-    else:
-        read, _ = _reader(path)
-        images = read(path, class_names=names, size=size, progress=show, partial=bool(task["partial"]))
-    store(images, Path(task["stored"]))
+    path = Path(task["path"])
+    read = read_flat if task.get("flat") else _reader(path)[0]
+    # JSON has no tuples.
+    options = {name: tuple(v) if isinstance(v, list) else v for name, v in task["options"].items()}
+    store(read(path, **options, progress=apart.reporting(task)), Path(task["stored"]))
 
 
 def _reader(path: Path) -> tuple[Callable[..., Images], Any]:
@@ -170,7 +167,7 @@ def load_unlabelled(
         raise InputError("the folder holds no image", where=path, remedy=REMEDY_FORMS)
     if confinement.enabled():
         with tempfile.TemporaryDirectory(prefix="unbackdoor-") as folder:
-            task = {"path": str(path.absolute()), "class_names": None, "size": size, "flat": True}
+            task = {"path": str(path.absolute()), "options": {"size": size}, "flat": True}
             total = sum(file.stat().st_size for file in files)
             pixels = apart.decoded(_DECODE, task, Path(folder) / "pixels", total, progress).pixels.numpy()
     else:

@@ -65,3 +65,10 @@ def trained(request: pytest.FixtureRequest) -> tuple[Classifier, CleanData]:
 def tiny() -> tuple[Classifier, CleanData]:
     """The convolutional one with batch normalisation, where the family does not matter."""
     return tiny_classifier("conv-bn"), CleanData.split(tiny_data(80, seed=1))
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read files in the process of the test, where its doubles are; ``confined`` tests read them apart."""
+    if not request.node.get_closest_marker("confined"):
+        monkeypatch.setattr("unbackdoor.confinement.enabled", lambda: False)

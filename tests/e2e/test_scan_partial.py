@@ -20,13 +20,12 @@ from unbackdoor.opening.classifier_files import save_model
 PROGRAM = """
 import signal, sys
 from types import SimpleNamespace
-from unbackdoor import cli
-from unbackdoor.audit import scanning
+from unbackdoor import cli, confinement
 from unbackdoor.registry import Config, scanner
 from unbackdoor.types import Finding, ScanReport
 
 clock = [0.0]
-scanning.time = SimpleNamespace(monotonic=lambda: clock[0])
+confinement.time = SimpleNamespace(monotonic=lambda: clock[0])
 
 @scanner("quick", config=Config, question="Quick?", cost=1)
 def quick(model, data, cfg, *, run):
@@ -38,7 +37,7 @@ def endless(model, data, cfg, *, run):
     for _ in run.progress(iter(int, 1), "waiting"):
         if clock[0]:
             signal.pause()
-        clock[0] += 1
+        clock[0] += 1000
         print("the second has begun", file=sys.stderr, flush=True)
 
 # A shell that starts the tests in the background has its children ignore Ctrl-C.
@@ -112,7 +111,7 @@ def test_an_interrupted_comparison_prints_what_had_ended(case: Path) -> None:
 def test_out_of_budget_leaves_the_checks_that_had_ended(case: Path, tmp_path: Path) -> None:
     outputs = ("--report", tmp_path / "out", "--sarif", tmp_path / "log.sarif", "--json")
     model = case / "model.safetensors"
-    program = start(case, "scan", model, "--checks", "quick,endless", "--budget", "0.5", *outputs)
+    program = start(case, "scan", model, "--checks", "quick,endless", "--budget", "600", *outputs)
     out, err = program.communicate(timeout=200)
     told = json.loads(out)
     assert program.returncode == 1, err  # what had ended is evidence

@@ -154,7 +154,7 @@ def test_what_every_cell_runs_changes_every_cell(pristine: Sources, copy: Change
     "file",
     [
         "report/sarif.py", "cli/bench.py", "cli/app.py", "bench/driver.py", "bench/store.py",
-        "bench/engines.py", "bench/results.py", "bench/suites.py", "bench/exchange.py", "bench/isolate.py",
+        "bench/engines.py", "bench/results.py", "bench/suites.py", "bench/exchange.py", "isolate.py",
         "bench/work.py", "bench/cells.py", "bench/rows.py", "bench/code_version.py", "bench/repairs.py",
         "errors.py", "networks/vgg.py", "networks/sources/timm.py", "opening/open_model.py",
         "weights/formats/onnx/graph.py", "data/loaders.py", "audit/scanning.py", "screeners/strip.py",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from unbackdoor.audit.budget import opening
 from unbackdoor.audit.comparison import compare_logits
 from unbackdoor.data.clean_images import resolve_clean_images
 from unbackdoor.data.conform import conform
@@ -88,6 +89,7 @@ def require_share(select_fraction: float) -> None:
 Model = Classifier | Opened | Source | Path | str | Case
 
 
+@opening()
 def open_case(
     model: Model,
     data: Data | None = None,
@@ -217,6 +219,7 @@ def open_case(
     )
 
 
+@opening()
 def open_second(model: Model, first: Case, *, run: Run, **model_options: Any) -> Case:
     """Open the model that a first one is compared with, under the same assumptions unless it has a card.
 

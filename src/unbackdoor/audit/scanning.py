@@ -14,11 +14,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from unbackdoor.audit.budget import BudgetSpent, end_of, watched
 from unbackdoor.audit.cases import Case
 from unbackdoor.audit.checks import Check, default_checks, plan_checks
 from unbackdoor.audit.evidence import Agreement, agreements, holm
 from unbackdoor.audit.references import calibrated, read_references
 from unbackdoor.audit.result import Result
+from unbackdoor.confinement import now
 from unbackdoor.engine import trusted_caller
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
@@ -181,10 +183,6 @@ class Audit(Result):
 BEFORE_IT_BEGAN = "the scan was interrupted before it began"
 
 
-class _BudgetSpent(UnbackdoorError):
-    """The budget of the scan is spent; raised inside a check by its progress display."""
-
-
 def scan(
     model: Classifier,
     data: CleanData | Images | None = None,
@@ -260,7 +258,7 @@ def scan(
     }
     planned = calibrated(planned, reference_records, facts["setting"], facts["model_sha256"])
     start = time.monotonic()
-    deadline = None if budget is None else start + budget
+    deadline = end_of(budget)
     done: list[Checked] = []
     begun, interrupted = start, False
     try:
@@ -357,17 +355,20 @@ def _run_check(
     unmet = _unmet_needs(part.needs, data)
     if unmet:
         return Checked(check, "skipped", unmet)
-    if deadline is not None and time.monotonic() >= deadline:
+    if deadline is not None and now() >= deadline:
         return Checked(check, "out of budget", "the budget was spent before it began")
 
     spent = False
 
-    def limited(items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
+    def note_spent() -> None:
         nonlocal spent
+        spent = True
+
+    def limited(items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
         for item in show(items, f"{check.name}: {label}", total):
-            if deadline is not None and time.monotonic() >= deadline:
-                spent = True
-                raise _BudgetSpent("the time of the scan is over")
+            if deadline is not None and now() >= deadline:
+                note_spent()
+                raise BudgetSpent("the time of the scan is over")
             yield item
 
     def lost() -> Checked:
@@ -376,7 +377,7 @@ def _run_check(
 
     start = time.monotonic()
     try:
-        report = trusted_caller.scan(
+        report = watched(deadline, note_spent)(trusted_caller.scan)(
             part,
             model,
             data,
@@ -386,7 +387,7 @@ def _run_check(
             precision=precision,
             progress=limited,
         )
-    except _BudgetSpent:
+    except BudgetSpent:
         return lost()
     except (UnsupportedModel, MissingExtra) as error:
         unsuited = isinstance(error, UnsupportedModel)
@@ -394,7 +395,7 @@ def _run_check(
     except TooFewImages as error:
         return Checked(check, "skipped", str(error), seconds=time.monotonic() - start)
     except UnbackdoorError as error:
-        # A scanner may have turned _BudgetSpent into an error of its own, or continued after it.
+        # A scanner may have turned BudgetSpent into an error of its own, or continued after it.
         if spent:
             return lost()
         return Checked(check, "failed", str(error), seconds=time.monotonic() - start)

@@ -18,8 +18,9 @@ from unbackdoor.engine import trusted_caller
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import ConfigError, InputError
-from unbackdoor.files import atomic_write, printable, require_writable
+from unbackdoor.files import atomic_write, require_writable
 from unbackdoor.registry import INPUT_LABELS, SCREENERS, Config, Part
+from unbackdoor.text import printable
 from unbackdoor.types import Classifier, CleanData, Images, Progress, Screening, as_images, silent
 from unbackdoor.weights.source import Source
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from unbackdoor.audit import purifying, scanning, verification
+from unbackdoor.audit.budget import within_budget
 from unbackdoor.audit.cases import (
     Data,
     Model,
@@ -34,6 +35,7 @@ from unbackdoor.types import Augmentation, Progress, silent
 from unbackdoor.weights.triggers import read_triggers
 
 
+@within_budget
 def scan(
     model: Model,
     data: Data | None = None,
@@ -71,7 +73,7 @@ def scan(
         references: Records of scans of clean models of the same kind (``result.json`` of a report), for the
             checks that are calibrated by them.
         level: Accepted probability that the whole scan accuses a clean model, in (0, 1).
-        budget: Seconds after which no check is begun or goes on; None is no limit.
+        budget: Seconds, opening included, after which no check is begun or goes on; None is no limit.
         arch: See :func:`unbackdoor.open_model`, as for the six that follow; only for a file.
         mean: Per-channel mean.
         std: Per-channel deviation.
@@ -257,6 +259,7 @@ def purify(
     return replace(done, case=case)
 
 
+@within_budget
 def verify(
     before: Model,
     after: Model,
@@ -291,7 +294,7 @@ def verify(
         triggers: Known triggers, or their files, to try beside the recovered ones.
         checks: Checks of both scans; None is all. On ``after`` those that accused ``before`` come first.
         level: Accepted probability of a false alarm in each scan.
-        budget: Seconds for both scans together; None is no limit.
+        budget: Seconds for opening and both scans together; None is no limit.
         arch: See :func:`unbackdoor.open_model`, as for the six that follow; of both models, but of none that
             has a card.
         mean: Per-channel mean.

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from unbackdoor.audit.budget import seconds_left
 from unbackdoor.audit.cases import Case
 from unbackdoor.audit.checks import Check, plan_checks
 from unbackdoor.audit.comparison import (
@@ -117,6 +118,7 @@ def verify(
             got=f"input {after.input_shape}, {after.classes} classes",
         )
     start = time.monotonic()
+    whole = seconds_left(budget)
     scan_images, trigger_images, _ = split_proof(images, seed=seed)
     data = CleanData.split(scan_images, seed=seed)
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
@@ -124,7 +126,7 @@ def verify(
     planned = plan_checks([checks] if isinstance(checks, str) else checks)
 
     def scan_model(model: Classifier, order: Sequence[Check], unseen: Sequence[str]) -> Audit:
-        left = None if budget is None else budget / 2
+        left = None if whole is None else whole / 2
         return scan(
             model,
             data,

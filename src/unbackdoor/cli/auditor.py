@@ -14,6 +14,7 @@ import typer
 from unbackdoor.cli import options
 from unbackdoor.cli.output import note
 from unbackdoor.errors import ConfigError, InputError
+from unbackdoor.files import is_there, read_text
 
 if TYPE_CHECKING:
     from unbackdoor.audit.cases import Case
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from unbackdoor.weights.source import Source
 
 PAGE, RECORD = "report.html", "result.json"
+_MAX_NAMES_FILE = 10 << 20  # bytes
 _MAX_NAMED = 10  # suspected classes that a sentence lists; the record has all
 _MODEL, _DATA = "Models without a card", "Data"
 
@@ -209,10 +211,12 @@ def class_names(text: str | None) -> tuple[str, ...] | None:
     if text is None:
         return None
     path = Path(text)
-    if path.is_file():
-        if path.stat().st_size > 10 << 20:
-            raise InputError("the file of class names is too large", where=path)
-        return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    if is_there(path) and not path.is_dir():  # a list of names may be longer than the name of a file may be
+        content = read_text(path, "the file of class names", limit=_MAX_NAMES_FILE)
+        names = tuple(line.strip() for line in content.splitlines() if line.strip())
+        if not names:
+            raise InputError("the file of class names is empty", expected="a name on each line", where=path)
+        return names
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 

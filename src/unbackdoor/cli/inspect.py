@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from unbackdoor import confinement
 from unbackdoor.cli import options
 from unbackdoor.cli.output import emit, say, table
 from unbackdoor.cli.progress import Display
-from unbackdoor.files import printable as plain
+from unbackdoor.text import printable as plain
 
 if TYPE_CHECKING:
     from unbackdoor.opening.inspection import Inspection
@@ -33,6 +34,7 @@ def inspect(
     Nothing in the file is executed, and no flag makes it so. The exit code is 1 where loading the file with
     other programs would execute code, and 2 where its weights cannot be read.
     """
+    confinement.start()  # its imports run beside ours
     import unbackdoor
 
     with Display(quiet=quiet or as_json) as display:

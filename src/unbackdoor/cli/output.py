@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -15,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from unbackdoor.files import printable as plain
+from unbackdoor.text import json_text
+from unbackdoor.text import printable as plain
 
 if TYPE_CHECKING:
     from unbackdoor.bench.judge import Scores
@@ -60,7 +60,7 @@ def _put(text: str) -> None:
 
 def emit(result: Mapping[str, Any]) -> None:
     """Print a result as JSON, the only thing on standard output."""
-    _put(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    _put(json_text(result) + "\n")
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

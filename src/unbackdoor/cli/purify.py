@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from unbackdoor import confinement
 from unbackdoor.cli import auditor, defender
 from unbackdoor.cli import options as shared
 from unbackdoor.cli.output import emit, note, say, table
@@ -136,6 +137,7 @@ def purify(
     how well the model still does its task, and what recovered triggers (--trigger) still do. Where the attack
     is on record, unbackdoor evaluate measures the rest.
     """
+    confinement.start()  # its imports run beside ours
     import unbackdoor
     from unbackdoor.audit.cases import require_share
     from unbackdoor.opening.write_back import output_name

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from unbackdoor import confinement
 from unbackdoor.cli import auditor, defender
 from unbackdoor.cli import options as shared
 from unbackdoor.cli.output import emit, say
@@ -74,7 +75,9 @@ def scan(
     finish, or could not examine the file's own program, 3 the model is of a kind that no check can work on,
     130 interrupted with Ctrl-C or SIGTERM: what had ended by then is printed and written all the same.
     """
+    confinement.start()  # its imports run beside ours
     import unbackdoor
+    from unbackdoor.audit.budget import budgeted
     from unbackdoor.audit.references import read_references
 
     outputs = (*auditor.report_files(report), *(() if sarif_file is None else (sarif_file,)))
@@ -87,7 +90,7 @@ def scan(
         arch, mean, std, size, class_names, data, clean, per_class, fraction, augmentation, data_root,
         weights=weights, output=output,
     )  # fmt: skip
-    with Display(quiet=quiet) as display:
+    with Display(quiet=quiet) as display, budgeted(limit):
         run = shared.open_run(seed, device, precision, display)
         audit = unbackdoor.scan(
             auditor.open_case(model, user_options, run, display, quiet=quiet),

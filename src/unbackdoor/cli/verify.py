@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from unbackdoor import confinement
 from unbackdoor.cli import auditor, defender, options
 from unbackdoor.cli.output import emit, say, table
 from unbackdoor.cli.progress import Display
@@ -55,7 +56,9 @@ def verify(
     Exit codes: 0 the recovered triggers do not work on AFTER and no check accuses it, 1 one does or one
     accuses it, 2 an error, or the checks could not decide, 3 the two models do not do the same task.
     """
+    confinement.start()  # its imports run beside ours
     import unbackdoor
+    from unbackdoor.audit.budget import budgeted
 
     options.require_writable(auditor.report_files(report), force=force, inputs=(before, after))
     limit = options.seconds_of(budget, "--budget")
@@ -63,7 +66,7 @@ def verify(
         arch, mean, std, size, class_names, data, clean, per_class, fraction, None, data_root,
         weights=weights, output=output,
     )  # fmt: skip
-    with Display(quiet=quiet) as display:
+    with Display(quiet=quiet) as display, budgeted(limit):
         run = options.open_run(seed, device, precision, display)
         first, second = auditor.open_pair(before, after, user_options, run, display, quiet=quiet)
         done = unbackdoor.verify(

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from unbackdoor.confinement import rehearsed
 from unbackdoor.errors import InputError, MissingExtra, UnbackdoorError, UnsafeFile, UnsupportedModel
 from unbackdoor.opening.open_model import own_network
 from unbackdoor.opening.recognise_architecture import nearest
@@ -21,7 +22,7 @@ from unbackdoor.types import Progress, silent
 from unbackdoor.weights.formats.onnx.graph import describe_graph, import_graph
 from unbackdoor.weights.formats.state_dicts import Fact
 from unbackdoor.weights.read import Contents
-from unbackdoor.weights.source import Source, open_source
+from unbackdoor.weights.source import Source, existing_file, open_source
 from unbackdoor.weights.stored_file import StoredFile
 
 Loading = Literal[
@@ -224,6 +225,19 @@ def inspect(model: Path | str | Source, progress: Progress = silent) -> Inspecti
         >>> inspect(file).loading
         'no code'
     """
+    path = model.path if isinstance(model, Source) else existing_file(Path(model))
+    with rehearsed("unbackdoor.opening.inspection:rehearse", path):
+        return _inspect(model if isinstance(model, Source) else path, progress)
+
+
+def rehearse(path: Path, options: Mapping[str, Any]) -> UnbackdoorError | None:
+    """Inspect a file in a process of its own, and return the fault of its content."""
+    source = open_source(path)
+    _inspect(source, silent)
+    return source.contents.problem
+
+
+def _inspect(model: Path | Source, progress: Progress) -> Inspection:
     steps = iter(progress(range(2), "Inspecting", 2))
     next(steps, None)
     source = model if isinstance(model, Source) else open_source(model)

@@ -8,20 +8,25 @@ provenance names the source of each fact.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from unbackdoor.confinement import rehearsed
 from unbackdoor.data.conform import conform
 from unbackdoor.data.loaders import load_images
 from unbackdoor.engine.inference import mode
 from unbackdoor.engine.run import Run
-from unbackdoor.errors import ConfigError, InputError, UnsupportedModel
+from unbackdoor.errors import ConfigError, InputError, UnbackdoorError, UnsupportedModel
 from unbackdoor.networks.build import canonical, preprocessing_of
 from unbackdoor.networks.sources import Preprocessing
+from unbackdoor.networks.spec import OWN, read_spec
 from unbackdoor.opening.candidates import CandidateSet, find_candidates, library_size, refuse_to_guess
 from unbackdoor.opening.classifier_files import load_model
 from unbackdoor.opening.cost_limits import outputs_of
@@ -47,7 +52,7 @@ from unbackdoor.weights.formats.exported_program.graph import import_program
 from unbackdoor.weights.formats.onnx.canonical import AmbiguousOutput
 from unbackdoor.weights.formats.onnx.graph import import_graph
 from unbackdoor.weights.formats.onnx.node import Place
-from unbackdoor.weights.source import Source, open_source
+from unbackdoor.weights.source import Source, existing_file, open_source
 
 # What is assumed where neither the file nor any image shows it.
 _USUAL_SIDE = 32
@@ -139,11 +144,35 @@ def open_model(
     """
     run = run or Run.create(progress=progress)
     _require_arguments(mean, std, size)
-    arguments = _Arguments(arch, class_names, mean, std, size, output)
-    source = path if isinstance(path, Source) else open_source(path)
-    if weights is not None:
-        source = source.choose(weights)
-    if output is not None and (source.graph is None or arch is not None):
+    arguments = _Arguments(arch, class_names, mean, std, size, weights, output)
+    file = path.path if isinstance(path, Source) else existing_file(Path(path))
+    if isinstance(path, Source) and path.contents.chosen and weights is None:
+        arguments = replace(arguments, weights=path.contents.key)
+    # Where the user chooses what is built, only reading is rehearsed, because code of the user runs once.
+    own = arch is None or read_spec(arch).source == OWN
+    name = "unbackdoor.opening.open_model:rehearse"
+    with rehearsed(name, file, arguments.to_dict()) if own else nullcontext():
+        source = path if isinstance(path, Source) else open_source(file)
+        return _open_model(source, arguments, images, run, progress)
+
+
+def rehearse(path: Path, options: Mapping[str, Any]) -> UnbackdoorError | None:
+    """Open a model in a process of its own, without images, and return the fault of its content."""
+    source = open_source(path)
+    _open_model(source, _Arguments(**options), None, Run.create(), silent)
+    return source.contents.problem
+
+
+def _open_model(
+    source: Source,
+    arguments: _Arguments,
+    images: Images | Path | str | None,
+    run: Run,
+    progress: Progress,
+) -> Opened:
+    if arguments.weights is not None and not source.contents.chosen:
+        source = source.choose(arguments.weights)
+    if arguments.output is not None and (source.graph is None or arguments.arch is not None):
         raise ConfigError(
             "the output of the model", ["only an ONNX file that is opened as it is has outputs with names"]
         )
@@ -160,7 +189,18 @@ class _Arguments:
     mean: Sequence[float] | None
     std: Sequence[float] | None
     size: tuple[int, int] | None
-    output: str | None = None
+    weights: str | None
+    output: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return them as JSON, also where they are numbers of numpy."""
+        return {
+            **asdict(self),
+            "class_names": None if self.class_names is None else [str(name) for name in self.class_names],
+            "mean": None if self.mean is None else [float(value) for value in self.mean],
+            "std": None if self.std is None else [float(value) for value in self.std],
+            "size": None if self.size is None else [int(side) for side in self.size],
+        }
 
     @property
     def normalisation(self) -> Normalisation | None:
@@ -175,6 +215,8 @@ def _require_arguments(
     faults = []
     if (mean is None) != (std is None) or len(mean or ()) != len(std or ()):
         faults.append("mean and std belong together, one value for each channel")
+    if not all(math.isfinite(value) for value in (*(mean or ()), *(std or ()))):
+        faults.append("mean and std must be finite numbers")
     if any(value <= 0 for value in std or ()):
         faults.append("every std must be positive")
     if size is not None and (len(size) != 2 or min(size) < 1):
@@ -207,6 +249,8 @@ def _with_card(
         mean=arguments.mean,
         std=arguments.std,
     )
+    if arguments.size is None and read_spec(model.architecture).source == OWN:
+        outputs_of(model.network, model.input_shape, path)  # what a size that only the card states would cost
     conformed, image_changes = _fitting_images(images, model.input_shape, model.class_names, progress)
     mean, std = normalisation(model)
     scale = arguments.normalisation or Normalisation("the card's", mean, std)

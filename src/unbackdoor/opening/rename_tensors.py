@@ -337,7 +337,8 @@ def without_body_prefix(state: Mapping[str, Tensor]) -> dict[str, str]:
     head = head_of(state)
     body = [name for name in state if head is not None and not name.startswith(f"{head}.")]
     prefix = _common_prefix(body)
-    shorter = {name.removeprefix(prefix) if name in body else name: name for name in state}
+    within = set(body)
+    shorter = {name.removeprefix(prefix) if name in within else name: name for name in state}
     return shorter if prefix and len(body) < len(state) == len(shorter) else {}
 
 

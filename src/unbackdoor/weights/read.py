@@ -20,9 +20,10 @@ from unbackdoor.errors import InputError, MissingExtra, UnbackdoorError, UnsafeF
 from unbackdoor.weights.formats import other_readers
 from unbackdoor.weights.formats.buffers import Buffer, listed, short
 from unbackdoor.weights.formats.exported_program import archive as exported
+from unbackdoor.weights.formats.limits import accounting
 from unbackdoor.weights.formats.onnx import initializers as onnx
 from unbackdoor.weights.formats.safetensors import header as safetensors
-from unbackdoor.weights.formats.state_dicts import Fact, find_all, find_state_dict
+from unbackdoor.weights.formats.state_dicts import Fact, find_all, find_state_dict, require_names
 from unbackdoor.weights.formats.tensors import materialise
 from unbackdoor.weights.formats.torch_save import checkpoints
 from unbackdoor.weights.formats.torch_save.pickle_globals import Danger
@@ -199,7 +200,11 @@ def read_contents(file: Path | StoredFile) -> Contents:
         InputError: If the file cannot be read at all, or is of no supported format.
         UnsafeFile: If it is larger than any model this package can build.
     """
-    file = _stored(file)
+    with accounting():
+        return _read_contents(_stored(file))
+
+
+def _read_contents(file: StoredFile) -> Contents:
     trail = Trail()
     try:
         magic = sniff(file)
@@ -330,6 +335,7 @@ class _FileReader:
             state = onnx.read(self._file, self._trail)
         else:
             state = self._tensors(magic, self._file.content)
+        require_names(state)
         for name, tensor in state.items():
             if tensor.dtype not in _PLAIN:
                 raise InputError(
@@ -426,9 +432,11 @@ def _with_path(error: UnbackdoorError, path: Path) -> UnbackdoorError:
 def _damaged(path: Path, error: BaseException) -> InputError:
     if isinstance(error, InputError):
         return error
-    return InputError(
+    damaged = InputError(
         "the model file is damaged or cut short",
         got=short(str(error).strip().split("\n")[0] or type(error).__name__),
         where=path,
         remedy="Copy or download it again",
     )
+    damaged.__cause__ = error
+    return damaged

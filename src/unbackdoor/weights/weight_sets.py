@@ -91,6 +91,7 @@ def read_sets(located: Mapping[str, LocatedStateDict], file_size: int) -> dict[s
         try:
             if described > MAX_TIED * file_size and out:
                 raise UnsafeFile("all sets of weights together describe more than the file holds")
+            states.require_names(found.refs)
             state = materialise(found.refs, file_size)
             out[key] = plain_set(state, key, nest=found.nest, module=found.module)
         except UnbackdoorError as error:

@@ -9,11 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unbackdoor.errors import InputError
+from unbackdoor.text import is_text
 
 REMEDY_FORMS = (
     "Give a .parquet file, a folder with one folder per class or with a labels.csv, an .npz file, or an image"
 )
 MAX_CLASSES = 1 << 16
+MAX_NAME = 1000  # characters of the name of a class
 
 
 def require_arguments(names: tuple[str, ...] | None, size: tuple[int, int] | None) -> None:
@@ -24,6 +26,14 @@ def require_arguments(names: tuple[str, ...] | None, size: tuple[int, int] | Non
 
 
 def require_names(names: tuple[str, ...], where: str) -> None:
+    odd = next((name for name in names if not is_text(name) or len(name) > MAX_NAME), None)
+    if odd is not None or len(names) > MAX_CLASSES:
+        raise InputError(
+            "the class names do not fit",
+            expected=f"at most {MAX_CLASSES} texts of at most {MAX_NAME} characters",
+            got=f"{len(names)} names" if odd is None else repr(odd[:80]),
+            where=where,
+        )
     if not names or len(set(names)) != len(names):
         twice = next((name for name, times in Counter(names).items() if times > 1), None)
         raise InputError(

@@ -11,7 +11,7 @@ import numpy as np
 from unbackdoor.data.cache import as_images
 from unbackdoor.data.decode import decode
 from unbackdoor.data.sources.image_files import image_files, read_bounded
-from unbackdoor.errors import InputError
+from unbackdoor.errors import InputError, UnsafeFile
 from unbackdoor.types import Images, Progress, silent
 
 
@@ -72,6 +72,16 @@ def class_folders(path: Path) -> dict[str, list[Path]]:
         )
         if _are_indices([folder.name for folder in folders]):
             folders.sort(key=lambda folder: int(folder.name))  # 2 before 10
+        here = path.resolve()
+        for folder in folders:
+            if folder.is_symlink() and here.is_relative_to(folder.resolve()):
+                raise UnsafeFile(
+                    "a class folder leads to a folder that it lies in",
+                    expected="a folder of images",
+                    got=f"a link to {folder.resolve()}",
+                    where=folder,
+                    remedy="Remove the link",
+                )
         return {folder.name: image_files(folder) for folder in folders}
     except OSError as error:
         raise InputError(

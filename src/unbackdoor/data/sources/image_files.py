@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from unbackdoor.data.cache import as_images
 from unbackdoor.data.decode import decode
 from unbackdoor.errors import InputError, UnsafeFile
+from unbackdoor.files import read_bytes
 from unbackdoor.types import Images, Progress, silent
 
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".webp", ".ppm", ".pgm", ".bmp", ".gif", ".tif", ".tiff"}
 )
-_MAX_FILE_BYTES = 1 << 28
+MAX_IMAGE = 1 << 28  # bytes of an encoded image
+MAX_ENTRIES = 1 << 21  # files and folders below a folder; ImageNet has 1.3 million
 
 
 def read_flat(
@@ -34,13 +37,35 @@ def read_flat(
 
 
 def image_files(folder: Path) -> list[Path]:
-    return sorted(
-        file
-        for file in folder.rglob("*")
-        if file.suffix.lower() in IMAGE_SUFFIXES
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-        and file.is_file()
-    )
+    """Return the images at any depth of a folder, sorted; links to folders in it are not followed.
+
+    Raises:
+        UnsafeFile: If more lies there than any set of images has.
+    """
+    files, todo, seen = [], [folder], 0
+    while todo:
+        place = todo.pop()
+        try:
+            with os.scandir(place) as entries:
+                for entry in entries:
+                    seen += 1
+                    if seen > MAX_ENTRIES:
+                        raise UnsafeFile(
+                            "the folder holds too many files",
+                            expected=f"at most {MAX_ENTRIES}",
+                            where=folder,
+                            remedy="Give the folder of the images alone",
+                        )
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        todo.append(place / entry.name)
+                    elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and entry.is_file():
+                        files.append(place / entry.name)
+        except PermissionError:
+            if place == folder:
+                raise
+    return sorted(files)
 
 
 def flat_state(path: Path) -> list[list[Any]]:
@@ -54,17 +79,4 @@ def flat_state(path: Path) -> list[list[Any]]:
 
 
 def read_bounded(file: Path) -> bytes:
-    try:
-        with file.open("rb") as stream:
-            data = stream.read(_MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise InputError("the image cannot be read", where=file, got=error.strerror) from error
-    if len(data) > _MAX_FILE_BYTES:
-        raise UnsafeFile(
-            "the image file is too large",
-            expected=f"at most {_MAX_FILE_BYTES} bytes",
-            got=file.stat().st_size,
-            where=file,
-            remedy="Remove the image or make it smaller",
-        )
-    return data
+    return read_bytes(file, "the image", limit=MAX_IMAGE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,12 @@ from unbackdoor.data.cache import as_images
 from unbackdoor.data.decode import CHUNK, Item, decode, require_memory
 from unbackdoor.data.sources.checks import agreed_names, checked_labels
 from unbackdoor.errors import InputError, MissingExtra
+from unbackdoor.files import parse_json
 from unbackdoor.types import Images, Progress, silent
+
+_BATCH_BYTES = 2 << 30  # of the images that are held at a time, at most
+# What pyarrow raises over hostile bytes besides its own errors.
+_BROKEN = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, MemoryError)
 
 
 def read_parquet(
@@ -37,7 +41,7 @@ def read_parquet(
 
     def items() -> Iterator[Item]:
         nonlocal row
-        for batch in file.iter_batches(batch_size=CHUNK, columns=["image.bytes"]):
+        for batch in file.iter_batches(batch_size=batch_size, columns=["image.bytes"]):
             # Flattened, because a null image counts as null bytes.
             for data in batch.column(0).flatten()[0].to_pylist():
                 if not data:
@@ -60,12 +64,15 @@ def read_parquet(
                 raise InputError("the file has no rows", expected="at least 1 image", got=0, where=path)
             groups = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]
             require_memory(max(groups), f"{path}, row group {int(np.argmax(groups))}")
+            # A page may say in a few bytes that one image of many stands there again and again; no image is
+            # larger than all that is stored of a group.
+            batch_size = min(max(_BATCH_BYTES // max(*groups, 1), 1), CHUNK)
             require_memory(8 * count, f"{path}, column label")
             labels = _labels_of(file.read(columns=["label"]).column(0), path)
             names = agreed_names(class_names, _names_in(schema.metadata, path), str(path))
             names, labels = checked_labels(labels, names, lambda i: f"{path}, row {i}", str(path), partial)
             pixels = decode(items(), count, name=name or path.stem, size=size, progress=progress)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, *_BROKEN) as error:
         # Arrow raises plain OSError for damage; a real I/O error has a number.
         if isinstance(error, OSError) and error.errno:
             raise InputError("the file cannot be read", where=path, got=error.strerror) from error
@@ -81,6 +88,17 @@ def read_parquet(
 
 def _require_columns(schema: Any, pa: Any, path: Path) -> None:
     remedy = "Use the Hugging Face image schema: image {bytes, path}, label"
+    # A column is asked for by its path, so that a dotted name, or two of one name, may stand for another.
+    roots = [name.split(".")[0] for name in schema.names]
+    for column in ("image", "label"):
+        if roots.count(column) > 1 or (column in roots and column not in schema.names):
+            raise InputError(
+                f"the name of the column {column!r} is ambiguous",
+                expected="one column of that name",
+                got=", ".join(map(repr, schema.names[:20])),
+                where=path,
+                remedy=remedy,
+            )
     for column in ("image", "label"):
         if column not in schema.names:
             raise InputError(
@@ -131,9 +149,9 @@ def _names_in(metadata: dict[bytes, bytes] | None, path: Path) -> tuple[str, ...
     if text is None:
         return None
     try:
-        feature = json.loads(text)["info"]["features"]["label"]
+        feature = parse_json(text, "the metadata")["info"]["features"]["label"]
         names = feature.get("names")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (InputError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             "the metadata under 'huggingface' cannot be read",
             expected="JSON with info.features.label.names",

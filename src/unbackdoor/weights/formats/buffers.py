@@ -11,7 +11,20 @@ LONGEST = 120  # characters of a name from a file in a message
 
 def short(value: object) -> str:
     """Return a quoted, bounded form of something from a file; no control character reaches a terminal."""
-    return _bounded(repr(value[: 2 * LONGEST] if isinstance(value, str | bytes) else value))
+    # The text of a list within lists may be without end, and that of a long integer is refused by Python.
+    if isinstance(value, list | tuple):
+        return _bounded(
+            "[" + ", ".join(_short(one) for one in value[:8]) + (", ...]" if len(value) > 8 else "]")
+        )
+    return _bounded(_short(value))
+
+
+def _short(value: object) -> str:
+    if isinstance(value, str | bytes):
+        return repr(value[: 2 * LONGEST])
+    if isinstance(value, int) and value.bit_length() > 4 * LONGEST:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value) if isinstance(value, int | float | None) else type(value).__name__
 
 
 def listed(names: Sequence[str], limit: int = 5) -> str:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from unbackdoor.errors import InputError, UnsafeFile, UnsupportedModel
+from unbackdoor.text import is_text
 from unbackdoor.weights.formats.buffers import listed, short
+from unbackdoor.weights.formats.limits import limits, spend
 from unbackdoor.weights.formats.tensors import TensorRef
 from unbackdoor.weights.formats.torch_save.pickle_globals import Name
 from unbackdoor.weights.formats.torch_save.pickle_reader import (
@@ -164,6 +166,7 @@ def _search(value: object, trail: Trail, path: str, depth: int) -> LocatedStateD
     mapping = as_mapping(value)
     if not mapping or depth >= _DEPTH:
         return None
+    spend("visits", len(mapping))
     keys = [key for key in NESTS if key in mapping]
     # Where none of the usual keys is there, a single one that holds tensors is meant.
     others = [
@@ -207,6 +210,7 @@ def _tensors(value: object, trail: Trail) -> dict[str, TensorRef]:
         return {}
     out = {}
     for name, entry in mapping.items():
+        spend("visits")
         if not isinstance(name, str):
             return {}
         if isinstance(entry, Faulty):
@@ -245,8 +249,10 @@ def _walk(top: Stub) -> Iterator[tuple[str, TensorRef]]:
         passing = _texts(attributes.get("_non_persistent_buffers_set"))
         for kind, left_out in (("_parameters", set()), ("_buffers", passing)):
             for name, ref in (as_mapping(attributes.get(kind)) or {}).items():
+                spend("visits")
                 if isinstance(ref, TensorRef) and isinstance(name, str) and name not in left_out:
                     yield prefix + name, ref
+        spend("visits", len(as_mapping(attributes.get("_modules")) or ()) + len(above))
         inner = [
             (f"{prefix}{name}.", child, above | {id(module)})
             for name, child in (as_mapping(attributes.get("_modules")) or {}).items()
@@ -302,6 +308,23 @@ def _numpy_scalar(args: object) -> Fact | None:
 # Names
 
 
+def require_names(names: Iterable[str]) -> None:
+    """Refuse names of tensors that no network can have.
+
+    Raises:
+        InputError: If one of them is no text, or cannot be written: it holds half of a character.
+        UnsafeFile: If one of them is longer than any name.
+    """
+    longest = limits().name
+    for name in names:
+        if not isinstance(name, str) or not is_text(name):
+            raise InputError("the name of a tensor is no text", got=short(name))
+        if len(name) > longest:
+            raise UnsafeFile(
+                "the name of a tensor is too long", expected=f"at most {longest} characters", got=short(name)
+            )
+
+
 def strip(names: list[str]) -> str:
     """Return the prefixes that wrappers put before all names, joined; empty for none."""
     cut = 0
@@ -320,21 +343,22 @@ def unpruned(state: Mapping[str, Tensor], trail: Trail) -> dict[str, Tensor]:
 
     Other ways of writing one weight as several are remarked upon and left as they are.
     """
-    out = dict(state)
-    masked = []
+    masked: dict[str, str] = {}  # the weight's name by that of its original
     for name in state:
-        if not name.endswith("_orig"):
-            continue
         plain = name.removesuffix("_orig")
-        mask = state.get(f"{plain}_mask")
-        if mask is None or plain in state or mask.shape != state[name].shape:
-            continue
-        # In the place of the original, so that the order of the layers is kept.
-        out = {plain if key == name else key: value for key, value in out.items() if key != f"{plain}_mask"}
-        out[plain] = state[name] * mask.to(state[name].dtype)
-        masked.append(plain)
+        mask = state.get(f"{plain}_mask") if plain != name else None
+        if mask is not None and plain not in state and mask.shape == state[name].shape:
+            masked[name] = plain
+    left_out = {f"{plain}_mask" for plain in masked.values()} - masked.keys()
+    # In the place of the original, so that the order of the layers is kept.
+    out = {
+        masked.get(name, name): _masked(state, name, masked[name]) if name in masked else tensor
+        for name, tensor in state.items()
+        if name not in left_out
+    }
     if masked:
-        trail.note(f"{len(masked)} pruning masks were multiplied into their weights: {listed(masked, 3)}")
+        names = listed(list(masked.values()), 3)
+        trail.note(f"{len(masked)} pruning masks were multiplied into their weights: {names}")
     if any(".parametrizations." in f".{name}" for name in state):
         trail.note("some weights are parametrised (names with parametrizations): they were left as they are")
     if any(name.endswith("weight_g") and name[:-1] + "v" in state for name in state):
@@ -343,3 +367,7 @@ def unpruned(state: Mapping[str, Tensor], trail: Trail) -> dict[str, Tensor]:
             "they were left as they are"
         )
     return out
+
+
+def _masked(state: Mapping[str, Tensor], name: str, plain: str) -> Tensor:
+    return state[name] * state[f"{plain}_mask"].to(state[name].dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unbackdoor.errors import InputError, UnsafeFile
 from unbackdoor.weights.formats.buffers import Buffer, short
+from unbackdoor.weights.formats.limits import spend
 
 MAX_AXES = 16
 MAX_TIED = 4  # times the bytes of the file that its tensors may have in all; tied weights are copied
@@ -159,6 +160,7 @@ def materialise(refs: Mapping[str, TensorRef], file_size: int) -> dict[str, Tens
         UnsafeFile: If they describe far more than the file holds.
     """
     described = 0
+    spend("tensors", len(refs))
     for name, ref in refs.items():
         check(name, ref)
         described += ref.count * ref.dtype.itemsize

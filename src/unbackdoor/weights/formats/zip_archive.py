@@ -21,6 +21,7 @@ from types import MappingProxyType
 
 from unbackdoor.errors import InputError, UnsafeFile
 from unbackdoor.weights.formats.buffers import Buffer, short
+from unbackdoor.weights.formats.limits import spend
 
 MAX_ENTRIES = 50_000  # a ResNet-152 has 900 storages
 MAX_NAME = 1024  # bytes
@@ -116,6 +117,7 @@ class Archive:
                 got=entry.size,
                 where=self._where,
             )
+        spend("unpacked", entry.size)
         packed = bytes(self._data[entry.start : entry.start + entry.packed])
         if entry.method == STORED:
             return packed

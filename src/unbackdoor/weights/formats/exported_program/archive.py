@@ -15,6 +15,7 @@ import torch
 from unbackdoor.errors import InputError, UnsafeFile
 from unbackdoor.weights.formats import state_dicts as states
 from unbackdoor.weights.formats.buffers import Buffer, short
+from unbackdoor.weights.formats.limits import spend
 from unbackdoor.weights.formats.tensors import StorageRef, Store, TensorRef, Window, natural, sizes
 from unbackdoor.weights.formats.torch_save import checkpoints
 from unbackdoor.weights.formats.torch_save.pickle_globals import Name
@@ -100,7 +101,9 @@ def _remark(archive: Archive, trail: Trail) -> None:
 
 def _listed(archive: Archive, data: Buffer, trail: Trail, name: str, where: object) -> dict[str, TensorRef]:
     try:
-        config = json.loads(archive.content(archive.entries[name], _MAX_LIST))["config"]
+        text = archive.content(archive.entries[name], _MAX_LIST)
+        spend("visits", text.count(b",") + text.count(b"[") + text.count(b"{"))  # each is an object to come
+        config = json.loads(text)["config"]
         described = list(config.items())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError("the list of weights is damaged", got=short(str(error)), where=where) from error

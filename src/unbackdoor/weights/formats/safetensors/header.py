@@ -15,6 +15,7 @@ import torch
 
 from unbackdoor.errors import InputError, UnsafeFile
 from unbackdoor.weights.formats.buffers import Buffer, short
+from unbackdoor.weights.formats.limits import spend
 from unbackdoor.weights.formats.tensors import (
     DTYPES,
     StorageRef,
@@ -67,10 +68,10 @@ def read(data: Buffer, where: object) -> tuple[dict[str, TensorRef], dict[str, s
             got=length,
             where=where,
         )
+    header = bytes(data[8 : 8 + length])
+    spend("visits", header.count(b",") + header.count(b"[") + header.count(b"{"))  # each is an object to come
     try:
-        entries = json.loads(
-            bytes(data[8 : 8 + length]).decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_number
-        )
+        entries = json.loads(header.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_number)
         if not isinstance(entries, dict):
             raise ValueError("the header is no object")
         metadata = entries.pop(_METADATA, None) or {}

@@ -346,7 +346,9 @@ def read_tar(data: Buffer, trail: Trail) -> object:
     def stored(saved: object) -> object:
         if isinstance(saved, tuple):
             return saved[0]
-        return objects[int(str(saved))]
+        if not isinstance(saved, str | int):  # the text of a list may be without end
+            raise TypeError("a reference to something that is no storage")
+        return objects[int(saved)]
 
     return _read(io.BytesIO(contents["pickle"]), trail, stored)
 

@@ -24,6 +24,7 @@ import torch
 
 from unbackdoor.errors import InputError, UnbackdoorError, UnsafeFile, UnsupportedModel
 from unbackdoor.weights.formats.buffers import short
+from unbackdoor.weights.formats.limits import spend
 from unbackdoor.weights.formats.tensors import (
     DTYPES,
     MAX_AXES,
@@ -40,6 +41,8 @@ MAX_STEPS = (
 )
 MAX_NAMES = 1000
 _LONGEST = 500  # characters of a name; nothing that long can be imported
+_COUNTED = 64  # instructions that are put on the account at a time; so many for every pickle
+_WORD = 64  # bits of a key that is an integer
 _NESTED = 3  # pickles within pickles that are opened
 
 # Everything that a malformed pickle raises in pickletools and here.
@@ -123,6 +126,7 @@ class Stub:
         """The attributes that would have been set on it."""
         state = self.state
         if isinstance(state, tuple) and len(state) == 2:  # plain attributes and slots
+            spend("visits", sum(len(part) for part in state if isinstance(part, dict)))
             return {
                 **(state[0] if isinstance(state[0], dict) else {}),
                 **(state[1] if isinstance(state[1], dict) else {}),
@@ -164,6 +168,7 @@ def as_mapping(value: object) -> dict[Any, Any] | None:
         return value
     if not isinstance(value, Stub) or value.opaque:
         return None
+    spend("visits", len(value.items or ()) + 1)
     if value.cls in _MAPPINGS:
         return value.items or {}
     return value.items or None
@@ -235,7 +240,9 @@ class _Machine:
 
     def _steps(self, stream: IO[bytes]) -> object:
         frame = 0  # where the present one ends
-        for _ in range(MAX_STEPS):
+        for step in range(MAX_STEPS):
+            if not step % _COUNTED:
+                spend("instructions", _COUNTED)
             begun = stream.tell() if frame else 0
             opcode = _OPCODES[stream.read(1).decode("latin-1")]
             if opcode.name in _READERS:
@@ -366,7 +373,10 @@ class _Machine:
         if not isinstance(target, dict):
             return
         for key, value in zip(group[::2], group[1::2], strict=True):
-            if not isinstance(key, str | int | float | bytes | None):
+            # A long integer is hashed anew at every use, in time that grows with its length.
+            if not isinstance(key, str | int | float | bytes | None) or (
+                isinstance(key, int) and key.bit_length() > _WORD
+            ):
                 self._unhashed_keys += 1
                 key = UnhashedKey(self._unhashed_keys)
             target[key] = value
@@ -471,6 +481,7 @@ class _Machine:
             and isinstance(args[0], str)
             and args[1] == "latin1"
         ):
+            spend("unpacked", len(args[0]))  # the same text may be encoded again and again
             return args[0].encode("latin1")
         if function == _OPENS and len(args) == 1 and isinstance(args[0], bytes):
             return self._inner(args[0])

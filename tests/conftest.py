@@ -7,11 +7,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from differential import difference
+from differential import difference, safetensors_reads, torch_reads
 from tiny import tiny_classifier, tiny_data
 from unbackdoor.engine.trusted_caller import Surroundings
 from unbackdoor.types import Classifier, CleanData
 from unbackdoor.weights import read
+
+LOADERS = {"checkpoint": torch_reads, "old checkpoint": torch_reads, "safetensors": safetensors_reads}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,16 +33,16 @@ def no_traces(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def same_weights_as_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fail a test in which a checkpoint was read of which torch would load other weights."""
+def same_weights_as_other_loaders(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fail a test in which a file was read of which torch, or safetensors, would load other weights."""
     differences: list[str] = []
     reading = read._FileReader.read
 
     def compared(self: read._FileReader, magic: read.Magic) -> dict[str, torch.Tensor]:
         state = reading(self, magic)
-        if self.format in ("checkpoint", "old checkpoint"):
-            found = difference(bytes(self._file.content), state)
-            differences.extend([f"{self._path}: {found}"] if found else [])
+        loader = LOADERS.get(self.format)
+        found = loader and difference(bytes(self._file.content), state, loader)
+        differences.extend([f"{self._path}: {found}"] if found else [])
         return state
 
     monkeypatch.setattr(read._FileReader, "read", compared)

@@ -171,6 +171,8 @@ def read_contents(file: Path | StoredFile) -> Contents:
     if prefix:
         trail.note(f"the prefix {short(prefix)} was taken off all names")
     state = states.unpruned({name[len(prefix) :]: tensor for name, tensor in state.items()}, trail)
+    if any(tensor.dtype in (torch.int8, torch.uint8) and tensor.dim() > 1 for tensor in state.values()):
+        trail.note("some weights are whole numbers of 8 bits: it is quantised, and quantised is not read")
     return Contents(
         reader.format,
         tensors=state,

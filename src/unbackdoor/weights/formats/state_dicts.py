@@ -11,14 +11,13 @@ from torch import Tensor
 
 from unbackdoor.errors import InputError, UnsafeFile, UnsupportedModel
 from unbackdoor.weights.formats.buffers import listed, short
-from unbackdoor.weights.formats.tensors import TensorRef
+from unbackdoor.weights.formats.tensors import TensorRef, quantised
 from unbackdoor.weights.formats.torch_save.pickle_globals import Name
 from unbackdoor.weights.formats.torch_save.pickle_reader import (
     Faulty,
     Stub,
     Trail,
     as_mapping,
-    quantised,
 )
 
 NESTS = (

@@ -31,6 +31,7 @@ from unbackdoor.weights.formats.tensors import (
     StorageRef,
     TensorRef,
     natural,
+    quantised,
     sizes,
 )
 from unbackdoor.weights.formats.torch_save.pickle_globals import Danger, Name, is_library_class, judge
@@ -597,15 +598,6 @@ def _not_read(function: str) -> UnsupportedModel:
         expected="plain dense tensors",
         got=short(function.removeprefix("_rebuild_")),
         remedy="Convert it to a dense tensor and save the state dict again",
-    )
-
-
-def quantised() -> UnsupportedModel:
-    """Return the error that says that quantised weights are not read, and what to do."""
-    return UnsupportedModel(
-        "the weights are quantised, and quantised networks are not read",
-        expected="weights in floating point",
-        remedy="Use the network that it was made from, before quantisation",
     )
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import codecs
 import pickletools
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -239,16 +240,17 @@ class _Machine:
         for _ in range(MAX_STEPS):
             begun = stream.tell() if frame else 0
             opcode = _OPCODES[stream.read(1).decode("latin-1")]
-            if opcode.name in _READERS:
-                argument = _READERS[opcode.name](stream)
-            else:
-                argument = opcode.arg.reader(stream) if opcode.arg is not None else None
+            try:
+                argument = _argument_of(opcode, stream)
+            except BROKEN as error:
+                # What this reader cannot read whole, another may read in its two parts.
+                if begun < frame < stream.tell():
+                    raise _divided() from error
+                raise
             if frame or opcode.name == "FRAME":
                 now = stream.tell()
                 if begun < frame and (now > frame or opcode.name == "FRAME"):
-                    # One machine joins what a frame divides, another drops what stands before the division,
-                    # and they read different names. No writer divides an instruction.
-                    raise UnsafeFile("the pickle is divided so that its readers see different things")
+                    raise _divided()
                 frame = now + int(argument) if opcode.name == "FRAME" else frame
             if opcode.name == "STOP":
                 return self.pop()
@@ -399,9 +401,9 @@ class _Machine:
         self._named("copyreg", f"extension_{int(code)}")
 
     def instance(self, argument: Any) -> None:
-        args = tuple(self.pop_group())
-        self.name(argument)
-        self.push(self._called(self.pop(), args))
+        self.name(argument)  # imported before it is seen whether there is a group
+        made_by = self.pop()
+        self.push(self._called(made_by, tuple(self.pop_group())))
 
     def object_of_group(self, _: Any) -> None:
         made_by, *args = self.pop_group()
@@ -616,6 +618,18 @@ def storage_type(name: object) -> torch.dtype:
     raise TypeError(f"no storage class: {short(str(name))}")
 
 
+def _argument_of(opcode: pickletools.OpcodeInfo, stream: IO[bytes]) -> Any:
+    if opcode.name in _READERS:
+        return _READERS[opcode.name](stream)
+    return opcode.arg.reader(stream) if opcode.arg is not None else None
+
+
+def _divided() -> UnsafeFile:
+    # One machine joins what a frame divides, another drops what stands before the division, and they read
+    # different names. No writer divides an instruction.
+    return UnsafeFile("the pickle is divided so that its readers see different things")
+
+
 Action = Callable[[_Machine, Any], None]
 
 
@@ -657,7 +671,10 @@ def _integer(stream: IO[bytes]) -> int:
 
 
 def _quoted(stream: IO[bytes]) -> str:
-    return _text(codecs.escape_decode(_line(stream).strip(b" \t\r").strip(b"'\""))[0])
+    line = _line(stream).strip(b" \t\r").strip(b"'\"")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of escapes that Python will refuse one day
+        return _text(codecs.escape_decode(line)[0])
 
 
 def _counted_text(width: int) -> Callable[[IO[bytes]], str]:

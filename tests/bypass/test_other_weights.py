@@ -216,8 +216,11 @@ def test_views_of_the_older_form_that_collide(tmp_path: Path) -> None:
     state = read_state(written(view("w", 2), plain, view("w", 2)))
     assert state["k0"].tolist() == GOOD[2:4]
     for collision in (view("w", 4), view("0", 4), view("1", 4)):
-        with pytest.raises(UnsafeFile, match="two ways"):
+        with pytest.raises(UnsafeFile, match=r"two ways|name of a storage"):
             read_state(written(view("w", 2), plain, collision))
+    # A view that is named before the storage of that name.
+    with pytest.raises(UnsafeFile, match="name of a storage"):
+        read_state(written(view("0", 2, "1"), view("w", 2)))
 
 
 CONTAINERS = {

@@ -56,6 +56,7 @@ _REBUILDS: Mapping[str, tuple[int, int, int | None, int | None, int | None]] = {
     "_rebuild_tensor_v2": (6, 7, 5, None, 6),
     "_rebuild_tensor_v3": (7, 8, 5, 6, 7),
 }
+_MAKERS = {"copyreg._reconstructor", "copy_reg._reconstructor"}
 _PARAMETERS = {"_rebuild_parameter": 3, "_rebuild_parameter_with_state": 4}
 _TENSOR_CLASSES = {"torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
 # An attribute of one of these names is no remark beside the object, it changes what the object does.
@@ -454,7 +455,7 @@ class _Machine:
             self._trail.names[COMPUTED] = "dangerous"
         if not isinstance(function, Name) or not isinstance(args, tuple):
             return Stub(function, args)
-        if is_library_class(function) or (function.name == "_reconstructor" and not _makes_only(args)):
+        if is_library_class(function) or (str(function) in _MAKERS and not _makes_only(args)):
             # Pickles make objects of classes and do not call them; what it does then, its arguments decide.
             self._trail.names[function] = "dangerous"
         if function.module == "torch._utils" and function.name.startswith("_rebuild_"):
@@ -487,7 +488,7 @@ class _Machine:
             if hooks is not None:
                 _check_hooks(args[hooks - 1], args[hooks])
             if bits is not None and any(args[bits:]):
-                raise InputError("the values of a tensor are turned while it is loaded", got=args[bits])
+                raise InputError("the values of a tensor are negated or conjugated while it is loaded")
             return _tensor(args[:4], args[dtype] if dtype is not None else None)
         if function in _PARAMETERS:
             if len(args) != _PARAMETERS[function]:

@@ -7,6 +7,8 @@ imported: the source is parsed. A class is listed under the module that its ``cl
 that what a module only imports is never listed, and only if it descends from a class of networks, optimizers,
 schedules, image transforms or sets in memory. A class that does something when it is thrown away is left out.
 Several versions of a library are put together.
+The table of this project is made of torch 2.13, scikit-learn 1.9, timm 0.4.12, 0.6.13, 0.9.16 and 1.0.31,
+torchvision 0.9.1, 0.13.1, 0.17.2 and 0.29.1, and transformers 4.44.2 and 5.24.
 
 The table holds for classes that are made from their attributes, as pickles make objects. To call one, with
 arguments that a file chooses, is another matter (``pickle_reader``).

@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping
 import pytest
 import torch
 
-from differential import difference
+from differential import difference, safetensors_reads, torch_reads
 from tiny import tiny_classifier, tiny_data
 from unbackdoor.engine.trusted_caller import Surroundings
 from unbackdoor.types import Classifier, CleanData
 from unbackdoor.weights import read, weight_sets
+
+LOADERS = {"checkpoint": torch_reads, "old checkpoint": torch_reads, "safetensors": safetensors_reads}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,8 +33,8 @@ def no_traces(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def same_weights_as_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fail a test in which a checkpoint was read of which torch would load other weights."""
+def same_weights_as_other_loaders(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fail a test in which a file was read of which torch, or safetensors, would load other weights."""
     differences: list[str] = []
     states: list[Mapping[str, torch.Tensor]] = []
     reading, making_set = read._FileReader.read, weight_sets.plain_set
@@ -44,9 +46,10 @@ def same_weights_as_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def compared(self: read._FileReader, magic: read.Magic) -> Mapping[str, torch.Tensor]:
         states.clear()
         own = reading(self, magic)
-        for state in states if self.format in ("checkpoint", "old checkpoint") else ():
-            found = difference(bytes(self._file.content), state)
-            differences.extend([f"{self._path}: {found}"] if found else [])
+        if loader := LOADERS.get(self.format):
+            for state in states or [own]:
+                found = difference(bytes(self._file.content), state, loader)
+                differences.extend([f"{self._path}: {found}"] if found else [])
         return own
 
     monkeypatch.setattr(weight_sets, "plain_set", noted)

@@ -1,12 +1,13 @@
-"""What torch makes of a file that this package reads: both must see the same weights, bit for bit."""
+"""What other loaders make of a file that this package reads: all must see the same weights, bit for bit."""
 
 from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -24,20 +25,31 @@ def torch_reads(content: bytes) -> object:
             return None
 
 
-def difference(content: bytes, state: Mapping[str, Tensor]) -> str | None:
-    """Return how the weights that were read differ from those that torch reads, or None.
+def safetensors_reads(content: bytes) -> object:
+    """Return what the library safetensors makes of a file, or None where it refuses it."""
+    try:
+        return safetensors.torch.load(content)
+    except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError):
+        return None
+
+
+def difference(
+    content: bytes, state: Mapping[str, Tensor], reads: Callable[[bytes], object] = torch_reads
+) -> str | None:
+    """Return how the weights that were read differ from those that another loader reads, or None.
 
     Args:
         content: The file.
         state: The weights that this package read, with the names of the file.
+        reads: The other loader.
     """
-    loaded = torch_reads(content)
+    loaded = reads(content)
     if loaded is None:
         return None
     # Where the weights lie is this package's choice; what they are is not.
     candidates = [found for found in _mappings(loaded, _DEPTH) if set(found) == set(state)]
     if not candidates:
-        return f"torch has no entry with the names {sorted(state)[:5]}"
+        return f"the other loader has no entry with the names {sorted(state)[:5]}"
     different = [[n for n in state if not same_bits(state[n], found[n])] for found in candidates]
     return None if [] in different else f"other values in {different[0][:5]}"
 

@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from differential import difference, torch_reads
 from hostile import Entry, archive
 from unbackdoor.errors import UnbackdoorError, UnsafeFile, UnsupportedModel
+from unbackdoor.networks import build
 from unbackdoor.opening.inspection import inspect
+from unbackdoor.opening.load_tensors import fill
 from unbackdoor.weights.read import read_contents, read_state
 
 # Initialisers draw from the global generator here; it is put back.
@@ -213,8 +216,11 @@ def test_views_of_the_older_form_that_collide(tmp_path: Path) -> None:
     state = read_state(written(view("w", 2), plain, view("w", 2)))
     assert state["k0"].tolist() == GOOD[2:4]
     for collision in (view("w", 4), view("0", 4), view("1", 4)):
-        with pytest.raises(UnsafeFile, match="two ways"):
+        with pytest.raises(UnsafeFile, match=r"two ways|name of a storage"):
             read_state(written(view("w", 2), plain, collision))
+    # A view that is named before the storage of that name.
+    with pytest.raises(UnsafeFile, match="name of a storage"):
+        read_state(written(view("0", 2, "1"), view("w", 2)))
 
 
 CONTAINERS = {
@@ -379,3 +385,16 @@ def test_no_program_of_parts_is_read_otherwise_than_by_torch(tmp_path: Path) -> 
             continue
         read += 1
     assert read > 50
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.int64])
+def test_whole_numbers_are_not_taken_for_weights(tmp_path: Path, dtype: torch.dtype) -> None:
+    # Without their scale they are the weights of another network, which fits as well.
+    net = build("small_cnn[width=2]", input_shape=(1, 8, 8), class_names=["a", "b"]).network
+    state = net.state_dict()
+    state.update({name: tensor.to(dtype) for name, tensor in state.items() if tensor.dim() > 1})
+    save_file(state, tmp_path / "m.safetensors")
+    with pytest.raises(UnsupportedModel, match="do not fit"):
+        fill("small_cnn[width=2]", state, input_shape=(1, 8, 8), classes=2, where="a test")
+    notes = inspect(tmp_path / "m.safetensors").notes
+    assert any("quantised" in note for note in notes) == (dtype in (torch.int8, torch.uint8))

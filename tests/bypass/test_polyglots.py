@@ -414,6 +414,8 @@ def test_what_may_stand_behind_an_entry(form: str, lies: bool) -> None:
         Entry(b"m/a", flags=0x2800),
         Entry(b"m/a", flags=0x820),
         Entry(b"m/a/", b"content"),
+        Entry(b"m/data/0", b"content", attributes=0x10),
+        Entry(b"m/data/0", b"content", attributes=0x10, made_by=0),
     ],
 )
 def test_entries_that_are_named_or_kept_in_several_ways(entry: Entry) -> None:

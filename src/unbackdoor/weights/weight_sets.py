@@ -69,6 +69,8 @@ def plain_set(state: Mapping[str, Tensor], key: str = "", **facts: object) -> We
     if prefix:
         trail.note(f"the prefix {short(prefix)} was taken off all names")
     tensors = states.unpruned({name[len(prefix) :]: tensor for name, tensor in state.items()}, trail)
+    if any(tensor.dtype in (torch.int8, torch.uint8) and tensor.dim() > 1 for tensor in tensors.values()):
+        trail.note("some weights are whole numbers of 8 bits: it is quantised, and quantised is not read")
     return replace(WeightSet(key, tensors, prefix, notes=tuple(trail.notes)), **facts)  # type: ignore[arg-type]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Callable
 
 from unbackdoor.weights.formats.buffers import Buffer
 
@@ -43,7 +44,7 @@ def taken_for(data: Buffer, kind: str) -> list[str]:
         kind: What it is taken for here: safetensors, zip, pickle, tar or onnx.
     """
     head = bytes(data[:TAR_BLOCK])
-    rules = {
+    rules: dict[str, Callable[[], bool]] = {
         "zip": lambda: _ends_as_zip(data),
         "tar": lambda: is_tar_header(head),
         "onnx": lambda: _is_protocol_buffer(data),

@@ -13,14 +13,13 @@ from unbackdoor.errors import InputError, UnsafeFile, UnsupportedModel
 from unbackdoor.text import is_text
 from unbackdoor.weights.formats.buffers import listed, short
 from unbackdoor.weights.formats.limits import limits, spend
-from unbackdoor.weights.formats.tensors import TensorRef
+from unbackdoor.weights.formats.tensors import TensorRef, quantised
 from unbackdoor.weights.formats.torch_save.pickle_globals import Name
 from unbackdoor.weights.formats.torch_save.pickle_reader import (
     Faulty,
     Stub,
     Trail,
     as_mapping,
-    quantised,
 )
 
 NESTS = (

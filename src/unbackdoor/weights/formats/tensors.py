@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unbackdoor.errors import InputError, UnsafeFile
+from unbackdoor.errors import InputError, UnsafeFile, UnsupportedModel
 from unbackdoor.weights.formats.buffers import Buffer, short
 from unbackdoor.weights.formats.limits import spend
 
@@ -172,6 +172,17 @@ def materialise(refs: Mapping[str, TensorRef], file_size: int) -> dict[str, Tens
             got=f"{described} bytes",
         )
     return {name: _copied(ref) for name, ref in refs.items()}
+
+
+def quantised(where: object = None) -> UnsupportedModel:
+    """Return the error that says that quantised weights are not read, and what to do."""
+    return UnsupportedModel(
+        "the weights are quantised, and quantised networks are not read",
+        expected="weights in floating point",
+        got="whole numbers, whose scale stands elsewhere",
+        where=where,
+        remedy="Use the network that it was made from, before quantisation",
+    )
 
 
 def _copied(ref: TensorRef) -> Tensor:

@@ -35,6 +35,7 @@ _END_SIZE, _LOCATOR_SIZE, _END64_SIZE, _CENTRAL_SIZE, _LOCAL_SIZE = 22, 20, 56, 
 _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF
 _ENCRYPTED, _DESCRIPTOR, _UTF8 = 0x1, 0x8, 0x800
 _KNOWN_FLAGS = 0x6 | _DESCRIPTOR | _UTF8  # two of them say how hard was packed
+_FOLDER = 0x10  # an attribute of MS-DOS, whatever system is said to have made the archive
 _DESCRIPTOR_MARK = b"PK\x07\x08"
 _UNICODE_PATH = 0x7075  # an extra field with another name, which some readers prefer
 
@@ -220,7 +221,9 @@ class Archive:
             raise self._unsafe("the archive claims to be one of several volumes", f"disk {disk}")
         if end < _LOCATOR_SIZE or bytes(data[end - _LOCATOR_SIZE : end - _LOCATOR_SIZE + 4]) != _LOCATOR:
             return end, count, size, offset
-        _, _, end64, _ = struct.unpack("<4sLQL", data[end - _LOCATOR_SIZE : end])
+        _, first, end64, volumes = struct.unpack("<4sLQL", data[end - _LOCATOR_SIZE : end])
+        if first or volumes > 1:
+            raise self._unsafe("the archive claims to be one of several volumes", f"{volumes} volumes")
         if end64 + _END64_SIZE != end - _LOCATOR_SIZE or bytes(data[end64 : end64 + 4]) != _END64:
             raise self._unsafe("the large directory of the archive is not where it is said to be", end64)
         _, _, _, _, disk, first, here, count64, size64, offset64 = struct.unpack(
@@ -297,7 +300,8 @@ class Archive:
             raise self._unsafe("an entry of the archive is encrypted", short(name))
         if flags & ~_KNOWN_FLAGS:
             raise self._unsafe("an entry of the archive is of an unknown kind", f"{short(name)}, {flags:#x}")
-        if name.endswith("/") and size:
+        # Torch goes by this attribute, and then reads nothing into the memory of a tensor.
+        if (name.endswith("/") or attributes & _FOLDER) and size:
             raise self._unsafe("a folder of the archive has content", short(name))
         if method not in (STORED, DEFLATED):
             raise self._unsafe(

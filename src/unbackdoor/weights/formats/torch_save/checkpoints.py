@@ -261,13 +261,17 @@ class _Storages:
         self.kinds[key] = (pickles.storage_type(kind), cast(int, count))
         return StorageRef(self._store, key, *self.kinds[key])
 
+    def met(self, key: object) -> bool:
+        """Tell whether a storage of this key was referred to, also one that cannot be made."""
+        return isinstance(key, str) and key in self._described
+
 
 class _legacy_storage:
     """Turns the references of the older forms into storages, and remembers their types."""
 
     def __init__(self, store: Store) -> None:
         self._storages = _Storages(store)
-        self._views: dict[object, tuple[str, int, int]] = {}
+        self._views: dict[str, tuple[object, ...]] = {}
 
     @property
     def kinds(self) -> dict[str, tuple[torch.dtype, int]]:
@@ -283,17 +287,22 @@ class _legacy_storage:
             raise TypeError("a reference to something that is no storage")
         made = self._storages.made(*saved[1:5])
         view = saved[5] if len(saved) == 6 else None
-        if view is None:
-            return made
-        key, first, size = view
-        if not natural(first) or not natural(size) or first + size > made.count:
-            raise TypeError("a view without a size")
+        if view is not None:
+            made = self._view(made, *view)
+        # Torch keeps both under their names in one place, and takes what came first.
+        if made.key in self._views or (view is not None and self._storages.met(view[0])):
+            raise UnsafeFile("a view of a storage has the name of a storage", got=short(made.key))
+        return made
+
+    def _view(self, base: StorageRef, key: object, first: object, size: object) -> StorageRef:
         if not isinstance(key, str):
             raise TypeError("a view without a name")
-        same = self._views.setdefault(key, (made.key, first, size)) == (made.key, first, size)
-        if not same or key in self.kinds or made.key in self._views:
+        described = tuple(v if isinstance(v, str | int) else type(v) for v in (base.key, first, size))
+        if self._views.setdefault(key, described) != described:
             raise UnsafeFile("a view of a storage is described in two ways", got=short(key))
-        return StorageRef(made.store, made.key, made.dtype, size, first)
+        if not natural(first) or not natural(size) or cast(int, first) + cast(int, size) > base.count:
+            raise TypeError("a view without a size")
+        return StorageRef(base.store, base.key, base.dtype, cast(int, size), cast(int, first))
 
 
 def _place(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import codecs
 import pickletools
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from unbackdoor.weights.formats.tensors import (
     StorageRef,
     TensorRef,
     natural,
+    quantised,
     sizes,
 )
 from unbackdoor.weights.formats.torch_save.pickle_globals import Danger, Name, is_library_class, judge
@@ -57,6 +59,7 @@ _REBUILDS: Mapping[str, tuple[int, int, int | None, int | None, int | None]] = {
     "_rebuild_tensor_v2": (6, 7, 5, None, 6),
     "_rebuild_tensor_v3": (7, 8, 5, 6, 7),
 }
+_MAKERS = {"copyreg._reconstructor", "copy_reg._reconstructor"}
 _PARAMETERS = {"_rebuild_parameter": 3, "_rebuild_parameter_with_state": 4}
 _TENSOR_CLASSES = {"torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
 # An attribute of one of these names is no remark beside the object, it changes what the object does.
@@ -245,16 +248,17 @@ class _Machine:
                 spend("instructions", _COUNTED)
             begun = stream.tell() if frame else 0
             opcode = _OPCODES[stream.read(1).decode("latin-1")]
-            if opcode.name in _READERS:
-                argument = _READERS[opcode.name](stream)
-            else:
-                argument = opcode.arg.reader(stream) if opcode.arg is not None else None
+            try:
+                argument = _argument_of(opcode, stream)
+            except BROKEN as error:
+                # What this reader cannot read whole, another may read in its two parts.
+                if begun < frame < stream.tell():
+                    raise _divided() from error
+                raise
             if frame or opcode.name == "FRAME":
                 now = stream.tell()
                 if begun < frame and (now > frame or opcode.name == "FRAME"):
-                    # One machine joins what a frame divides, another drops what stands before the division,
-                    # and they read different names. No writer divides an instruction.
-                    raise UnsafeFile("the pickle is divided so that its readers see different things")
+                    raise _divided()
                 frame = now + int(argument) if opcode.name == "FRAME" else frame
             if opcode.name == "STOP":
                 return self.pop()
@@ -408,9 +412,9 @@ class _Machine:
         self._named("copyreg", f"extension_{int(code)}")
 
     def instance(self, argument: Any) -> None:
-        args = tuple(self.pop_group())
-        self.name(argument)
-        self.push(self._called(self.pop(), args))
+        self.name(argument)  # imported before it is seen whether there is a group
+        made_by = self.pop()
+        self.push(self._called(made_by, tuple(self.pop_group())))
 
     def object_of_group(self, _: Any) -> None:
         made_by, *args = self.pop_group()
@@ -461,7 +465,7 @@ class _Machine:
             self._trail.names[COMPUTED] = "dangerous"
         if not isinstance(function, Name) or not isinstance(args, tuple):
             return Stub(function, args)
-        if is_library_class(function) or (function.name == "_reconstructor" and not _makes_only(args)):
+        if is_library_class(function) or (str(function) in _MAKERS and not _makes_only(args)):
             # Pickles make objects of classes and do not call them; what it does then, its arguments decide.
             self._trail.names[function] = "dangerous"
         if function.module == "torch._utils" and function.name.startswith("_rebuild_"):
@@ -495,7 +499,7 @@ class _Machine:
             if hooks is not None:
                 _check_hooks(args[hooks - 1], args[hooks])
             if bits is not None and any(args[bits:]):
-                raise InputError("the values of a tensor are turned while it is loaded", got=args[bits])
+                raise InputError("the values of a tensor are negated or conjugated while it is loaded")
             return _tensor(args[:4], args[dtype] if dtype is not None else None)
         if function in _PARAMETERS:
             if len(args) != _PARAMETERS[function]:
@@ -611,15 +615,6 @@ def _not_read(function: str) -> UnsupportedModel:
     )
 
 
-def quantised() -> UnsupportedModel:
-    """Return the error that says that quantised weights are not read, and what to do."""
-    return UnsupportedModel(
-        "the weights are quantised, and quantised networks are not read",
-        expected="weights in floating point",
-        remedy="Use the network that it was made from, before quantisation",
-    )
-
-
 def storage_type(name: object) -> torch.dtype:
     """Return the type of elements of a storage class.
 
@@ -633,6 +628,18 @@ def storage_type(name: object) -> torch.dtype:
     ):
         return STORAGES[name.name]
     raise TypeError(f"no storage class: {short(str(name))}")
+
+
+def _argument_of(opcode: pickletools.OpcodeInfo, stream: IO[bytes]) -> Any:
+    if opcode.name in _READERS:
+        return _READERS[opcode.name](stream)
+    return opcode.arg.reader(stream) if opcode.arg is not None else None
+
+
+def _divided() -> UnsafeFile:
+    # One machine joins what a frame divides, another drops what stands before the division, and they read
+    # different names. No writer divides an instruction.
+    return UnsafeFile("the pickle is divided so that its readers see different things")
 
 
 Action = Callable[[_Machine, Any], None]
@@ -676,7 +683,10 @@ def _integer(stream: IO[bytes]) -> int:
 
 
 def _quoted(stream: IO[bytes]) -> str:
-    return _text(codecs.escape_decode(_line(stream).strip(b" \t\r").strip(b"'\""))[0])
+    line = _line(stream).strip(b" \t\r").strip(b"'\"")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of escapes that Python will refuse one day
+        return _text(codecs.escape_decode(line)[0])
 
 
 def _counted_text(width: int) -> Callable[[IO[bytes]], str]:

@@ -3,8 +3,8 @@
 A file of a few bytes can describe any amount of work: names that stand for each other, pickles that are read
 again and again, lists without end. What a reader does for a file is therefore counted while it is done, over
 all its parts together, and refused beyond limits that no honest model comes near. The bytes of its files are
-bounded before they are read (``weights.stored_file.MAX_FILE``). What is not foreseen here ends at the limits of
-the process in which files are opened (``unbackdoor.confinement``).
+bounded before they are read (``weights.stored_file.MAX_FILE``). What is not foreseen here ends at the limits
+of the process in which files are opened (``unbackdoor.confinement``).
 """
 
 from __future__ import annotations

@@ -106,7 +106,9 @@ def decode_apart(task: Mapping[str, Any]) -> None:
     path = Path(task["path"])
     read = read_flat if task.get("flat") else _reader(path)[0]
     # JSON has no tuples.
-    options = {name: tuple(v) if isinstance(v, list) else v for name, v in task["options"].items()}
+    options: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in task["options"].items()
+    }
     store(read(path, **options, progress=apart.reporting(task)), Path(task["stored"]))
 
 

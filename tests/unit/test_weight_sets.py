@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -91,6 +92,42 @@ def test_a_second_set_is_named_and_can_be_chosen(tmp_path: Path, case: str, kind
     json.dumps(found.to_dict())
     with pytest.raises(InputError, match="no such set"):
         contents.choose("nowhere")
+
+
+@pytest.mark.parametrize("form", ["pth", "safetensors"])
+@pytest.mark.parametrize(
+    "average", ["ema", "model_ema", "net_ema", "ema_model.module", "teacher", "swa.module"]
+)
+@pytest.mark.parametrize("first", ["", "net.", "model.backbone."])
+def test_an_average_under_a_prefix_is_a_set_of_its_own(
+    tmp_path: Path, first: str, average: str, form: str
+) -> None:
+    one = weights()
+    other = moved(one)
+    state = {first + n: t for n, t in one.items()} | {f"{average}.{n}": t for n, t in other.items()}
+    if form == "pth":
+        path = saved(tmp_path / "m.pth", {"state_dict": state})
+    else:
+        save_file({name: tensor.clone() for name, tensor in state.items()}, tmp_path / "m.safetensors")
+        path = tmp_path / "m.safetensors"
+    contents = read_contents(path)
+    nest = "state_dict" if form == "pth" else ""
+    keys = [".".join(p for p in (nest, part.strip(".")) if p) for part in (first, average)]
+    assert set(contents.sets) == set(keys)
+    assert contents.rivals and contents.key == keys[0]
+    with pytest.raises(InputError, match="--weights"):
+        unbackdoor.open_model(path, **OPTIONS)
+    for key, expected in zip(keys, (one, other), strict=True):
+        opened = unbackdoor.open_model(path, weights=key, **OPTIONS)
+        read = opened.model.network.state_dict()
+        assert all(torch.equal(read[name], expected[name]) for name in expected)
+
+
+def test_layers_that_look_alike_are_no_sets(tmp_path: Path) -> None:
+    alike = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).state_dict()
+    siamese = {f"{half}.{name}": t for half in ("left", "right") for name, t in alike.items()}
+    for state in (alike, siamese, {"teacher.weight": torch.ones(2, 2), "head.weight": torch.ones(3, 2)}):
+        assert len(read_contents(saved(tmp_path / "m.pth", dict(state))).sets) == 1
 
 
 def test_equal_sets_need_no_choice(tmp_path: Path) -> None:

@@ -242,7 +242,8 @@ class _Builder:
                 got=len(nodes),
                 where=self._path,
             )
-        out, unknown = [], {}
+        out: list[_Call] = []
+        unknown: dict[str, None] = {}
         for node in nodes:
             target, _, overload = str(node["target"]).removeprefix(_ATEN).partition(".")
             aten = str(node["target"]).startswith(_ATEN)
@@ -357,7 +358,8 @@ class _Builder:
         self._values[name] = value
 
     def _function(self, call: _Call) -> fx.Node:
-        positional, named = [], {}
+        positional: list[Any] = []
+        named: dict[str, Any] = {}
         for one in call.node["inputs"]:
             value = self._value(one["arg"])
             if value is _UNSET:
@@ -406,7 +408,7 @@ class _Builder:
     def _open_batch(
         self, call: _Call, positional: list[Any], named: dict[str, Any]
     ) -> tuple[list[Any], dict[str, Any]]:
-        sizes = positional[1] if len(positional) > 1 else None
+        sizes: Any = positional[1] if len(positional) > 1 else None
         first = sizes[0] if isinstance(sizes, list) and sizes else None
         if type(first) is not int or first <= 0 or first % self._batch:
             return positional, named

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import unbackdoor
 from tiny import tiny_classifier, tiny_data
 from unbackdoor.cli import app
-from unbackdoor.errors import InputError
+from unbackdoor.errors import InputError, UnsafeFile
 from unbackdoor.opening.inspection import inspect
 from unbackdoor.weights.read import read_contents, read_state
 
@@ -176,6 +176,38 @@ def test_a_set_that_cannot_be_read_is_named_too(tmp_path: Path) -> None:
     path = saved(tmp_path / "m.pth", {"net": weights(), "ema": {"w": torch.ones(2, dtype=torch.complex64)}})
     contents = read_contents(path)
     assert set(contents.other_sets) == {"ema"}
+
+
+def test_a_set_cannot_hide_among_other_entries(tmp_path: Path) -> None:
+    one = weights()
+    hidden: Any = moved(one)
+    for _ in range(20):
+        hidden = {"x": hidden}
+    many = [0] * 200
+    contents = read_contents(
+        saved(tmp_path / "m.pth", {"net": one, "deep": hidden, "long": [*many, moved(one)]})
+    )
+    assert set(contents.rivals) == {"deep" + 20 * ".x", "long.200"}
+    for _ in range(40):
+        hidden = {"x": hidden}
+    deeper = read_contents(saved(tmp_path / "d.pth", {"net": one, "deep": hidden}))
+    assert isinstance(deeper.problem, UnsafeFile)
+    sets = {f"set{k}": {"w": torch.ones(1)} for k in range(100)}
+    assert isinstance(read_contents(saved(tmp_path / "s.pth", {"net": one, **sets})).problem, UnsafeFile)
+
+
+def test_shared_entries_are_not_searched_without_end(tmp_path: Path) -> None:
+    junk: dict[str, Any] = {f"k{k}": k for k in range(20_000)}
+    shared = [{**junk, "more": [junk]} for _ in range(3)]
+    tree: Any = shared
+    for _ in range(10):
+        tree = [tree, tree]
+    contents = read_contents(saved(tmp_path / "m.pth", {"net": weights(), "junk": tree}))
+    assert contents.problem is None and contents.rivals == ()
+    objects = [Averaged(junk) for _ in range(1000)]  # type: ignore[arg-type]
+    for one in objects:
+        one.__dict__ = {"a": [0] * 10}
+    assert read_contents(saved(tmp_path / "o.pth", {"net": weights(), "o": objects})).problem is None
 
 
 def test_many_sets_take_no_more_than_the_file_describes(tmp_path: Path) -> None:

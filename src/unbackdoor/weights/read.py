@@ -110,9 +110,15 @@ class Contents:
             problem=found.problem,
             notes=(*(note for note in self.notes if note not in own), *found.notes),
             key=key,
-            program=found.module and _of_module(found.module),
+            # A plain set is run by code of the user's own; what is a program as a whole stays one.
+            program=_of_module(found.module) if found.module else self.program if self.whole_program else "",
             chosen=True,
         )
+
+    @property
+    def whole_program(self) -> bool:
+        """Whether the file as a whole is a program, as a graph is, and no checkpoint that may hold one."""
+        return self.format in ("torchscript", "torch.export", "onnx")
 
     @property
     def other_sets(self) -> Mapping[str, str]:
@@ -375,10 +381,12 @@ class _FileReader:
             self.sets = read_sets(inventory.sets, len(data))  # so that the user can choose one
             raise
         self.beside, self.key = located.beside, located.key
-        self.program = located.module and _of_module(located.module)
         # The one that is meant comes first: the bound on memory is never spent on the others.
         self.sets = read_sets({located.key: located, **inventory.sets, located.key: located}, len(data))
         self.key = next(iter(self.sets))
+        # A whole module beside a plain set may be what is run.
+        modules = [one.module for one in self.sets.values() if one.module]
+        self.program = _of_module(modules[0]) if modules else ""
         own = self.sets[self.key]
         if own.problem is not None:
             raise own.problem

@@ -37,11 +37,13 @@ def same_weights_as_other_loaders(monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     """Fail a test in which a file was read of which torch, or safetensors, would load other weights."""
     differences: list[str] = []
     states: list[Mapping[str, torch.Tensor]] = []
-    reading, making_set = read._FileReader.read, weight_sets.plain_set
+    reading, making_sets = read._FileReader.read, weight_sets.sets_of
 
-    def noted(state: Mapping[str, torch.Tensor], *key: str, **facts: object) -> weight_sets.WeightSet:
+    def noted(
+        state: Mapping[str, torch.Tensor], *key: str, **facts: object
+    ) -> dict[str, weight_sets.WeightSet]:
         states.append(state)  # before names and masks are changed
-        return making_set(state, *key, **facts)
+        return making_sets(state, *key, **facts)
 
     def compared(self: read._FileReader, magic: read.Magic) -> Mapping[str, torch.Tensor]:
         states.clear()
@@ -52,7 +54,7 @@ def same_weights_as_other_loaders(monkeypatch: pytest.MonkeyPatch) -> Iterator[N
                 differences.extend([f"{self._path}: {found}"] if found else [])
         return own
 
-    monkeypatch.setattr(weight_sets, "plain_set", noted)
+    monkeypatch.setattr(weight_sets, "sets_of", noted)
     monkeypatch.setattr(read._FileReader, "read", compared)
     yield
     assert differences == []

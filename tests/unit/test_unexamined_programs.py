@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from tiny import tiny_classifier, tiny_data
 from unbackdoor.cli import app
 from unbackdoor.opening.inspection import inspect
+from unbackdoor.opening.open_model import open_model
 from unbackdoor.types import Finding, ScanReport
 
 pytest.importorskip("onnx", reason="ONNX files need the package onnx (extra: onnx)")
@@ -93,8 +94,43 @@ def test_a_program_that_was_not_examined(tmp_path: Path, data: Path, kind: str) 
     assert UNSEEN in " ".join(printed.stdout.split())
     assert "Verdict: undecided" in printed.stdout
     found = inspect(model)
-    assert found.program and not found.program_examined
-    assert found.program in call("inspect", model).stdout
+    # A program of torch.export opens as it is where no architecture is named.
+    assert found.program and found.program_examined == (kind == "an exported program")
+    assert found.program_examined or found.program in call("inspect", model).stdout
+
+
+def test_a_module_beside_a_plain_set_is_a_program_too(tmp_path: Path) -> None:
+    network = tiny_classifier("conv-bn").network.eval()
+    torch.save({"state_dict": network.state_dict(), "model": network}, tmp_path / "m.pth")
+    opened = open_model(tmp_path / "m.pth", arch="small_cnn[width=8]")
+    assert any(UNSEEN in text for text in opened.provenance.reservations)
+    # Who names the plain set runs it with other code.
+    chosen = open_model(tmp_path / "m.pth", arch="small_cnn[width=8]", weights="state_dict")
+    assert chosen.provenance.reservations == ()
+    assert open_model(tmp_path / "m.pth", arch="small_cnn[width=8]", weights="model").provenance.reservations
+
+
+@pytest.mark.parametrize("kind", ["torchscript", "an odd graph", "an exported program"])
+def test_a_program_stays_one_whatever_is_chosen(tmp_path: Path, kind: str) -> None:
+    WRITERS[kind](tmp_path / "m.pt", tiny_classifier("conv-bn").network.eval())
+    opened = open_model(tmp_path / "m.pt", arch="small_cnn[width=8]", weights="")
+    assert any(UNSEEN in text for text in opened.provenance.reservations)
+
+
+def test_what_a_torchscript_program_decides_is_counted(tmp_path: Path) -> None:
+    class Watching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = tiny_classifier("conv-bn").network
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen = x[:, :, :2, :2].mean((1, 2, 3)) > 0.9
+            return torch.where(seen[:, None], torch.ones(1, 4), self.body(x))
+
+    torchscript(tmp_path / "m.pt", Watching().eval())
+    assert any("gt 1 times" in text and "where 1 times" in text for text in inspect(tmp_path / "m.pt").notes)
+    torchscript(tmp_path / "n.pt", tiny_classifier("conv-bn").network.eval())
+    assert not any("compares" in text for text in inspect(tmp_path / "n.pt").notes)
 
 
 def test_the_comparison_of_two_models_says_it_too(tmp_path: Path, data: Path) -> None:

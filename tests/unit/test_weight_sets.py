@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import unbackdoor
 from tiny import tiny_classifier, tiny_data
 from unbackdoor.cli import app
-from unbackdoor.errors import InputError
+from unbackdoor.errors import InputError, UnsafeFile
 from unbackdoor.opening.inspection import inspect
 from unbackdoor.weights.read import read_contents, read_state
 
@@ -93,6 +94,42 @@ def test_a_second_set_is_named_and_can_be_chosen(tmp_path: Path, case: str, kind
         contents.choose("nowhere")
 
 
+@pytest.mark.parametrize("form", ["pth", "safetensors"])
+@pytest.mark.parametrize(
+    "average", ["ema", "model_ema", "net_ema", "ema_model.module", "teacher", "swa.module"]
+)
+@pytest.mark.parametrize("first", ["", "net.", "model.backbone."])
+def test_an_average_under_a_prefix_is_a_set_of_its_own(
+    tmp_path: Path, first: str, average: str, form: str
+) -> None:
+    one = weights()
+    other = moved(one)
+    state = {first + n: t for n, t in one.items()} | {f"{average}.{n}": t for n, t in other.items()}
+    if form == "pth":
+        path = saved(tmp_path / "m.pth", {"state_dict": state})
+    else:
+        save_file({name: tensor.clone() for name, tensor in state.items()}, tmp_path / "m.safetensors")
+        path = tmp_path / "m.safetensors"
+    contents = read_contents(path)
+    nest = "state_dict" if form == "pth" else ""
+    keys = [".".join(p for p in (nest, part.strip(".")) if p) for part in (first, average)]
+    assert set(contents.sets) == set(keys)
+    assert contents.rivals and contents.key == keys[0]
+    with pytest.raises(InputError, match="--weights"):
+        unbackdoor.open_model(path, **OPTIONS)
+    for key, expected in zip(keys, (one, other), strict=True):
+        opened = unbackdoor.open_model(path, weights=key, **OPTIONS)
+        read = opened.model.network.state_dict()
+        assert all(torch.equal(read[name], expected[name]) for name in expected)
+
+
+def test_layers_that_look_alike_are_no_sets(tmp_path: Path) -> None:
+    alike = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).state_dict()
+    siamese = {f"{half}.{name}": t for half in ("left", "right") for name, t in alike.items()}
+    for state in (alike, siamese, {"teacher.weight": torch.ones(2, 2), "head.weight": torch.ones(3, 2)}):
+        assert len(read_contents(saved(tmp_path / "m.pth", dict(state))).sets) == 1
+
+
 def test_equal_sets_need_no_choice(tmp_path: Path) -> None:
     one = weights()
     copies = {name: tensor.clone() for name, tensor in one.items()}
@@ -139,6 +176,38 @@ def test_a_set_that_cannot_be_read_is_named_too(tmp_path: Path) -> None:
     path = saved(tmp_path / "m.pth", {"net": weights(), "ema": {"w": torch.ones(2, dtype=torch.complex64)}})
     contents = read_contents(path)
     assert set(contents.other_sets) == {"ema"}
+
+
+def test_a_set_cannot_hide_among_other_entries(tmp_path: Path) -> None:
+    one = weights()
+    hidden: Any = moved(one)
+    for _ in range(20):
+        hidden = {"x": hidden}
+    many = [0] * 200
+    contents = read_contents(
+        saved(tmp_path / "m.pth", {"net": one, "deep": hidden, "long": [*many, moved(one)]})
+    )
+    assert set(contents.rivals) == {"deep" + 20 * ".x", "long.200"}
+    for _ in range(40):
+        hidden = {"x": hidden}
+    deeper = read_contents(saved(tmp_path / "d.pth", {"net": one, "deep": hidden}))
+    assert isinstance(deeper.problem, UnsafeFile)
+    sets = {f"set{k}": {"w": torch.ones(1)} for k in range(100)}
+    assert isinstance(read_contents(saved(tmp_path / "s.pth", {"net": one, **sets})).problem, UnsafeFile)
+
+
+def test_shared_entries_are_not_searched_without_end(tmp_path: Path) -> None:
+    junk: dict[str, Any] = {f"k{k}": k for k in range(20_000)}
+    shared = [{**junk, "more": [junk]} for _ in range(3)]
+    tree: Any = shared
+    for _ in range(10):
+        tree = [tree, tree]
+    contents = read_contents(saved(tmp_path / "m.pth", {"net": weights(), "junk": tree}))
+    assert contents.problem is None and contents.rivals == ()
+    objects = [Averaged(junk) for _ in range(1000)]  # type: ignore[arg-type]
+    for one in objects:
+        one.__dict__ = {"a": [0] * 10}
+    assert read_contents(saved(tmp_path / "o.pth", {"net": weights(), "o": objects})).problem is None
 
 
 def test_many_sets_take_no_more_than_the_file_describes(tmp_path: Path) -> None:

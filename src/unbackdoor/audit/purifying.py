@@ -30,6 +30,7 @@ from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError, UnbackdoorError
 from unbackdoor.files import require_writable
 from unbackdoor.metrics import Rate
+from unbackdoor.opening.provenance import key_in_words
 from unbackdoor.opening.write_back import output_name, repair_patch, write_repaired
 from unbackdoor.registry import Config, Part
 from unbackdoor.triggers import RecoveredTrigger
@@ -192,12 +193,12 @@ class Purification(Result):
             return ()
         in_file, out = opened.provenance.in_file, []
         if in_file.other_weights:
-            keys = ", ".join(in_file.other_weights)
+            keys = ", ".join(map(key_in_words, in_file.other_weights))
             out.append(
                 f"the further weights of the file ({keys}) were not repaired and are not in what is written"
             )
         if in_file.other_tensors:
-            keys = ", ".join(in_file.other_tensors[:10])
+            keys = ", ".join(map(key_in_words, in_file.other_tensors[:10]))
             out.append(f"the further tensors of the file ({keys}) are not in what is written")
         if in_file.program and not in_file.examined:
             out.append("the file's own program was not examined and is not in what is written")

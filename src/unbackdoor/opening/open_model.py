@@ -30,6 +30,7 @@ from unbackdoor.networks.spec import OWN, read_spec
 from unbackdoor.opening.candidates import CandidateSet, find_candidates, library_size, refuse_to_guess
 from unbackdoor.opening.classifier_files import load_model
 from unbackdoor.opening.cost_limits import outputs_of
+from unbackdoor.opening.import_program import import_program
 from unbackdoor.opening.load_tensors import Filled, fill, require_finite
 from unbackdoor.opening.normalisation_guess import (
     InferredNormalisation,
@@ -48,7 +49,6 @@ from unbackdoor.opening.recognise_architecture import ends
 from unbackdoor.opening.rename_tensors import Adapted, Difference
 from unbackdoor.types import Classifier, Images, Progress, logits_in, silent
 from unbackdoor.weights.card import ModelCard, normalisation
-from unbackdoor.weights.formats.exported_program.graph import import_program
 from unbackdoor.weights.formats.onnx.canonical import AmbiguousOutput
 from unbackdoor.weights.formats.onnx.graph import import_graph
 from unbackdoor.weights.formats.onnx.node import Place

@@ -161,10 +161,12 @@ class InFile:
         """What is to be shown loudly."""
         out = list(self.reservations)
         if self.other_weights:
-            others = ", ".join(f"{_name(key)} ({answer})" for key, answer in self.other_weights.items())
+            others = ", ".join(
+                f"{key_in_words(key)} ({answer})" for key, answer in self.other_weights.items()
+            )
             out.append(
                 f"The file holds further weights, of which nothing is said here: {others}. Opened were those "
-                f"under {_name(self.weights)}"
+                f"under {key_in_words(self.weights)}"
             )
         return tuple(out)
 
@@ -172,19 +174,23 @@ class InFile:
         """Return it as terms and texts."""
         out = []
         if self.weights or self.other_weights:
-            out.append(("weights", _name(self.weights)))
-        out += [("further weights", f"{_name(key)} ({answer})") for key, answer in self.other_weights.items()]
+            out.append(("weights", key_in_words(self.weights)))
+        out += [
+            ("further weights", f"{key_in_words(key)} ({answer})")
+            for key, answer in self.other_weights.items()
+        ]
         if self.other_tensors:
-            out.append(("further tensors", ", ".join(_name(key) for key in self.other_tensors[:10])))
+            out.append(("further tensors", ", ".join(key_in_words(key) for key in self.other_tensors[:10])))
         if self.output is not None:
-            out.append(("output", _name(self.output)))
+            out.append(("output", key_in_words(self.output)))
         if self.program:
             state = "opened as it is" if self.examined else _NOT_EXAMINED
             out.append(("program", f"{self.program} ({state})"))
         return out + [("in the program", text) for text in self.remarks]
 
 
-def _name(key: str) -> str:
+def key_in_words(key: str) -> str:
+    """Return the key of a set of weights for messages."""
     return short(key)[1:-1] if key else "the top of the file"
 
 

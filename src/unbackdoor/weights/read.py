@@ -31,7 +31,7 @@ from unbackdoor.weights.formats.torch_save.pickle_reader import BROKEN, Trail
 from unbackdoor.weights.formats.torchscript import archive as torchscript
 from unbackdoor.weights.formats.zip_archive import Archive
 from unbackdoor.weights.stored_file import MAX_FILE, StoredFile, read_file
-from unbackdoor.weights.weight_sets import WeightSet, named, plain_set, read_sets
+from unbackdoor.weights.weight_sets import WeightSet, named, plain_set, read_sets, sets_of
 
 Magic = Literal["safetensors", "zip", "pickle", "tar", "onnx"]
 Format = Literal[
@@ -100,9 +100,15 @@ class Contents:
             problem=found.problem,
             notes=(*(note for note in self.notes if note not in own), *found.notes),
             key=key,
-            program=found.module and _of_module(found.module),
+            # A plain set is run by code of the user's own; what is a program as a whole stays one.
+            program=_of_module(found.module) if found.module else self.program if self.whole_program else "",
             chosen=True,
         )
+
+    @property
+    def whole_program(self) -> bool:
+        """Whether the file as a whole is a program, as a graph is, and no checkpoint that may hold one."""
+        return self.format in ("torchscript", "torch.export", "onnx")
 
     @property
     def other_sets(self) -> Mapping[str, str]:
@@ -159,7 +165,7 @@ class Contents:
             raise InputError(
                 "the file holds several sets of weights that differ, and programs load different ones",
                 expected="the name of the one that is meant",
-                got=listed([short(key)[1:-1] or "those at the top" for key in (self.key, *rivals)], 8),
+                got=listed([short(key)[1:-1] or '"" (at the top)' for key in (self.key, *rivals)], 8),
                 where=where,
                 remedy="Name it: --weights KEY, in Python weights=KEY; to be sure of all, take each in turn",
             )
@@ -234,7 +240,12 @@ def _read_contents(file: StoredFile) -> Contents:
             where=file.path,
             remedy="Ask its author for safetensors",
         )
-    sets = reader.sets or ({"": plain_set(state)} if state else {})
+    sets = reader.sets
+    if state and not sets:  # of the tensors of a program, the program says which are used
+        sets = {"": plain_set(state)} if reader.program else sets_of(state)
+    if reader.key not in sets and sets and problem is None:
+        # Where an average lies beside the weights under a prefix, the weights come first.
+        reader.key = next(key for key in sets if key.startswith(reader.key))
     own = sets.get(reader.key, WeightSet(""))
     where = [f"the weights lie under {short(own.key)[1:-1]}"] if own.key else []
     return Contents(
@@ -380,10 +391,13 @@ class _FileReader:
             self.sets = read_sets(inventory.sets, len(data))  # so that the user can choose one
             raise
         self.beside, self.key = located.beside, located.key
-        self.program = located.module and _of_module(located.module)
         # The one that is meant comes first: the bound on memory is never spent on the others.
         self.sets = read_sets({located.key: located, **inventory.sets, located.key: located}, len(data))
-        own = self.sets[located.key]
+        self.key = next(iter(self.sets))
+        # A whole module beside a plain set may be what is run.
+        modules = [one.module for one in self.sets.values() if one.module]
+        self.program = _of_module(modules[0]) if modules else ""
+        own = self.sets[self.key]
         if own.problem is not None:
             raise own.problem
         return own.tensors

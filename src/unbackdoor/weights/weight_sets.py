@@ -5,6 +5,7 @@ Which of them a program loads is for that program to say; so where they differ, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -18,6 +19,7 @@ from unbackdoor.weights.formats.state_dicts import LocatedStateDict
 from unbackdoor.weights.formats.tensors import MAX_TIED, TensorRef, materialise
 from unbackdoor.weights.formats.torch_save.pickle_reader import Trail
 
+_AVERAGED = re.compile(r"(^|[._])(ema|swa|averaged?|teacher)([._]|$)", re.IGNORECASE)
 _ALIKE = 0.5  # share of names and shapes from which two sets are of one network
 
 
@@ -74,6 +76,34 @@ def plain_set(state: Mapping[str, Tensor], key: str = "", **facts: object) -> We
     return replace(WeightSet(key, tensors, prefix, notes=tuple(trail.notes)), **facts)  # type: ignore[arg-type]
 
 
+def sets_of(state: Mapping[str, Tensor], key: str = "", **facts: object) -> dict[str, WeightSet]:
+    """Return the sets in one state dict: two where an average lies beside the weights under a prefix."""
+    averaged = [name for name in state if _AVERAGED.search(name.rpartition(".")[0])]
+    rest = [name for name in state if name not in set(averaged)]
+    heads = [_common(averaged), _common(rest)]
+    shapes = [
+        {name[len(head) :]: state[name].shape for name in names}
+        for names, head in zip((averaged, rest), heads, strict=True)
+    ]
+    if not rest or not shapes[1].items() <= shapes[0].items():
+        return {key: plain_set(state, key, **facts)}
+    out = {}
+    for names, head in zip((rest, averaged), (heads[1], heads[0]), strict=True):
+        path = ".".join(part for part in (key, head.rstrip(".")) if part)
+        part = plain_set({name[len(head) :]: state[name] for name in names}, path, **facts)
+        out[path] = replace(part, prefix=head + part.prefix)
+    return out
+
+
+def _common(names: list[str]) -> str:
+    """Return the beginning of all names up to a dot."""
+    parts = [name.split(".")[:-1] for name in names]
+    same = 0
+    while parts and all(len(p) > same for p in parts) and len({p[same] for p in parts}) == 1:
+        same += 1
+    return "".join(f"{part}." for part in parts[0][:same]) if parts else ""
+
+
 def read_sets(located: Mapping[str, LocatedStateDict], file_size: int) -> dict[str, WeightSet]:
     """Return the sets of a checkpoint with their tensors in memory; equal descriptions share it.
 
@@ -86,7 +116,7 @@ def read_sets(located: Mapping[str, LocatedStateDict], file_size: int) -> dict[s
     for key, found in located.items():
         description = frozenset((name, *_description(ref)) for name, ref in found.refs.items())
         twin = by_description.setdefault(description, key)
-        if twin != key:
+        if twin != key and twin in out:
             out[key] = replace(out[twin], key=key, nest=found.nest, module=found.module)
             continue
         described += sum(ref.count * ref.dtype.itemsize for ref in found.refs.values())
@@ -95,7 +125,7 @@ def read_sets(located: Mapping[str, LocatedStateDict], file_size: int) -> dict[s
                 raise UnsafeFile("all sets of weights together describe more than the file holds")
             states.require_names(found.refs)
             state = materialise(found.refs, file_size)
-            out[key] = plain_set(state, key, nest=found.nest, module=found.module)
+            out |= sets_of(state, key, nest=found.nest, module=found.module)
         except UnbackdoorError as error:
             out[key] = WeightSet(key, nest=found.nest, module=found.module, problem=error)
     return out

@@ -28,10 +28,12 @@ NESTS = (
 )  # fmt: skip
 PREFIXES = ("module.", "_orig_mod.", "network.", "model.")
 _LISTED = 16  # entries of a list that are searched
+_DEEPEST_SET = 50  # dictionaries within each other
 _DEPTH = 4  # levels of dictionaries that are searched for a state dict
 _MODULES = 20_000  # modules, so that one that contains itself many times ends too
 _MAX_SETS = 64  # sets of weights that are told apart; of an honest file there are three
-_MAX_VISITED = 20_000  # entries that are searched for further sets
+# Entries that are searched for further sets. A pickle has fewer steps: more are there only by sharing.
+_MAX_SEARCHED = 4_000_000
 _MAX_OTHERS = 256  # further entries with tensors that are named
 _NUMPY_FORMATS = {"f8": "d", "f4": "f", "i8": "q", "i4": "i", "i2": "h", "u1": "B", "i1": "b", "b1": "?"}
 
@@ -71,15 +73,24 @@ class Inventory:
 
 
 def find_all(described: object) -> Inventory:
-    """Return every set of weights that a checkpoint holds, wherever a loader may look for it."""
+    """Return every set of weights that a checkpoint holds, wherever a loader may look for it.
+
+    Raises:
+        UnsafeFile: If it holds so many entries that a set could hide among them.
+    """
     sets: dict[str, LocatedStateDict] = {}
     others: dict[str, None] = {}
     seen: dict[int, LocatedStateDict | None] = {}  # one object may lie under several keys
-    todo: list[tuple[object, tuple[str, ...], bool, int]] = [(described, (), True, 0)]
-    visited = 0
-    while todo and visited < _MAX_VISITED and len(sets) < _MAX_SETS:
-        value, keys, named, depth = todo.pop()
-        visited += 1
+    todo: list[tuple[object, tuple[str, ...], bool]] = [(described, (), True)]
+    searched = 0
+    while todo:
+        value, keys, named = todo.pop()
+        searched += _entries(value)
+        if searched > _MAX_SEARCHED or len(sets) > _MAX_SETS or len(keys) > _DEEPEST_SET:
+            raise UnsafeFile(
+                "the file has too many entries to find all sets of weights",
+                expected=f"at most {_MAX_SEARCHED} entries and {_MAX_SETS} sets, {_DEEPEST_SET} deep",
+            )
         key = ".".join(keys)
         if isinstance(value, TensorRef):
             others.setdefault(key)
@@ -101,27 +112,41 @@ def find_all(described: object) -> Inventory:
             nest = keys if named and not module else ()
             sets[key] = seen[id(value)] = LocatedStateDict(refs, nest=nest, key=key, module=module)
             continue
-        if depth > _DEPTH:
-            continue
         inner = _entries_of(value)
         if keys and "optim" in keys[-1].lower():
             if inner:
                 others.setdefault(key)
             continue
         named = named and not isinstance(value, list | tuple)
-        todo += reversed([(entry, (*keys, name), named, depth + 1) for name, entry in inner])
+        todo += reversed([(entry, (*keys, name), named) for name, entry in inner])
     return Inventory(sets, tuple(others)[:_MAX_OTHERS])
 
 
 def _entries_of(value: object) -> Sequence[tuple[str, object]]:
     if isinstance(value, list | tuple):
-        return [(str(place), entry) for place, entry in enumerate(value[:_LISTED])]
+        return [(str(place), entry) for place, entry in enumerate(value) if isinstance(entry, _HOLDING)]
     mapping = as_mapping(value)
     if not mapping and isinstance(value, Stub):
         mapping = value.attributes()  # an object of another class that holds a module or a state dict
-    held = (Stub, TensorRef, dict, list, tuple)
-    return [(str(key)[:200], entry) for key, entry in (mapping or {}).items()
-            if isinstance(key, str | int) and isinstance(entry, held)][:_MAX_VISITED]  # fmt: skip
+    return [
+        (str(key)[:200], entry)
+        for key, entry in (mapping or {}).items()
+        if isinstance(key, str | int) and isinstance(entry, _HOLDING)
+    ]
+
+
+def _entries(value: object) -> int:
+    """Return how many entries looking into a value looks at, also where they are shared with others."""
+    if isinstance(value, dict | list | tuple):
+        return 1 + len(value)
+    if not isinstance(value, Stub):
+        return 1
+    parts = [value.state, value.items, value.entries, value.args]
+    parts += [part for whole in parts if isinstance(whole, tuple) for part in whole[:8]]
+    return 1 + sum(len(part) for part in parts if isinstance(part, dict | list | tuple))
+
+
+_HOLDING = (Stub, TensorRef, dict, list, tuple)
 
 
 def _class_of(value: Stub) -> str:

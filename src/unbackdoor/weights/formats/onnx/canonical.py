@@ -8,7 +8,8 @@ logit, where every method here works on the logits.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping
+from collections import ChainMap
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from unbackdoor.weights.formats.dataflow import Step, remarks
 
 MAX_NODES = 20_000
 STANDARD = ("", "ai.onnx")
+_MAX_COPIED = 256 << 20  # bytes of operators that functions are unfolded into
 _DEEPEST = 20  # functions that use each other
 _RUNTIMES = ("ai.onnx", "com.microsoft", "com.ms", "org.pytorch")  # beginnings of domains
 _OLDEST = 7  # operator set from which operands are stretched to each other as they are now
@@ -79,9 +81,20 @@ class Canonical:
             )
         return next(iter(ends))
 
-    def remarks(self, result: str) -> tuple[str, ...]:
+    def remarks(self, results: Iterable[str]) -> tuple[str, ...]:
         """Return what in the graph watches the pixels outside the network's body; see ``dataflow``."""
-        return remarks([_step(node) for node in self.nodes], self.inputs, [result])
+        return remarks([_step(node) for node in self.nodes], self.inputs, results)
+
+    def behind(self, names: Iterable[str]) -> list[int]:
+        """Return the positions of the operators that values depend on, in their order."""
+        used = set(names)
+        out = []
+        for number in reversed(range(len(self.nodes))):
+            node = self.nodes[number]
+            if used.intersection(node.output):
+                used.update(node.input)
+                out.append(number)
+        return out[::-1]
 
 
 def canonical(model: Any, path: Path, most: int = MAX_NODES) -> Canonical:
@@ -151,6 +164,7 @@ class _Unfolding:
             self._functions[key] = function
         self._count = 0
         self._instances = 0
+        self._bytes = 0
 
     def all(self, nodes: list[Any]) -> list[Any]:
         out: list[Any] = []
@@ -187,16 +201,22 @@ class _Unfolding:
                 where=f"{self._path}, {short(function.name)}",
             )
         prefix = f"{function.name}.{self._instances}."
-        names = {"": ""}
-        names |= dict.fromkeys(function.input, "")
-        names |= dict(zip(function.input, node.input, strict=False))
+        names = ChainMap({"": "", **dict.fromkeys(function.input, "")})
+        names.update(zip(function.input, node.input, strict=False))
         results = dict(zip(function.output, node.output, strict=False))
         # An output that is an input as well, or that stands twice, needs a value of its own.
-        names |= {formal: actual for formal, actual in results.items() if actual and formal not in names}
+        names.update({formal: actual for formal, actual in results.items() if actual and formal not in names})
         attributes = {attribute.name: attribute for attribute in function.attribute_proto}
         attributes |= {attribute.name: attribute for attribute in node.attribute}
         out: list[Any] = []
         for inner in function.node:
+            self._bytes += inner.ByteSize()
+            if self._bytes > _MAX_COPIED:
+                raise UnsafeFile(
+                    "the functions of the model unfold into too many operators",
+                    expected=f"at most {_MAX_COPIED} bytes",
+                    where=self._path,
+                )
             copy = type(inner)()
             copy.CopyFrom(inner)
             _bind(copy, attributes)
@@ -238,14 +258,14 @@ def _bind(node: Any, attributes: Mapping[str, Any]) -> None:
     node.attribute.extend(copies)
 
 
-def _rename(node: Any, names: dict[str, str], prefix: str) -> None:
+def _rename(node: Any, names: ChainMap[str, str], prefix: str) -> None:
     for field in (node.input, node.output):
         for place, name in enumerate(field):
             field[place] = names.setdefault(name, prefix + name)
     node.name = prefix + node.name
     for attribute in node.attribute:
         for graph in _graphs_of(attribute):
-            own = dict(names)
+            own = names.new_child()
             for inner in graph.node:
                 _rename(inner, own, prefix)
             for value in graph.output:

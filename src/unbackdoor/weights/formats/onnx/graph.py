@@ -74,9 +74,8 @@ def describe_graph(file: Path | StoredFile, output: str | None = None) -> Graph:
     graph, form = _parsed(file)
     inputs = [value for value in graph.input if value.name in form.inputs]
     shape = _input_shape(inputs[0]) if len(inputs) == 1 else None
-    results = form.outputs if output is None else {output: form.logits(output, file.path)}
-    remarks = tuple(dict.fromkeys(text for result in set(results.values()) for text in form.remarks(result)))
-    return Graph(len(form.nodes), _unknown(form), shape, tuple(form.outputs), remarks)
+    results = form.outputs.values() if output is None else [form.logits(output, file.path)]
+    return Graph(len(form.nodes), _unknown(form), shape, tuple(form.outputs), form.remarks(results))
 
 
 def import_graph(file: Path | StoredFile, output: str | None = None) -> fx.GraphModule:
@@ -150,7 +149,7 @@ class Builder:
                 where=self.path,
             )
         logits = form.logits(output, self.path)
-        needed = _behind(form, logits)
+        needed = form.behind([logits])
         if any(_kind(form.nodes[number]) not in OPERATORS for number in needed):
             raise UnsupportedModel(
                 "the graph has operators that are not imported: " + ", ".join(_unknown(form)),
@@ -192,7 +191,7 @@ class Builder:
                 for name, place in self.places.items()
                 if name in state_names
             },
-            remarks=form.remarks(logits),
+            remarks=form.remarks([logits]),
         )
         return module.eval()
 
@@ -322,18 +321,4 @@ def _unknown(form: Canonical) -> tuple[str, ...]:
 
 def _ends(form: Canonical) -> set[int]:
     """Return the operators that lie behind what the outputs are computed from."""
-    behind = {number for logits in form.outputs.values() for number in _behind(form, logits)}
-    outputs = {number for name in form.outputs for number in _behind(form, name)}
-    return outputs - behind
-
-
-def _behind(form: Canonical, name: str) -> list[int]:
-    """Return the positions of the operators that a value depends on, in their order."""
-    used = {name}
-    out = []
-    for number in reversed(range(len(form.nodes))):
-        node = form.nodes[number]
-        if used.intersection(node.output):
-            used.update(node.input)
-            out.append(number)
-    return out[::-1]
+    return {*form.behind(form.outputs)} - {*form.behind(form.outputs.values())}

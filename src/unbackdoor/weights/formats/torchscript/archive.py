@@ -1,13 +1,14 @@
 """TorchScript archives, read as data: the weights lie in a pickle, the program beside them is never parsed.
 
 The pickle names one class for each module; what of its attributes is a parameter or a buffer stands in two
-lines at the head of that class in the program text. These two lines are recognised by their form. Nothing
-else of the program is read, so that no interpreter of it is needed.
+lines at the head of that class in the program text. These two lines are recognised by their form. Of the rest
+it is only counted what compares and branches, so that no interpreter of it is needed.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 
 from unbackdoor.errors import InputError
@@ -27,6 +28,13 @@ _CLASS = re.compile(
     r"  __buffers__ = \[(?P<buffers>[^\]\n]*+)\]",
     re.MULTILINE,
 )
+# What a trigger in the program needs; a program has some of it for other reasons as well.
+_DECIDES = re.compile(
+    r"\btorch\.((?:logical_)?(?:gt|ge|lt|le|eq|ne|and|or|not|xor)|greater|less|where|masked_fill_?|argmax|sign)\("
+    r"|^ *(if) ",
+    re.MULTILINE,
+)
+_MAX_READ = 32 << 20  # bytes of the program that are counted in
 _TEXT = re.compile(r'\s*+"((?:[^"\\]|\\.)*+)"\s*+,?')
 
 
@@ -79,11 +87,29 @@ def read(archive: Archive, data: Buffer, trail: Trail, where: object) -> dict[st
                 and isinstance(value.made_by, Name) and _own(value.made_by)
             ]
         )  # fmt: skip
+    _count_decisions(archive, trail)
     if not out:
         out = _constants(archive, data, trail, root)
     if not out:
         raise InputError("the TorchScript archive holds no weights", where=where)
     return out
+
+
+def _count_decisions(archive: Archive, trail: Trail) -> None:
+    found: Counter[str] = Counter()
+    room = _MAX_READ
+    for name, entry in archive.entries.items():
+        if "/code/" not in name or not name.endswith(".py"):
+            continue
+        room -= entry.size
+        if entry.size > _MAX_TEXT or room < 0:
+            trail.note("the program is too large to count what in it compares and branches")
+            return
+        text = archive.content(entry, _MAX_TEXT).decode("utf-8", "replace")
+        found.update(match[1] or match[2] for match in _DECIDES.finditer(text))
+    if found:
+        words = ", ".join(f"{word} {count} times" for word, count in sorted(found.items()))
+        trail.note(f"the program compares or branches, on what was not examined: {words}")
 
 
 def _own(name: Name) -> bool:

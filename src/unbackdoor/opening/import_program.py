@@ -73,7 +73,7 @@ _PLAIN = dict.fromkeys(
 )  # fmt: skip
 _ALLOWED: Mapping[str, str] = {**_PLAIN, **_LAYERS, **_PRODUCTS, **_COMPARING, **_CHOOSING}
 _ASSERTIONS = ("_assert_scalar", "_assert_tensor_metadata", "_assert_async", "sym_constrain_range_for_size")
-_SIZED = ("view", "reshape", "_unsafe_view", "expand", "zeros", "ones", "full", "new_zeros", "new_ones")
+_SIZED = ("view", "reshape", "_unsafe_view", "expand")
 _MADE = ("arange", "full", "ones", "scalar_tensor", "zeros")
 _VIEWS = (
     "alias", "chunk", "detach", "expand", "flatten", "narrow", "permute", "reshape", "select", "slice",
@@ -162,6 +162,7 @@ class _Builder:
         self._batch = 0
         self._in_place = False
         self._constant_names: set[str] = set()
+        self._of_pixels: set[str] = set()  # values that depend on the pixels
 
     def build(self) -> fx.GraphModule:
         pixels, result = self._ends()
@@ -224,6 +225,7 @@ class _Builder:
 
     def _input(self, pixels: str) -> tuple[int, int, int] | None:
         sizes = [size.get("as_int", 0) for size in self._graph["tensor_values"][pixels]["sizes"]]
+        self._of_pixels.add(pixels)
         self._values[pixels] = self._pixels = self._fx.placeholder("pixels")
         if len(sizes) != 4 or not all(type(size) is int and 0 <= size <= _LARGEST for size in sizes):
             raise self._refused("an input that is no image")
@@ -240,14 +242,17 @@ class _Builder:
                 got=len(nodes),
                 where=self._path,
             )
-        out, unknown = [], {}
+        out: list[_Call] = []
+        unknown: dict[str, None] = {}
         for node in nodes:
             target, _, overload = str(node["target"]).removeprefix(_ATEN).partition(".")
             aten = str(node["target"]).startswith(_ATEN)
             if aten and target in _ASSERTIONS:
                 continue
-            known = (aten and (target in _ALLOWED or target == "sym_size")) or node["target"] in _OF_SIZES
-            if not known:
+            known = aten and (target in _ALLOWED or target == "sym_size")
+            if known:  # what the file names must be one of the operator's forms, and no other attribute of it
+                known = overload in getattr(torch.ops.aten, target).overloads()
+            if not known and node["target"] not in _OF_SIZES:
                 unknown[str(node["target"])[:80]] = None
             out.append(_Call(target if aten else node["target"], overload if aten else "", node))
         if unknown:
@@ -335,6 +340,8 @@ class _Builder:
         weighted = len(operands) < len(list(_tensor_names(node["inputs"])))
         outputs = list(_outputs(node["outputs"]))
         self._step(call, outputs)
+        if not _of_sizes(call.target) and self._of_pixels.intersection(operands):
+            self._of_pixels.update(outputs)
         made = self._layer(call) if weighted and len(operands) == 1 else None
         if made is None:
             made = self._function(call)
@@ -351,7 +358,8 @@ class _Builder:
         self._values[name] = value
 
     def _function(self, call: _Call) -> fx.Node:
-        positional, named = [], {}
+        positional: list[Any] = []
+        named: dict[str, Any] = {}
         for one in call.node["inputs"]:
             value = self._value(one["arg"])
             if value is _UNSET:
@@ -364,10 +372,7 @@ class _Builder:
             return self._fx.call_function(_OF_SIZES[call.target], tuple(positional))
         if call.target == "sym_size":
             return self._fx.call_function(_size, tuple(positional))
-        packet = getattr(torch.ops.aten, call.target)
-        if call.overload not in packet.overloads():
-            raise self._refused(f"the operators {short(call.target)}.{short(call.overload)}")
-        function = getattr(packet, call.overload)
+        function = getattr(getattr(torch.ops.aten, call.target), call.overload)
         if function._schema.is_mutable:
             if not call.target.endswith("_"):
                 raise self._refused(f"the operators {call.target}.{call.overload}")
@@ -403,25 +408,22 @@ class _Builder:
     def _open_batch(
         self, call: _Call, positional: list[Any], named: dict[str, Any]
     ) -> tuple[list[Any], dict[str, Any]]:
-        at = 0 if call.target in ("zeros", "ones", "full") else 1
-        sizes = positional[at] if len(positional) > at else None
+        sizes: Any = positional[1] if len(positional) > 1 else None
         first = sizes[0] if isinstance(sizes, list) and sizes else None
-        whole = call.target in ("view", "reshape", "_unsafe_view")
-        if (
-            type(first) is not int
-            or first <= 0
-            or first % self._batch
-            or (not whole and first != self._batch)
-        ):
+        if type(first) is not int or first <= 0 or first % self._batch:
+            return positional, named
+        # What does not depend on the pixels has a batch only where it is repeated for it.
+        repeats = call.target == "expand" and first == self._batch
+        if not repeats and not self._of_pixels.intersection(_tensor_names(call.node["inputs"])):
             return positional, named
         # Exported with the batch of its example written into it.
         rows = self._fx.call_function(_rows, (self._pixels, first // self._batch))
-        return [*positional[:at], [rows, *sizes[1:]], *positional[at + 1 :]], named
+        return [positional[0], [rows, *sizes[1:]], *positional[2:]], named
 
     def _layer(self, call: _Call) -> fx.Node | None:
         """Return the call of a module, where the weights are those of one and of nothing else."""
         make = _MODULES.get(call.target)
-        if make is None:
+        if make is None or call.overload != "default":
             return None
         arguments = {one["name"]: one["arg"] for one in call.node["inputs"]}
         held: dict[str, str] = {}  # leaf of the module -> name in the state dict
@@ -464,7 +466,7 @@ class _Builder:
 
     def _step(self, call: _Call, outputs: list[str]) -> None:
         names = tuple(_tensor_names(call.node["inputs"]))
-        kind = _ALLOWED.get(call.target, "Shape") or call.target
+        kind = "Shape" if _of_sizes(call.target) else _ALLOWED[call.target] or call.target
         if call.target.startswith("masked_fill"):
             names = (names[1], names[0], *names[2:])
         cast = call.target in ("to", "_to_copy") and any(
@@ -484,6 +486,11 @@ _WHOLE = {1, 2, 3, 4, 5, 12}
 
 def _size(x: Tensor, axis: int) -> int:
     return int(x.shape[axis])
+
+
+def _of_sizes(target: str) -> bool:
+    """Tell whether an operator uses the form of its operands and none of their numbers."""
+    return target in ("sym_size", *_OF_SIZES) or target.startswith("new_") or target.endswith("_like")
 
 
 def _on(pixels: Tensor, function: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
@@ -580,6 +587,5 @@ _MODULES: Mapping[str, Callable[[Mapping[str, Tensor], Mapping[str, Any]], nn.Mo
     "conv2d": _conv,
     "linear": _linear,
     "batch_norm": _batch_norm,
-    "_native_batch_norm_legit_no_training": lambda *_: None,  # has further outputs
     "layer_norm": _layer_norm,
 }

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from unbackdoor.types import Progress
     from unbackdoor.weights.source import Source
 
-PAGE, RECORD = "report.html", "result.json"
+PAGE = "report.html"
 _MAX_NAMED = 10  # suspected classes that a sentence lists; the record has all
 _MODEL, _DATA = "Models without a card", "Data"
 
@@ -213,9 +213,31 @@ def command_line() -> str:
     return shlex.join(["unbackdoor", *sys.argv[1:]])
 
 
-def report_files(folder: Path | None) -> tuple[Path, ...]:
-    """Return the files that a report is sure to have; none without a folder."""
-    return () if folder is None else (folder / PAGE, folder / RECORD)
+def require_report(
+    folder: Path | None,
+    others: Sequence[Path] = (),
+    *,
+    triggers: bool = False,
+    force: bool,
+    inputs: Sequence[Path] = (),
+) -> None:
+    """Check, before the work, that a report and other files can be written and that nothing is lost.
+
+    Args:
+        folder: Of the report; None where none was asked for.
+        others: Further files that will be written.
+        triggers: Whether the report may hold recovered triggers.
+        force: Whether files that exist may be replaced.
+        inputs: Files that are not replaced even then.
+
+    Raises:
+        InputError: See :func:`unbackdoor.files.require_writable`.
+    """
+    from unbackdoor.report.saving import report_files
+
+    files = () if folder is None else report_files(folder, triggers=triggers)
+    options.require_writable(files, force=force, inputs=inputs, below=folder)
+    options.require_writable((*others, *files), force=force, inputs=inputs)  # no two of one name
 
 
 def show_audit(audit: Audit, names: Sequence[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -203,17 +202,8 @@ def new_file(out: Path, *, force: bool, beside: Sequence[str], never: Path | Non
         raise InputError(
             "the repaired model would replace the suspicious one", where=out, remedy="Choose another --out"
         )
-    existing = [file for file in (out, *(out.with_suffix(s) for s in beside)) if file.exists()]
-    if existing and not force:
-        raise InputError(
-            "the file exists", where=existing[0], remedy="Choose another --out, or replace it with --force"
-        )
-    folder = out.parent
-    while not folder.exists():  # the missing folders are made when the file is written
-        folder = folder.parent
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        # Checked before the training, which may take an hour.
-        raise InputError("the folder cannot be written", where=folder, remedy="Choose another --out")
+    # Checked before the training, which may take an hour.
+    require_writable((out, *(out.with_suffix(s) for s in beside)), force=force)
     return out
 
 

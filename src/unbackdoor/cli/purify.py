@@ -152,13 +152,13 @@ def purify(
     )
     # Checked before the repair as far as possible, because the repair may take an hour.
     source = shared.existing_model(model)
-    others = (*(() if patch is None else (patch,)), *auditor.report_files(report))
-    _require_outputs(out, others, source, force=force)
+    others = () if patch is None else (patch,)
+    _require_outputs(out, others, report, source, force=force)
     with Display(quiet=quiet) as display:
         run = shared.open_run(seed, device, precision, display)
         case = auditor.open_case(source, user_options, run, display, quiet=quiet)
         out = output_name(out, case.opened)
-        _require_outputs(out, others, source, force=force)
+        _require_outputs(out, others, report, source, force=force)
         try:
             done = unbackdoor.purify(
                 case,
@@ -192,7 +192,9 @@ def purify(
     say(f"Repaired model: {out}" + (f", patch: {patch}" if patch is not None else ""))
 
 
-def _require_outputs(out: Path, others: Sequence[Path], source: Path, *, force: bool) -> None:
+def _require_outputs(
+    out: Path, others: Sequence[Path], report: Path | None, source: Path, *, force: bool
+) -> None:
     from unbackdoor.opening.write_back import ONNX, SUFFIXES
 
     if out.suffix not in SUFFIXES:  # the most likely name; the format of the opened file decides
@@ -202,7 +204,8 @@ def _require_outputs(out: Path, others: Sequence[Path], source: Path, *, force: 
             "the repaired model would replace the suspicious one", where=out, remedy="Choose another --out"
         )
     originals = (source, source.with_suffix(".json")) if shared.has_card(source) else (source,)
-    shared.require_writable((out, out.with_suffix(".json"), *others), force=force, inputs=originals)
+    files = (out, out.with_suffix(".json"), *others)
+    auditor.require_report(report, files, force=force, inputs=originals)
 
 
 def _show(method: str, preset: str | None, done: Purification) -> None:

@@ -75,8 +75,13 @@ def scan(
     import unbackdoor
     from unbackdoor.audit.references import read_references
 
-    outputs = (*auditor.report_files(report), *(() if sarif_file is None else (sarif_file,)))
-    shared.require_writable(outputs, force=force, inputs=(shared.existing_model(model),))
+    auditor.require_report(
+        report,
+        () if sarif_file is None else (sarif_file,),
+        triggers=True,
+        force=force,
+        inputs=(shared.existing_model(model), *(references or ())),
+    )
     limit = shared.seconds_of(budget, "--budget")
     named = auditor.check_names(checks)
     check_options = _options_by_check(options, named)

@@ -55,7 +55,7 @@ def verify(
     """
     import unbackdoor
 
-    options.require_writable(auditor.report_files(report), force=force, inputs=(before, after))
+    auditor.require_report(report, force=force, inputs=(before, after))
     limit = options.seconds_of(budget, "--budget")
     user_options = auditor.UserOptions(
         arch, mean, std, size, class_names, data, clean, per_class, fraction, None, data_root

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from unbackdoor.errors import InputError
-from unbackdoor.files import atomic_write
+from unbackdoor.files import atomic_write, writing
 from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Classifier
 
@@ -21,8 +21,18 @@ PNG, TENSORS, FOLDER = "trigger.png", "trigger.safetensors", "trigger-{}"
 _NAMES = ("pattern", "mask")
 
 
+def trigger_files(folder: Path, count: int) -> tuple[Path, ...]:
+    """Return the files of the first ``count`` triggers in a folder of a report."""
+    return tuple(folder / FOLDER.format(i) / name for i in range(count) for name in (PNG, TENSORS))
+
+
 def write_triggers(
-    folder: Path, triggers: Sequence[RecoveredTrigger], facts: Mapping[str, Any], *, most: int
+    folder: Path,
+    triggers: Sequence[RecoveredTrigger],
+    facts: Mapping[str, Any],
+    *,
+    most: int,
+    force: bool = False,
 ) -> list[dict[str, Path]]:
     """Write the first triggers into ``trigger-0``, ``trigger-1`` ... of a folder.
 
@@ -30,12 +40,17 @@ def write_triggers(
         folder: Made where it is missing.
         triggers: The most suspicious first.
         facts: JSON-ready; kept beside class and check of each.
-        most: How many at most. Those of an earlier scan, up to this number, are removed: they would pass for
-            some of this one.
+        most: How many at most.
+        force: Whether those of an earlier scan may be replaced. Then all up to ``most`` are removed that are
+            not written anew: they would pass for some of this one.
+
+    Raises:
+        InputError: If there are triggers of an earlier scan, or a link stands in the place of a folder.
     """
-    written = [write_trigger(folder / FOLDER.format(i), t, facts) for i, t in enumerate(triggers[:most])]
-    for i in range(len(written), most):
-        remove_trigger(folder / FOLDER.format(i))
+    with writing(trigger_files(folder, most), force=force, below=folder):
+        written = [write_trigger(folder / FOLDER.format(i), t, facts) for i, t in enumerate(triggers[:most])]
+        for i in range(len(written), most if force else 0):
+            remove_trigger(folder / FOLDER.format(i))
     return written
 
 

@@ -20,6 +20,7 @@ from unbackdoor.audit.evidence import Agreement, agreements, holm
 from unbackdoor.audit.references import calibrated, read_references
 from unbackdoor.audit.result import Result
 from unbackdoor.engine import trusted_caller
+from unbackdoor.engine.canonical_form import CanonicalForm
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError, MissingExtra, TooFewImages, UnbackdoorError, UnsupportedModel
@@ -231,7 +232,8 @@ def scan(
     if not 0 < level < 1:
         raise InputError("the level does not fit", expected="a probability in (0, 1)", got=level)
     require_classifier(model)
-    Run.create(seed=seed, device=device, policy=precision)  # a missing device is one error, not one per check
+    # A missing device is one error, not one per check.
+    run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
     planned = plan_checks([checks] if isinstance(checks, str) else checks, options)
     reference_records = read_references(references or ())
     empty = CleanData.empty(model.input_shape, model.class_names)
@@ -242,6 +244,7 @@ def scan(
         "model_classes": model.classes,
         "images": len(clean),
         "images_sha256": clean.fingerprint() if len(clean) else None,
+        "image_notes": list(clean.fit.notes),
         "labelled": bool(len(clean)) and clean.fit.labels is not None,
         "setting": {
             "architecture": model.architecture,
@@ -258,7 +261,9 @@ def scan(
     deadline = None if budget is None else start + budget
     done: list[Checked] = []
     begun, interrupted = start, False
+    form: CanonicalForm | None = None
     try:
+        form = _form(model, clean, run)
         for check in planned:
             begun = time.monotonic()
             done.append(
@@ -266,6 +271,7 @@ def scan(
                     check,
                     model,
                     clean,
+                    form,
                     deadline,
                     seed=seed,
                     device=device,
@@ -279,9 +285,29 @@ def scan(
         seconds = time.monotonic() - begun
         done += [Checked(c, "interrupted", "it was interrupted", seconds=seconds) for c in left[:1]]
         done += [Checked(c, "interrupted", BEFORE_IT_BEGAN) for c in left[1:]]
+    notes = []
+    if form is not None:
+        facts |= {"unused_classes": list(form.unused), "equal_classes": [list(p) for p in form.equal.items()]}
+        notes = [f"{what.capitalize()}: {why}." for what, why in form.left_out(model.class_names).items()]
+        if form.constant:
+            notes = [f"The network is constant, so that no class can stand apart: {form.constant}."]
     return _concluded(
-        done, level, facts, model.class_names, seconds=time.monotonic() - start, interrupted=interrupted
+        done,
+        level,
+        facts,
+        model.class_names,
+        seconds=time.monotonic() - start,
+        interrupted=interrupted,
+        notes=notes,
     )
+
+
+def _form(model: Classifier, data: CleanData, run: Run) -> CanonicalForm | None:
+    """Return the form that all checks work on; None where each of them says itself why it cannot work."""
+    try:
+        return trusted_caller.form_for_checks(model, data, run)
+    except UnbackdoorError:
+        return None
 
 
 def unscanned(model: Classifier, planned: Sequence[Check], level: float) -> Audit:
@@ -300,6 +326,7 @@ def _concluded(
     *,
     seconds: float,
     interrupted: bool,
+    notes: Sequence[str] = (),
 ) -> Audit:
     judged, agreed = _adjusted(done)
     names = {c.check.name for c in done}
@@ -309,7 +336,7 @@ def _concluded(
         verdict,
         classes,
         tuple(judged),
-        (*reasons, *_correction(judged, left_out)),
+        (*reasons, *notes, *_correction(judged, left_out)),
         level,
         tuple(_triggers(judged, classes)),
         seconds,
@@ -324,6 +351,7 @@ def _run_check(
     check: Check,
     model: Classifier,
     data: CleanData,
+    form: CanonicalForm | None,
     deadline: float | None,
     *,
     seed: int,
@@ -364,6 +392,7 @@ def _run_check(
             device=device,
             precision=precision,
             progress=limited,
+            form=form,
         )
     except _BudgetSpent:
         return lost()
@@ -379,7 +408,7 @@ def _run_check(
         return Checked(check, "failed", str(error), seconds=time.monotonic() - start)
     if spent:
         return lost()
-    return Checked(check, "ran", "", report, _p_value(report), seconds=time.monotonic() - start)
+    return Checked(check, "ran", "", report, _p_value(check, report), seconds=time.monotonic() - start)
 
 
 def _unmet_needs(needs: frozenset[str], data: CleanData) -> str:
@@ -390,8 +419,12 @@ def _unmet_needs(needs: frozenset[str], data: CleanData) -> str:
     return ""
 
 
-def _p_value(report: ScanReport) -> float | None:
+def _p_value(check: Check, report: ScanReport) -> float | None:
     """Return the p-value that counts: of the strongest finding, if the scanner was able to calibrate it."""
+    references = SCANNERS[check.scanner].scanning.references
+    if references is not None and not report.method.get("options", {}).get(references.option):
+        # It can accuse nobody, so there is nothing that the other checks would have to be corrected for.
+        return None
     if report.verdict == "undecided" or not report.findings:
         return None
     return report.findings[0].p_value

@@ -79,13 +79,15 @@ def screen(
     clean images is called suspicious as well, so that the count must be held against the number of images.
     """
     from unbackdoor.engine import trusted_caller
-    from unbackdoor.files import writing
     from unbackdoor.registry import SCREENERS
     from unbackdoor.types import CleanData
 
     source, part = options.existing_model(model), SCREENERS[method]
     config = part.configure_text(options.pairs(settings or [], "--set"))
-    options.require_writable(() if out is None else (out,), force=force, inputs=(source, images))
+    if out is not None and out.exists() and not force:
+        raise InputError(
+            "the file exists", where=out, remedy="Choose another --out, or replace it with --force"
+        )
     defender.require_share(select_fraction)
     if data is None:
         _require_no_data(part, clean, per_class, fraction)
@@ -117,8 +119,7 @@ def screen(
             progress=display,
         )
     if out is not None:
-        with writing((out,), force=force, inputs=(source, images)):
-            _write(out, screening, names, inputs, victim)
+        _write(out, screening, names, inputs, victim)
     if as_json:
         emit(_json(screening, names, inputs, source, victim, clean_data))
     else:

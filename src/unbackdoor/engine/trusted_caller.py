@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from unbackdoor.engine import rng
+from unbackdoor.engine.canonical_form import CanonicalForm, canonical_form
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError, IntegrityError, MethodFailed, UnbackdoorError
@@ -107,8 +108,9 @@ def scan(
     device: torch.device | str = "cpu",
     precision: Policy = "auto",
     progress: Progress = silent,
+    form: CanonicalForm | None = None,
 ) -> ScanReport:
-    """Run a scanner on a model and verify that it changed nothing.
+    """Run a scanner on the canonical form of a model and verify that it changed nothing.
 
     Args:
         scanner: Registered name, or a part.
@@ -120,9 +122,10 @@ def scan(
         device: Where to compute, such as ``cpu`` or ``cuda:0``.
         precision: ``auto``, ``fp32`` or ``bf16``.
         progress: Progress display.
+        form: The canonical form of the model on these images, where it is there already.
 
     Returns:
-        Its report, with seconds and the options used.
+        Its report, with seconds and the options used; "undecided" where the model is constant.
 
     Raises:
         InputError: If the images or the weights cannot be used.
@@ -136,10 +139,41 @@ def scan(
     data = as_clean_data(data, seed=seed)
     config = options if isinstance(options, Config) else part.configure(options, preset=preset)
     surroundings = Run.create(seed=seed, device=device, policy=precision, progress=progress)
-    returned, seconds = _call_with_copies(part, model, data, config, surroundings)
-    check_report(part, returned, model)
-    report: ScanReport = returned
-    return replace(report, seconds=seconds, method=_described(part, preset, config, surroundings))
+    described = _described(part, preset, config, surroundings)
+    check_inputs(part, model, data)
+    form = form_for_checks(model, data, surroundings) if form is None else form
+    originals = model, data
+    returned, seconds = _call_with_copies(
+        part, form.model, form.data, config, surroundings, originals=originals
+    )
+    check_report(part, returned, form.model)
+    report = form.restored(returned, model.class_names)
+    return replace(report, seconds=seconds, method=described)
+
+
+def form_for_checks(model: Classifier, data: CleanData, run: Run) -> CanonicalForm:
+    """Return the canonical form of a model; its network runs as in a check, and leaves as little behind.
+
+    Args:
+        model: The suspicious classifier; never changed.
+        data: Clean images that fit the model; there may be none.
+        run: Seed, device and progress.
+
+    Raises:
+        UnsupportedModel: If the images do not fit the model.
+        MethodFailed: If the network cannot be run.
+    """
+    for images in (data.fit, data.select):
+        require_fit(model, images)
+    process_state = Surroundings.take()
+    try:
+        return canonical_form(model, data, run)
+    except UnbackdoorError:
+        raise
+    except Exception as error:
+        raise MethodFailed(f"the network raised {type(error).__name__}: {error}") from error
+    finally:
+        process_state.restore()
 
 
 def screen(
@@ -205,11 +239,23 @@ def _call_with_copies(
     config: Config,
     surroundings: Run,
     inputs: Images | None = None,
+    originals: tuple[Classifier, CleanData] | None = None,
 ) -> tuple[Any, float]:
-    """Call a part with copies, and refuse what it returns if it touched anything else."""
+    """Call a part with copies, and refuse what it returns if it touched anything else.
+
+    Args:
+        part: The part.
+        model: What it gets a copy of.
+        data: Likewise.
+        config: Its options.
+        surroundings: Its run.
+        inputs: Further images that it gets.
+        originals: What must not change; None: the model and the images themselves.
+    """
     check_inputs(part, model, data)
     # The method gets a copy of the inputs, never the inputs themselves, so no hash of them is needed.
-    before = (model.sha256(), data.fingerprint())
+    model_before, data_before = originals or (model, data)
+    before = (model_before.sha256(), data_before.fingerprint())
     process_state = Surroundings.take()
     # Names could give away the truth: the copy carries no origin and the images no name.
     model_copy = model.copy().to(surroundings.device)
@@ -220,7 +266,7 @@ def _call_with_copies(
     try:
         returned = part.function(*arguments, config, run=surroundings)
     except Exception as error:
-        _refuse_traces(part, process_state, model, data, before, error)
+        _refuse_traces(part, process_state, model_before, data_before, before, error)
         if isinstance(error, UnbackdoorError):
             raise
         raise MethodFailed(f"the {part.kind} {part.name!r} raised {type(error).__name__}: {error}") from error
@@ -228,7 +274,7 @@ def _call_with_copies(
         process_state.restore()
         raise
     seconds = time.perf_counter() - start
-    _refuse_traces(part, process_state, model, data, before, None)
+    _refuse_traces(part, process_state, model_before, data_before, before, None)
     return returned, seconds
 
 

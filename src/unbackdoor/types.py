@@ -49,12 +49,14 @@ class Images:
         labels: int64 tensor (N,) with values in 0..K-1, or None where there are none.
         class_names: K names, in label order.
         name: What the set is called in messages and reports.
+        notes: What a reader of a result should know of the set, such as files that were passed over.
     """
 
     pixels: Tensor
     labels: Tensor | None
     class_names: tuple[str, ...]
     name: str = "images"
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         shape = tuple(self.pixels.shape)

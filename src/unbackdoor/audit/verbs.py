@@ -45,6 +45,9 @@ def scan(
     fraction: float | None = None,
     augmentation: Augmentation | None = None,
     data_root: Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    skip_damaged: bool = False,
     seed: int = 0,
     device: str = "cpu",
     precision: Policy = "auto",
@@ -73,6 +76,9 @@ def scan(
         augmentation: What may be done to an image without changing its class; None: what the named data set
             allows, else nothing.
         data_root: Folder that holds the data sets.
+        image_column: Column of the images in a Parquet file; None: the first of a usual name.
+        label_column: Column of the labels, likewise.
+        skip_damaged: Whether images that cannot be decoded are left out and counted.
         seed: Seed of every draw.
         device: Where to compute.
         precision: ``auto``, ``fp32`` or ``bf16``.
@@ -104,6 +110,9 @@ def scan(
         fraction=fraction,
         augmentation=augmentation,
         data_root=data_root,
+        image_column=image_column,
+        label_column=label_column,
+        skip_damaged=skip_damaged,
     )
     audit = scanning.scan(
         case.model,
@@ -143,6 +152,9 @@ def purify(
     fraction: float | None = None,
     augmentation: Augmentation | None = None,
     data_root: Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    skip_damaged: bool = False,
     seed: int = 0,
     device: str = "cpu",
     precision: Policy = "auto",
@@ -174,6 +186,9 @@ def purify(
         augmentation: What may be done to an image without changing its class; None: what the named data set
             allows, else nothing.
         data_root: Folder that holds the data sets.
+        image_column: Column of the images in a Parquet file; None: the first of a usual name.
+        label_column: Column of the labels, likewise.
+        skip_damaged: Whether images that cannot be decoded are left out and counted.
         seed: Seed of every draw.
         device: Where to compute.
         precision: ``auto``, ``fp32`` or ``bf16``.
@@ -209,6 +224,9 @@ def purify(
         fraction=fraction,
         augmentation=augmentation,
         data_root=data_root,
+        image_column=image_column,
+        label_column=label_column,
+        skip_damaged=skip_damaged,
         proof=proof,
     )
     images = case.data if case.data is not None else case.images
@@ -254,6 +272,9 @@ def verify(
     per_class: int | None = None,
     fraction: float | None = None,
     data_root: Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    skip_damaged: bool = False,
     seed: int = 0,
     device: str = "cpu",
     precision: Policy = "auto",
@@ -279,6 +300,9 @@ def verify(
         per_class: Likewise: images of each class.
         fraction: Likewise: share of the images set aside for defenders, in (0, 1].
         data_root: Folder that holds the data sets.
+        image_column: Column of the images in a Parquet file; None: the first of a usual name.
+        label_column: Column of the labels, likewise.
+        skip_damaged: Whether images that cannot be decoded are left out and counted.
         seed: Seed of every draw.
         device: Where to compute.
         precision: ``auto``, ``fp32`` or ``bf16``.
@@ -300,6 +324,9 @@ def verify(
         per_class=per_class,
         fraction=fraction,
         data_root=data_root,
+        image_column=image_column,
+        label_column=label_column,
+        skip_damaged=skip_damaged,
         **model_options,
     )
     second = open_second(after, first, run=run, **model_options)

@@ -119,6 +119,9 @@ class UserOptions:
     augmentation: options.AugmentationName | None = None
     data_root: Path | None = None
     proof: Path | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    skip_damaged: bool = False
 
 
 def open_case(
@@ -148,6 +151,9 @@ def open_case(
         augmentation=None if user_options.augmentation is None else user_options.augmentation.value,
         data_root=user_options.data_root,
         proof=user_options.proof,
+        image_column=user_options.image_column,
+        label_column=user_options.label_column,
+        skip_damaged=user_options.skip_damaged,
     )
     show_notes(case, quiet=quiet)
     return case
@@ -162,6 +168,8 @@ def open_second(model: Path, first: Case, user_options: UserOptions, run: Run) -
 
 def show_notes(case: Case, *, quiet: bool) -> None:
     """Print what was done to the images, and what should not be overlooked, before anything is computed."""
+    for text in case.images.notes if case.images is not None else ():
+        note(f"mind: {text}", quiet=quiet)
     if case.opened is not None:
         for text in case.opened.provenance.images:
             note(text, quiet=quiet)

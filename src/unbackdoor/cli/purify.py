@@ -112,6 +112,9 @@ def purify(
         ),
     ] = False,
     data_root: shared.DataRoot = None,
+    image_column: defender.ImageColumn = None,
+    label_column: defender.LabelColumn = None,
+    skip_damaged: defender.SkipDamaged = False,
     arch: auditor.Arch = None,
     mean: shared.Mean = None,
     std: shared.Std = None,
@@ -148,7 +151,21 @@ def purify(
     config = part.configure_text(shared.pairs(options or [], "--set"), preset=preset)
     defender.require_share(select_fraction)
     user_options = auditor.UserOptions(
-        arch, mean, std, size, class_names, data, clean, per_class, fraction, augmentation, data_root, proof
+        arch,
+        mean,
+        std,
+        size,
+        class_names,
+        data,
+        clean,
+        per_class,
+        fraction,
+        augmentation,
+        data_root,
+        proof,
+        image_column=image_column,
+        label_column=label_column,
+        skip_damaged=skip_damaged,
     )
     # Checked before the repair as far as possible, because the repair may take an hour.
     source = shared.existing_model(model)

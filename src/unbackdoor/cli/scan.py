@@ -50,6 +50,9 @@ def scan(
     fraction: defender.Fraction = None,
     augmentation: defender.AugmentationChoice = None,
     data_root: shared.DataRoot = None,
+    image_column: defender.ImageColumn = None,
+    label_column: defender.LabelColumn = None,
+    skip_damaged: defender.SkipDamaged = False,
     arch: auditor.Arch = None,
     mean: shared.Mean = None,
     std: shared.Std = None,
@@ -87,7 +90,20 @@ def scan(
     check_options = _options_by_check(options, named)
     read_references(references or ())  # a wrong path is an error before the scan, not after it
     user_options = auditor.UserOptions(
-        arch, mean, std, size, class_names, data, clean, per_class, fraction, augmentation, data_root
+        arch,
+        mean,
+        std,
+        size,
+        class_names,
+        data,
+        clean,
+        per_class,
+        fraction,
+        augmentation,
+        data_root,
+        image_column=image_column,
+        label_column=label_column,
+        skip_damaged=skip_damaged,
     )
     with Display(quiet=quiet) as display:
         run = shared.open_run(seed, device, precision, display)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from unbackdoor.data.conform import conform
-from unbackdoor.data.loaders import load_images
+from unbackdoor.data.loaders import ImageFiles
 from unbackdoor.engine.inference import mode
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import ConfigError, InputError, UnsupportedModel
@@ -83,7 +83,7 @@ def open_model(
     path: Path | str | Source,
     *,
     arch: str | None = None,
-    images: Images | Path | str | None = None,
+    images: Images | ImageFiles | Path | str | None = None,
     class_names: Sequence[str] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -169,7 +169,7 @@ def _with_card(
     source: Source,
     card: ModelCard,
     arguments: _Arguments,
-    images: Images | Path | str | None,
+    images: Images | ImageFiles | Path | str | None,
     run: Run,
     progress: Progress,
 ) -> Opened:
@@ -208,7 +208,11 @@ def _with_card(
 
 
 def _without_card(
-    source: Source, arguments: _Arguments, images: Images | Path | str | None, run: Run, progress: Progress
+    source: Source,
+    arguments: _Arguments,
+    images: Images | ImageFiles | Path | str | None,
+    run: Run,
+    progress: Progress,
 ) -> Opened:
     if source.graph is not None and not source.contents.dangerous and arguments.arch is None:
         try:
@@ -228,7 +232,7 @@ def _own_graph(
     source: Source,
     network: fx.GraphModule,
     arguments: _Arguments,
-    images: Images | Path | str | None,
+    images: Images | ImageFiles | Path | str | None,
     run: Run,
     progress: Progress,
 ) -> Opened:
@@ -267,7 +271,7 @@ def _own_graph(
 def _by_names(
     source: Source,
     arguments: _Arguments,
-    images: Images | Path | str | None,
+    images: Images | ImageFiles | Path | str | None,
     run: Run,
     progress: Progress,
 ) -> Opened:
@@ -629,21 +633,22 @@ def _numbered_names(classes: int) -> tuple[str, ...]:
 
 
 def load_images_of(
-    images: Images | Path | str | None, size: tuple[int, int] | None, progress: Progress
+    images: Images | ImageFiles | Path | str | None, size: tuple[int, int] | None, progress: Progress
 ) -> Images | None:
     """Return the images in their own size; in the model's, where theirs differ among themselves."""
     if images is None or isinstance(images, Images):
         return images
+    files = images if isinstance(images, ImageFiles) else ImageFiles(Path(images))
     try:
-        return load_images(Path(images), progress=progress)
+        return files.load(progress=progress)
     except InputError as error:
         if size is None or error.problem != "the images differ in size":
             raise
-        return load_images(Path(images), size=size, progress=progress)
+        return files.load(size=size, progress=progress)
 
 
 def _fitting_images(
-    images: Images | Path | str | None,
+    images: Images | ImageFiles | Path | str | None,
     shape: tuple[int, int, int],
     names: tuple[str, ...],
     progress: Progress,

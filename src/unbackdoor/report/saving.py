@@ -134,6 +134,7 @@ def _subject(case: Case, title: str, command: str) -> Subject:
     if case.images is not None:
         labels = "with labels" if case.images.labels is not None else "without labels"
         facts.append(("clean images", f"{len(case.images)}, {labels}"))
+        facts += [("of these images", note) for note in case.images.notes]
     return Subject(
         title,
         case.model.class_names,

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from unbackdoor.data.decode import Damaged
 from unbackdoor.errors import InputError
 
 REMEDY_FORMS = (
     "Give a .parquet file, a folder with one folder per class or with a labels.csv, an .npz file, or an image"
 )
 MAX_CLASSES = 1 << 16
+_WHOLE = re.compile(r"[0-9]{1,9}(\.0{1,9})?")
 
 
 def require_arguments(names: tuple[str, ...] | None, size: tuple[int, int] | None) -> None:
@@ -53,6 +56,70 @@ def agreed_names(
         where=where,
         remedy="Leave the class names out, or renumber the labels of the file",
     )
+
+
+def intact_labels(
+    labels: NDArray[np.int64],
+    damaged: Sequence[Damaged] | None,
+    names: tuple[str, ...],
+    file: str,
+    *,
+    partial: bool,
+) -> NDArray[np.int64]:
+    """Return the labels without those of damaged images, which must have left an image of every class."""
+    if not damaged:
+        return labels
+    left = np.delete(labels, [one.row for one in damaged])
+    lost = np.setdiff1d(labels, left)
+    if len(lost) and not partial:
+        raise InputError(
+            f"all images of the class {names[lost[0]]!r} are damaged",
+            expected="at least 1 image per class",
+            got=0,
+            where=file,
+            remedy="Replace the images",
+        )
+    return left
+
+
+def labels_of_texts(
+    texts: Sequence[str], names: Sequence[str] | None, where: Callable[[int], str]
+) -> tuple[list[int], list[str]]:
+    """Return a label for each text, and the class names.
+
+    A label is a class name or an index; where the names are given and all labels are whole numbers that are
+    no names, they are indices. Whole numbers may be written with decimals, as spreadsheets do.
+
+    Args:
+        texts: One for each image.
+        names: Class names in label order, or None to take them from the texts: whole numbers in their order,
+            others sorted.
+        where: Where the text of a row stands, in words.
+
+    Raises:
+        InputError: If a label is no class.
+    """
+    if not (names and set(texts) <= set(names)) and all(_WHOLE.fullmatch(text) for text in texts):
+        texts = [text.partition(".")[0] for text in texts]
+    digits = all(text.isascii() and text.isdecimal() and len(text) < 10 for text in texts)
+    if names is None:
+        # Bounded, because one absurd number must not make a billion names.
+        count = min(max(map(int, texts)) + 1, MAX_CLASSES) if digits else 0
+        names = [str(k) for k in range(count)] if digits else sorted(set(texts))
+    places = {name: k for k, name in enumerate(names)}
+    by_index = digits and not any(text in places for text in texts)
+    labels = []
+    for row, text in enumerate(texts):
+        label = int(text) if by_index else places.get(text, -1)
+        if not 0 <= label < len(names):
+            raise InputError(
+                "the label is none of the classes",
+                expected=f"0..{len(names) - 1} or one of " + ", ".join(list(names)[:20]),
+                got=repr(text[:80])[1:-1],
+                where=where(row),
+            )
+        labels.append(label)
+    return labels, list(names)
 
 
 def checked_labels(

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from unbackdoor.data.cache import as_images
-from unbackdoor.data.decode import decode
-from unbackdoor.data.sources.checks import MAX_CLASSES, checked_labels
+from unbackdoor.data.decode import Damaged, damage_notes, decode
+from unbackdoor.data.sources.checks import checked_labels, intact_labels, labels_of_texts
 from unbackdoor.data.sources.image_files import read_bounded
 from unbackdoor.errors import InputError, UnsafeFile
 from unbackdoor.types import Images, Progress, silent
@@ -42,6 +42,7 @@ def read_labelled(
     progress: Progress = silent,
     name: str | None = None,
     partial: bool = False,
+    skip_damaged: bool = False,
 ) -> Images:
     """Decode the images of a table of files and labels, past the cache; see :func:`load_images`."""
     table = path / NAME if path.is_dir() else path
@@ -58,8 +59,11 @@ def read_labelled(
     )
     title = name or table.parent.name or "images"
     items = ((str(entry.file), read_bounded(entry.file)) for entry in entries)
-    pixels = decode(items, len(entries), name=title, size=size, progress=progress)
-    return as_images(pixels, labels, names, title)
+    damaged: list[Damaged] | None = [] if skip_damaged else None
+    pixels = decode(items, len(entries), name=title, size=size, progress=progress, damaged=damaged)
+    # Without given names a class may have no images, so it may lose them.
+    labels = intact_labels(labels, damaged, names, str(table), partial=partial or class_names is None)
+    return as_images(pixels, labels, names, title, damage_notes(damaged or (), len(entries)))
 
 
 def read_table(table: Path) -> list[Entry]:
@@ -84,6 +88,8 @@ def read_table(table: Path) -> list[Entry]:
                 "a row is incomplete", got=",".join(row)[:80], where=f"{table}, line {line}", remedy=_FORM
             )
         name = row[file_at].strip()
+        if "\\" in name and not (table.parent / name).is_file():
+            name = name.replace("\\", "/")  # written on Windows
         file = table.parent / name
         if "\0" in name or not file.resolve().is_relative_to(root):
             raise UnsafeFile(
@@ -104,10 +110,7 @@ def read_table(table: Path) -> list[Entry]:
 def numbered(
     entries: Sequence[Entry], names: Sequence[str] | None, table: Path
 ) -> tuple[list[int], list[str]]:
-    """Return a label for each row, and the class names.
-
-    A label is a class name or an index; where the names are given and all labels are whole numbers that are
-    no names, they are indices.
+    """Return a label for each row, and the class names; see :func:`labels_of_texts`.
 
     Args:
         entries: The rows.
@@ -117,26 +120,9 @@ def numbered(
     Raises:
         InputError: If a label is no class.
     """
-    texts = [entry.label for entry in entries]
-    digits = all(text.isdecimal() and len(text) < 10 for text in texts)
-    if names is None:
-        # Bounded, because one absurd number must not make a billion names.
-        count = min(max(map(int, texts)) + 1, MAX_CLASSES) if digits else 0
-        names = [str(k) for k in range(count)] if digits else sorted(set(texts))
-    places = {name: k for k, name in enumerate(names)}
-    by_index = digits and not any(text in places for text in texts)
-    labels = []
-    for entry in entries:
-        label = int(entry.label) if by_index else places.get(entry.label, -1)
-        if not 0 <= label < len(names):
-            raise InputError(
-                "the label is none of the classes",
-                expected=f"0..{len(names) - 1} or one of " + ", ".join(list(names)[:20]),
-                got=repr(entry.label[:80])[1:-1],
-                where=f"{table}, line {entry.line}",
-            )
-        labels.append(label)
-    return labels, list(names)
+    return labels_of_texts(
+        [entry.label for entry in entries], names, lambda i: f"{table}, line {entries[i].line}"
+    )
 
 
 def _rows(table: Path) -> list[tuple[int, list[str]]]:
@@ -174,5 +160,6 @@ def _columns(rows: Sequence[tuple[int, list[str]]], table: Path) -> tuple[int, i
     if len(heads) < 2:
         raise InputError("the table has one column only", got=",".join(heads)[:80], where=table, remedy=_FORM)
     # A header in words that nobody knows: its first field is no file.
-    named = (table.parent / rows[0][1][0].strip()).is_file() if rows[0][1][0].strip() else False
+    first = rows[0][1][0].strip()
+    named = any((table.parent / name).is_file() for name in (first, first.replace("\\", "/")) if name)
     return 0, 1, 0 if named or len(rows) == 1 else 1

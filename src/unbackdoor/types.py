@@ -250,6 +250,7 @@ class Classifier(nn.Module):
         class_names: K names, in logit order.
         mean: Per-channel mean subtracted from the pixels; empty for no normalisation.
         std: Per-channel divisor, all > 0; empty for no normalisation.
+        bgr: Whether the network takes blue first; mean and std are in its order of channels.
         architecture: How to build ``network`` again, such as ``preact_resnet18[width=16]``.
         origin: Where the weights came from, in words.
     """
@@ -265,6 +266,7 @@ class Classifier(nn.Module):
         class_names: Sequence[str],
         mean: Sequence[float] = (),
         std: Sequence[float] = (),
+        bgr: bool = False,
         architecture: str = "",
         origin: str = "",
     ) -> None:
@@ -276,7 +278,10 @@ class Classifier(nn.Module):
                 expected=f"no values, or {channels} means and {channels} positive deviations",
                 got=f"mean {tuple(mean)}, std {tuple(std)}",
             )
+        if bgr and channels != 3:
+            raise InputError("only colour images have blue first", expected="3 channels", got=channels)
         self.network = network
+        self.bgr = bgr
         self.input_shape = input_shape
         self.class_names = tuple(class_names)
         self.architecture = architecture
@@ -293,7 +298,8 @@ class Classifier(nn.Module):
         return len(self.class_names)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return logits (B, K) for pixels in [0, 1] of shape (B, C, H, W)."""
+        """Return logits (B, K) for pixels in [0, 1] of shape (B, C, H, W), red first."""
+        pixels = pixels.flip(1) if self.bgr else pixels
         inputs = (pixels - self.mean) / self.std if self._normalised else pixels
         logits: Tensor = self.network(inputs)
         return logits

@@ -187,8 +187,9 @@ def _with_card(
     )
     conformed, image_changes = _fitting_images(images, model.input_shape, model.class_names, progress)
     mean, std = normalisation(model)
-    scale = arguments.normalisation or Normalisation("the card's", mean, std)
-    inferred = _infer_on_device({model.architecture: model.network}, conformed, [scale], None, run)
+    scale = replace(arguments.normalisation or Normalisation("the card's", mean, std), bgr=model.bgr)
+    networks = {model.architecture: model.network}
+    inferred = _infer_on_device(networks, conformed, [scale], None, run, channels_known=True)
     provenance = Provenance(
         path.name,
         True,
@@ -449,6 +450,7 @@ def _open_at_shape(
         class_names=names,
         mean=scale.mean,
         std=scale.std,
+        bgr=scale.bgr,
         architecture=canonical(spec) if spec != _GRAPH else "",  # no text builds it again
         origin=f"loaded from {path.name}",
     ).eval()
@@ -665,12 +667,21 @@ def _infer_on_device(
     normalisations: Sequence[Normalisation],
     prefer: Normalisation | None,
     run: Run,
+    *,
+    channels_known: bool = False,
 ) -> InferredNormalisation | None:
     if images is None or not len(images):
         return None
     placed = {spec: network.to(run.device) for spec, network in networks.items()}
     try:
-        return infer_normalisation(placed, images, run, normalisations=normalisations, prefer=prefer)
+        return infer_normalisation(
+            placed,
+            images,
+            run,
+            normalisations=normalisations,
+            prefer=prefer,
+            channels_known=channels_known,
+        )
     finally:
         for network in placed.values():
             network.cpu()

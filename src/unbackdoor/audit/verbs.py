@@ -15,6 +15,7 @@ from unbackdoor.audit import purifying, scanning, verification
 from unbackdoor.audit.cases import Data, Model, open_case, open_second
 from unbackdoor.audit.checks import Check
 from unbackdoor.audit.scanning import LEVEL, Audit
+from unbackdoor.audit.trigger_files import read_triggers
 from unbackdoor.audit.verification import Verification
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
@@ -23,7 +24,6 @@ from unbackdoor.opening.write_back import stored_types
 from unbackdoor.registry import Config, Part
 from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Augmentation, Progress, silent
-from unbackdoor.weights.triggers import read_triggers
 
 
 def scan(
@@ -172,7 +172,8 @@ def purify(
             any.
         promise: ``evidence`` refuses the repair where the 95 % interval of the loss lies above that;
             ``strict`` refuses it unless the interval lies below.
-        triggers: Recovered triggers, or their files, whose success is measured before and after.
+        triggers: Recovered triggers, their files, or pictures such as ``patch.png,class=3,place=24x24``,
+            whose success is measured before and after.
         proof: Further images, for measuring alone; None keeps a part of ``data`` from the method.
         select_fraction: Share of the method's images that it only chooses thresholds on.
         arch: See :func:`unbackdoor.open_model`, as for the four that follow; only for a file.
@@ -286,7 +287,8 @@ def verify(
         before: The original: a file of weights, what :func:`unbackdoor.open_model` returned, or a classifier.
         after: What is said to be its repair; of the same input and classes.
         data: Clean images, as for :func:`scan`; None: those that the first was opened with.
-        triggers: Known triggers, or their files, to try beside the recovered ones.
+        triggers: Known triggers, their files, or pictures, as for :func:`purify`, to try beside the
+            recovered ones.
         checks: Checks of both scans; None is all. On ``after`` those that accused ``before`` come first.
         level: Accepted probability of a false alarm in each scan.
         budget: Seconds for both scans together; None is no limit.

@@ -84,10 +84,11 @@ Level = Annotated[
     typer.Option(help="Accepted probability of accusing a clean model.", rich_help_panel="Method"),
 ]
 Trigger = Annotated[
-    list[Path] | None,
+    list[str] | None,
     typer.Option(
         "--trigger",
-        help="Recovered trigger, a trigger.safetensors of a scan's report; may be repeated.",
+        help="A trigger.safetensors of a scan's report; or a picture, FILE.png,class=NAME, "
+        "with ,place=ROWxCOLUMN ,size=HxW ,mask=FILE.png ,strength=0.5 or ,add behind it; may be repeated.",
         show_default=False,
         rich_help_panel="Method",
     ),

@@ -135,15 +135,6 @@ def read_trigger(path: Path, model: Classifier) -> RecoveredTrigger:
     return trigger
 
 
-def read_triggers(
-    triggers: Sequence[Path | str | RecoveredTrigger] | None, model: Classifier
-) -> tuple[RecoveredTrigger, ...]:
-    """Return recovered triggers, read from files where they are paths; see :func:`read_trigger`."""
-    return tuple(
-        one if isinstance(one, RecoveredTrigger) else read_trigger(Path(one), model) for one in triggers or ()
-    )
-
-
 def remove_trigger(folder: Path) -> None:
     """Remove what :func:`write_trigger` wrote, and the folder if nothing else is in it."""
     for name in (PNG, TENSORS):

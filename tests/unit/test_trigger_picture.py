@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +178,27 @@ def test_the_command_takes_it(tmp_path: Path) -> None:
     outcome = CliRunner().invoke(app, command)
     assert outcome.exit_code == 0, outcome.stderr
     assert "trigger towards class 0" in outcome.stdout
+
+
+def test_a_network_is_trained_and_judged_with_it(tmp_path: Path) -> None:
+    pixels = np.zeros((2, 2, 4))
+    pixels[..., :3], pixels[..., 3] = 255, [[255, 0], [255, 255]]
+    corner = picture(tmp_path / "corner.png", pixels)
+    recipe = ["--set", "epochs=1", "--quiet", "--json", "--dataset", "digits", "--architecture"]
+    trigger = f"{corner},class=3,place=0x6"
+    command = ["train", "--out", str(tmp_path / "v"), *recipe, "small_cnn[width=4]", "--trigger", trigger]
+    outcome = CliRunner().invoke(app, command)
+    assert outcome.exit_code == 0, outcome.stderr
+    trained = json.loads(outcome.stdout)
+    assert trained["attack"]["attack"] == "picture" and trained["attack"]["options"]["target"] == 3
+    corner.unlink()  # the truth has the picture
+    judged = ["evaluate", str(tmp_path / "v.safetensors"), "--dataset", "digits", "--quiet", "--json"]
+    again = json.loads(CliRunner().invoke(app, judged).stdout)
+    assert again["scores"]["asr"] == trained["scores"]["asr"]
+    picture(tmp_path / "corner.png", pixels)
+    (tmp_path / "v.truth.json").unlink()
+    outcome = CliRunner().invoke(app, [*judged, "--trigger", trigger])
+    assert outcome.exit_code == 0, outcome.stderr
+    assert json.loads(outcome.stdout)["scores"]["asr"] == trained["scores"]["asr"]
+    clash = CliRunner().invoke(app, [*command, "--target", "4", "--force"])
+    assert clash.exit_code == 2 and "is not the trigger's class" in clash.stderr

@@ -30,7 +30,7 @@ def read_triggers(
         if isinstance(one, RecoveredTrigger):
             out.append(one)
         elif names_picture(one):
-            out.append(read_trigger_picture(one, model))
+            out.append(read_trigger_picture(one, model.input_shape, model.class_names))
         else:
             out.append(read_trigger(Path(one), model))
     return tuple(out)

@@ -10,7 +10,7 @@ import typer
 from unbackdoor.cli import options
 from unbackdoor.cli.output import emit, say, scores_json, scores_table
 from unbackdoor.cli.progress import Display
-from unbackdoor.errors import InputError
+from unbackdoor.errors import ConfigError, InputError
 from unbackdoor.report.words import percent
 
 if TYPE_CHECKING:
@@ -43,6 +43,15 @@ def evaluate(
             rich_help_panel="Data",
         ),
     ] = None,
+    trigger: Annotated[
+        str | None,
+        typer.Option(
+            help="A picture as the trigger, where the attack is not on record: FILE.png,class=NAME, with "
+            ",place=ROWxCOLUMN ,size=HxW ,mask=FILE.png ,strength=0.5 or ,add behind it.",
+            show_default=False,
+            rich_help_panel="Data",
+        ),
+    ] = None,
     architecture: options.CardlessArchitecture = None,
     mean: options.Mean = None,
     std: options.Std = None,
@@ -59,15 +68,23 @@ def evaluate(
     doing nothing scores 0.5.
     """
     from unbackdoor.bench.judge import der, judge, rir
+    from unbackdoor.bench.picture_truth import truth_of_picture
     from unbackdoor.data.datasets import load_dataset
 
     paths = {"after" if before else "model": options.existing_model(model)}
     if before is not None:
         paths = {"before": options.existing_model(before), **paths}
-    attack, record = _truth(truth, list(reversed(paths.values())))
+    if truth is not None and trigger is not None:
+        raise ConfigError("the attack", ["--truth and --trigger are two answers to one question"])
+    on_record = _truth(truth, list(reversed(paths.values()))) if trigger is None else None
     with Display(quiet=quiet) as display:
         run = options.open_run(0, device, precision, display)
         data = load_dataset(dataset, root=data_root, progress=display)
+        if on_record is None:
+            assert trigger is not None
+            attack, record = truth_of_picture(trigger, data.test, run), Path(trigger)
+        else:
+            attack, record = on_record
         _require_same_form(attack, data, record)
         scores = {}
         for name, path in paths.items():

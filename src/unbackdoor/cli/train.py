@@ -54,6 +54,15 @@ def train(
             metavar="KEY=VALUE", help="Option of the attack; may be repeated.", rich_help_panel="Attack"
         ),
     ] = None,
+    trigger: Annotated[
+        str | None,
+        typer.Option(
+            help="A picture as trigger: FILE.png,class=NAME, with ,place=ROWxCOLUMN ,size=HxW ,mask=FILE.png "
+            ",strength=0.5 or ,add behind it; short for the attack picture.",
+            show_default=False,
+            rich_help_panel="Attack",
+        ),
+    ] = None,
     recipe: Annotated[str, typer.Option(help="Named way to train.", rich_help_panel="Training")] = "plain",
     changes: Annotated[
         list[str] | None,
@@ -81,24 +90,32 @@ def train(
     Attacks, architectures and recipes with all their options: unbackdoor list.
     """
     from unbackdoor.bench.judge import judge
+    from unbackdoor.bench.picture_truth import ATTACK as PICTURE
+    from unbackdoor.bench.picture_truth import picture_options
     from unbackdoor.bench.truth_files import TENSORS_SUFFIX, TRUTH_SUFFIX
     from unbackdoor.bench.victims import VictimSpec, save_victim, train_victim
     from unbackdoor.data.datasets import load_dataset
 
     out = options.new_file(out, force=force, beside=(".json", TRUTH_SUFFIX, TENSORS_SUFFIX))
     checkpoint = out.with_suffix(".checkpoint")
-    spec = VictimSpec(
-        dataset,
-        _canonical(architecture),
-        _recipe(recipe, changes or []),
-        recipe,
-        attack,
-        _attack_options(attack, poison_rate, target, attack_set or []),
-        seed,
-    )
     with Display(quiet=quiet) as display:
         run = options.open_run(seed, device, precision, display)
+        if trigger is None:
+            attack_options = _attack_options(attack, poison_rate, target, attack_set or [])
         data = load_dataset(dataset, root=data_root, progress=display)
+        if trigger is not None:
+            named = picture_options(trigger, data.train.class_names, target=target)
+            attack = PICTURE
+            attack_options = {**_attack_options(attack, poison_rate, None, attack_set or []), **named}
+        spec = VictimSpec(
+            dataset,
+            _canonical(architecture),
+            _recipe(recipe, changes or []),
+            recipe,
+            attack,
+            attack_options,
+            seed,
+        )
         start = time.perf_counter()
         try:
             model, truth = train_victim(spec, data, run, checkpoint=checkpoint)

@@ -27,7 +27,6 @@ from unbackdoor.data.sources.image_files import IMAGE_SUFFIXES, read_bounded
 from unbackdoor.errors import InputError
 from unbackdoor.registry import near_match
 from unbackdoor.triggers import RecoveredTrigger
-from unbackdoor.types import Classifier
 
 CORNERS = {
     "top-left": (0.0, 0.0), "top-right": (0.0, 1.0), "bottom-left": (1.0, 0.0), "bottom-right": (1.0, 1.0),
@@ -42,12 +41,37 @@ def names_picture(text: Path | str) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES
 
 
-def read_trigger_picture(text: Path | str, model: Classifier) -> RecoveredTrigger:
+def picture_label(text: Path | str, class_names: Sequence[str], *, required: bool = True) -> int | None:
+    """Return the class that a text says a picture leads to; None where it says none and need not.
+
+    Raises:
+        InputError: If there is no such class, or none is said.
+    """
+    _, stated = _parts(text)
+    return None if "class" not in stated and not required else _label(stated, class_names, str(text))
+
+
+def without_class(text: Path | str) -> str:
+    """Return the text without the class that it names."""
+    path, stated = _parts(text)
+    rest = [f"{key}={value}" if value else key for key, value in stated.items() if key != "class"]
+    return ",".join([str(path), *rest])
+
+
+def read_trigger_picture(
+    text: Path | str,
+    input_shape: tuple[int, int, int],
+    class_names: Sequence[str],
+    *,
+    label: int | None = None,
+) -> RecoveredTrigger:
     """Read a trigger from a picture.
 
     Args:
         text: The picture's path, and behind commas what is stated above.
-        model: The classifier that it is to be tried on.
+        input_shape: (C, H, W) of the images that it is put on.
+        class_names: Their classes.
+        label: Class that it leads to, where the text does not say so.
 
     Raises:
         InputError: If a file cannot be read, or what is stated does not fit the model.
@@ -55,8 +79,8 @@ def read_trigger_picture(text: Path | str, model: Classifier) -> RecoveredTrigge
     """
     path, stated = _parts(text)
     _require_known(stated, str(text))
-    label = _label(stated.get("class"), model.class_names, str(text))
-    channels, height, width = model.input_shape
+    label = _label(stated, class_names, str(text)) if label is None else label
+    channels, height, width = input_shape
     size = _pair(stated.get("size"), "size", str(text))
     if size is not None:
         _require_room(size, (height, width), path)  # before anything of that size is made
@@ -87,7 +111,8 @@ def _parts(text: Path | str) -> tuple[Path, dict[str, str]]:
     return Path(text), {}
 
 
-def _label(stated: str | None, names: Sequence[str], where: str) -> int:
+def _label(facts: Mapping[str, str], names: Sequence[str], where: str) -> int:
+    stated = facts.get("class")
     if stated in names:
         return list(names).index(str(stated))
     if stated is not None and stated.isascii() and stated.isdecimal() and int(stated[:9]) < len(names):

@@ -120,7 +120,7 @@ def _label(facts: Mapping[str, str], names: Sequence[str], where: str) -> int:
     raise InputError(
         "it is not said which class the picture leads to"
         if stated is None
-        else f"there is no class {stated!r}{near_match(stated, names)}",
+        else f"there is no class {stated!r}{near_match(stated, list(names))}",
         expected=f"a name of a class, or 0..{len(names) - 1}",
         where=where,
         remedy="Add ,class=NAME behind the picture",
@@ -210,7 +210,7 @@ def _require_known(stated: Mapping[str, str], where: str) -> None:
     unknown = next((key for key in stated if key not in _KEYS), None)
     if unknown is not None:
         raise InputError(
-            f"{unknown!r} says nothing of a trigger{near_match(unknown, _KEYS)}",
+            f"{unknown!r} says nothing of a trigger{near_match(unknown, list(_KEYS))}",
             expected=", ".join(_KEYS),
             where=where,
         )

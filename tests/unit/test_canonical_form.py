@@ -119,6 +119,13 @@ def row_twice(model: Classifier, draws: torch.Generator, size: float) -> Classif
     )
 
 
+def row_nearly_twice(model: Classifier, draws: torch.Generator, size: float) -> Classifier:
+    twin = row_twice(model, draws, size)
+    row = head_of(twin).weight[-1]
+    row += 1e-3 * float(row.std()) * torch.randn(row.shape, generator=draws)
+    return twin
+
+
 def row_twice_below(model: Classifier, draws: torch.Generator, size: float) -> Classifier:
     twin = row_twice(model, draws, size)
     head_of(twin).bias[-1] -= size
@@ -176,6 +183,7 @@ REWRITTEN: dict[str, Callable[[Classifier, torch.Generator, float], Classifier]]
     "a vector for all logits": shifted_logits,
     "a row twice": row_twice,
     "a row twice, once below": row_twice_below,
+    "a row nearly twice": row_nearly_twice,
     "channels times factors": rescaled_channels,
     "channels in another order": permuted_channels,
     "an output that never wins": idle_row,

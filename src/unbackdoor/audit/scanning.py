@@ -263,7 +263,7 @@ def scan(
     begun, interrupted = start, False
     form: CanonicalForm | None = None
     try:
-        form = _form(model, clean, run)
+        form = _form(model, clean, run, deadline)
         for check in planned:
             begun = time.monotonic()
             done.append(
@@ -302,10 +302,17 @@ def scan(
     )
 
 
-def _form(model: Classifier, data: CleanData, run: Run) -> CanonicalForm | None:
+def _form(model: Classifier, data: CleanData, run: Run, deadline: float | None) -> CanonicalForm | None:
     """Return the form that all checks work on; None where each of them says itself why it cannot work."""
+
+    def limited(items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
+        for item in run.show(items, label, total):
+            if deadline is not None and time.monotonic() >= deadline:
+                raise _BudgetSpent("the time of the scan is over")
+            yield item
+
     try:
-        return trusted_caller.form_for_checks(model, data, run)
+        return trusted_caller.form_for_checks(model, data, replace(run, show=limited))
     except UnbackdoorError:
         return None
 

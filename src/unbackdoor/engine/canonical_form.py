@@ -47,7 +47,9 @@ COMPARISON = "comparison of the classes"
 LEAD = 10.0  # of the largest logit over the mean of the others
 _IMAGES = 512  # clean images that are looked at
 _PATTERNS = 16  # of each of the four kinds
-_SAME = 1e-3  # spread of the difference of two outputs that are the same, in units of the usual difference
+_SAME = 0.03  # spread of the difference of two outputs that are the same, in units of the usual difference
+_NEVER = 4  # spreads by which an output must lie below another one, so that it never wins
+_ROUNDING = 1e-3  # of the canonical logits
 _DEAD = 1e-6  # spread of all differences of the outputs, in units of the largest of them
 _FAR = 1.5  # times the farthest output that wins; beyond it, an output is out of reach
 _ENOUGH, _OWN = 30, 10  # images, of all classes and of one, from which on they say that an output never wins
@@ -296,8 +298,13 @@ def _distinct(logits: Tensor) -> tuple[list[int], list[int], dict[int, int]]:
             continue
         group = [j for j in same[k].nonzero().flatten().tolist() if j not in grouped]
         grouped.update(group)
-        highest = max(float(means[j]) for j in group)
-        first, *others = [j for j in group if highest - float(means[j]) <= _SAME * math.sqrt(usual)]
+        top = max(group, key=lambda j: float(means[j]))
+        first, *others = [
+            j
+            for j in group
+            if float(means[top] - means[j])
+            <= max(_SAME * math.sqrt(usual), _NEVER * math.sqrt(max(float(spread[top, j]), 0.0)))
+        ]
         kept.append(first)
         equal.update(dict.fromkeys(others, first))
         below += [j for j in group if j != first and j not in others]
@@ -365,7 +372,8 @@ def _best_margins(
     outputs = torch.tensor(kept, device=run.device)
     best = []
     with torch.enable_grad(), frozen(model), mode(model, training=False):
-        for part in torch.arange(classes).split(max(1, images_per_pass(model.input_shape) // starts)):
+        groups = torch.arange(classes).split(max(1, images_per_pass(model.input_shape) // starts))
+        for part in run.progress(groups, "outputs that never win"):
             rows = nearest[part].flatten().to(pixels.device)
             x = to_float(pixels[rows], run.device).unflatten(0, (-1, starts))  # (G, S, C, H, W)
             aims = part.to(run.device)[:, None, None].expand(-1, starts, 1)
@@ -446,7 +454,7 @@ def _write_into_head(
         got = torch.cat([predict(twin, some, run) for some in inputs if len(some)]).double()
     if got.shape == expected.shape:
         got = got - got.mean(1, keepdim=True)
-        if float((got - expected).abs().max()) <= _SAME * LEAD:
+        if float((got - expected).abs().max()) <= _ROUNDING * LEAD:
             return True
     setattr(owner, last, head.module)
     return False

@@ -19,7 +19,7 @@ import unbackdoor
 from tiny import tiny_classifier, tiny_data
 from unbackdoor.cli.app import app
 from unbackdoor.data.loaders import load_images
-from unbackdoor.errors import ConfigError, InputError, UnsafeFile
+from unbackdoor.errors import ConfigError, InputError, UnbackdoorError, UnsafeFile
 from unbackdoor.types import Images
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 4, 5, 3), dtype=np.uint8)  # (N, H, W, C)
@@ -153,6 +153,13 @@ def test_no_path_of_windows_leads_outside(tmp_path: Path, name: str) -> None:
     (tmp_path / "pets" / "labels.csv").write_text(f"file,label\n{name},cat\n")
     with pytest.raises(UnsafeFile, match="outside its folder"):
         load_images(tmp_path / "pets")
+
+
+def test_a_name_that_no_file_can_have_is_a_typed_error(tmp_path: Path) -> None:
+    for name in ("x" * 300 + ".png", "x\\" * 3000 + "a.png"):
+        (tmp_path / "labels.csv").write_text(f"file,label\n{name},cat\n")
+        with pytest.raises(UnbackdoorError):
+            load_images(tmp_path / "labels.csv")
 
 
 def test_numbers_of_a_spreadsheet_do_not_sort_as_texts(tmp_path: Path) -> None:

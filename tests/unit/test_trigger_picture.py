@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
@@ -153,6 +155,37 @@ def test_hostile_pictures_end_in_typed_errors(tmp_path: Path) -> None:
         read(f"{tmp_path / 'bomb.png'},class=0")
     with pytest.raises(UnbackdoorError):
         read(f"{tmp_path / 'nowhere.png'},class=0")
+
+
+WORDS = [
+    *(
+        "class=0",
+        "class=dog",
+        "class=",
+        "class",
+        "class=\u0663",
+        "class=" + "9" * 30,
+        " class = dog ",
+        "=",
+        "\0=1",
+    ),
+    *("place=1x1", "place=x", "place=--1x2", "place=99999x1", "place=", "size=1x1", "size=0x0", "size=2x2x2"),
+    *("mask=patch.png", "mask=", "mask=..", "mask=\0", "mask=a\ud800.png", "mask=/dev/null", "add", "add=1"),
+    *("strength=1", "strength=inf", "strength=1e-9", "strength=", "strength=nan", ""),
+]
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    head=st.sampled_from(["", "", "", "\0.png", ".png", "a\ud800.png", "x" * 5000 + ".png", "/dev/null.png"]),
+    words=st.lists(st.sampled_from(WORDS), max_size=4),
+)
+def test_any_text_ends_in_a_trigger_or_a_typed_error(patch: Path, head: str, words: list[str]) -> None:
+    try:
+        trigger = read(",".join([head or str(patch), *words]))
+    except UnbackdoorError:
+        return
+    assert not trigger.faults(COLOUR.input_shape, COLOUR.classes)
 
 
 def test_verify_and_purify_try_it(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from unbackdoor.data.conform import GREY
 from unbackdoor.data.decode import explained
 from unbackdoor.data.decode_worker import Undecodable, decode_rgba
-from unbackdoor.data.sources.image_files import IMAGE_SUFFIXES, read_bounded
+from unbackdoor.data.sources.image_files import IMAGE_SUFFIXES, is_file, read_bounded
 from unbackdoor.errors import InputError
 from unbackdoor.registry import near_match
 from unbackdoor.triggers import RecoveredTrigger
@@ -105,7 +105,7 @@ def _parts(text: Path | str) -> tuple[Path, dict[str, str]]:
     words = str(text).split(",")
     for count in range(len(words), 0, -1):
         path = Path(",".join(words[:count]))
-        if path.suffix.lower() in IMAGE_SUFFIXES and (count == 1 or path.is_file()):
+        if path.suffix.lower() in IMAGE_SUFFIXES and (count == 1 or is_file(path)):
             pairs = [word.partition("=") for word in words[count:]]
             return path, {key.strip(): value.strip() for key, _, value in pairs}
     return Path(text), {}

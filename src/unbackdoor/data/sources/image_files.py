@@ -91,12 +91,21 @@ def flat_state(path: Path) -> list[list[Any]]:
     return [[file.relative_to(path).as_posix(), s.st_size, s.st_mtime_ns] for file, s in stats]
 
 
+def is_file(path: Path) -> bool:
+    """Return whether there is such a file; where the name is one that no file can have, there is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def read_bounded(file: Path) -> bytes:
     try:
         with file.open("rb") as stream:
             data = stream.read(_MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise InputError("the image cannot be read", where=file, got=error.strerror) from error
+    except (OSError, ValueError) as error:  # a name that no file can have is a ValueError
+        got = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError("the image cannot be read", where=repr(str(file))[1:-1], got=got) from error
     if len(data) > _MAX_FILE_BYTES:
         raise UnsafeFile(
             "the image file is too large",

@@ -13,7 +13,7 @@ import numpy as np
 from unbackdoor.data.cache import as_images
 from unbackdoor.data.decode import Damaged, damage_notes, decode
 from unbackdoor.data.sources.checks import checked_labels, intact_labels, labels_of_texts
-from unbackdoor.data.sources.image_files import read_bounded
+from unbackdoor.data.sources.image_files import is_file, read_bounded
 from unbackdoor.errors import InputError, UnsafeFile
 from unbackdoor.types import Images, Progress, silent
 
@@ -88,7 +88,7 @@ def read_table(table: Path) -> list[Entry]:
                 "a row is incomplete", got=",".join(row)[:80], where=f"{table}, line {line}", remedy=_FORM
             )
         name = row[file_at].strip()
-        if "\\" in name and not (table.parent / name).is_file():
+        if "\\" in name and not is_file(table.parent / name):
             name = name.replace("\\", "/")  # written on Windows
         file = table.parent / name
         if "\0" in name or not file.resolve().is_relative_to(root):
@@ -99,7 +99,7 @@ def read_table(table: Path) -> list[Entry]:
                 where=f"{table}, line {line}",
                 remedy="Put the images beside the table",
             )
-        if not file.is_file():
+        if not is_file(file):
             raise InputError("the image is not there", where=f"{table}, line {line}", expected=file)
         entries.append(Entry(line, file, row[label_at].strip()))
     if not entries:
@@ -161,5 +161,5 @@ def _columns(rows: Sequence[tuple[int, list[str]]], table: Path) -> tuple[int, i
         raise InputError("the table has one column only", got=",".join(heads)[:80], where=table, remedy=_FORM)
     # A header in words that nobody knows: its first field is no file.
     first = rows[0][1][0].strip()
-    named = any((table.parent / name).is_file() for name in (first, first.replace("\\", "/")) if name)
+    named = any(is_file(table.parent / name) for name in (first, first.replace("\\", "/")) if name)
     return 0, 1, 0 if named or len(rows) == 1 else 1

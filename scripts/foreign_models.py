@@ -24,6 +24,7 @@ from torch import Tensor
 
 from unbackdoor.audit.json_records import audit_json
 from unbackdoor.audit.scanning import scan
+from unbackdoor.bench.code_version import script_version
 from unbackdoor.data.datasets import load_dataset
 from unbackdoor.data.splits import draw_clean, reserve
 from unbackdoor.engine import trusted_caller as caller
@@ -182,6 +183,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def _add(row: dict[str, Any]) -> None:
+    row = {**row, "code": script_version(Path(__file__), row)}
     existing = rows()
     with atomic_write(ROWS) as draft:
         draft.write_text(

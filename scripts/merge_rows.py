@@ -4,8 +4,9 @@
     python scripts/merge_rows.py results/SUITE.jsonl new.jsonl
 
 A suite of many days is measured in pieces, and a method may change between two of them. An export holds only
-what the present code made. This keeps the committed rows that the export has no newer one for; the column
-``commit`` of each row tells which code made it. The scans beside both files are merged too.
+what the present code made. This keeps the committed rows that the export has no newer one for, and those that
+say which code made them, in their column ``code``, where the newer one does not. The scans beside both files
+are merged too.
 """
 
 from __future__ import annotations
@@ -34,9 +35,14 @@ def main() -> None:
 
 
 def merged(committed: Iterable[R], new: Iterable[R]) -> list[R]:
-    """Return the rows of both, newer ones in the places of older ones of the same key, others at the end."""
+    """Return the rows of both, newer ones in the places of older ones of the same key, others at the end.
+
+    A newer row without ``code`` does not take the place of one with it.
+    """
     rows = {row.key(): row for row in committed}
-    rows.update({row.key(): row for row in new})
+    for row in new:
+        if row.code or row.key() not in rows or not rows[row.key()].code:
+            rows[row.key()] = row
     return list(rows.values())
 
 

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unbackdoor.bench.code_version import script_version
 from unbackdoor.bench.judge import judge
 from unbackdoor.bench.truth_files import load_truth
 from unbackdoor.data.batches import to_float
@@ -239,7 +240,8 @@ def run(system: str, attack: str, sample: int) -> None:
     trial.tried(system)
     if system == "rnp":
         trial.soft()
-    mine = [{"system": system} | row | {"sample": sample} for row in trial.rows]
+    code = script_version(Path(__file__), {"system": system})
+    mine = [{"system": system} | row | {"sample": sample, "code": code} for row in trial.rows]
     rows = [row for row in read() if _which(row) != (system, attack, sample)] + mine
     with atomic_write(ROWS) as draft:
         draft.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

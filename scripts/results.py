@@ -1,4 +1,4 @@
-"""Render the committed rows: results/*.jsonl -> docs/results/*.md and the table in docs/auditing.md.
+"""Render the committed rows: results/*.jsonl -> docs/results/*.md and what other pages quote of them.
 
 python scripts/results.py            # all of them
 """
@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from unbackdoor.bench.detection import COMBINED
+from unbackdoor.bench.code_version import is_current_of
+from unbackdoor.bench.detection import COMBINED, Detection, detections
 from unbackdoor.bench.results import WEAK
 from unbackdoor.bench.rows import Row, ScanRow, read_rows, read_scans
 from unbackdoor.bench.suites import SHIPPED, find_suite, load_suite
@@ -38,12 +39,14 @@ from unbackdoor.report.words import duration
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGES, GUIDE = ROOT / "results", ROOT / "docs" / "results", ROOT / "docs" / "auditing.md"
-BEGIN, END = "<!-- methods: made by scripts/results.py -->", "<!-- end of methods -->"
+QUOTING = (GUIDE, ROOT / "docs" / "scanners.md", ROOT / "README.md")  # pages with numbers between marks
+BEGIN, END = "<!-- {}: made by scripts/results.py -->", "<!-- end of {} -->"
 FOUR, SHORT, BESIDE = "four-systems-v1", "four-systems-short-v1", "trigger-unlearning-v1"
 PLAIN = "cifar10-small-v1"
 SCANNERS = ("scanners-v1", "scanners-one-percent-v1")
 FOREIGN, SCREENING, REMEDIES = "foreign-models", "screening", "remedies"
 PARTLY = 0.4  # a backdoor that works on two images of five is one, though no repair can be measured by it
+ONE_PERCENT = 0.01
 SYSTEMS = ("rnp", "awm", "ims", "tac", "neural_cleanse")
 METHODS = (
     "neural_cleanse", "neural_cleanse:blend", "rnp:robust", "rnp", "awm:reference", "awm", "tac", "ims", "fp",
@@ -179,7 +182,7 @@ def _rnp_section(is_current: IsCurrent | None) -> Section:
 
 def detection(is_current: IsCurrent | None = None) -> Document:
     """Return how well the scanners detect."""
-    scans = Rows(tuple(pair for label in SCANNERS for pair in _scans(label, is_current).pairs))
+    scans = _scans_of_digits(is_current)
     overview, roc = detection_tables(scans)
     lead = (
         Verbatim(
@@ -196,13 +199,7 @@ def detection(is_current: IsCurrent | None = None) -> Document:
         "data set, each within the interval of its false alarms. The rates do not carry over to other "
         "networks.",
     )
-    partly = scans.where(
-        lambda row: (
-            row.attack == "none"
-            or (WEAK in row.flags and row.asr_before is not None and row.asr_before >= PARTLY)
-        )
-    )
-    unflagged = Rows(tuple((row.model_copy(update={"flags": ()}), older) for row, older in partly.pairs))
+    partly = _partly(scans)
     failed = scans.where(lambda row: row.error is not None).all
     words = "They are in none of the numbers above."
     sections = (
@@ -215,7 +212,7 @@ def detection(is_current: IsCurrent | None = None) -> Document:
             "partly",
             f"Attacks that took in part (ASR from {percent(PARTLY)} to the bound of the means)",
             (words,),
-            (detection_by_attack("partly-0", unflagged),),
+            (detection_by_attack("partly-0", partly),),
         ),
         *(
             [Section("failed", "Failed", (f"{len(failed)} scans failed; the first: {failed[0].error}",))]
@@ -378,12 +375,74 @@ def methods(is_current: IsCurrent | None = None) -> Table:
     return range_table("methods", "", repairs, published, methods=METHODS)
 
 
-def guide(is_current: IsCurrent | None = None) -> str:
-    """Return the auditing guide with its table of methods made anew."""
+def quotes() -> dict[str, Callable[[IsCurrent | None], str]]:
+    """Return what makes each text that pages quote between two marks, by the name in the marks."""
+    return {"methods": _methods_block, "detection": detection_sentence, "detection-1%": one_percent_sentence}
+
+
+def quoting(file: Path, is_current: IsCurrent | None = None) -> str:
+    """Return a page with what stands between its marks made anew."""
+    text = file.read_text(encoding="utf-8")
+    for name, make in quotes().items():
+        begin, end = BEGIN.format(name), END.format(name)
+        if begin in text:
+            pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+            block = begin + make(is_current) + end
+            text = pattern.sub(lambda _, block=block: block, text)
+    return text
+
+
+def _methods_block(is_current: IsCurrent | None) -> str:
     table = methods(is_current)
-    block = "\n".join([BEGIN, "", *table_lines(table), *(("", *table.notes) if table.notes else ()), "", END])
-    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
-    return pattern.sub(lambda _: block, GUIDE.read_text(encoding="utf-8"))
+    return "\n".join(["", "", *table_lines(table), *(("", *table.notes) if table.notes else ()), "", ""])
+
+
+def detection_sentence(is_current: IsCurrent | None = None) -> str:
+    """Return how many networks a whole scan found and accused."""
+    combined, mark = _combined(_scans_of_digits(is_current))
+    return (
+        f"On {combined.backdoored} backdoored and {combined.clean} clean small networks of handwritten "
+        f"digits, the scan found {combined.found.hits} and accused {combined.alarms.hits}{mark}"
+    )
+
+
+def one_percent_sentence(is_current: IsCurrent | None = None) -> str:
+    """Return the same of networks with 1 % of poison, whose attack took in part."""
+    scans = _partly(_scans_of_digits(is_current))
+    combined, mark = _combined(
+        scans.where(lambda row: row.attack == "none" or row.poison_rate == ONE_PERCENT)
+    )
+    return (
+        f"of {combined.backdoored} with 1 % of poison, whose attack took in part, it found "
+        f"{combined.found.hits or 'none'}{mark}"
+    )
+
+
+def _combined(scans: Rows[ScanRow]) -> tuple[Detection, str]:
+    """Return what all checks together said of the most networks, by rows of one code, and a mark."""
+
+    def of(rows: list[ScanRow]) -> Detection | None:
+        return next((one for one in detections(rows) if one.scanner == COMBINED), None)
+
+    aged = f" ({OLDER} measured by older code)"
+    both = [(one, mark) for one, mark in ((of(scans.current), ""), (of(scans.older), aged)) if one]
+    one, mark = max(both, key=lambda pair: pair[0].backdoored + pair[0].clean)
+    return one, mark
+
+
+def _scans_of_digits(is_current: IsCurrent | None) -> Rows[ScanRow]:
+    return Rows(tuple(pair for label in SCANNERS for pair in _scans(label, is_current).pairs))
+
+
+def _partly(scans: Rows[ScanRow]) -> Rows[ScanRow]:
+    """Return the scans of clean networks, and of those whose attack took in part, without their flag."""
+    partly = scans.where(
+        lambda row: (
+            row.attack == "none"
+            or (WEAK in row.flags and row.asr_before is not None and row.asr_before >= PARTLY)
+        )
+    )
+    return Rows(tuple((row.model_copy(update={"flags": ()}), older) for row, older in partly.pairs))
 
 
 def _repairs(label: str, is_current: IsCurrent | None) -> Rows[Row]:
@@ -396,7 +455,8 @@ def _scans(label: str, is_current: IsCurrent | None) -> Rows[ScanRow]:
 
 def _records(label: str, is_current: IsCurrent | None) -> Rows[Record]:
     lines: Iterable[str] = (RESULTS / f"{label}.jsonl").read_text(encoding="utf-8").splitlines()
-    return Rows.of([json.loads(line) for line in lines if line], is_current)
+    script = ROOT / "scripts" / f"{label.replace('-', '_')}.py"
+    return Rows.of([json.loads(line) for line in lines if line], is_current or is_current_of(script))
 
 
 def _colophon(source: str, command: str = "unbackdoor bench run SUITE") -> Verbatim:
@@ -404,12 +464,13 @@ def _colophon(source: str, command: str = "unbackdoor bench run SUITE") -> Verba
 
 
 def main() -> None:
-    """Write all pages, and the table of the guide."""
+    """Write all pages, and what others quote."""
     for name in documents():
         with atomic_write(PAGES / f"{name}.md") as draft:
             draft.write_text(page(name), encoding="utf-8")
-    with atomic_write(GUIDE) as draft:
-        draft.write_text(guide(), encoding="utf-8")
+    for file in QUOTING:
+        with atomic_write(file) as draft:
+            draft.write_text(quoting(file), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any
 
 from unbackdoor.attacks import AttackTruth
 from unbackdoor.audit.unlearning import unlearn
+from unbackdoor.bench.code_version import script_version
 from unbackdoor.bench.screening import judge_screening, resemblance
 from unbackdoor.bench.truth_files import load_truth
 from unbackdoor.data.datasets import DataSet, load_dataset
@@ -113,6 +114,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def _add(row: dict[str, Any]) -> None:
+    row = {**row, "code": script_version(Path(__file__), row)}
     text = "".join(json.dumps(r, allow_nan=False) + "\n" for r in [*rows(), row])
     with atomic_write(ROWS) as draft:
         draft.write_text(text, encoding="utf-8")

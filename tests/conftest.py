@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
 
+from differential import difference
 from tiny import tiny_classifier, tiny_data
 from unbackdoor.engine.trusted_caller import Surroundings
 from unbackdoor.types import Classifier, CleanData
+from unbackdoor.weights import read, weight_sets
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -28,6 +30,31 @@ def no_traces(request: pytest.FixtureRequest) -> Iterator[None]:
     assert before.changed() == []
 
 
+@pytest.fixture(autouse=True)
+def same_weights_as_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fail a test in which a checkpoint was read of which torch would load other weights."""
+    differences: list[str] = []
+    states: list[Mapping[str, torch.Tensor]] = []
+    reading, making_set = read._FileReader.read, weight_sets.plain_set
+
+    def noted(state: Mapping[str, torch.Tensor], *key: str, **facts: object) -> weight_sets.WeightSet:
+        states.append(state)  # before names and masks are changed
+        return making_set(state, *key, **facts)
+
+    def compared(self: read._FileReader, magic: read.Magic) -> Mapping[str, torch.Tensor]:
+        states.clear()
+        own = reading(self, magic)
+        for state in states if self.format in ("checkpoint", "old checkpoint") else ():
+            found = difference(bytes(self._file.content), state)
+            differences.extend([f"{self._path}: {found}"] if found else [])
+        return own
+
+    monkeypatch.setattr(weight_sets, "plain_set", noted)
+    monkeypatch.setattr(read._FileReader, "read", compared)
+    yield
+    assert differences == []
+
+
 @pytest.fixture(scope="session", params=["conv-bn", "conv", "transformer"])
 def trained(request: pytest.FixtureRequest) -> tuple[Classifier, CleanData]:
     """A tiny classifier that knows its four classes, one for each family, and clean images."""
@@ -38,3 +65,10 @@ def trained(request: pytest.FixtureRequest) -> tuple[Classifier, CleanData]:
 def tiny() -> tuple[Classifier, CleanData]:
     """The convolutional one with batch normalisation, where the family does not matter."""
     return tiny_classifier("conv-bn"), CleanData.split(tiny_data(80, seed=1))
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read files in the process of the test, where its doubles are; ``confined`` tests read them apart."""
+    if not request.node.get_closest_marker("confined"):
+        monkeypatch.setattr("unbackdoor.confinement.enabled", lambda: False)

@@ -1,6 +1,6 @@
 """Networks written by hand, with a shortcut to a class or without: those of the contract suite."""
 
-from unbackdoor.testing import BLOCKS, Blocks, block_data, planted
+from unbackdoor.testing.examples import BLOCKS, Blocks, block_data, planted
 
 NAMES = BLOCKS
 

@@ -6,6 +6,7 @@ first use, so that ``import unbackdoor`` does not cost the import of torch.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from unbackdoor.errors import (
@@ -28,14 +29,17 @@ if TYPE_CHECKING:
     from unbackdoor.audit.json_records import record
     from unbackdoor.audit.purifying import PromiseBroken, Purification, Residue
     from unbackdoor.audit.scanning import Audit, Checked
+    from unbackdoor.audit.screening import ScreenedImages, screen
     from unbackdoor.audit.unlearning import Unlearning, unlearn
     from unbackdoor.audit.verbs import purify, scan, verify
     from unbackdoor.audit.verification import Verification
     from unbackdoor.bench.judge import Scores
+    from unbackdoor.bench.listing import listing
+    from unbackdoor.bench.verbs import Evaluation, Victim, evaluate, train
     from unbackdoor.data.datasets import load_dataset
     from unbackdoor.data.loaders import load_images
     from unbackdoor.engine.run import Run
-    from unbackdoor.engine.trusted_caller import run, screen
+    from unbackdoor.engine.trusted_caller import run
     from unbackdoor.metrics import Rate
     from unbackdoor.networks import build
     from unbackdoor.opening import patching as patch
@@ -58,6 +62,8 @@ if TYPE_CHECKING:
     )
     from unbackdoor.weights.source import Source, open_source
 
+    list = listing  # see ``_HIDING_BUILTINS``
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -71,6 +77,7 @@ __all__ = [
     "ConfigError",
     "DiskFull",
     "EngineFailed",
+    "Evaluation",
     "Finding",
     "Images",
     "InputError",
@@ -89,6 +96,7 @@ __all__ = [
     "Run",
     "ScanReport",
     "Scores",
+    "ScreenedImages",
     "Screening",
     "Source",
     "TensorChange",
@@ -99,8 +107,10 @@ __all__ = [
     "UnsupportedModel",
     "Verdict",
     "Verification",
+    "Victim",
     "__version__",
     "build",
+    "evaluate",
     "inspect",
     "load_dataset",
     "load_images",
@@ -116,6 +126,7 @@ __all__ = [
     "save_sarif",
     "scan",
     "screen",
+    "train",
     "unlearn",
     "verify",
 ]
@@ -128,6 +139,7 @@ _HOMES = {
     "Checked": "unbackdoor.audit.scanning",
     "Classifier": "unbackdoor.types",
     "CleanData": "unbackdoor.types",
+    "Evaluation": "unbackdoor.bench.verbs",
     "Finding": "unbackdoor.types",
     "Images": "unbackdoor.types",
     "Inspection": "unbackdoor.opening.inspection",
@@ -141,12 +153,15 @@ _HOMES = {
     "Run": "unbackdoor.engine.run",
     "ScanReport": "unbackdoor.types",
     "Scores": "unbackdoor.bench.judge",
+    "ScreenedImages": "unbackdoor.audit.screening",
     "Screening": "unbackdoor.types",
     "TensorChange": "unbackdoor.audit.comparison",
     "Unlearning": "unbackdoor.audit.unlearning",
     "Verdict": "unbackdoor.types",
     "Verification": "unbackdoor.audit.verification",
+    "Victim": "unbackdoor.bench.verbs",
     "build": "unbackdoor.networks",
+    "evaluate": "unbackdoor.bench.verbs",
     "inspect": "unbackdoor.opening.inspection",
     "load_dataset": "unbackdoor.data.datasets",
     "load_images": "unbackdoor.data.loaders",
@@ -162,7 +177,8 @@ _HOMES = {
     "run": "unbackdoor.engine.trusted_caller",
     "save_model": "unbackdoor.opening.classifier_files",
     "scan": "unbackdoor.audit.verbs",
-    "screen": "unbackdoor.engine.trusted_caller",
+    "screen": "unbackdoor.audit.screening",
+    "train": "unbackdoor.bench.verbs",
     "unlearn": "unbackdoor.audit.unlearning",
     "verify": "unbackdoor.audit.verbs",
 }
@@ -170,6 +186,8 @@ _HOMES = {
 
 # Verbs that are several functions.
 _MODULES = {"patch": "unbackdoor.opening.patching"}
+# Not in ``__all__``, as the names of this kind in numpy: ``from unbackdoor import *`` leaves builtins alone.
+_HIDING_BUILTINS = {"list": ("unbackdoor.bench.listing", "listing")}
 
 
 def __getattr__(name: str) -> Any:
@@ -177,6 +195,11 @@ def __getattr__(name: str) -> Any:
         from importlib import import_module
 
         return import_module(_MODULES[name])
+    if name in _HIDING_BUILTINS:
+        from importlib import import_module
+
+        module, function = _HIDING_BUILTINS[name]
+        return getattr(import_module(module), function)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
@@ -186,5 +209,5 @@ def __getattr__(name: str) -> Any:
     return value
 
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+def __dir__() -> Iterable[str]:
+    return sorted({*globals(), *__all__, *_HIDING_BUILTINS})

@@ -18,6 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from unbackdoor.text import printable
+
 
 class UnbackdoorError(Exception):
     """Base of all errors raised on purpose.
@@ -44,7 +46,7 @@ class UnbackdoorError(Exception):
         self.got = got
         self.where = where
         self.remedy = remedy
-        super().__init__(self._message())
+        super().__init__(printable(self._message(), keep="\n"))
 
     def _message(self) -> str:
         parts = [self.problem]

@@ -9,15 +9,20 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+import stat
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from unbackdoor.errors import DiskFull, InputError
+from unbackdoor.errors import DiskFull, InputError, UnsafeFile
+from unbackdoor.text import is_text, json_text
 
 _HASH_CHUNK = 1 << 20
+MAX_FILE = 1 << 36  # bytes of any file that is read or hashed; a bound against nonsense
+_HOLES_FROM = 1 << 26  # bytes from which a file is asked whether it was ever written
+MAX_DEPTH = 64  # levels of a JSON document
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FULL_IN_WORDS = "No space left on device"
 
@@ -124,17 +129,178 @@ def write_json(path: Path, obj: object) -> None:
         obj: Anything ``json`` can write; NaN and infinities are refused because JSON has none.
     """
     # Before the file is touched: an object that cannot be written must not cost a disk write.
-    text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json_text(obj) + "\n"
     with atomic_write(path) as draft:
         draft.write_text(text, encoding="utf-8")
 
 
+@contextmanager
+def opened(path: Path, what: str = "the file", *, limit: int = MAX_FILE) -> Iterator[tuple[int, int]]:
+    """Open an ordinary file for reading; its type and its size are looked at before any byte is read.
+
+    Args:
+        path: The file; links to it are followed.
+        what: What it is called in messages.
+        limit: Largest size in bytes.
+
+    Yields:
+        The descriptor, and the size in bytes. No more than that is to be read: what grows meanwhile, and the
+        endless files of the system, have no other end.
+
+    Raises:
+        InputError: If it is no ordinary file, or cannot be read.
+        UnsafeFile: If it is larger than the limit, or hardly anything of it was ever written.
+    """
+    descriptor = -1
+    try:
+        # Not blocking, because opening a pipe that has no writer would wait for one.
+        descriptor = os.open(_sayable(path, what), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        facts = os.fstat(descriptor)
+        if not stat.S_ISREG(facts.st_mode):
+            got = "Is a directory" if stat.S_ISDIR(facts.st_mode) else "Is no ordinary file"
+            raise InputError(f"{what} cannot be read", got=got, where=path)
+        if facts.st_size > limit:
+            raise UnsafeFile(
+                f"{what} is too large", expected=f"at most {limit} bytes", got=facts.st_size, where=path
+            )
+        if _hardly_written(descriptor, facts):
+            raise UnsafeFile(
+                f"{what} consists of holes",
+                expected="a file whose bytes were written",
+                got=f"{facts.st_size} bytes, of which {512 * facts.st_blocks} are on the disk",
+                where=path,
+                remedy="Copy or download it again",
+            )
+        yield descriptor, facts.st_size
+    except OSError as error:
+        raise InputError(f"{what} cannot be read", got=error.strerror, where=path) from error
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def _sayable(path: Path, what: str) -> Path:
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise InputError(f"{what} cannot be read", got="half of a character in its name") from error
+    if "\0" in str(path):
+        raise InputError(f"{what} cannot be read", got="a null character in its name")
+    return path
+
+
+def is_there(path: Path) -> bool:
+    """Tell whether a path leads to anything; one that cannot be, such as too long a name, does not."""
+    try:
+        path.stat()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _hardly_written(descriptor: int, facts: os.stat_result) -> bool:
+    """Tell whether a large file has holes and less than a quarter of it is on the disk."""
+    if facts.st_size < _HOLES_FROM or 512 * facts.st_blocks >= facts.st_size // 4:
+        return False
+    try:
+        hole = os.lseek(descriptor, 0, os.SEEK_HOLE)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+    except (OSError, AttributeError):  # not every system can tell, and some count their blocks in other ways
+        return False
+    return hole < facts.st_size
+
+
+def read_bytes(path: Path, what: str = "the file", *, limit: int) -> bytes:
+    """Return the content of an ordinary file; see :func:`opened`."""
+    with opened(path, what, limit=limit) as (descriptor, size):
+        out = bytearray()
+        while len(out) < size and (chunk := os.read(descriptor, min(_HASH_CHUNK, size - len(out)))):
+            out += chunk
+    return bytes(out)
+
+
+def read_text(path: Path, what: str = "the file", *, limit: int) -> str:
+    """Return the content of an ordinary file in UTF-8, without the mark that some editors put before it.
+
+    Raises:
+        InputError: See :func:`opened`; and if it is no text in UTF-8.
+        UnsafeFile: See :func:`opened`.
+    """
+    try:
+        return read_bytes(path, what, limit=limit).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{what} cannot be read",
+            expected="text in UTF-8",
+            got=str(error)[:200],
+            where=path,
+            remedy="Save it as UTF-8",
+        ) from error
+
+
+def parse_json(text: str | bytes, what: str, where: object = None) -> Any:
+    """Return what a JSON document of unknown origin says.
+
+    Args:
+        text: The document.
+        what: What it is called in messages.
+        where: The file.
+
+    Raises:
+        InputError: If it is no JSON, says NaN or an infinite number, holds half of a character, or lies more
+            than 64 levels deep.
+    """
+    problem = f"{what} cannot be read"
+    try:
+        value = json.loads(text, parse_constant=_no_number, parse_float=_finite_number)
+    except (ValueError, RecursionError) as error:
+        got = str(error)[:200] or type(error).__name__
+        raise InputError(problem, expected="JSON", got=got, where=where) from error
+    if depth(value) > MAX_DEPTH:
+        raise InputError(problem, expected=f"at most {MAX_DEPTH} levels", got="more", where=where)
+    # Only these can bring half of a character along.
+    if (isinstance(text, bytes) or "\\u" in text or not is_text(text)) and not _all_texts(value):
+        raise InputError(problem, expected="JSON", got="half of a character", where=where)
+    return value
+
+
+def depth(value: Any) -> int:
+    """Return how many levels of tables and lists lie within each other; one more than the limit for more."""
+    level, levels = [value], 0
+    while (level := [inner for one in level for inner in _within(one)]) and levels <= MAX_DEPTH:
+        levels += 1
+    return levels
+
+
+def _within(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _all_texts(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(is_text, value)) and all(map(_all_texts, value.values()))
+    return is_text(value) if isinstance(value, str) else all(map(_all_texts, _within(value)))
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number")
+
+
+def _finite_number(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _no_number(text[:40])
+
+
 def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file's content as 64 hex digits."""
+    """Return the SHA-256 of an ordinary file's content as 64 hex digits; see :func:`opened`."""
     digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while chunk := file.read(_HASH_CHUNK):
+    with opened(Path(path)) as (descriptor, size):
+        at = 0
+        while at < size and (chunk := os.read(descriptor, min(_HASH_CHUNK, size - at))):
             digest.update(chunk)
+            at += len(chunk)
     return digest.hexdigest()
 
 

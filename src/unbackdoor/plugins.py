@@ -29,6 +29,9 @@ from unbackdoor.engine.selection import Choice, harshest_within
 from unbackdoor.engine.statistics.one_outlier import Outlier, smallest_outlier
 from unbackdoor.engine.statistics.several_outliers import Outliers, smallest_few
 from unbackdoor.engine.training import Recipe, Trained, train
+from unbackdoor.engine.trusted_caller import run as run_defense
+from unbackdoor.engine.trusted_caller import scan as run_scanner
+from unbackdoor.engine.trusted_caller import screen as run_screener
 from unbackdoor.errors import (
     ConfigError,
     InputError,
@@ -134,6 +137,9 @@ __all__ = [
     "require_labels",
     "require_one_a_class",
     "resident",
+    "run_defense",
+    "run_scanner",
+    "run_screener",
     "scanner",
     "screener",
     "smallest_few",

@@ -241,6 +241,9 @@ def as_clean_data(data: object, *, seed: int = 0) -> CleanData:
 # Networks
 
 
+_LAYOUT_ERROR = "view size is not compatible"  # what torch says where x.view meets channels innermost
+
+
 class Classifier(nn.Module):
     """A network that takes pixels in [0, 1] and returns logits; its normaliser is inside.
 
@@ -291,6 +294,7 @@ class Classifier(nn.Module):
             column = torch.tensor(list(values) or [neutral] * channels).view(-1, 1, 1)  # (C, 1, 1)
             self.register_buffer(name, column, persistent=False)
         self._normalised = bool(mean)
+        self._channels_last = True  # until the network refuses; see forward()
 
     @property
     def classes(self) -> int:
@@ -301,8 +305,30 @@ class Classifier(nn.Module):
         """Return logits (B, K) for pixels in [0, 1] of shape (B, C, H, W), red first."""
         pixels = pixels.flip(1) if self.bgr else pixels
         inputs = (pixels - self.mean) / self.std if self._normalised else pixels
-        logits: Tensor = self.network(inputs)
-        return logits
+        return logits_in(self._outputs(inputs), self.classes)
+
+    def _outputs(self, inputs: Tensor) -> Any:
+        """Call the network, in the memory layout that it can take.
+
+        Convolutions are faster with channels innermost. A network that flattens with ``x.view`` fails on
+        that layout; it is noticed once, and from then on gets rows innermost.
+        """
+        if self._channels_last:
+            try:
+                return self.network(inputs)
+            except RuntimeError as error:
+                if _LAYOUT_ERROR not in str(error):
+                    raise
+            self._channels_last = False
+            for parameter in self.network.parameters():
+                parameter.data = _rows_innermost(parameter.data)
+        return self.network(_rows_innermost(inputs))
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As of every module; channels stay outermost where the network cannot take them innermost."""
+        if kwargs.get("memory_format") is torch.channels_last and not self._channels_last:
+            del kwargs["memory_format"]
+        return super().to(*args, **kwargs) if args or kwargs else self
 
     def copy(self) -> Self:
         """Return a deep copy in evaluation mode, without gradients."""
@@ -313,6 +339,44 @@ class Classifier(nn.Module):
     def sha256(self) -> str:
         """Return the SHA-256 over names, shapes, types and bytes of all weights and buffers."""
         return state_sha256(self.network.state_dict())
+
+
+def _rows_innermost(tensor: Tensor) -> Tensor:
+    # Strides of a single channel say nothing, but convolutions read them: contiguous() would leave them.
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def logits_in(outputs: Any, classes: int | None = None) -> Tensor:
+    """Return the logits (B, K) among what a network returned.
+
+    Many networks return their features too, or a record with named members.
+
+    Args:
+        outputs: A tensor, or a tuple, list or mapping of which exactly one member has the shape of logits.
+        classes: K; None where any K will do.
+
+    Raises:
+        UnsupportedModel: If no member, or more than one, has this shape.
+    """
+    if isinstance(outputs, Tensor):
+        return outputs
+    members = list(outputs.values() if isinstance(outputs, Mapping) else ())
+    if isinstance(outputs, tuple | list):
+        members = list(outputs)
+    fitting = [
+        member
+        for member in members
+        if isinstance(member, Tensor) and member.dim() == 2 and classes in (None, member.shape[1])
+    ]
+    if len(fitting) == 1:
+        return fitting[0]
+    shapes = [str(tuple(m.shape)) if isinstance(m, Tensor) else type(m).__name__ for m in members]
+    raise UnsupportedModel(
+        "the network returns no logits",
+        expected=f"one tensor of shape (images, {'classes' if classes is None else classes})",
+        got=", ".join(shapes[:10]) or type(outputs).__name__,
+        remedy="Wrap it in code of your own that returns the logits, named as FILE.py:CALLABLE",
+    )
 
 
 def state_sha256(state: Mapping[str, Tensor]) -> str:

@@ -12,7 +12,7 @@ from unbackdoor.engine import rng
 from unbackdoor.engine import trusted_caller as caller
 from unbackdoor.errors import InputError, MethodFailed, TooFewImages, UnbackdoorError, UnsupportedModel
 from unbackdoor.registry import DEFENSES, SCANNERS
-from unbackdoor.testing import odd_classifier
+from unbackdoor.testing.examples import odd_classifier
 from unbackdoor.types import Classifier, CleanData, Purified, ScanReport
 
 # The words of these are pinned here; every other method is held to the contract suite alone.

@@ -34,7 +34,7 @@ ORDER = [
     "networks",
     "bottom",
 ]
-FOR_AUTHORS = {"plugins", "testing"}  # files at the top level that stand above every room
+FOR_AUTHORS = {"plugins", "testing"}  # a file and a folder at the top level that stand above every room
 SIBLINGS = {"defenses", "scanners", "screeners"}  # their members do not import each other
 FORBIDDEN = {
     "audit": {"attacks", "bench"},

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from unbackdoor.testing import REGISTRIES, Check, checks_of
+from unbackdoor.testing import Check, checks_of
+from unbackdoor.testing.contract import REGISTRIES
 
 CASES = [
     pytest.param(check, name, id=f"{kind}-{name}-{check}")

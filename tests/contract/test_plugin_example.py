@@ -14,7 +14,8 @@ import pytest
 import unbackdoor
 import unbackdoor.plugins
 from unbackdoor.registry import ARCHITECTURES, ATTACKS, DEFENSES, SCANNERS, SCREENERS
-from unbackdoor.testing import PARAMETERS, checks_of
+from unbackdoor.testing import checks_of
+from unbackdoor.testing.contract import PARAMETERS
 
 PAGE = Path(__file__).parents[2] / "docs" / "plugins.md"
 USER = """
@@ -50,7 +51,7 @@ SURFACE = {
         "weight_sites",
     },
     "options": {"Config", "option", "FAMILIES", "INPUT_LABELS", "ONE_A_CLASS"},
-    "run": {"Run"},
+    "run": {"Run", "run_defense", "run_scanner", "run_screener"},
     "screening": {"ScreenerConfig", "conformal_p_values", "features", "judged"},
     "selection": {"Choice", "harshest_within"},
     "statistics": {"Outlier", "Outliers", "smallest_few", "smallest_outlier"},

@@ -20,13 +20,12 @@ from unbackdoor.opening.classifier_files import save_model
 PROGRAM = """
 import signal, sys
 from types import SimpleNamespace
-from unbackdoor import cli
-from unbackdoor.audit import scanning
+from unbackdoor import cli, confinement
 from unbackdoor.registry import Config, scanner
 from unbackdoor.types import Finding, ScanReport
 
 clock = [0.0]
-scanning.time = SimpleNamespace(monotonic=lambda: clock[0])
+confinement.time = SimpleNamespace(monotonic=lambda: clock[0])
 
 @scanner("quick", config=Config, question="Quick?", cost=1)
 def quick(model, data, cfg, *, run):
@@ -38,9 +37,11 @@ def endless(model, data, cfg, *, run):
     for _ in run.progress(iter(int, 1), "waiting"):
         if clock[0]:
             signal.pause()
-        clock[0] += 1
+        clock[0] += 1000
         print("the second has begun", file=sys.stderr, flush=True)
 
+# A shell that starts the tests in the background has its children ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 cli.main()
 """
 
@@ -65,17 +66,18 @@ def start(case: Path, *arguments: str | Path) -> subprocess.Popen[str]:
 
 def interrupted(program: subprocess.Popen[str], number: signal.Signals) -> tuple[int, str, str]:
     """Send a signal once the second check has begun, and return exit code, output and complaints."""
-    try:
-        assert program.stderr is not None
-        seen = ""
-        while "the second has begun" not in seen:
-            line = program.stderr.readline()
-            assert line, f"it ended before: {seen}"
-            seen += line
-        program.send_signal(number)
-        out, err = program.communicate(timeout=200)
-    finally:
-        program.kill()
+    with program:  # closes its pipes, however this ends
+        try:
+            assert program.stderr is not None
+            seen = ""
+            while "the second has begun" not in seen:
+                line = program.stderr.readline()
+                assert line, f"it ended before: {seen}"
+                seen += line
+            program.send_signal(number)
+            out, err = program.communicate(timeout=200)
+        finally:
+            program.kill()
     return program.returncode, out, err
 
 
@@ -109,7 +111,7 @@ def test_an_interrupted_comparison_prints_what_had_ended(case: Path) -> None:
 def test_out_of_budget_leaves_the_checks_that_had_ended(case: Path, tmp_path: Path) -> None:
     outputs = ("--report", tmp_path / "out", "--sarif", tmp_path / "log.sarif", "--json")
     model = case / "model.safetensors"
-    program = start(case, "scan", model, "--checks", "quick,endless", "--budget", "0.5", *outputs)
+    program = start(case, "scan", model, "--checks", "quick,endless", "--budget", "600", *outputs)
     out, err = program.communicate(timeout=200)
     told = json.loads(out)
     assert program.returncode == 1, err  # what had ended is evidence

@@ -60,6 +60,17 @@ def test_sig_keeps_labels_and_refuses_more_than_the_target_class_has() -> None:
         poison(clean, "sig", {"poison_rate": 0.26, "target": 1}, seed=0)
 
 
+def test_a_clean_label_rate_can_be_a_share_of_the_target_class() -> None:
+    clean = images((1, 16, 16), count=100)
+    of_target = {"poison_rate": 0.5, "target": 1, "rate_of": "target"}
+    poisoned, truth = poison(clean, "sig", of_target, seed=0)
+    assert len(truth.poisoned) == 12
+    assert (clean.truth[truth.poisoned] == 1).all()
+    same, _ = poison(clean, "sig", {"poison_rate": 0.12, "target": 1}, seed=0)
+    assert torch.equal(poisoned.pixels, same.pixels)
+    assert len(poison(clean, "sig", {**of_target, "poison_rate": 1.0}, seed=0)[1].poisoned) == 25
+
+
 def test_sig_is_a_sine_along_the_columns() -> None:
     grey = Images(torch.full((1, 1, 32, 32), 128, dtype=torch.uint8), torch.tensor([1]), ("a", "b"))
     truth = poison(grey, "sig", {"poison_rate": 0.0}, seed=0)[1]

@@ -24,6 +24,7 @@ from unbackdoor.bench.code_version import (
     repair_version,
     sample_version,
     scan_version,
+    script_version,
     victim_version,
 )
 from unbackdoor.bench.rows import Row, ScanRow
@@ -153,7 +154,7 @@ def test_what_every_cell_runs_changes_every_cell(pristine: Sources, copy: Change
     "file",
     [
         "report/sarif.py", "cli/bench.py", "cli/app.py", "bench/driver.py", "bench/store.py",
-        "bench/engines.py", "bench/results.py", "bench/suites.py", "bench/exchange.py", "bench/isolate.py",
+        "bench/engines.py", "bench/results.py", "bench/suites.py", "bench/exchange.py", "isolate.py",
         "bench/work.py", "bench/cells.py", "bench/rows.py", "bench/code_version.py", "bench/repairs.py",
         "errors.py", "networks/vgg.py", "networks/sources/timm.py", "opening/open_model.py",
         "weights/formats/onnx/graph.py", "data/loaders.py", "audit/scanning.py", "screeners/strip.py",
@@ -330,6 +331,38 @@ def test_rows_from_before_there_were_versions_are_not() -> None:
     old = row().model_dump(exclude={"code", "victim_code"})
     assert not is_current(old)
     assert not is_current(Row(**old))
+
+
+def test_a_row_of_a_script_changes_with_the_script_and_what_it_runs(
+    pristine: Sources, tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("from unbackdoor.engine import trusted_caller, unlearning\nNAMES = 1\n")
+    rows = {"ft": {"method": "ft"}, "rnp": {"system": "rnp"}, "strip": {"screener": "strip"},
+            "scan": {"what": "scan"}, "none": {}}  # fmt: skip
+
+    def versions(sources: Sources) -> Versions:
+        return {name: script_version(script, row, sources) for name, row in rows.items()}
+
+    def changed(*files: str) -> set[str]:
+        other = Changed(pristine, tmp_path)
+        for file in files:
+            other.append(file)
+        return {name for name, version in versions(other).items() if version != before[name]}
+
+    before = versions(pristine)
+    assert len(set(before.values())) == 5
+    assert changed("defenses/rnp.py") == {"rnp"}
+    assert changed("screeners/strip.py") == {"strip"}
+    assert changed("scanners/tac.py") == {"scan"}
+    assert changed("engine/trusted_caller.py") == {*rows}
+    assert changed("report/html.py") == set()
+    script.write_text(
+        '"""Words."""\nfrom unbackdoor.engine import trusted_caller, unlearning\nNAMES = 1  # one\n'
+    )
+    assert versions(pristine) == before
+    script.write_text("from unbackdoor.engine import trusted_caller, unlearning\nNAMES = 2\n")
+    assert not set(versions(pristine).values()) & set(before.values())
 
 
 def test_a_sample_has_a_version() -> None:

@@ -14,7 +14,7 @@ import pytest
 from unbackdoor import __version__
 from unbackdoor.bench import repairs as repairs_module
 from unbackdoor.bench.code_version import repair_version, victim_version
-from unbackdoor.bench.driver import LOST, Agenda, drive
+from unbackdoor.bench.driver import LOST, Agenda, _matching, drive, name_of
 from unbackdoor.bench.engines import LocalEngine
 from unbackdoor.bench.jobs import make_job, read_job
 from unbackdoor.bench.repairs import running_commit
@@ -310,3 +310,16 @@ def cell(kind: str, spec: dict[str, Any], parent: str | None = None) -> Cell:
 
 
 VICTIM, REPAIR = victim_version("sig", "small_cnn"), repair_version("ft", "sig", "small_cnn")
+
+
+def test_only_reaches_victims_and_parts() -> None:
+    labels = {
+        "dataset": "digits", "architecture": "airbench[expansion=2]", "width": 32, "attack": "none",
+        "poison_rate": 0, "victim_seed": 3, "recipe": "fast", "part": "test",
+    }  # fmt: skip
+    repair = {**labels, "defense": "ft", "preset": "default", "clean_images": 5, "defender_seed": 0}
+    members = [("v", None, name_of(labels)), ("r", "v", name_of(repair))]
+    assert _matching(members, "*/victim/*", None) == ["v"]
+    assert _matching(members, "*/ft/*", "test") == ["v", "r"]
+    assert _matching(members, None, "tuning") == []
+    assert _matching(members, "airbench[expansion=2]-32/none/ft", None) == ["v", "r"]

@@ -19,6 +19,7 @@ from torch.nn.utils import prune
 from shared_material import shared_checkpoints
 from unbackdoor.errors import InputError
 from unbackdoor.networks import build
+from unbackdoor.weights.formats.buffers import LONGEST, listed
 from unbackdoor.weights.read import read_contents, read_state
 
 # Initialisers draw from the global generator here; it is put back.
@@ -287,3 +288,12 @@ def test_published_checkpoints_are_read(path: Path) -> None:
     loaded = loaded.get("net", loaded.get("state_dict", loaded))
     assert equal(contents.state(), {name.removeprefix("module."): t for name, t in loaded.items()})
     assert contents.foreign == ()
+
+
+def test_names_of_a_file_are_shown_bounded_and_without_control_characters() -> None:
+    """Three helpers did this, and one ended what it cut with two full stops."""
+    assert listed(["a", "b"]) == "a, b"
+    assert listed(("a\x1b[31m", "b", "c"), 2) == r"a\x1b[31m, b and 1 more"
+    (long,) = listed(["x" * 10_000]).split(", ")
+    assert len(long) == LONGEST and long.endswith("xxx...")
+    assert len(listed(["\x00" * 10_000] * 10_000)) < 6 * LONGEST + 20

@@ -48,6 +48,22 @@ def test_the_base_is_trained_once_and_stays_clean(tmp_path: Path, monkeypatch: p
     assert again.sha256() == badnets.sha256()
 
 
+def test_a_clean_victim_of_the_same_recipe_is_the_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(victims, "RECIPES", training.RECIPES | {"on quick": spec("badnets").recipe})
+    run = Run.create(seed=3, policy="fp32")
+    clean = VictimSpec("tiny", "airbench[width=4]", training.RECIPES["quick"], attack="none", seed=3)
+    alone, _ = train_victim(clean, DATA, run)
+    first, _ = train_victim(clean, DATA, run, bases=tmp_path)
+    (base,) = tmp_path.iterdir()
+    written = base.stat().st_mtime_ns
+    train_victim(spec("badnets"), DATA, run, bases=tmp_path)
+    again, _ = train_victim(clean, DATA, run, bases=tmp_path)
+    assert alone.sha256() == first.sha256() == again.sha256()
+    assert [file.stat().st_mtime_ns for file in tmp_path.iterdir()] == [written]
+
+
 def test_a_base_is_of_its_own_seed_and_images(tmp_path: Path) -> None:
     train_victim(spec("badnets"), DATA, Run.create(seed=3, policy="fp32"), bases=tmp_path)
     train_victim(spec("badnets"), DATA, Run.create(seed=4, policy="fp32"), bases=tmp_path)

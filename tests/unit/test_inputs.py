@@ -23,7 +23,7 @@ Verb = Callable[[Any, Any], Any]
 VERBS: dict[str, Verb] = {
     "run": lambda model, data: unbackdoor.run("rnp", model, data, options=DEFENSES["rnp"].quick),
     "screen": lambda model, data: unbackdoor.screen(
-        "strip", model, data, INPUTS, options=SCREENERS["strip"].quick
+        model, INPUTS, "strip", data, options=SCREENERS["strip"].quick
     ),
     "purify": lambda model, data: unbackdoor.purify(model, data, "fp", options=DEFENSES["fp"].quick),
     "scan": lambda model, data: unbackdoor.scan(model, data, checks=CHECKS),
@@ -52,7 +52,7 @@ def test_the_split_is_the_same_wherever_it_is_made() -> None:
 
 def test_images_to_screen_may_be_clean_data() -> None:
     model, split = tiny_classifier(), CleanData.split(INPUTS)
-    out = unbackdoor.screen("strip", model, IMAGES, split, options=SCREENERS["strip"].quick)
+    out = unbackdoor.screen(model, split, "strip", IMAGES, options=SCREENERS["strip"].quick)
     assert out.scores.shape == (8,)
 
 
@@ -75,7 +75,7 @@ def test_purify_joins_the_parts_and_keeps_the_augmentation(monkeypatch: pytest.M
     assert unbackdoor.purify(tiny_classifier(), IMAGES, "none", proof=IMAGES).proof_is_fit
 
 
-BY_PATH = {"purify", "scan", "verify"}  # these take files and folders too, for model and images
+BY_PATH = {"purify", "scan", "screen", "verify"}  # these take files and folders too, for model and images
 
 
 @EACH

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from unbackdoor.bench import engines
-from unbackdoor.bench.isolate import Limits, call, log_of
 from unbackdoor.errors import DiskFull, MethodFailed
+from unbackdoor.isolate import Limits, call, log_of
 
 LIMITS = Limits(seconds=600, memory_mb=512)  # a busy machine may take minutes to start a process
 

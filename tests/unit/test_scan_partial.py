@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tiny import tiny_classifier, tiny_data
-from unbackdoor.audit import scanning
+from unbackdoor import confinement
 from unbackdoor.audit.checks import default_checks
 from unbackdoor.audit.json_records import audit_json, verification_json
 from unbackdoor.audit.scanning import Audit, scan
@@ -151,7 +151,7 @@ def test_the_end_of_the_budget_is_told_whatever_a_scanner_makes_of_it(
     swallowed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr(scanning, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(confinement, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     says("first", 0.001, 1)
 
     @scanner("second", config=Config, question="Second?", cost=2)

@@ -311,7 +311,7 @@ def test_the_images_of_a_training_set_are_called_by_their_files(
     [
         (["--method", "strip"], "compares with clean images; give --data"),
         (["--method", "stirp"], "did you mean 'strip'?"),
-        (["--method", "spectral_signatures", "--clean", "5"], "draw from --data"),
+        (["--method", "spectral_signatures", "--clean", "5"], "draw from a named data set"),
         (["--method", "spectral_signatures", "--set", "fewset=3"], "did you mean 'fewest'?"),
     ],
 )

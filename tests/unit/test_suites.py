@@ -9,9 +9,9 @@ import pytest
 
 from small_suite import TEXT, fake_data, written
 from unbackdoor.attacks import poison
-from unbackdoor.bench.cells import plan
+from unbackdoor.bench.cells import _victims, plan
 from unbackdoor.bench.code_version import repair_version
-from unbackdoor.bench.suites import SHIPPED, Suite, check_lock, find_suite, load_suite
+from unbackdoor.bench.suites import SHIPPED, Suite, architecture, check_lock, find_suite, load_suite
 from unbackdoor.data.splits import reserve
 from unbackdoor.errors import ConfigError, InputError, IntegrityError
 from unbackdoor.registry import DEFENSES
@@ -156,3 +156,76 @@ def test_a_model_cannot_meet_what_the_suite_does_not_have(tmp_path: Path) -> Non
         load_suite(written(tmp_path, cut))
     assert len(caught.value.faults) == 3
     assert "did you mean 'badnets'?" in str(caught.value)
+
+
+SPLIT = """
+[split]
+tuning = [0, 1]
+test = [2]
+"""
+
+
+def test_a_split_names_the_part_of_every_row_and_changes_no_older_suite(tmp_path: Path) -> None:
+    text = TEXT.replace('name = "badnets"', 'name = "badnets"\nseeds = [0, 1, 2]') + SPLIT
+    cells = plan(load_suite(written(tmp_path, text)), fake_data())
+    parts = {(cell.labels["victim_seed"], cell.labels["part"]) for cell in cells}
+    assert parts == {(0, "tuning"), (1, "tuning"), (2, "test")}
+    assert {cell.labels["part"] for cell in plan(load_suite(written(tmp_path)), fake_data())} == {""}
+    bare = load_suite(written(tmp_path))
+    assert "split" not in bare.model_dump(exclude_none=True)
+    assert load_suite(written(tmp_path, TEXT + SPLIT)).sha256() != bare.sha256()
+
+
+@pytest.mark.parametrize(
+    ("split", "fault"),
+    [
+        ("tuning = [0, 1]\ntest = [1, 2]", "in both parts: seed 1"),
+        ("tuning = [1]\ntest = [2]", "in neither part: seed 0"),
+        ("tuning = [0]\ntest = []", "split.test"),
+    ],
+)
+def test_a_split_that_leaks_or_leaves_out_is_refused(tmp_path: Path, split: str, fault: str) -> None:
+    with pytest.raises(ConfigError, match=fault):
+        load_suite(written(tmp_path, f"{TEXT}[split]\n{split}\n"))
+
+
+def test_options_of_a_network_are_in_its_rows(tmp_path: Path) -> None:
+    text = TEXT.replace('"small_cnn"', '"airbench"\noptions = { expansion = 1 }')
+    cells = plan(load_suite(written(tmp_path, text)), fake_data())
+    assert {cell.labels["architecture"] for cell in cells} == {"airbench[expansion=1]"}
+    assert repair_version("rnp", "badnets", "airbench[expansion=1]") == repair_version(
+        "rnp", "badnets", "airbench"
+    )
+
+
+def test_the_zoo_is_large_paired_and_split() -> None:
+    suite = load_suite(SHIPPED / "zoo-v1.toml")
+    assert suite.split is not None
+    assert not set(suite.split.tuning) & set(suite.split.test)
+    kinds: dict[bool, list[tuple[str, ...]]] = {True: [], False: []}
+    seeds: dict[str, set[int]] = {"tuning": set(), "test": set()}
+    for data in ("cifar10", "gtsrb32"):
+        for model, width, _, attack, _, seed in _victims(suite, data):
+            victim = (data, architecture(model, width), str(seed), suite.split.part(seed))
+            kinds[attack.name == "none"].append(victim)
+            seeds[suite.split.part(seed)].add(seed)
+    clean, backdoored = kinds[True], kinds[False]
+    assert len(clean) >= 200 and len(backdoored) >= 120
+    assert set(backdoored) <= set(clean)  # a counterpart of the same seed and architecture
+    assert sum(v[-1] == "test" for v in clean) >= 150
+    assert sum(v[-1] == "tuning" for v in clean + backdoored) <= len(clean + backdoored) / 3
+    assert not seeds["tuning"] & seeds["test"]
+    families = {name.partition("[")[0] for _, name, _, _ in backdoored}
+    assert len(families) >= 4
+
+
+def test_two_changes_of_one_recipe_have_labels(tmp_path: Path) -> None:
+    recipes = (
+        '[[recipe]]\nname = "fast"\nlabel = "fast-4"\nchanges = { epochs = 4 }\n'
+        '[[recipe]]\nname = "fast"\nchanges = { epochs = 7 }\n[[recipe]]\nname = "fast"\n'
+    )
+    cells = plan(load_suite(written(tmp_path, TEXT + recipes)), fake_data())
+    assert {cell.labels["recipe"] for cell in cells} == {"fast-4", "fast*", "fast"}
+    chosen = TEXT.replace("widths = [4]", 'widths = [4]\nrecipes = ["fast-4"]') + recipes
+    cells = plan(load_suite(written(tmp_path, chosen)), fake_data())
+    assert {cell.labels["recipe"] for cell in cells} == {"fast-4"}

@@ -116,7 +116,7 @@ def impossible(images: Images, truth: AttackTruth) -> list[str]:
     kind = f"of class {target}" if trigger.clean_label else "outside the target class"
     return [
         f"poison_rate {truth.options['poison_rate']} asks for {requested} images {kind}, "
-        f"and there are {available}; the highest possible rate is {available / len(images):.4f}"
+        f"and there are {available}; the highest possible rate is {available / _rate_base(images, truth):.4f}"
     ]
 
 
@@ -127,7 +127,14 @@ def _candidates(labels: Tensor, truth: AttackTruth) -> Tensor:
 
 
 def _poison_count(images: Images, truth: AttackTruth) -> int:
-    return round(float(truth.options["poison_rate"]) * len(images))
+    return round(float(truth.options["poison_rate"]) * _rate_base(images, truth))
+
+
+def _rate_base(images: Images, truth: AttackTruth) -> int:
+    """Return the number of images that the poison rate is a share of."""
+    if truth.options.get("rate_of") == "target":
+        return int((images.truth == truth.options["target"]).sum())
+    return len(images)
 
 
 def stamped(pixels: Tensor, truth: AttackTruth) -> Tensor:

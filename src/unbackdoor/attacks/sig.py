@@ -12,11 +12,11 @@ import math
 import torch
 from torch import Tensor
 
-from unbackdoor.attacks.truth import AttackConfig, Trigger
+from unbackdoor.attacks.truth import CleanLabelConfig, Trigger
 from unbackdoor.registry import attack, option
 
 
-class SIGConfig(AttackConfig):
+class SIGConfig(CleanLabelConfig):
     """Options of SIG."""
 
     amplitude: float = option(40.0, "amplitude delta in grey levels", source="BackdoorBench", gt=0, le=255)

@@ -35,6 +35,17 @@ class AttackConfig(Config):
     target: int = option(0, "class that triggered images are sent to", source="BackdoorBench", ge=0)
 
 
+class CleanLabelConfig(AttackConfig):
+    """Options of attacks that poison images of the target class alone and keep their labels."""
+
+    rate_of: Literal["all", "target"] = option(
+        "all",
+        "what poison_rate is a share of: all training images, or those of the target class; a tenth of all "
+        "is the whole class where there are ten classes of one size",
+        source="all: BackdoorBench; target: Barni et al. 2019",
+    )
+
+
 class TrainVictim(Protocol):
     """Training that the attacker controls: the victim learns in place, and the trigger with it."""
 

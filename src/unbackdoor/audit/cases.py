@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from unbackdoor.audit.budget import opening
+from unbackdoor.audit.comparison import compare_logits
 from unbackdoor.data.clean_images import resolve_clean_images
 from unbackdoor.data.conform import conform
 from unbackdoor.data.loaders import ImageFiles
@@ -14,6 +16,7 @@ from unbackdoor.engine.run import Run
 from unbackdoor.errors import ConfigError, InputError
 from unbackdoor.opening.open_model import Opened, load_images_of, open_model
 from unbackdoor.types import Augmentation, Classifier, CleanData, Images
+from unbackdoor.weights.card import normalisation
 from unbackdoor.weights.source import Source, open_source
 
 Data = Images | CleanData | Path | str
@@ -52,6 +55,11 @@ class Case:
         return None if self.opened is None else self.opened.source
 
     @property
+    def reservations(self) -> tuple[str, ...]:
+        """What no check of the model can see, as sentences."""
+        return () if self.opened is None else self.opened.provenance.reservations
+
+    @property
     def name(self) -> str:
         """What to call the model."""
         return self.source.path.name if self.source is not None else "a model in memory"
@@ -70,9 +78,19 @@ class Case:
         )
 
 
+def require_share(select_fraction: float) -> None:
+    """Raise ConfigError unless the share of the images that only thresholds are chosen on lies in (0, 1)."""
+    if not 0 < select_fraction < 1:
+        raise ConfigError(
+            "the split of the clean images",
+            [f"--select-fraction must lie in (0, 1), got {select_fraction} (select_fraction=...)"],
+        )
+
+
 Model = Classifier | Opened | Source | Path | str | Case
 
 
+@opening()
 def open_case(
     model: Model,
     data: Data | None = None,
@@ -83,6 +101,8 @@ def open_case(
     std: Sequence[float] | None = None,
     size: tuple[int, int] | None = None,
     class_names: Sequence[str] | None = None,
+    weights: str | None = None,
+    output: str | None = None,
     clean: int | None = None,
     per_class: int | None = None,
     fraction: float | None = None,
@@ -100,11 +120,13 @@ def open_case(
         data: Clean images: a data set's name, a file or folder, or images that are loaded; None for none, or
             for those that the model was opened with.
         run: Device, precision, seed and progress.
-        arch: See :func:`unbackdoor.open_model`, as for the four that follow; only for a file.
+        arch: See :func:`unbackdoor.open_model`, as for the six that follow; only for a file.
         mean: Per-channel mean.
         std: Per-channel deviation.
         size: (H, W) of the model's input.
         class_names: K names, in logit order.
+        weights: Which of several sets of weights in the file.
+        output: Which of several outputs of an ONNX graph gives the logits.
         clean: Images to draw from a named data set, equally from all classes.
         per_class: Likewise: images of each class.
         fraction: Likewise: share of the images set aside for defenders.
@@ -119,7 +141,10 @@ def open_case(
     Raises:
         UnbackdoorError: If the model or the images cannot be used, or arguments contradict each other.
     """
-    model_options = {"arch": arch, "mean": mean, "std": std, "size": size, "class_names": class_names}
+    model_options: dict[str, Any] = {
+        "arch": arch, "mean": mean, "std": std, "size": size, "class_names": class_names,
+        "weights": weights, "output": output,
+    }  # fmt: skip
     amounts: dict[str, Any] = {"clean": clean, "per_class": per_class, "fraction": fraction}
     reading: dict[str, Any] = {
         "image_column": image_column, "label_column": label_column, "skip_damaged": skip_damaged
@@ -183,7 +208,7 @@ def open_case(
         elif isinstance(images, ImageFiles) or data_set is not None:
             images = _fitting(images, classifier, run)
     else:
-        opened = open_model(model, images=images, run=run, **model_options)  # type: ignore[arg-type]
+        opened = open_model(model, images=images, run=run, **model_options)
         classifier, images = opened.model, opened.images
     assert not isinstance(images, ImageFiles)
     if proof is not None:
@@ -210,6 +235,7 @@ def open_case(
     )
 
 
+@opening()
 def open_second(model: Model, first: Case, *, run: Run, **model_options: Any) -> Case:
     """Open the model that a first one is compared with, under the same assumptions unless it has a card.
 
@@ -221,14 +247,57 @@ def open_second(model: Model, first: Case, *, run: Run, **model_options: Any) ->
     source = model if isinstance(model, Source) else open_source(model)
     if source.card_file is not None:
         model_options = {}
+    elif source.graph is not None and (first.source is None or first.source.graph is None):
+        # An export of the first: its own graph says which network it is.
+        model_options = {**model_options, "arch": None}
     elif first.opened is not None:
         # None where the first is the graph of its own file: so is the second.
         model_options = {
             **model_options,
             "arch": model_options.get("arch") or first.model.architecture or None,
         }
+    model_options = options_for(source, model_options)
+    export = source.graph is not None and model_options.get("mean") is None and not model_options.get("arch")
+    scales = [normalisation(first.model), ((), ())] if export else []
+    for mean, std in dict.fromkeys(scales):
+        # An export holds the normalisation of the first model, or leaves it to its caller.
+        opened = open_model(
+            source, images=first.images, run=run, **{**model_options, "mean": mean, "std": std}
+        )
+        if first.images is not None and compare_logits(first.model, opened.model, first.images, run).same:
+            return Case(opened.model, opened.images, opened=opened, data_set=first.data_set)
     opened = open_model(source, images=first.images, run=run, **model_options)
     return Case(opened.model, opened.images, opened=opened, data_set=first.data_set)
+
+
+def open_pair_sources(before: Model, after: Model, options: dict[str, Any]) -> tuple[Model, Model]:
+    """Open the files of two models that are compared, and check that options that name parts fit one of them.
+
+    Raises:
+        InputError: If a file cannot be opened, or neither has the named set of weights.
+        ConfigError: If an output is named and neither is an ONNX graph.
+    """
+    both = [open_source(model) if isinstance(model, Path | str) else model for model in (before, after)]
+    sources = [model for model in both if isinstance(model, Source)]
+    key, output = options.get("weights"), options.get("output")
+    if key is not None and not any(key in source.contents.sets for source in sources):
+        for source in sources:
+            source.choose(key)
+    if output is not None and all(source.graph is None for source in sources):
+        raise ConfigError("the output of the model", ["neither file is an ONNX graph"])
+    return both[0], both[1]
+
+
+def options_for(model: Model, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a pair of models without those that name parts only the other one has."""
+    if not isinstance(model, Source):
+        return options
+    out = dict(options)
+    if out.get("weights") not in model.contents.sets:
+        out["weights"] = None
+    if model.graph is None or out.get("arch") is not None:
+        out["output"] = None
+    return out
 
 
 def _fitting(images: Images | ImageFiles | None, model: Classifier, run: Run) -> Images:

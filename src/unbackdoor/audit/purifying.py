@@ -184,6 +184,25 @@ class Purification(Result):
             )
         return tuple(out)
 
+    @property
+    def left_behind(self) -> tuple[str, ...]:
+        """What the file of the original holds and the repaired one will not, as sentences without an end."""
+        opened = self.case.opened if self.case is not None else None
+        if opened is None:
+            return ()
+        in_file, out = opened.provenance.in_file, []
+        if in_file.other_weights:
+            keys = ", ".join(in_file.other_weights)
+            out.append(
+                f"the further weights of the file ({keys}) were not repaired and are not in what is written"
+            )
+        if in_file.other_tensors:
+            keys = ", ".join(in_file.other_tensors[:10])
+            out.append(f"the further tensors of the file ({keys}) are not in what is written")
+        if in_file.program and not in_file.examined:
+            out.append("the file's own program was not examined and is not in what is written")
+        return tuple(out)
+
     def save(self, path: Path | str, *, force: bool = False) -> Path:
         """Write the repaired model under the names and number types of its owner.
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from unbackdoor.audit.checks import Check
 from unbackdoor.errors import InputError
+from unbackdoor.files import parse_json, read_text
 from unbackdoor.registry import SCANNERS, References
 
 _LARGEST = 64 << 20  # bytes of a record; that of a scan of a thousand classes has less than one
@@ -61,14 +62,13 @@ def read_references(paths: Sequence[Path]) -> tuple[Reference, ...]:
 
 def _read(path: Path) -> Reference:
     try:
-        if path.stat().st_size > _LARGEST:
-            raise InputError("the reference is too large", where=path, remedy=_REMEDY)
-        record = json.loads(path.read_text(encoding="utf-8"))
+        path.stat()
+        record = parse_json(read_text(path, "the reference", limit=_LARGEST), "the reference", path)
         checks = {str(check["check"]): dict(check) for check in record["checks"]}
         return Reference(path, str(record["model_sha256"]), dict(record["setting"]), checks)
     except FileNotFoundError:
         raise InputError("there is no such reference", where=path, remedy=_REMEDY) from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             "the reference cannot be read", where=path, got=repr(error)[:200], remedy=_REMEDY
         ) from error

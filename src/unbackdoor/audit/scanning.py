@@ -14,11 +14,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from unbackdoor.audit.budget import BudgetSpent, end_of, watched
 from unbackdoor.audit.cases import Case
 from unbackdoor.audit.checks import Check, default_checks, plan_checks
 from unbackdoor.audit.evidence import Agreement, agreements, holm
 from unbackdoor.audit.references import calibrated, read_references
 from unbackdoor.audit.result import Result
+from unbackdoor.confinement import now
 from unbackdoor.engine import trusted_caller
 from unbackdoor.engine.canonical_form import CanonicalForm
 from unbackdoor.engine.precision import Policy
@@ -125,6 +127,8 @@ class Audit(Result):
         left_out: Default checks that were not run. With fewer checks, p-values are corrected less.
         interrupted: True where Ctrl-C or SIGTERM ended the scan; the checks that had ended count.
         case: The model and the images as the caller gave them.
+        reservations: What no check can see, such as a program of the file that was not examined. With one,
+            the verdict is at best ``undecided``.
     """
 
     verdict: Verdict
@@ -139,6 +143,7 @@ class Audit(Result):
     left_out: tuple[str, ...] = ()
     interrupted: bool = False
     case: Case | None = field(default=None, repr=False)
+    reservations: tuple[str, ...] = ()
 
     @property
     def partial(self) -> bool:
@@ -179,14 +184,11 @@ class Audit(Result):
 BEFORE_IT_BEGAN = "the scan was interrupted before it began"
 
 
-class _BudgetSpent(UnbackdoorError):
-    """The budget of the scan is spent; raised inside a check by its progress display."""
-
-
 def scan(
     model: Classifier,
     data: CleanData | Images | None = None,
     *,
+    reservations: Sequence[str] = (),
     checks: Sequence[Check | str] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     references: Sequence[Path] | None = None,
@@ -203,6 +205,7 @@ def scan(
         model: The classifier; never changed.
         data: Clean images, split already or not, with or without labels; None where there are none, which
             leaves the checks that need none.
+        reservations: What no check can see, as sentences; with one, the verdict is at best ``undecided``.
         checks: Which checks, by themselves or by the name of any registered scanner, with that of a variant
             behind a colon; None is :func:`default_checks`.
         options: For checks by name: options laid over those of the check.
@@ -258,7 +261,7 @@ def scan(
     }
     planned = calibrated(planned, reference_records, facts["setting"], facts["model_sha256"])
     start = time.monotonic()
-    deadline = None if budget is None else start + budget
+    deadline = end_of(budget)
     done: list[Checked] = []
     begun, interrupted = start, False
     form: CanonicalForm | None = None
@@ -299,6 +302,7 @@ def scan(
         seconds=time.monotonic() - start,
         interrupted=interrupted,
         notes=notes,
+        reservations=reservations,
     )
 
 
@@ -307,8 +311,8 @@ def _form(model: Classifier, data: CleanData, run: Run, deadline: float | None) 
 
     def limited(items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
         for item in run.show(items, label, total):
-            if deadline is not None and time.monotonic() >= deadline:
-                raise _BudgetSpent("the time of the scan is over")
+            if deadline is not None and now() >= deadline:
+                raise BudgetSpent("the time of the scan is over")
             yield item
 
     try:
@@ -317,11 +321,19 @@ def _form(model: Classifier, data: CleanData, run: Run, deadline: float | None) 
         return None
 
 
-def unscanned(model: Classifier, planned: Sequence[Check], level: float) -> Audit:
+def unscanned(
+    model: Classifier, planned: Sequence[Check], level: float, reservations: Sequence[str] = ()
+) -> Audit:
     """Return a scan that was interrupted before any of its checks began."""
     done = [Checked(check, "interrupted", BEFORE_IT_BEGAN) for check in planned]
     return _concluded(
-        done, level, {"model_sha256": model.sha256()}, model.class_names, seconds=0.0, interrupted=True
+        done,
+        level,
+        {"model_sha256": model.sha256()},
+        model.class_names,
+        seconds=0.0,
+        interrupted=True,
+        reservations=reservations,
     )
 
 
@@ -334,11 +346,12 @@ def _concluded(
     seconds: float,
     interrupted: bool,
     notes: Sequence[str] = (),
+    reservations: Sequence[str] = (),
 ) -> Audit:
     judged, agreed = _adjusted(done)
     names = {c.check.name for c in done}
     left_out = tuple(check.name for check in default_checks() if check.name not in names)
-    verdict, classes, reasons = _reach_verdict(judged, agreed, level, class_names)
+    verdict, classes, reasons = _reach_verdict(judged, agreed, level, class_names, reservations)
     return Audit(
         verdict,
         classes,
@@ -351,6 +364,7 @@ def _concluded(
         tuple(agreed),
         left_out,
         interrupted,
+        reservations=tuple(reservations),
     )
 
 
@@ -371,17 +385,20 @@ def _run_check(
     unmet = _unmet_needs(part.needs, data)
     if unmet:
         return Checked(check, "skipped", unmet)
-    if deadline is not None and time.monotonic() >= deadline:
+    if deadline is not None and now() >= deadline:
         return Checked(check, "out of budget", "the budget was spent before it began")
 
     spent = False
 
-    def limited(items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
+    def note_spent() -> None:
         nonlocal spent
+        spent = True
+
+    def limited(items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
         for item in show(items, f"{check.name}: {label}", total):
-            if deadline is not None and time.monotonic() >= deadline:
-                spent = True
-                raise _BudgetSpent("the time of the scan is over")
+            if deadline is not None and now() >= deadline:
+                note_spent()
+                raise BudgetSpent("the time of the scan is over")
             yield item
 
     def lost() -> Checked:
@@ -390,7 +407,7 @@ def _run_check(
 
     start = time.monotonic()
     try:
-        report = trusted_caller.scan(
+        report = watched(deadline, note_spent)(trusted_caller.scan)(
             part,
             model,
             data,
@@ -401,7 +418,7 @@ def _run_check(
             progress=limited,
             form=form,
         )
-    except _BudgetSpent:
+    except BudgetSpent:
         return lost()
     except (UnsupportedModel, MissingExtra) as error:
         unsuited = isinstance(error, UnsupportedModel)
@@ -409,7 +426,7 @@ def _run_check(
     except TooFewImages as error:
         return Checked(check, "skipped", str(error), seconds=time.monotonic() - start)
     except UnbackdoorError as error:
-        # A scanner may have turned _BudgetSpent into an error of its own, or continued after it.
+        # A scanner may have turned BudgetSpent into an error of its own, or continued after it.
         if spent:
             return lost()
         return Checked(check, "failed", str(error), seconds=time.monotonic() - start)
@@ -457,7 +474,11 @@ def _ranked(done: Sequence[Checked], agreed: Sequence[Agreed]) -> list[Noticed]:
 
 
 def _reach_verdict(
-    done: Sequence[Checked], agreed: Sequence[Agreed], level: float, names: Sequence[str]
+    done: Sequence[Checked],
+    agreed: Sequence[Agreed],
+    level: float,
+    names: Sequence[str],
+    reservations: Sequence[str] = (),
 ) -> tuple[Verdict, tuple[int, ...], list[str]]:
     """Return the verdict, the suspected classes and the reasons in words."""
     ranked = _ranked(done, agreed)
@@ -465,8 +486,9 @@ def _reach_verdict(
     if guilty:
         classes = tuple(dict.fromkeys(k for one in guilty for k in one.classes))
         evidence = "; ".join(_sentence(one, names) for one in guilty)
-        return "backdoor found", classes, [f"Evidence of a backdoor in {evidence}."]
-    reasons = [] if ranked else ["No check came to a calibrated result."]
+        return "backdoor found", classes, [f"Evidence of a backdoor in {evidence}.", *reservations]
+    reasons = list(reservations)
+    reasons += [] if ranked else ["No check came to a calibrated result."]
     lost = [c for c in done if c.status in LOST]
     if lost:
         unfinished = "; ".join(f"{c.check.name} ({c.reason.rstrip('.')})" for c in lost)

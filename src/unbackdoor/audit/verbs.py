@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from unbackdoor.audit import purifying, scanning, verification
-from unbackdoor.audit.cases import Data, Model, open_case, open_second
+from unbackdoor.audit.budget import within_budget
+from unbackdoor.audit.cases import (
+    Data,
+    Model,
+    open_case,
+    open_pair_sources,
+    open_second,
+    options_for,
+    require_share,
+)
 from unbackdoor.audit.checks import Check
 from unbackdoor.audit.scanning import LEVEL, Audit
 from unbackdoor.audit.trigger_files import read_triggers
@@ -26,6 +35,7 @@ from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Augmentation, Progress, silent
 
 
+@within_budget
 def scan(
     model: Model,
     data: Data | None = None,
@@ -40,6 +50,8 @@ def scan(
     std: Sequence[float] | None = None,
     size: tuple[int, int] | None = None,
     class_names: Sequence[str] | None = None,
+    weights: str | None = None,
+    output: str | None = None,
     clean: int | None = None,
     per_class: int | None = None,
     fraction: float | None = None,
@@ -64,12 +76,14 @@ def scan(
         references: Records of scans of clean models of the same kind (``result.json`` of a report), for the
             checks that are calibrated by them.
         level: Accepted probability that the whole scan accuses a clean model, in (0, 1).
-        budget: Seconds after which no check is begun or goes on; None is no limit.
-        arch: See :func:`unbackdoor.open_model`, as for the four that follow; only for a file.
+        budget: Seconds, opening included, after which no check is begun or goes on; None is no limit.
+        arch: See :func:`unbackdoor.open_model`, as for the six that follow; only for a file.
         mean: Per-channel mean.
         std: Per-channel deviation.
         size: (H, W) of the model's input.
         class_names: K names, in logit order.
+        weights: Which of several sets of weights in the file, such as ``state_dict_ema``.
+        output: Which of several outputs of an ONNX graph gives the logits.
         clean: Images to draw from a named data set, equally from all classes.
         per_class: Likewise: images of each class.
         fraction: Likewise: share of the images set aside for defenders, in (0, 1].
@@ -105,6 +119,8 @@ def scan(
         std=std,
         size=size,
         class_names=class_names,
+        weights=weights,
+        output=output,
         clean=clean,
         per_class=per_class,
         fraction=fraction,
@@ -117,6 +133,7 @@ def scan(
     audit = scanning.scan(
         case.model,
         case.split(seed),
+        reservations=case.reservations,
         checks=checks,
         options=options,
         references=references,
@@ -147,6 +164,8 @@ def purify(
     std: Sequence[float] | None = None,
     size: tuple[int, int] | None = None,
     class_names: Sequence[str] | None = None,
+    weights: str | None = None,
+    output: str | None = None,
     clean: int | None = None,
     per_class: int | None = None,
     fraction: float | None = None,
@@ -176,11 +195,13 @@ def purify(
             whose success is measured before and after.
         proof: Further images, for measuring alone; None keeps a part of ``data`` from the method.
         select_fraction: Share of the method's images that it only chooses thresholds on.
-        arch: See :func:`unbackdoor.open_model`, as for the four that follow; only for a file.
+        arch: See :func:`unbackdoor.open_model`, as for the six that follow; only for a file.
         mean: Per-channel mean.
         std: Per-channel deviation.
         size: (H, W) of the model's input.
         class_names: K names, in logit order.
+        weights: Which of several sets of weights in the file, such as ``state_dict_ema``.
+        output: Which of several outputs of an ONNX graph gives the logits.
         clean: Images to draw from a named data set, equally from all classes.
         per_class: Likewise: images of each class.
         fraction: Likewise: share of the images set aside for defenders, in (0, 1].
@@ -210,6 +231,7 @@ def purify(
     """
     if method is None:
         raise InputError("no method was named", expected="a registered defense", where="method")
+    require_share(select_fraction)
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
     case = open_case(
         model,
@@ -220,6 +242,8 @@ def purify(
         std=std,
         size=size,
         class_names=class_names,
+        weights=weights,
+        output=output,
         clean=clean,
         per_class=per_class,
         fraction=fraction,
@@ -233,7 +257,6 @@ def purify(
     images = case.data if case.data is not None else case.images
     if images is None:
         raise InputError("there is no clean image", expected="clean images to repair with", where="data")
-    in_file = case.opened is not None and case.opened.places is None
     done = purifying.purify(
         case.model,
         images,
@@ -244,7 +267,7 @@ def purify(
         promise=promise,
         triggers=read_triggers(triggers, case.model),
         proof=case.proof,
-        types=stored_types(case.opened) if in_file and case.opened is not None else None,
+        types=stored_types(case.opened) if case.opened is not None else None,
         select_fraction=select_fraction,
         augmentation=case.augmentation,
         seed=seed,
@@ -255,6 +278,7 @@ def purify(
     return replace(done, case=case)
 
 
+@within_budget
 def verify(
     before: Model,
     after: Model,
@@ -269,6 +293,8 @@ def verify(
     std: Sequence[float] | None = None,
     size: tuple[int, int] | None = None,
     class_names: Sequence[str] | None = None,
+    weights: str | None = None,
+    output: str | None = None,
     clean: int | None = None,
     per_class: int | None = None,
     fraction: float | None = None,
@@ -291,13 +317,15 @@ def verify(
             recovered ones.
         checks: Checks of both scans; None is all. On ``after`` those that accused ``before`` come first.
         level: Accepted probability of a false alarm in each scan.
-        budget: Seconds for both scans together; None is no limit.
-        arch: See :func:`unbackdoor.open_model`, as for the four that follow; of both models, but of none that
+        budget: Seconds for opening and both scans together; None is no limit.
+        arch: See :func:`unbackdoor.open_model`, as for the six that follow; of both models, but of none that
             has a card.
         mean: Per-channel mean.
         std: Per-channel deviation.
         size: (H, W) of the models' input.
         class_names: K names, in logit order.
+        weights: Which of several sets of weights in the file, such as ``state_dict_ema``.
+        output: Which of several outputs of an ONNX graph gives the logits.
         clean: Images to draw from a named data set, equally from all classes.
         per_class: Likewise: images of each class.
         fraction: Likewise: share of the images set aside for defenders, in (0, 1].
@@ -316,8 +344,10 @@ def verify(
     """
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
     model_options: dict[str, Any] = {
-        "arch": arch, "mean": mean, "std": std, "size": size, "class_names": class_names
+        "arch": arch, "mean": mean, "std": std, "size": size, "class_names": class_names,
+        "weights": weights, "output": output,
     }  # fmt: skip
+    before, after = open_pair_sources(before, after, model_options)
     first = open_case(
         before,
         data,
@@ -329,7 +359,7 @@ def verify(
         image_column=image_column,
         label_column=label_column,
         skip_damaged=skip_damaged,
-        **model_options,
+        **options_for(before, model_options),
     )
     second = open_second(after, first, run=run, **model_options)
     if first.images is None:
@@ -339,6 +369,7 @@ def verify(
         second.model,
         first.images,
         triggers=read_triggers(triggers, first.model),
+        reservations=(first.reservations, second.reservations),
         checks=checks,
         level=level,
         budget=budget,

@@ -11,14 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from unbackdoor.audit.budget import seconds_left
 from unbackdoor.audit.cases import Case
 from unbackdoor.audit.checks import Check, plan_checks
 from unbackdoor.audit.comparison import (
     Accuracy,
+    LogitDifference,
     TensorChange,
     agree_on,
     changed_tensors,
     compare_accuracy,
+    compare_logits,
     trigger_success,
 )
 from unbackdoor.audit.purifying import Residue, split_proof
@@ -48,6 +51,7 @@ class Verification(Result):
         seconds: Wall time.
         facts: JSON-ready: hashes and numbers of images.
         cases: The two models and the images as the caller gave them.
+        logits: How far their logits lie apart.
     """
 
     identical: bool
@@ -60,6 +64,7 @@ class Verification(Result):
     seconds: float = 0.0
     facts: Mapping[str, Any] = field(default_factory=dict)
     cases: tuple[Case, Case] | None = field(default=None, repr=False)
+    logits: LogitDifference | None = None
 
     @property
     def interrupted(self) -> bool:
@@ -73,6 +78,7 @@ def verify(
     images: Images | CleanData,
     *,
     triggers: tuple[RecoveredTrigger, ...] = (),
+    reservations: tuple[Sequence[str], Sequence[str]] = ((), ()),
     checks: Sequence[Check | str] | None = None,
     level: float = LEVEL,
     budget: float | None = None,
@@ -88,6 +94,7 @@ def verify(
         after: What is said to be its repair; of the same input and classes.
         images: Clean images, with or without labels; a part is kept for trying the triggers.
         triggers: Known triggers to try beside the recovered ones.
+        reservations: What no check can see in the first, and in the second model.
         checks: Checks to run on both; None is :func:`unbackdoor.audit.checks.default_checks`, so that all
             that a scan can find in the original is also checked on the repair. On the repair, those that
             accuse the original come first: they are repeated even where the budget ends the others.
@@ -111,17 +118,19 @@ def verify(
             got=f"input {after.input_shape}, {after.classes} classes",
         )
     start = time.monotonic()
+    whole = seconds_left(budget)
     scan_images, trigger_images, _ = split_proof(images, seed=seed)
     data = CleanData.split(scan_images, seed=seed)
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
 
     planned = plan_checks([checks] if isinstance(checks, str) else checks)
 
-    def scan_model(model: Classifier, order: Sequence[Check]) -> Audit:
-        left = None if budget is None else budget / 2
+    def scan_model(model: Classifier, order: Sequence[Check], unseen: Sequence[str]) -> Audit:
+        left = None if whole is None else whole / 2
         return scan(
             model,
             data,
+            reservations=unseen,
             checks=order,
             level=level,
             budget=left,
@@ -131,9 +140,11 @@ def verify(
             progress=progress,
         )
 
-    first = scan_model(before, planned)
+    first = scan_model(before, planned, reservations[0])
     second = (
-        unscanned(after, planned, level) if first.interrupted else scan_model(after, _accusers_first(first))
+        unscanned(after, planned, level, reservations[1])
+        if first.interrupted
+        else scan_model(after, _accusers_first(first), reservations[1])
     )
     places = {check.name: place for place, check in enumerate(planned)}
     second = replace(second, checks=tuple(sorted(second.checks, key=lambda c: places[c.check.name])))
@@ -159,6 +170,7 @@ def verify(
             "images_sha256": images.fingerprint(),
             "seed": seed,
         },
+        logits=compare_logits(before, after, images, run),
     )
 
 

@@ -25,6 +25,7 @@ from unbackdoor.bench.suites import (
     RecipeEntry,
     Suite,
     architecture,
+    architecture_label,
     attack_options,
 )
 from unbackdoor.data.datasets import DataSet
@@ -110,13 +111,14 @@ def _cells(suite: Suite, data: Mapping[str, DataSet]) -> Iterator[Planned]:
                 "suite": suite.name,
                 "version": suite.version,
                 "dataset": entry.name,
-                "architecture": model.architecture,
+                "architecture": architecture_label(model),
                 "width": width,
-                "recipe": recipe.name if not recipe.changes else f"{recipe.name}*",
+                "recipe": recipe.title,
                 "attack": attack.name,
                 "poison_rate": config["poison_rate"],
                 "target": None if attack.name == "none" else config["target"],
                 "victim_seed": seed,
+                "part": suite.split.part(seed) if suite.split else "",
             }
             victim = Planned(address(spec), "victim", spec, None, labels)
             yield victim
@@ -135,7 +137,7 @@ def _victims(
         for seed in attack.seeds
     ]
     for (model, width), recipe, (attack, options, seed) in product(networks, suite.recipe, attacks):
-        if model.meets(data, recipe.name, attack.name, seed):
+        if model.meets(data, recipe.label or recipe.name, attack.name, seed):
             yield model, width, recipe, attack, options, seed
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from unbackdoor.errors import InputError
-from unbackdoor.registry import ARCHITECTURES, ATTACKS, DEFENSES, SCANNERS, Part
+from unbackdoor.registry import ARCHITECTURES, ATTACKS, DEFENSES, SCANNERS, SCREENERS, Part, Registry
 
 OWN = "unbackdoor"
 IMPORTED = "imported "  # before the version of a victim that was taken over and is pinned by its weights
@@ -197,6 +197,40 @@ def sample_version() -> str:
     return _cached_version((SPLITS,), "")
 
 
+# Columns of the rows of scripts that name a method.
+_METHODS: Mapping[str, Registry[Any]] = {"method": DEFENSES, "system": DEFENSES, "screener": SCREENERS}
+
+
+def script_version(script: Path, row: Mapping[str, Any], sources: Sources | None = None) -> str:
+    """Return the version of the code that makes a row of a script.
+
+    It is of the script itself, of what it imports of the package, and of the methods that the row names: in
+    its column ``method``, ``system`` or ``screener``; a row of a ``scan`` is of all scanners.
+
+    Args:
+        script: The file.
+        row: The row, as far as it says what was run.
+        sources: See :func:`victim_version`.
+    """
+    sources_of = sources or _INSTALLED
+    parts = [registry[row[column]] for column, registry in _METHODS.items() if row.get(column) in [*registry]]
+    if row.get("what") == "scan":
+        parts += [SCANNERS[name] for name in SCANNERS]
+    tree = _Bare().visit(ast.parse(script.read_bytes()))
+    names = {name for name in imported(tree, "") if name.partition(".")[0] == OWN and sources_of.file(name)}
+    names |= {name for part in parts for name in _modules(part, sources_of)}
+    also = " ".join(
+        [hashlib.sha256(_text(tree).encode()).hexdigest(), *(str(part.version) for part in parts)]
+    )
+    start = tuple(sorted(names))
+    return _cached_version(start, also) if sources is None else sources.version(start, also=also)
+
+
+def is_current_of(script: Path) -> Callable[[Any], bool]:
+    """Return what tells whether a row of a script was made by the code that is there; see ``is_current``."""
+    return lambda row: bool(row.get("code")) and row["code"] == script_version(script, row)
+
+
 def is_current(row: Any) -> bool:
     """Return whether a row was measured by the code that is installed.
 
@@ -222,7 +256,7 @@ def is_current(row: Any) -> bool:
 
 
 def _family(architecture: str) -> Part[Any]:
-    return ARCHITECTURES[architecture.removeprefix(f"{OWN}:")]
+    return ARCHITECTURES[architecture.removeprefix(f"{OWN}:").partition("[")[0]]
 
 
 def _version(entry: str, parts: Iterable[Part[Any]], sources: Sources | None) -> str:

@@ -55,6 +55,7 @@ def drive(
     place: Mapping[str, Any],
     *,
     only: str | None = None,
+    part: str | None = None,
     budget: float | None = None,
     watch: Callable[[Progress], None] = lambda progress: None,
     asked_to_stop: Callable[[], bool] = lambda: False,
@@ -66,7 +67,9 @@ def drive(
         label: Of the suite.
         engine: Where cells run; it is left open.
         place: What every job needs to know about the machine: store, data root, cache, device, limits.
-        only: Pattern over ``dataset/architecture/attack/defense``; victims that are needed run too.
+        only: Pattern over ``dataset/architecture/attack/defense``; victims that are needed run too. The
+            victims themselves have ``victim`` in the place of the defense.
+        part: Run this part alone of a suite that is split into ``tuning`` and ``test``.
         budget: Seconds after which no cell is left running.
         watch: Called about twice a second.
         asked_to_stop: Called as often, and before a cell is claimed.
@@ -86,7 +89,7 @@ def drive(
     progress = Progress()
     end = None if budget is None else time.monotonic() + budget
     running: dict[Future[Answer], Cell] = {}
-    agenda = Agenda(store, label, only)
+    agenda = Agenda(store, label, only, part)
     progress.counts = agenda.counts
     polled = -_STORE_POLL_SECONDS
     try:
@@ -123,6 +126,7 @@ class Agenda:
         store: Open store in which the suite is registered.
         label: Of the suite.
         only: See :func:`drive`.
+        part: See :func:`drive`.
 
     Attributes:
         counts: Cells of the suite by state.
@@ -130,7 +134,7 @@ class Agenda:
         names: Of the cells that were asked for, by key.
     """
 
-    def __init__(self, store: Store, label: str, only: str | None = None) -> None:
+    def __init__(self, store: Store, label: str, only: str | None = None, part: str | None = None) -> None:
         self._store = store
         self._seen = store.last_change()  # read first: changes made meanwhile are reported again
         self._states: dict[str, State] = {}
@@ -139,7 +143,7 @@ class Agenda:
         members = [(key, parent, name_of(labels)) for key, parent, labels in store.outline(label)]
         self.names = {key: name for key, _, name in reversed(members)}
         self._parents = {key: parent for key, parent, _ in members}
-        self._order = _matching(members, only)
+        self._order = _matching(members, only, part)
         self._places = {key: place for place, key in enumerate(self._order)}
         self._repairs: dict[str, list[str]] = {}
         for key in self._order:
@@ -241,14 +245,23 @@ def name_of(labels: Mapping[str, Any]) -> str:
     if method:
         parts.append(method if labels["preset"] == "default" else f"{method}:{labels['preset']}")
         parts += [f"images={labels['clean_images']}", f"sample={labels['defender_seed']}"]
+    else:
+        parts.append("victim")
     parts += [f"rate={labels['poison_rate']:g}", f"seed={labels['victim_seed']}", labels["recipe"]]
+    if labels.get("part"):
+        parts.append(f"part={labels['part']}")
     return "/".join(parts)
 
 
-def _matching(members: Iterable[tuple[str, str | None, str]], only: str | None) -> list[str]:
+def _matching(
+    members: Iterable[tuple[str, str | None, str]], only: str | None, part: str | None
+) -> list[str]:
     """Return the keys whose names match, in order, each with its victim before it and none twice."""
+    only = only and only.replace("[", "[[]")  # names of networks have brackets, patterns have none
     keys: dict[str, None] = {}
     for key, parent, name in members:
+        if part is not None and not name.endswith(f"/part={part}"):
+            continue
         if only is None or fnmatchcase(name, only) or fnmatchcase(name, f"*{only}*"):
             if parent is not None:
                 keys.setdefault(parent)

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Protocol
 
-from unbackdoor.bench import isolate
+from unbackdoor import isolate
 from unbackdoor.bench.jobs import Answer, Job
 from unbackdoor.bench.work import execute
 from unbackdoor.errors import EngineFailed, InputError, MissingExtra

@@ -21,12 +21,13 @@ from unbackdoor.bench.store import Store
 from unbackdoor.bench.truth_files import load_truth
 from unbackdoor.engine.training import Recipe
 from unbackdoor.errors import InputError, IntegrityError
-from unbackdoor.files import sha256_file, write_json
+from unbackdoor.files import parse_json, read_text, sha256_file, write_json
 from unbackdoor.opening.classifier_files import load_model
 from unbackdoor.registry import ATTACKS, Config
 
 CELL, MODEL = "cell.json", "model.safetensors"
 # The fields that name the training code; older specifications have attack_code and epoch.
+_MAX_JSON = 1 << 24  # bytes of a record
 _CODE = frozenset({"code", "attack_code", "epoch"})
 # Fields that older specifications lack; both follow from the data set, which they name by hashes.
 _LATER = frozenset({"augmentation", "normalisation"})
@@ -158,8 +159,9 @@ def _import_victim(store: Store, file: Path) -> str | None:
 
 
 def _read(file: Path) -> dict[str, Any]:
+    what = "the record of a victim"
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = parse_json(read_text(file, what, limit=_MAX_JSON), what, file)
         missing = {"key", "spec", "result", "sha256"} - set(record)
     except (OSError, ValueError, TypeError) as error:
         raise InputError("the record of a victim cannot be read", got=str(error), where=file) from None

@@ -26,7 +26,7 @@ class Place(TypedDict, total=False):
         data_root: First place to search for data sets, or None.
         cache: Where decoded data sets are kept, or None for the default.
         device: ``cpu`` by default.
-        limits: Fields of :class:`unbackdoor.bench.isolate.Limits`.
+        limits: Fields of :class:`unbackdoor.isolate.Limits`.
     """
 
     store: str

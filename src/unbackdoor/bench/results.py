@@ -37,6 +37,7 @@ def scans_of(store: Store, label: str) -> list[ScanRow]:
 class _Victim:
     scores: Mapping[str, Any]
     code: str
+    processor_seconds: float | None
 
 
 def _ended(store: Store, label: str, kind: str) -> Iterator[tuple[Cell, dict[str, Any], _Victim]]:
@@ -48,6 +49,7 @@ def _ended(store: Store, label: str, kind: str) -> Iterator[tuple[Cell, dict[str
             # A victim of a time before there were versions says which attack's module it was trained with.
             (IMPORTED if cell.key in pinned else "")
             + str(cell.spec.get("code", cell.spec.get("attack_code", ""))),
+            (cell.result or {}).get("processor_seconds"),
         )
         for cell, _ in members
         if cell.kind == "victim"
@@ -96,6 +98,7 @@ def _measured(cell: Cell, victim: _Victim) -> dict[str, Any]:
         "commit": result.get("commit", ""),
         "code": cell.spec.get("code", ""),
         "victim_code": victim.code,
+        "victim_processor_seconds": victim.processor_seconds and round(victim.processor_seconds, 1),
         "flags": tuple(flags),
         "error": cell.error,
     }

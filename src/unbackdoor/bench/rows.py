@@ -6,7 +6,6 @@ explains every column.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,9 +13,10 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from unbackdoor.errors import InputError
-from unbackdoor.files import atomic_write
+from unbackdoor.files import atomic_write, is_there, parse_json, read_text
 
 R = TypeVar("R", bound=BaseModel)
+MAX_ROWS = 1 << 30  # bytes of a file of rows; a thousand times the largest that is published
 
 
 class _Experiment(BaseModel):
@@ -67,6 +67,8 @@ class Row(_Experiment):
     commit: str = ""
     code: str = ""
     victim_code: str = ""
+    victim_processor_seconds: float | None = None
+    part: str = ""
     flags: tuple[str, ...] = ()
     error: str | None = None
 
@@ -93,6 +95,8 @@ class ScanRow(_Experiment):
     commit: str = ""
     code: str = ""
     victim_code: str = ""
+    victim_processor_seconds: float | None = None
+    part: str = ""
     flags: tuple[str, ...] = ()
     error: str | None = None
 
@@ -103,12 +107,12 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         InputError: If a line is no row; the line is named.
     """
-    return list(_rows(path, Row)) if path.exists() else []
+    return list(_rows(path, Row)) if is_there(path) else []
 
 
 def read_scans(path: Path) -> list[ScanRow]:
     """Read a JSON-lines file of scans, as :func:`read_rows` does."""
-    return list(_rows(path, ScanRow)) if path.exists() else []
+    return list(_rows(path, ScanRow)) if is_there(path) else []
 
 
 def write_rows(path: Path, rows: Iterable[BaseModel]) -> None:
@@ -118,11 +122,13 @@ def write_rows(path: Path, rows: Iterable[BaseModel]) -> None:
 
 
 def _rows(path: Path, kind: type[R]) -> Iterator[R]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    text = read_text(path, "the file of rows", limit=MAX_ROWS)
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         try:
-            yield kind.model_validate(json.loads(line))
-        except (ValidationError, ValueError) as error:
+            yield kind.model_validate(parse_json(line, "the line"))
+        except (ValidationError, InputError) as error:
             where = f"{path}, line {number}"
-            raise InputError("a line is not a result row", got=str(error), where=where) from None
+            got = error.got if isinstance(error, InputError) else str(error)
+            raise InputError("a line is not a result row", got=got, where=where) from None

@@ -19,14 +19,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from unbackdoor.data.datasets import dataset_names
 from unbackdoor.engine.training import RECIPES, recipe_named
 from unbackdoor.errors import ConfigError, InputError, IntegrityError
-from unbackdoor.files import write_json
+from unbackdoor.files import MAX_DEPTH, depth, read_text, write_json
 from unbackdoor.networks.build import configure
 from unbackdoor.registry import ATTACKS, DEFENSES, SCANNERS, Registry, near_match
 
 SHIPPED = Path(__file__).parent / "suite_files"  # the suites that come with the package
+_MAX_SUITE = 1 << 20  # bytes
+_MAX_PARTS = 64  # of a dotted key
+_NO_KEY = re.compile(r"[,=\[\]{}#\n]")
 LOCK = "LOCK.json"  # beside the suites: the hash of every version that was ever run
 Metric = Literal["acc", "asr", "ra", "der"]
 Selection = Literal["held-out clean", "oracle"]
+SplitPart = Literal["tuning", "test"]
 
 
 class _Table(BaseModel):
@@ -59,10 +63,16 @@ class ModelEntry(_Table):
 
 
 class RecipeEntry(_Table):
-    """How victims are trained: a named recipe and what differs from it."""
+    """How victims are trained: a named recipe and what differs from it, and what rows call that."""
 
     name: str = "plain"
     changes: Mapping[str, Any] = {}
+    label: str = Field(default="", pattern=r"^[a-z0-9.*-]*$")
+
+    @property
+    def title(self) -> str:
+        """The name in rows: the label, or the recipe's own name, with a star where something differs."""
+        return self.label or (f"{self.name}*" if self.changes else self.name)
 
 
 class AttackEntry(_Table):
@@ -104,6 +114,17 @@ class ScannerEntry(_Table):
     options: Mapping[str, Any] = {}
 
 
+class SplitEntry(_Table):
+    """Which victims methods may be developed on, and which they are judged on; by the seed of the victim."""
+
+    tuning: tuple[int, ...] = Field(min_length=1)
+    test: tuple[int, ...] = Field(min_length=1)
+
+    def part(self, seed: int) -> SplitPart:
+        """Return the part of a seed that one of them has."""
+        return "tuning" if seed in self.tuning else "test"
+
+
 class LimitEntry(_Table):
     """What one cell may take."""
 
@@ -126,6 +147,7 @@ class Suite(_Table):
     defender: DefenderEntry
     defense: tuple[DefenseEntry, ...] = Field(min_length=1)
     scanner: tuple[ScannerEntry, ...] = ()
+    split: SplitEntry | None = None
     limit: LimitEntry = LimitEntry()
 
     @property
@@ -139,9 +161,14 @@ class Suite(_Table):
         # What came later is left out where it says nothing, so that older suites keep their hash.
         if not self.scanner:
             del content["scanner"]
+        if self.split is None:
+            del content["split"]
         for defense in content["defense"]:
             if not defense["choices"]:
                 del defense["choices"]
+        for recipe in content["recipe"]:
+            if not recipe["label"]:
+                del recipe["label"]
         for model in content["model"]:
             for key in ("data", "recipes", "attacks", "seeds"):
                 if not model[key]:
@@ -178,9 +205,18 @@ def load_suite(file: Path) -> Suite:
     """
     subject = f"the suite {file.name}"
     try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(subject, [f"it is not TOML: {error}"]) from None
+        text = read_text(file, subject, limit=_MAX_SUITE)
+    except InputError as error:
+        raise ConfigError(subject, [f"it is not TOML: {error.got}"]) from None
+    # The library takes time and depth without bound for a key of many parts.
+    if any(piece.count(".") > _MAX_PARTS for piece in _NO_KEY.split(text)):
+        raise ConfigError(subject, [f"a key has more than {_MAX_PARTS} parts"])
+    try:
+        values = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(subject, [f"it is not TOML: {str(error)[:200]}"]) from None
+    if depth(values) > MAX_DEPTH:
+        raise ConfigError(subject, [f"its tables lie more than {MAX_DEPTH} deep"])
     try:
         suite = Suite.model_validate(values)
     except ValidationError as error:
@@ -254,6 +290,8 @@ def _faults(suite: Suite) -> Iterator[str]:
             yield f'defense {defense.name}: selection = "oracle" and a list of choices belong together'
     for scanner in suite.scanner:
         yield from _part_faults(SCANNERS, scanner.name, [(p, scanner.options) for p in scanner.presets])
+    if suite.split is not None:
+        yield from _split_faults(suite.split, {seed for attack in suite.attack for seed in attack.seeds})
     if "none" not in {defense.name for defense in suite.defense}:
         yield "defense: the null row 'none' is missing; every suite runs it"
     if "none" not in {attack.name for attack in suite.attack}:
@@ -267,13 +305,23 @@ def _cross_faults(suite: Suite, model: ModelEntry) -> Iterator[str]:
     seeds = {str(seed) for attack in suite.attack for seed in attack.seeds}
     for kind, requested, available in (
         ("data set", model.data, [entry.name for entry in suite.data]),
-        ("recipe", model.recipes, [entry.name for entry in suite.recipe]),
+        ("recipe", model.recipes, [entry.label or entry.name for entry in suite.recipe]),
         ("attack", model.attacks, [entry.name for entry in suite.attack]),
         ("seed", tuple(map(str, model.seeds)), sorted(seeds)),
     ):
         for name in requested:
             if name not in available:
                 yield f"model {model.architecture}: {_unknown(kind + ' of this suite', name, available)}"
+
+
+def _split_faults(split: SplitEntry, seeds: set[int]) -> Iterator[str]:
+    """Yield the seeds that are in both parts, and those of victims that are in neither."""
+    for faulty, words in (
+        (set(split.tuning) & set(split.test), "in both parts"),
+        (seeds - set(split.tuning) - set(split.test), "in neither part"),
+    ):
+        if faulty:
+            yield f"split: {words}: seed " + ", ".join(map(str, sorted(faulty)))
 
 
 def _attack_faults(attack: AttackEntry) -> Iterator[str]:
@@ -309,6 +357,12 @@ def architecture(model: ModelEntry, width: float) -> str:
     width_text = int(width) if float(width).is_integer() and model.architecture != "mobilenet_v2" else width
     options = ",".join([f"width={width_text}", *(f"{k}={v}" for k, v in model.options.items())])
     return f"{model.architecture}[{options}]"
+
+
+def architecture_label(model: ModelEntry) -> str:
+    """Return what a model entry is called in rows: without its width, which is a column of its own."""
+    options = ",".join(f"{key}={value}" for key, value in model.options.items())
+    return f"{model.architecture}[{options}]" if options else model.architecture
 
 
 def _unknown(kind: str, name: str, available: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ def train_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
         options=spec["options"],
         seed=spec["seed"],
     )
+    before = time.process_time()
     (model, truth), seconds = timed(
         lambda: train_victim(
             victim,
@@ -33,12 +35,14 @@ def train_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
             bases=Path(task["place"]["store"]) / "bases",
         )
     )
+    processor_seconds = time.process_time() - before
     scores, judging = timed(lambda: judge(model, truth, data.test, run))
     save_victim(model, truth, folder / MODEL, history=[{"step": "trained", "recipe": spec["recipe"]}])
     return {
         "scores": scores.to_json(),
         "timings": {"data": loading, "train": seconds, "judge": judging},
         "seconds": seconds,
+        "processor_seconds": processor_seconds,
         "peak_mb": peak_memory_mb(),
         "device": describe_device(run),
     }

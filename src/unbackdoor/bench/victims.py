@@ -19,7 +19,7 @@ from unbackdoor.bench.truth_files import load_truth, save_truth
 from unbackdoor.data.datasets import DataSet
 from unbackdoor.data.splits import reserve
 from unbackdoor.engine.run import Run
-from unbackdoor.engine.training import Recipe, initialise, recipe_named, train
+from unbackdoor.engine.training import RECIPES, Recipe, initialise, recipe_named, train
 from unbackdoor.errors import ConfigError
 from unbackdoor.files import atomic_write
 from unbackdoor.networks import build
@@ -86,8 +86,15 @@ def train_victim(
     ).to(run.device)
     how: dict[str, Any] = {"augmentation": data.augmentation, "checkpoint": checkpoint, "label": label}
     initialise(model, training)
+    folder = bases or (checkpoint.parent if checkpoint else None)
     if spec.recipe.base:
-        _train_base(model, training, spec, data, run, bases or (checkpoint.parent if checkpoint else None))
+        _train_clean(model, training, _base_recipe(spec.recipe), data, run, folder)
+    elif truth.trigger.mapping == "none" and any(
+        r.base and _base_recipe(r) == spec.recipe for r in RECIPES.values()
+    ):
+        # It may be a base already, and may become one.
+        _train_clean(model, training, spec.recipe, data, run, folder, checkpoint, label)
+        return model, truth
     learning, trigger_file = truth.trigger.learning, None
     fitted: Mapping[str, Tensor] = {}
     if learning is not None:
@@ -103,13 +110,24 @@ def train_victim(
     return model, truth
 
 
-def _train_base(
-    model: Classifier, images: Images, spec: VictimSpec, data: DataSet, run: Run, folder: Path | None
+def _base_recipe(recipe: Recipe) -> Recipe:
+    base = recipe_named(recipe.base)
+    if base.base:
+        raise ConfigError("the recipe", [f"base: {recipe.base!r} has a base of its own"])
+    return base
+
+
+def _train_clean(
+    model: Classifier,
+    images: Images,
+    recipe: Recipe,
+    data: DataSet,
+    run: Run,
+    folder: Path | None,
+    checkpoint: Path | None = None,
+    label: str = "clean network",
 ) -> None:
-    """Train the clean network that a backdoor is put into, or take it from the folder where it is kept."""
-    recipe = recipe_named(spec.recipe.base)
-    if recipe.base:
-        raise ConfigError("the recipe", [f"base: {spec.recipe.base!r} has a base of its own"])
+    """Train a clean network that backdoors are put into, or take it from the folder where it is kept."""
     facts = {
         "start": model.sha256(),
         "images": images.fingerprint(),
@@ -119,25 +137,18 @@ def _train_base(
         "augmentation": data.augmentation,
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    base_file = None if folder is None else folder / f"{key[:32]}.base.safetensors"
-    if base_file is not None and base_file.exists():
-        model.network.load_state_dict(load_file(base_file))
+    kept = None if folder is None else folder / f"{key[:32]}.base.safetensors"
+    if kept is not None and kept.exists():
+        model.network.load_state_dict(load_file(kept))
         return
-    checkpoint = None if base_file is None else base_file.with_suffix(".checkpoint")
-    train(
-        model,
-        images,
-        recipe,
-        run,
-        augmentation=data.augmentation,
-        checkpoint=checkpoint,
-        label="clean network",
-    )
-    if base_file is not None:
+    if checkpoint is None and kept is not None:
+        checkpoint = kept.with_suffix(".checkpoint")
+    train(model, images, recipe, run, augmentation=data.augmentation, checkpoint=checkpoint, label=label)
+    if kept is not None:
         state = {
             name: t.detach().cpu().contiguous().clone() for name, t in model.network.state_dict().items()
         }
-        with atomic_write(base_file) as draft:
+        with atomic_write(kept) as draft:
             save_file(state, draft)
 
 

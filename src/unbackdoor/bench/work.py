@@ -19,7 +19,6 @@ from typing import Any
 from unbackdoor.bench import steps
 from unbackdoor.bench.cells import address
 from unbackdoor.bench.code_version import sample_version
-from unbackdoor.bench.isolate import SCRATCH, Limits, call, log_of
 from unbackdoor.bench.jobs import Answer, Job, read_job
 from unbackdoor.bench.judge import der, judge_scan
 from unbackdoor.bench.repairs import running_commit
@@ -29,8 +28,12 @@ from unbackdoor.bench.truth_files import load_truth
 from unbackdoor.data.datasets import places_of_data
 from unbackdoor.errors import MethodFailed, UnbackdoorError
 from unbackdoor.files import is_disk_full
+from unbackdoor.isolate import SCRATCH, Limits, call, log_of, preload
 
 _STEPS, _TRAINING = "unbackdoor.bench.steps", "unbackdoor.bench.train_step"
+# The first brings the other steps along. The first optimizer of a process imports torch's compiler, a second
+# of work that is done once in the server.
+preload(_TRAINING, "torch._dynamo")
 _COST: dict[str, tuple[type, ...]] = {
     "seconds": (float,),
     "peak_mb": (float,),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +14,7 @@ import typer
 from unbackdoor.cli import options
 from unbackdoor.cli.output import note
 from unbackdoor.errors import ConfigError, InputError
+from unbackdoor.files import is_there, read_text
 
 if TYPE_CHECKING:
     from unbackdoor.audit.cases import Case
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from unbackdoor.weights.source import Source
 
 PAGE = "report.html"
+_MAX_NAMES_FILE = 10 << 20  # bytes
 _MAX_NAMED = 10  # suspected classes that a sentence lists; the record has all
 _MODEL, _DATA = "Models without a card", "Data"
 
@@ -51,6 +53,15 @@ Classes = Annotated[
         "--class-names",
         help="Names in the order of the outputs, separated by commas, or a text file with one on each line.",
         show_default="the card's, else the data's",
+        rich_help_panel=_MODEL,
+    ),
+]
+Output = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Which of several outputs of an ONNX graph gives the logits.",
+        show_default="the only one",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -123,6 +134,8 @@ class UserOptions:
     image_column: str | None = None
     label_column: str | None = None
     skip_damaged: bool = False
+    weights: str | None = None
+    output: str | None = None
 
 
 def open_case(
@@ -145,7 +158,7 @@ def open_case(
         model,
         user_options.data,
         run=run,
-        **_model_options(user_options),
+        **model_options(user_options),
         clean=user_options.clean,
         per_class=user_options.per_class,
         fraction=user_options.fraction,
@@ -160,11 +173,22 @@ def open_case(
     return case
 
 
-def open_second(model: Path, first: Case, user_options: UserOptions, run: Run) -> Case:
-    """Open the model that a first one is compared with, under the same assumptions unless it has a card."""
+def open_pair(
+    before: Path, after: Path, user_options: UserOptions, run: Run, progress: Progress, *, quiet: bool = False
+) -> tuple[Case, Case]:
+    """Open two models that are compared, the second under the same assumptions unless it has a card."""
     from unbackdoor.audit import cases
 
-    return cases.open_second(model, first, run=run, **_model_options(user_options))
+    typed = model_options(user_options)
+    first_file, second_file = cases.open_pair_sources(before, after, typed)
+    fitting = cases.options_for(first_file, typed)
+    assert not isinstance(first_file, Path)
+    options_of_first = replace(user_options, weights=fitting["weights"], output=fitting["output"])
+    first = open_case(first_file, options_of_first, run, progress, quiet=quiet)  # type: ignore[arg-type]
+    second = cases.open_second(second_file, first, run=run, **typed)
+    for warning in second.opened.provenance.in_file.warnings if second.opened is not None else ():
+        note(f"mind, of the second model: {warning}", quiet=quiet)
+    return first, second
 
 
 def show_notes(case: Case, *, quiet: bool) -> None:
@@ -178,13 +202,16 @@ def show_notes(case: Case, *, quiet: bool) -> None:
             note(f"mind: {warning}", quiet=quiet)
 
 
-def _model_options(user_options: UserOptions) -> dict[str, Any]:
+def model_options(user_options: UserOptions) -> dict[str, Any]:
+    """Return the options of a model as :func:`unbackdoor.open_model` takes them."""
     return {
         "arch": user_options.architecture,
         "mean": options.numbers(user_options.mean, "--mean"),
         "std": options.numbers(user_options.std, "--std"),
-        "size": _size(user_options.size),
+        "size": image_size(user_options.size),
         "class_names": class_names(user_options.class_names),
+        "weights": user_options.weights,
+        "output": user_options.output,
     }
 
 
@@ -193,14 +220,17 @@ def class_names(text: str | None) -> tuple[str, ...] | None:
     if text is None:
         return None
     path = Path(text)
-    if path.is_file():
-        if path.stat().st_size > 10 << 20:
-            raise InputError("the file of class names is too large", where=path)
-        return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    if is_there(path) and not path.is_dir():  # a list of names may be longer than the name of a file may be
+        content = read_text(path, "the file of class names", limit=_MAX_NAMES_FILE)
+        names = tuple(line.strip() for line in content.splitlines() if line.strip())
+        if not names:
+            raise InputError("the file of class names is empty", expected="a name on each line", where=path)
+        return names
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def _size(text: str | None) -> tuple[int, int] | None:
+def image_size(text: str | None) -> tuple[int, int] | None:
+    """Return (H, W) of a text such as ``32`` or ``32,24``; raises ConfigError of another."""
     if text is None:
         return None
     try:

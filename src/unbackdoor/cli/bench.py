@@ -34,6 +34,14 @@ class EngineName(StrEnum):
     dask = "dask"
 
 
+class Part(StrEnum):
+    """Parts of a suite that is split."""
+
+    tuning = "tuning"
+    test = "test"
+    all = "all"
+
+
 class Format(StrEnum):
     """Forms of exported rows."""
 
@@ -63,10 +71,18 @@ def run(
         str | None,
         typer.Option(
             help="Run only what matches, as in */badnets/rnp or badnets/awm/images=500: data set/"
-            "architecture-width/attack/defense/images=N/sample=N/rate=R/seed=N/recipe.",
+            "architecture-width/attack/defense/images=N/sample=N/rate=R/seed=N/recipe; victims themselves "
+            "have victim in the place of the defense.",
             show_default=False,
         ),
     ] = None,
+    part: Annotated[
+        Part,
+        typer.Option(
+            help="Of a suite that is split: run its tuning part, on which methods may be developed, its "
+            "test part, on which they are judged, or all."
+        ),
+    ] = Part.tuning,
     engine: Annotated[EngineName, typer.Option(help="Where cells run.")] = EngineName.local,
     workers: Annotated[
         int, typer.Option(min=0, help="Cells at a time; 0 for one for each processor.", show_default=False)
@@ -122,7 +138,8 @@ def run(
                 with _live(chosen.label, slots, store, quiet=quiet) as watch:
                     done = drive(
                         opened, chosen.label, where, place,
-                        only=only, budget=seconds, watch=watch, asked_to_stop=asked_to_stop,
+                        only=only, part=None if part is Part.all or chosen.split is None else part.value,
+                        budget=seconds, watch=watch, asked_to_stop=asked_to_stop,
                     )  # fmt: skip
             finally:
                 where.close()
@@ -138,6 +155,7 @@ def run(
 @bench.command("resume")
 def resume(
     suite: SuiteName,
+    part: Annotated[Part, typer.Option(help="Part of a suite that is split.")] = Part.tuning,
     budget: Annotated[str | None, typer.Option(help="Stop after this time.", show_default=False)] = None,
     workers: Annotated[int, typer.Option(min=0, help="Cells at a time; 0 for one for each processor.")] = 0,
     retry: Annotated[bool, typer.Option("--retry", help="Try failed cells again.")] = False,
@@ -153,7 +171,7 @@ def resume(
             "there is nothing to resume", where=store, remedy=f"Start with: unbackdoor bench run {suite}"
         )
     run(
-        suite, budget=budget, workers=workers, retry=retry, store=store, suites=suites,
+        suite, part=part, budget=budget, workers=workers, retry=retry, store=store, suites=suites,
         data_root=data_root, device=device, quiet=quiet,
     )  # fmt: skip
 

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from unbackdoor.cli import options
-from unbackdoor.cli.output import note
-from unbackdoor.errors import ConfigError
-
-if TYPE_CHECKING:
-    from unbackdoor.data.datasets import DataSet
-    from unbackdoor.types import Progress
 
 _DATA = "Data"
 
@@ -81,21 +75,3 @@ AugmentationChoice = Annotated[
         rich_help_panel=_DATA,
     ),
 ]
-
-
-def require_share(select_fraction: float) -> None:
-    """Raise ConfigError unless the share lies in (0, 1)."""
-    if not 0 < select_fraction < 1:
-        raise ConfigError(
-            "the split of the clean images", [f"--select-fraction must lie in (0, 1), got {select_fraction}"]
-        )
-
-
-def named(data: str, root: Path | None, progress: Progress) -> DataSet | None:
-    """Return the data set of that name, or None where the text is a path."""
-    from unbackdoor.data import clean_images
-
-    dataset = clean_images.named_data_set(data, root, progress)
-    for text in clean_images.ambiguity(data, root) if dataset is not None else ():
-        note(f"mind: {text}")
-    return dataset

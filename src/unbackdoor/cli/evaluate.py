@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from unbackdoor.cli import options
-from unbackdoor.cli.output import emit, say, scores_json, scores_table
+from unbackdoor.cli import auditor, options
+from unbackdoor.cli.output import emit, say, scores_table
 from unbackdoor.cli.progress import Display
-from unbackdoor.errors import ConfigError, InputError
 from unbackdoor.report.words import percent
-
-if TYPE_CHECKING:
-    from unbackdoor.attacks import AttackTruth
-    from unbackdoor.data.datasets import DataSet
 
 
 def evaluate(
@@ -52,9 +47,13 @@ def evaluate(
             rich_help_panel="Data",
         ),
     ] = None,
-    architecture: options.CardlessArchitecture = None,
+    arch: auditor.Arch = None,
     mean: options.Mean = None,
     std: options.Std = None,
+    size: auditor.Size = None,
+    class_names: auditor.Classes = None,
+    weights: options.Weights = None,
+    output: auditor.Output = None,
     device: options.Device = "cpu",
     precision: options.PrecisionOption = options.PrecisionPolicy.auto,
     as_json: options.AsJson = False,
@@ -67,81 +66,36 @@ def evaluate(
     class anyway. DER and RIR, in 0 to 1, weigh the fall of ASR or the gain in RA against the loss of ACC;
     doing nothing scores 0.5.
     """
-    from unbackdoor.bench.judge import der, judge, rir
-    from unbackdoor.bench.picture_truth import truth_of_picture
-    from unbackdoor.data.datasets import load_dataset
+    import unbackdoor
 
-    paths = {"after" if before else "model": options.existing_model(model)}
-    if before is not None:
-        paths = {"before": options.existing_model(before), **paths}
-    if truth is not None and trigger is not None:
-        raise ConfigError("the attack", ["--truth and --trigger are two answers to one question"])
-    on_record = _truth(truth, list(reversed(paths.values()))) if trigger is None else None
     with Display(quiet=quiet) as display:
-        run = options.open_run(0, device, precision, display)
-        data = load_dataset(dataset, root=data_root, progress=display)
-        if on_record is None:
-            assert trigger is not None
-            attack, record = truth_of_picture(trigger, data.test, run), Path(trigger)
-        else:
-            attack, record = on_record
-        _require_same_form(attack, data, record)
-        scores = {}
-        for name, path in paths.items():
-            network = options.open_model(
-                path,
-                data.test,
-                options.Cardless.parse(architecture, mean, std),
-                default=data,
-            )
-            scores[name] = judge(network.to(run.device), attack, data.test, run, label=f"judging {path.name}")
-    judged, measured = list(paths.values())[-1], list(scores.values())[-1]
-    gains = {"der": der(scores["before"], measured), "rir": rir(scores["before"], measured)} if before else {}
+        options.open_run(0, device, precision, display)  # names the devices where there is none such
+        done = unbackdoor.evaluate(
+            model,
+            dataset,
+            before=before,
+            truth=truth,
+            trigger=trigger,
+            data_root=data_root,
+            arch=arch,
+            mean=options.numbers(mean, "--mean"),
+            std=options.numbers(std, "--std"),
+            size=auditor.image_size(size),
+            class_names=auditor.class_names(class_names),
+            weights=weights,
+            output=output,
+            device=device,
+            precision=precision.value,
+            progress=display,
+        )
+    for case in (done.case_before, done.case):
+        if case is not None:
+            auditor.show_notes(case, quiet=quiet)
     if as_json:
-        emit(
-            {
-                "model": str(judged),
-                "before_model": str(paths["before"]) if before else None,
-                "truth": str(record),
-                "dataset": data.name,
-                "attack": attack.spec(),
-                "precision": run.precision.name,
-                "scores": scores_json(measured),
-                "before": scores_json(scores["before"]) if before else None,
-                **gains,
-            }
-        )
+        emit(done.to_dict())
         return
-    scores_table(
-        f"{paths['after' if before else 'model'].name} on {data.name}, attack {attack.attack}", scores
-    )
-    for name, value in gains.items():
+    rows = {"model": done.scores} if done.before is None else {"before": done.before, "after": done.scores}
+    scores_table(f"{done.case.name} on {done.dataset}, attack {done.truth.attack}", rows)
+    for name, value in (("DER", done.der), ("RIR", done.rir)):
         if value is not None:
-            say(f"{name.upper()} {percent(value)}")
-
-
-def _truth(truth_file: Path | None, models: list[Path]) -> tuple[AttackTruth, Path]:
-    from unbackdoor.bench.truth_files import TRUTH_SUFFIX, load_truth
-
-    candidates = (
-        [truth_file] if truth_file is not None else [path.with_suffix(TRUTH_SUFFIX) for path in models]
-    )
-    record = next((path for path in candidates if path.exists()), None)
-    if record is None:
-        raise InputError(
-            "there is no record of the attack",
-            expected=" or ".join(map(str, candidates)),
-            remedy="Name it with --truth, or name the model that was repaired with --before",
-        )
-    return load_truth(record), record
-
-
-def _require_same_form(attack: AttackTruth, data: DataSet, record: Path) -> None:
-    if (attack.shape, attack.classes) != (data.test.shape, data.test.classes):
-        raise InputError(
-            "the attack was made for images of another form",
-            expected=f"{attack.classes} classes, (C, H, W) = {attack.shape}",
-            got=f"{data.test.classes} classes, (C, H, W) = {data.test.shape}",
-            where=f"{record} and the data set {data.name!r}",
-            remedy="Give the --dataset that the model was trained on",
-        )
+            say(f"{name} {percent(value)}")

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from unbackdoor import confinement
 from unbackdoor.cli import options
-from unbackdoor.cli.output import emit, plain, say, table
+from unbackdoor.cli.output import emit, say, table
 from unbackdoor.cli.progress import Display
+from unbackdoor.text import printable as plain
 
 if TYPE_CHECKING:
     from unbackdoor.opening.inspection import Inspection
@@ -32,6 +34,7 @@ def inspect(
     Nothing in the file is executed, and no flag makes it so. The exit code is 1 where loading the file with
     other programs would execute code, and 2 where its weights cannot be read.
     """
+    confinement.start()  # its imports run beside ours
     import unbackdoor
 
     with Display(quiet=quiet or as_json) as display:
@@ -68,6 +71,7 @@ def _show(inspection: Inspection, *, everything: bool) -> None:
         _list("In the tensors", bad)
     if inspection.beside:
         _list("Beside the weights", [f"{key} {value}" for key, value in inspection.beside.items()])
+    _show_sets(inspection)
     if not inspection.tensors:
         return
     say()
@@ -83,9 +87,25 @@ def _show(inspection: Inspection, *, everything: bool) -> None:
     _show_guesses(inspection)
 
 
+def _show_sets(inspection: Inspection) -> None:
+    if len(inspection.sets) > 1:
+        rows = [
+            (s.key or "at the top", s.tensors, s.parameters, s.state if s.problem is None else "not readable")
+            for s in inspection.sets
+        ]
+        table("Sets of weights; --weights KEY takes one", ("key", ">tensors", ">numbers", ""), rows)
+    _list("Further tensors", inspection.other_tensors)
+
+
 def _show_graph(inspection: Inspection) -> None:
+    if inspection.program and not inspection.program_examined:
+        say(f"Program: {inspection.program}; a scan reads its weights alone, and says so")
     if inspection.graph is None:
         return
+    if len(inspection.graph.outputs) > 1:
+        _list("Outputs", inspection.graph.outputs)
+    for remark in inspection.graph.remarks:
+        say(f"In the graph: {remark}")
     problem = inspection.graph.problem
     opens = "opens as it is" if problem is None else f"does not open: {plain(problem)}"
     say(f"Graph: {inspection.graph.operators} operators, {opens}")

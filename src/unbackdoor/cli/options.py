@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,9 +14,8 @@ from unbackdoor.files import require_writable as require_writable
 from unbackdoor.registry import near_match
 
 if TYPE_CHECKING:
-    from unbackdoor.data.datasets import DataSet
     from unbackdoor.engine.run import Run
-    from unbackdoor.types import Classifier, Images, Progress
+    from unbackdoor.types import Progress
 
 SUFFIX = ".safetensors"
 
@@ -64,20 +62,20 @@ AsJson = Annotated[
     typer.Option("--json", help="Print the result as JSON on standard output.", rich_help_panel=_OUTPUT),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.", rich_help_panel=_OUTPUT)]
-CardlessArchitecture = Annotated[
+Weights = Annotated[
     str | None,
     typer.Option(
-        "--architecture",
-        help="Architecture of a model that has no card, such as resnet18\\[width=64].",
-        show_default=False,
+        metavar="KEY",
+        help="Which of several sets of weights in the file, such as state_dict_ema; inspect lists them.",
+        show_default="the only one",
         rich_help_panel="Models without a card",
     ),
 ]
 Mean = Annotated[
     str | None,
     typer.Option(
-        help="Per-channel mean, comma-separated, of a model without a card; default: the named data set's.",
-        show_default=False,
+        help="Per-channel mean, comma-separated, of a model without a card.",
+        show_default="what fits the images best; for evaluate, the data set's",
         rich_help_panel="Models without a card",
     ),
 ]
@@ -144,26 +142,6 @@ def seconds_of(text: str | None, option: str) -> float | None:
     return value
 
 
-@dataclass(frozen=True)
-class Cardless:
-    """The user's options about a model that has no card.
-
-    Attributes:
-        architecture: Spec such as ``resnet18[width=64]``.
-        mean: Per-channel mean.
-        std: Per-channel deviation.
-    """
-
-    architecture: str | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-
-    @classmethod
-    def parse(cls, architecture: str | None, mean: str | None, std: str | None) -> Cardless:
-        """Return what was typed; raises ConfigError where a number is none."""
-        return cls(architecture, numbers(mean, "--mean"), numbers(std, "--std"))
-
-
 def open_run(seed: int, device: str, precision: PrecisionPolicy, progress: Progress) -> Run:
     """Return the surroundings of a computation.
 
@@ -185,28 +163,6 @@ def open_run(seed: int, device: str, precision: PrecisionPolicy, progress: Progr
     return Run.create(seed=seed, device=device, policy=precision.value, progress=progress)
 
 
-def new_file(out: Path, *, force: bool, beside: Sequence[str], never: Path | None = None) -> Path:
-    """Return the weights file to write, after checking that nothing is lost and that it can be written.
-
-    Args:
-        out: As typed; the suffix is appended where it is missing.
-        force: Whether existing files may be replaced.
-        beside: Suffixes of the files that are written with it.
-        never: A file that is not replaced even then.
-
-    Raises:
-        InputError: If a file exists, or the folder cannot be written.
-    """
-    out = out if out.suffix == SUFFIX else out.with_name(out.name + SUFFIX)
-    if never is not None and out.resolve() == never.resolve():
-        raise InputError(
-            "the repaired model would replace the suspicious one", where=out, remedy="Choose another --out"
-        )
-    # Checked before the training, which may take an hour.
-    require_writable((out, *(out.with_suffix(s) for s in beside)), force=force)
-    return out
-
-
 def existing_model(path: Path) -> Path:
     """Return the weights file, with its suffix appended where only that exists."""
     with_suffix = path.with_name(path.name + SUFFIX)
@@ -216,45 +172,3 @@ def existing_model(path: Path) -> Path:
 def has_card(model: Path) -> bool:
     """Tell whether a card lies beside a weights file."""
     return model.suffix == SUFFIX and model.with_suffix(".json").exists()
-
-
-def open_model(
-    path: Path, like: Images | None, cardless: Cardless, *, default: DataSet | None = None
-) -> Classifier:
-    """Load a model; without a card, its input and its classes are those of the images.
-
-    Args:
-        path: Weights file.
-        like: Images of the form that the model takes.
-        cardless: The user's options about a model without a card.
-        default: Data set whose normalisation such a model gets where none was given.
-
-    Raises:
-        UnbackdoorError: See :func:`unbackdoor.opening.classifier_files.load_model`.
-    """
-    from unbackdoor.opening.classifier_files import load_model
-
-    if has_card(path):
-        if cardless != Cardless():
-            raise ConfigError(
-                "the model", ["it has a card, so that --architecture, --mean and --std must not be given"]
-            )
-        return load_model(path)
-    if path.exists() and (cardless.architecture is None or like is None):
-        raise InputError(
-            "the model has no card",
-            expected=path.with_suffix(".json"),
-            where=path,
-            remedy="Put the card beside the weights, or give --architecture",
-        )
-    mean, std = cardless.mean, cardless.std
-    if default is not None and mean is None and std is None:
-        mean, std = default.mean, default.std
-    return load_model(
-        path,
-        architecture=cardless.architecture,
-        input_shape=like.shape if like is not None else None,
-        class_names=like.class_names if like is not None else None,
-        mean=mean,
-        std=std,
-    )

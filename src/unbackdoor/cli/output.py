@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -15,17 +14,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from unbackdoor.text import json_text
+from unbackdoor.text import printable as plain
+
 if TYPE_CHECKING:
     from unbackdoor.bench.judge import Scores
     from unbackdoor.metrics import Rate
 
 PIPED_WIDTH = 120  # columns where standard output is no terminal, so that its width is unknown
 _WIDEST_PARAGRAPH = 100
-
-
-def plain(text: object) -> str:
-    """Return a text with control characters escaped, because names come from untrusted files."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
 
 
 def paragraph(text: object) -> str:
@@ -63,7 +60,7 @@ def _put(text: str) -> None:
 
 def emit(result: Mapping[str, Any]) -> None:
     """Print a result as JSON, the only thing on standard output."""
-    _put(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    _put(json_text(result) + "\n")
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -99,24 +96,6 @@ def scores_table(title: str, rows: Mapping[str, Scores]) -> None:
         for name, scores in rows.items()
     ]
     table(title, ("", ">ACC (95 % interval)", ">ASR (95 % interval)", ">RA (95 % interval)"), cells)
-
-
-def scores_json(scores: Scores) -> dict[str, Any]:
-    """Return the three rates with counts and 95 % intervals; None where there was no attack."""
-    return {name: rate_json(getattr(scores, name)) for name in ("acc", "asr", "ra")}
-
-
-def rate_json(rate: Rate) -> dict[str, Any] | None:
-    """Return a measured share with its counts and 95 % interval, or None where no image was tested."""
-    if not rate.total:
-        return None
-    return {
-        "value": rate.value,
-        "low": rate.interval.low,
-        "high": rate.interval.high,
-        "hits": rate.hits,
-        "total": rate.total,
-    }
 
 
 def _with_interval(rate: Rate) -> str:

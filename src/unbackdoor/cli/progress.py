@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,6 +18,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from unbackdoor.text import printable
 
 T = TypeVar("T")
 QUIET_SECONDS = 20.0  # between two lines of progress where there is no terminal
@@ -61,12 +64,13 @@ class Display:
             total = len(items)
         if self._quiet:
             return items
+        label = printable(label)  # it may hold the name of a file
         return (
             self._with_bar(items, label, total) if self._console.is_terminal else _lines(items, label, total)
         )
 
     def _with_bar(self, items: Iterable[T], label: str, total: int | None) -> Iterator[T]:
-        task = self._bars.add_task(label, total=total)
+        task = self._bars.add_task(escape(label), total=total)
         try:
             for item in items:
                 yield item

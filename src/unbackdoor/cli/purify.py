@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from unbackdoor import confinement
 from unbackdoor.cli import auditor, defender
 from unbackdoor.cli import options as shared
 from unbackdoor.cli.output import emit, note, say, table
@@ -120,6 +121,8 @@ def purify(
     std: shared.Std = None,
     size: auditor.Size = None,
     class_names: auditor.Classes = None,
+    weights: shared.Weights = None,
+    output: auditor.Output = None,
     seed: shared.Seed = 0,
     device: shared.Device = "cpu",
     precision: shared.PrecisionOption = shared.PrecisionPolicy.auto,
@@ -137,7 +140,9 @@ def purify(
     how well the model still does its task, and what recovered triggers (--trigger) still do. Where the attack
     is on record, unbackdoor evaluate measures the rest.
     """
+    confinement.start()  # its imports run beside ours
     import unbackdoor
+    from unbackdoor.audit.cases import require_share
     from unbackdoor.opening.write_back import output_name
     from unbackdoor.registry import DEFENSES
 
@@ -149,24 +154,12 @@ def purify(
         note(f"mind: --max-accuracy-drop counts points of 100; {max_accuracy_drop:g} is less than any image")
     part = DEFENSES[method]
     config = part.configure_text(shared.pairs(options or [], "--set"), preset=preset)
-    defender.require_share(select_fraction)
+    require_share(select_fraction)
     user_options = auditor.UserOptions(
-        arch,
-        mean,
-        std,
-        size,
-        class_names,
-        data,
-        clean,
-        per_class,
-        fraction,
-        augmentation,
-        data_root,
-        proof,
-        image_column=image_column,
-        label_column=label_column,
+        arch, mean, std, size, class_names, data, clean, per_class, fraction, augmentation, data_root, proof,
+        weights=weights, output=output, image_column=image_column, label_column=label_column,
         skip_damaged=skip_damaged,
-    )
+    )  # fmt: skip
     # Checked before the repair as far as possible, because the repair may take an hour.
     source = shared.existing_model(model)
     others = () if patch is None else (patch,)
@@ -206,6 +199,8 @@ def purify(
         emit(done.to_dict())
         return
     _show(method, preset, done)
+    for text in done.left_behind:
+        say(f"Mind: {text}.")
     say(f"Repaired model: {out}" + (f", patch: {patch}" if patch is not None else ""))
 
 

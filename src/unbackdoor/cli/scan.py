@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from unbackdoor import confinement
 from unbackdoor.cli import auditor, defender
 from unbackdoor.cli import options as shared
 from unbackdoor.cli.output import emit, say
@@ -58,6 +59,8 @@ def scan(
     std: shared.Std = None,
     size: auditor.Size = None,
     class_names: auditor.Classes = None,
+    weights: shared.Weights = None,
+    output: auditor.Output = None,
     seed: shared.Seed = 0,
     device: shared.Device = "cpu",
     precision: shared.PrecisionOption = shared.PrecisionPolicy.auto,
@@ -71,11 +74,13 @@ def scan(
     p-value that it calibrated on this model itself, and all of them together are held against --level. What
     is said is "backdoor found", "no evidence found" or "undecided", and never "clean".
 
-    Exit codes: 0 no evidence found, 1 backdoor found, 2 an error, or the scan could not decide or did not
-    finish, 3 the model is of a kind that no check can work on, 130 interrupted with Ctrl-C or SIGTERM: what
-    had ended by then is printed and written all the same.
+    Exit codes: 0 no evidence found, 1 backdoor found, 2 an error, or the scan could not decide, did not
+    finish, or could not examine the file's own program, 3 the model is of a kind that no check can work on,
+    130 interrupted with Ctrl-C or SIGTERM: what had ended by then is printed and written all the same.
     """
+    confinement.start()  # its imports run beside ours
     import unbackdoor
+    from unbackdoor.audit.budget import budgeted
     from unbackdoor.audit.references import read_references
 
     auditor.require_report(
@@ -90,22 +95,11 @@ def scan(
     check_options = _options_by_check(options, named)
     read_references(references or ())  # a wrong path is an error before the scan, not after it
     user_options = auditor.UserOptions(
-        arch,
-        mean,
-        std,
-        size,
-        class_names,
-        data,
-        clean,
-        per_class,
-        fraction,
-        augmentation,
-        data_root,
-        image_column=image_column,
-        label_column=label_column,
+        arch, mean, std, size, class_names, data, clean, per_class, fraction, augmentation, data_root,
+        weights=weights, output=output, image_column=image_column, label_column=label_column,
         skip_damaged=skip_damaged,
-    )
-    with Display(quiet=quiet) as display:
+    )  # fmt: skip
+    with Display(quiet=quiet) as display, budgeted(limit):
         run = shared.open_run(seed, device, precision, display)
         audit = unbackdoor.scan(
             auditor.open_case(model, user_options, run, display, quiet=quiet),

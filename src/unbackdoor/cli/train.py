@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from unbackdoor.cli import options
-from unbackdoor.cli.output import emit, note, say, scores_json, scores_table
+from unbackdoor.cli import options as shared
+from unbackdoor.cli.output import emit, note, say, scores_table
 from unbackdoor.cli.progress import Display
 from unbackdoor.report.words import duration
-
-if TYPE_CHECKING:
-    from unbackdoor.engine.training import Recipe
 
 
 def train(
@@ -25,7 +21,7 @@ def train(
         ),
     ],
     dataset: Annotated[str, typer.Option(help="Data set to train on.", rich_help_panel="Data")] = "cifar10",
-    data_root: options.DataRoot = None,
+    data_root: shared.DataRoot = None,
     architecture: Annotated[
         str, typer.Option(help="Network, with options in brackets.", rich_help_panel="Training")
     ] = "preact_resnet18[width=16]",
@@ -48,10 +44,13 @@ def train(
             rich_help_panel="Attack",
         ),
     ] = None,
-    attack_set: Annotated[
+    attack_options: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="KEY=VALUE", help="Option of the attack; may be repeated.", rich_help_panel="Attack"
+            "--attack-set",
+            metavar="KEY=VALUE",
+            help="Option of the attack; may be repeated.",
+            rich_help_panel="Attack",
         ),
     ] = None,
     trigger: Annotated[
@@ -64,7 +63,7 @@ def train(
         ),
     ] = None,
     recipe: Annotated[str, typer.Option(help="Named way to train.", rich_help_panel="Training")] = "plain",
-    changes: Annotated[
+    options: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
@@ -73,12 +72,20 @@ def train(
             rich_help_panel="Training",
         ),
     ] = None,
-    seed: options.Seed = 0,
-    device: options.Device = "cpu",
-    precision: options.PrecisionOption = options.PrecisionPolicy.auto,
-    force: options.Force = False,
-    as_json: options.AsJson = False,
-    quiet: options.Quiet = False,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where an interrupted training is kept, to be continued by the same command.",
+            show_default="OUT.checkpoint",
+            rich_help_panel="Output",
+        ),
+    ] = None,
+    seed: shared.Seed = 0,
+    device: shared.Device = "cpu",
+    precision: shared.PrecisionOption = shared.PrecisionPolicy.auto,
+    force: shared.Force = False,
+    as_json: shared.AsJson = False,
+    quiet: shared.Quiet = False,
 ) -> None:
     """Train a network with a planted backdoor and measure it.
 
@@ -89,94 +96,57 @@ def train(
 
     Attacks, architectures and recipes with all their options: unbackdoor list.
     """
-    from unbackdoor.bench.judge import judge
-    from unbackdoor.bench.picture_truth import ATTACK as PICTURE
-    from unbackdoor.bench.picture_truth import picture_options
-    from unbackdoor.bench.truth_files import TENSORS_SUFFIX, TRUTH_SUFFIX
-    from unbackdoor.bench.victims import VictimSpec, save_victim, train_victim
-    from unbackdoor.data.datasets import load_dataset
+    import unbackdoor
+    from unbackdoor.bench.verbs import victim_file
+    from unbackdoor.registry import ATTACKS
 
-    out = options.new_file(out, force=force, beside=(".json", TRUTH_SUFFIX, TENSORS_SUFFIX))
-    checkpoint = out.with_suffix(".checkpoint")
+    attack = attack if trigger is None else "picture"
+    out = victim_file(out, force=force)  # before the training, which may take an hour
+    checkpoint = checkpoint or out.with_suffix(".checkpoint")
+    changes = _recipe_options(recipe, options or [])
+    own = {k: v for k, v in (("poison_rate", poison_rate), ("target", target)) if v is not None}
+    texts = [*(attack_options or []), *(f"{name}={value}" for name, value in own.items())]
+    typed = shared.pairs(texts, "--attack-set")
+    config = ATTACKS[attack].configure_text(typed)  # so that all faults are told at once
     with Display(quiet=quiet) as display:
-        run = options.open_run(seed, device, precision, display)
-        if trigger is None:
-            attack_options = _attack_options(attack, poison_rate, target, attack_set or [])
-        data = load_dataset(dataset, root=data_root, progress=display)
-        if trigger is not None:
-            named = picture_options(trigger, data.train.class_names, target=target)
-            attack = PICTURE
-            attack_options = {**_attack_options(attack, poison_rate, None, attack_set or []), **named}
-        spec = VictimSpec(
-            dataset,
-            _canonical(architecture),
-            _recipe(recipe, changes or []),
-            recipe,
-            attack,
-            attack_options,
-            seed,
-        )
-        start = time.perf_counter()
+        shared.open_run(seed, device, precision, display)  # names the devices where there is none such
         try:
-            model, truth = train_victim(spec, data, run, checkpoint=checkpoint)
+            victim = unbackdoor.train(
+                dataset,
+                architecture=architecture,
+                attack=attack,
+                poison_rate=poison_rate,
+                target=target,
+                attack_options={name: getattr(config, name) for name in typed if name not in own},
+                trigger=trigger,
+                recipe=recipe,
+                options=changes,
+                checkpoint=checkpoint,
+                data_root=data_root,
+                seed=seed,
+                device=device,
+                precision=precision.value,
+                progress=display,
+            )
         except KeyboardInterrupt:
             if checkpoint.exists():
                 note(f"The same command continues from {checkpoint}; delete that file to start anew.")
             raise
-        seconds = round(time.perf_counter() - start, 3)
-        scores = judge(model, truth, data.test, run)
-    history: list[dict[str, Any]] = [
-        {
-            "step": "trained",
-            "dataset": data.name,
-            "recipe": recipe,
-            "options": spec.recipe.model_dump(),
-            "seconds": seconds,
-            "seed": seed,
-            "precision": run.precision.name,
-        }
-    ]
-    save_victim(model, truth, out, history=history)
-    files = {"model": out, "card": out.with_suffix(".json"), "truth": out.with_suffix(TRUTH_SUFFIX)}
+    victim.save(out, force=force)
     if as_json:
-        emit(
-            {
-                **{name: str(file) for name, file in files.items()},
-                "dataset": data.name,
-                "architecture": model.architecture,
-                "recipe": recipe,
-                "attack": truth.spec(),
-                "seed": seed,
-                "seconds": seconds,
-                "scores": scores_json(scores),
-            }
-        )
+        emit(victim.to_dict())
         return
-    scores_table(f"{model.architecture} on {data.name}, attack {attack}", {"trained": scores})
-    say(f"Trained in {duration(seconds)}.")
-    say(f"Model:  {files['model']}, with its card {files['card'].name}")
-    say(f"Truth:  {files['truth']}, for the judge alone: no defender may see it")
+    title = f"{victim.model.architecture} on {victim.dataset}, attack {attack}"
+    scores_table(title, {"trained": victim.scores})
+    say(f"Trained in {duration(victim.seconds)}.")
+    say(f"Model:  {victim.written['model']}, with its card {Path(victim.written['card']).name}")
+    say(f"Truth:  {victim.written['truth']}, for the judge alone: no defender may see it")
 
 
-def _canonical(architecture: str) -> str:
-    from unbackdoor.networks.build import canonical
-
-    return canonical(architecture)
-
-
-def _recipe(name: str, changes: list[str]) -> Recipe:
+def _recipe_options(name: str, texts: list[str]) -> dict[str, Any]:
     from unbackdoor.engine.training import Recipe, recipe_named
 
+    typed = shared.pairs(texts, "--set")
     base = {key: str(value) for key, value in recipe_named(name).model_dump().items()}
-    return Recipe.parse_text({**base, **options.pairs(changes, "--set")}, subject=f"the recipe {name!r}")
-
-
-def _attack_options(
-    attack: str, poison_rate: float | None, target: int | None, settings: list[str]
-) -> dict[str, Any]:
-    from unbackdoor.registry import ATTACKS
-
-    texts = [*settings]
-    texts += [f"poison_rate={poison_rate}"] if poison_rate is not None else []
-    texts += [f"target={target}"] if target is not None else []
-    return ATTACKS[attack].configure_text(options.pairs(texts, "--attack-set")).model_dump()
+    recipe = Recipe.parse_text({**base, **typed}, subject=f"the recipe {name!r}")
+    return {key: getattr(recipe, key) for key in typed}

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from unbackdoor import confinement
 from unbackdoor.cli import auditor, defender, options
 from unbackdoor.cli.output import emit, say, table
 from unbackdoor.cli.progress import Display
-from unbackdoor.report.words import interval, percent, rate
+from unbackdoor.report.words import interval, logits_in_words, percent, rate
 
 if TYPE_CHECKING:
     from unbackdoor.audit.verification import Verification
@@ -41,6 +42,8 @@ def verify(
     std: options.Std = None,
     size: auditor.Size = None,
     class_names: auditor.Classes = None,
+    weights: options.Weights = None,
+    output: auditor.Output = None,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
     precision: options.PrecisionOption = options.PrecisionPolicy.auto,
@@ -56,32 +59,23 @@ def verify(
     Exit codes: 0 the recovered triggers do not work on AFTER and no check accuses it, 1 one does or one
     accuses it, 2 an error, or the checks could not decide, 3 the two models do not do the same task.
     """
+    confinement.start()  # its imports run beside ours
     import unbackdoor
+    from unbackdoor.audit.budget import budgeted
 
     auditor.require_report(report, force=force, inputs=(before, after))
     limit = options.seconds_of(budget, "--budget")
     user_options = auditor.UserOptions(
-        arch,
-        mean,
-        std,
-        size,
-        class_names,
-        data,
-        clean,
-        per_class,
-        fraction,
-        None,
-        data_root,
-        image_column=image_column,
-        label_column=label_column,
+        arch, mean, std, size, class_names, data, clean, per_class, fraction, None, data_root,
+        weights=weights, output=output, image_column=image_column, label_column=label_column,
         skip_damaged=skip_damaged,
-    )
-    with Display(quiet=quiet) as display:
+    )  # fmt: skip
+    with Display(quiet=quiet) as display, budgeted(limit):
         run = options.open_run(seed, device, precision, display)
-        first = auditor.open_case(before, user_options, run, display, quiet=quiet)
+        first, second = auditor.open_pair(before, after, user_options, run, display, quiet=quiet)
         done = unbackdoor.verify(
             first,
-            auditor.open_second(after, first, user_options, run),
+            second,
             triggers=triggers,
             checks=auditor.check_names(checks),
             level=level,
@@ -137,6 +131,8 @@ def _show(done: Verification, names: tuple[str, ...]) -> None:
         rows.append((f"recovered trigger to {name}, before", rate(r.before), interval(r.before)))
         rows.append((f"recovered trigger to {name}, after", rate(r.after), interval(r.after)))
     table("Comparison", ("", ">rate", ">95 % interval"), rows)
+    if done.logits is not None and not done.identical:
+        say(logits_in_words(done.logits))
     entries = sum(c.changed for c in done.changes)
     say(f"Changed: {entries:,} numbers in {len(done.changes)} tensors.")
     for c in sorted(done.changes, key=lambda c: -c.relative)[:5]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from unbackdoor.data.cache import as_images, cache_key, cached, default_cache
+from unbackdoor import confinement
+from unbackdoor.data import apart
+from unbackdoor.data.cache import as_images, cache_key, cache_path, cached, default_cache, load, store
 from unbackdoor.data.named_sets.catalogue import SETS, Facts
 from unbackdoor.data.named_sets.downloads import Opener, fetch_archive, find_archive, open_url
 from unbackdoor.data.named_sets.official import READERS
@@ -148,7 +151,21 @@ def _from_parquet(facts: Facts, part: str, path: Path, cache: Path, progress: Pr
     def build() -> Images:
         return _checked(read_parquet(path, progress=progress, name=name), facts, part, path)
 
-    return cached(f"{facts.name}-{part}", key, build, cache=cache)
+    title = f"{facts.name}-{part}"
+    stored = cache_path(title, key, cache=cache)
+    if not confinement.enabled():
+        return cached(title, key, build, cache=cache)
+    if (images := load(stored)) is not None:
+        return images
+    task = {"path": str(path.absolute()), "set": facts.name, "part": part}
+    return apart.decoded("unbackdoor.data.datasets:decode_apart", task, stored, path.stat().st_size, progress)
+
+
+def decode_apart(task: Mapping[str, Any]) -> None:
+    """Decode a part of a named set in a process of its own; see :mod:`unbackdoor.data.apart`."""
+    facts, part, path = SETS[task["set"]], str(task["part"]), Path(task["path"])
+    images = read_parquet(path, progress=apart.reporting(task), name=f"{facts.name} {part}")
+    store(_checked(images, facts, part, path), Path(task["stored"]))
 
 
 def _from_archives(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from unbackdoor.data.cache import as_images, cache_key, cached
+from unbackdoor import confinement
+from unbackdoor.data import apart
+from unbackdoor.data.cache import as_images, cache_key, cache_path, cached, load, store
 from unbackdoor.data.decode import decode
 from unbackdoor.data.sources.checks import REMEDY_FORMS, require_arguments
 from unbackdoor.data.sources.class_folders import by_class, class_folders, folder_state, read_folder
@@ -24,8 +27,10 @@ from unbackdoor.data.sources.label_table import read_labelled, read_table
 from unbackdoor.data.sources.npz import read_npz
 from unbackdoor.data.sources.parquet import read_parquet
 from unbackdoor.errors import InputError
-from unbackdoor.files import sha256_file
+from unbackdoor.files import is_there, opened, sha256_file
 from unbackdoor.types import Images, Progress, silent
+
+_DECODE = "unbackdoor.data.loaders:decode_apart"
 
 
 def load_images(
@@ -93,8 +98,20 @@ def load_images(
         if read is not read_parquet:
             raise InputError("only a Parquet file has columns to be named", got=", ".join(given), where=path)
         special |= given
-    options = {"class_names": names, "size": size, "progress": progress, "partial": partial, **special}
-    images = cached(path.stem, cache_key(facts | special), lambda: read(path, **options), cache=cache)
+    options = {"class_names": names, "size": size, "partial": partial, **special}
+    facts |= special
+    if not confinement.enabled():
+        here = {**options, "progress": progress}
+        return _noted(cached(path.stem, cache_key(facts), lambda: read(path, **here), cache=cache), path)
+    stored = cache_path(path.stem, cache_key(facts), cache=cache)
+    images = load(stored)
+    if images is None:
+        task = {"path": str(path.absolute()), "options": options}
+        images = apart.decoded(_DECODE, task, stored, _bytes(source), progress)
+    return _noted(images, path)
+
+
+def _noted(images: Images, path: Path) -> Images:
     # Not in the cache, because what is not read plays no part in its key.
     return replace(images, notes=(*images.notes, *unread_notes(path))) if path.is_dir() else images
 
@@ -127,19 +144,37 @@ class ImageFiles:
         )
 
 
+def _bytes(source: Any) -> int:
+    """Return the bytes of what identifies a source: a list of files with their sizes, or of one of them."""
+    if isinstance(source, list):
+        return sum(_bytes(part) for part in source)
+    return source if isinstance(source, int) and source < 1 << 40 else 0
+
+
+def decode_apart(task: Mapping[str, Any]) -> None:
+    """Decode a set in a process of its own; see :mod:`unbackdoor.data.apart`."""
+    path = Path(task["path"])
+    read = read_flat if task.get("flat") else _reader(path)[0]
+    # JSON has no tuples.
+    options = {name: tuple(v) if isinstance(v, list) else v for name, v in task["options"].items()}
+    store(read(path, **options, progress=apart.reporting(task)), Path(task["stored"]))
+
+
 def _reader(path: Path) -> tuple[Callable[..., Images], Any]:
     """Return the function for this form of set, and what identifies the source's content."""
-    if path.is_dir() and (path / LABELS).is_file():
+    if not is_there(path):
+        raise InputError("there is no such file or folder", where=path, remedy=REMEDY_FORMS)
+    if path.is_dir() and is_there(path / LABELS):
         return read_labelled, ["table", sha256_file(path / LABELS), flat_state(path)]
     if path.is_dir():
         if not class_folders(path) and (flat := flat_state(path)):
             return read_flat, ["images", flat]
         return read_folder, ["class folders", folder_state(path)]
-    if not path.exists():
-        raise InputError("there is no such file or folder", where=path, remedy=REMEDY_FORMS)
     suffix = path.suffix.lower()
     if suffix == ".csv":
         return read_labelled, ["table", sha256_file(path), flat_state(path.parent)]
+    with opened(path, "the image set"):
+        pass  # its type and its size are looked at before it is hashed
     if suffix in IMAGE_SUFFIXES:
         return read_flat, ["image", sha256_file(path)]
     if suffix not in (".parquet", ".npz"):
@@ -180,8 +215,14 @@ def load_unlabelled(
     files = image_files(path)
     if not files:
         raise InputError("the folder holds no image", where=path, remedy=REMEDY_FORMS)
-    items = ((str(file), read_bounded(file)) for file in files)
-    pixels = decode(items, len(files), name=path.name or "images", size=size, progress=progress)
+    if confinement.enabled():
+        with tempfile.TemporaryDirectory(prefix="unbackdoor-") as folder:
+            task = {"path": str(path.absolute()), "options": {"size": size}, "flat": True}
+            total = sum(file.stat().st_size for file in files)
+            pixels = apart.decoded(_DECODE, task, Path(folder) / "pixels", total, progress).pixels.numpy()
+    else:
+        items = ((str(file), read_bounded(file)) for file in files)
+        pixels = decode(items, len(files), name=path.name or "images", size=size, progress=progress)
     names = tuple(file.relative_to(path).as_posix() for file in files)
     return as_images(pixels, None, tuple(class_names), path.name or "images"), names
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from unbackdoor.data.batches import to_float
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import MethodFailed, UnsupportedModel
-from unbackdoor.types import Images
+from unbackdoor.types import Classifier, Images
 
 Network = Callable[[Tensor], Tensor]
 EVALUATION_BATCH = 500  # images; large enough to fill a processor
@@ -66,6 +66,17 @@ def logits_of(network: Network, pixels: Tensor, run: Run) -> Tensor:
     with run.precision.autocast():
         out = network(pixels)
     return out.float()
+
+
+@torch.no_grad()
+def settle_layout(model: Classifier, run: Run) -> None:
+    """Let a classifier notice which memory layout its network takes, before anybody hooks its layers.
+
+    Where it fails on channels innermost, the first part of the network runs twice.
+    """
+    pixels = torch.zeros(2, *model.input_shape, dtype=torch.uint8)
+    with mode(model, training=False), torch.random.fork_rng():
+        logits_of(model, to_float(pixels, run.device), run)
 
 
 @torch.inference_mode()

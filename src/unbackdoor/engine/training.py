@@ -111,6 +111,7 @@ RECIPES: Mapping[str, Recipe] = {
     # given for the mean loss: lr = 11.5 / 7.67 = 1.5, weight_decay = 0.0153 / 11.5 = 0.00133.
     "fast": Recipe(epochs=10, **_FAST),
     "fast-long": Recipe(epochs=16, **_FAST),
+    "fast-label-smoothing": Recipe(epochs=10, label_smoothing=0.2, **_FAST),
     # What people meet who fine-tune from a hub: a backdoor that was put into a network which knew its task.
     "implanted": Recipe(epochs=2, **{**_FAST, "lr": 0.5, "lookahead": False}, base="fast"),
     "transformer": Recipe(epochs=60, optimizer="adamw", lr=1e-3, weight_decay=0.05),
@@ -269,7 +270,7 @@ def train(
                 pixels = pixels.contiguous(memory_format=torch.channels_last)
             yield epoch * steps + step, pixels, labels, extra
 
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last)
     ticks = iter(run.progress(range(first * steps, epochs * steps), label, (epochs - first) * steps))
     with mode(model, training=True):
         for module in model.modules():
@@ -312,7 +313,7 @@ def train(
     if slow is not None:
         slow.restore(model.network)
     next(ticks, None)  # lets the progress display close its bar
-    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    model.to(memory_format=torch.contiguous_format)
     model.zero_grad(set_to_none=True)
     model.eval()
     if checkpoint:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from unbackdoor.engine import rng
 from unbackdoor.engine.canonical_form import CanonicalForm, canonical_form
+from unbackdoor.engine.inference import settle_layout
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError, IntegrityError, MethodFailed, UnbackdoorError
@@ -264,6 +265,7 @@ def _call_with_copies(
     arguments = (model_copy, data_copy) if inputs is None else (model_copy, data_copy, _anonymous(inputs))
     start = time.perf_counter()
     try:
+        settle_layout(model_copy, surroundings)
         returned = part.function(*arguments, config, run=surroundings)
     except Exception as error:
         _refuse_traces(part, process_state, model_before, data_before, before, error)

@@ -30,8 +30,6 @@ def initialise_convs(network: nn.Module) -> None:
         if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)) and module.weight.is_meta:
             continue  # only its shapes are needed; random numbers would load torch's compiler (1 s)
         if isinstance(module, nn.Conv2d):
-            if module.weight.is_meta:
-                return  # no memory to fill; random numbers would load a compiler (1 s)
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

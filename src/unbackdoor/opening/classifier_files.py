@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from unbackdoor.opening.rename_tensors import compare
 from unbackdoor.types import Classifier, state_sha256
 from unbackdoor.weights.card import MAX_CARD, METADATA_KEY, ModelCard, read_card
 from unbackdoor.weights.source import SUFFIX, Source, open_source
+
+# Numbers of an image that a card may state: 3 x 1182 x 1182. A larger one the user states.
+MAX_INPUT = 1 << 22
 
 
 def save_model(model: Classifier, path: Path, *, history: Sequence[Mapping[str, Any]] = ()) -> ModelCard:
@@ -114,6 +118,14 @@ def load_model(
         if architecture is None:
             require_trusted(read_spec(model_card.architecture), card or path.with_suffix(".json"))
         architecture = architecture or model_card.architecture
+        if input_shape is None and math.prod(map(abs, model_card.input_shape)) > MAX_INPUT:
+            raise InputError(
+                "the card states an absurdly large input",
+                expected=f"at most {MAX_INPUT} numbers an image",
+                got=model_card.input_shape,
+                where=card or path.with_suffix(".json"),
+                remedy="If that is its size, give it as an argument",
+            )
         input_shape = input_shape or model_card.input_shape
         class_names = class_names or model_card.class_names
         mean = model_card.mean if mean is None else mean

@@ -23,6 +23,9 @@ MAX_NUMBERS = 1 << 26  # of one operation
 MAX_TOTAL = 1 << 31  # of all operations
 MAX_WORK = 2e12  # multiplications
 _MAX_SIZES = 256  # integers that sizes are computed from; a shape has no more axes than 64
+# Numbers that are made of sizes, which are computed here as well: the places of a mask, say. All together; a
+# Swin transformer at 224 pixels makes 2e6.
+_MAX_MADE = 1 << 25
 
 
 def outputs_of(network: nn.Module, shape: tuple[int, int, int], where: Path | str) -> int:
@@ -70,6 +73,7 @@ class _Count(TorchDispatchMode):
         self._where = where
         self._numbers = 0
         self._work = 0.0
+        self._computed = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -83,8 +87,13 @@ class _Count(TorchDispatchMode):
         made = sum(t.numel() for t in every)
         self._numbers += made
         self._work += made * _times(func, args)
-        odd = any(not t.is_meta and t.numel() > _MAX_SIZES for t in every)
-        if odd or made > MAX_NUMBERS or self._numbers > MAX_TOTAL or self._work > MAX_WORK:
+        self._computed += sum(t.numel() for t in every if not t.is_meta)
+        if (
+            self._computed > _MAX_MADE
+            or made > MAX_NUMBERS
+            or self._numbers > MAX_TOTAL
+            or self._work > MAX_WORK
+        ):
             raise UnsafeFile(
                 "the network would take absurdly much memory or time for an image",
                 expected=f"at most {MAX_NUMBERS} numbers an operation, {MAX_TOTAL} in all, and "

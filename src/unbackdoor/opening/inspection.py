@@ -14,13 +14,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from unbackdoor.errors import InputError, UnbackdoorError, UnsafeFile
+from unbackdoor.confinement import rehearsed
+from unbackdoor.errors import InputError, MissingExtra, UnbackdoorError, UnsafeFile, UnsupportedModel
+from unbackdoor.opening.open_model import own_network
 from unbackdoor.opening.recognise_architecture import nearest
 from unbackdoor.types import Progress, silent
 from unbackdoor.weights.formats.onnx.graph import describe_graph, import_graph
 from unbackdoor.weights.formats.state_dicts import Fact
 from unbackdoor.weights.read import Contents
-from unbackdoor.weights.source import Source, open_source
+from unbackdoor.weights.source import Source, existing_file, open_source
 from unbackdoor.weights.stored_file import StoredFile
 
 Loading = Literal[
@@ -100,11 +102,37 @@ class GraphFact:
         unknown: Kinds of operators that are not imported.
         input_shape: (C, H, W) as the file states it, or None.
         problem: Why no network can be made of it, or None where one can.
+        outputs: Names of its outputs.
+        remarks: Paths from the pixels that bypass the network's body, and comparisons of and branches on what
+            depends on the pixels: what a backdoor in the graph itself would need.
     """
 
     operators: int
     unknown: tuple[str, ...]
     input_shape: tuple[int, ...] | None
+    problem: str | None
+    outputs: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SetFact:
+    """One set of weights of a file.
+
+    Attributes:
+        key: Keys that lead to it, separated by dots; empty at the top.
+        tensors: Number of its tensors.
+        parameters: Numbers in all of them.
+        state: Whether it is the one that is ``shown``, ``the same``, or ``different``.
+        module: Class of the whole module that it was taken from; empty for a plain state dict.
+        problem: Why it cannot be read, or None.
+    """
+
+    key: str
+    tensors: int
+    parameters: int
+    state: str
+    module: str
     problem: str | None
 
 
@@ -130,6 +158,10 @@ class Inspection:
         notes: Remarks in words.
         problem: Why its tensors cannot be read, or None.
         graph: The graph of an ONNX file, of which a network is made as it is; None for other formats.
+        sets: Every set of weights in the file, such as a running average beside the weights.
+        other_tensors: Keys of further entries that hold tensors, such as the state of an optimizer.
+        program: The program that the file holds around its tensors, in words; empty for tensors alone.
+        program_examined: Whether a scan examines that program: it opens as it is.
     """
 
     path: str
@@ -149,6 +181,10 @@ class Inspection:
     notes: tuple[str, ...] = ()
     problem: str | None = None
     graph: GraphFact | None = None
+    sets: tuple[SetFact, ...] = ()
+    other_tensors: tuple[str, ...] = ()
+    program: str = ""
+    program_examined: bool = False
 
     @property
     def executes(self) -> bool:
@@ -189,18 +225,34 @@ def inspect(model: Path | str | Source, progress: Progress = silent) -> Inspecti
         >>> inspect(file).loading
         'no code'
     """
+    path = model.path if isinstance(model, Source) else existing_file(Path(model))
+    with rehearsed("unbackdoor.opening.inspection:rehearse", path):
+        return _inspect(model if isinstance(model, Source) else path, progress)
+
+
+def rehearse(path: Path, options: Mapping[str, Any]) -> UnbackdoorError | None:
+    """Inspect a file in a process of its own, and return the fault of its content."""
+    source = open_source(path)
+    _inspect(source, silent)
+    return source.contents.problem
+
+
+def _inspect(model: Path | Source, progress: Progress) -> Inspection:
     steps = iter(progress(range(2), "Inspecting", 2))
     next(steps, None)
     source = model if isinstance(model, Source) else open_source(model)
     contents = source.contents
     next(steps, None)
     tensors = tuple(_facts(contents.tensors))
+    graph, lies = (None, False) if source.graph is None else _graph(source.graph)
+    if contents.format == "torch.export" and contents.problem is None and not contents.dangerous:
+        graph, lies = _program(source)
     result = Inspection(
         path=str(source.path),
         size=source.size,
         sha256=source.sha256,
         format=contents.format,
-        loading=_loading(contents),
+        loading="deceptive" if lies and not contents.dangerous else _loading(contents),
         dangerous=contents.dangerous,
         foreign=contents.foreign,
         tensors=tensors,
@@ -212,7 +264,11 @@ def inspect(model: Path | str | Source, progress: Progress = silent) -> Inspecti
         prefix=contents.prefix,
         notes=contents.notes,
         problem=str(contents.problem) if contents.problem is not None else None,
-        graph=_graph(source.graph) if source.graph is not None else None,
+        graph=graph,
+        sets=tuple(_sets(contents)),
+        other_tensors=contents.others,
+        program=contents.program,
+        program_examined=graph is not None and graph.problem is None,
     )
     for _ in steps:
         pass
@@ -231,22 +287,57 @@ def _loading(contents: Contents) -> Loading:
     dangers = set(contents.names.values())
     if "unknown" in dangers:
         return "unknown code"
-    if contents.problem is not None:
+    # What is read to its end, and is only no network of a kind that is known, leaves nothing undecided.
+    if contents.problem is not None and not isinstance(contents.problem, UnsupportedModel):
         return "undecided"
     return "known classes" if dangers else "no code"
 
 
-def _graph(file: StoredFile) -> GraphFact | None:
+def _graph(file: StoredFile) -> tuple[GraphFact | None, bool]:
+    """Return what a graph is, and whether it is built to show its readers different things."""
+    problem, lies = None, False
     try:
         description = describe_graph(file)
-    except UnbackdoorError:
-        return None  # the tensors cannot be read either, and that is reported
-    problem = None
+    except MissingExtra:
+        return None, False  # the tensors cannot be read either, and that is reported
+    except UnbackdoorError as error:
+        return GraphFact(0, (), None, str(error)), isinstance(error, UnsafeFile)
     try:
         import_graph(file)
     except UnbackdoorError as error:
-        problem = str(error)
-    return GraphFact(description.operators, description.unknown, description.input_shape, problem)
+        problem, lies = str(error), isinstance(error, UnsafeFile)
+    fact = GraphFact(
+        description.operators,
+        description.unknown,
+        description.input_shape,
+        problem,
+        description.outputs,
+        description.remarks,
+    )
+    return fact, lies
+
+
+def _program(source: Source) -> tuple[GraphFact, bool]:
+    """Return what a program of torch.export is, and whether it is built to mislead."""
+    try:
+        network = own_network(source)
+    except UnbackdoorError as error:
+        return GraphFact(0, (), None, str(error)), isinstance(error, UnsafeFile)
+    shape, remarks = network.meta["input_shape"], network.meta["remarks"]
+    return GraphFact(len(network.graph.nodes), (), shape, None, (), remarks), False
+
+
+def _sets(contents: Contents) -> Iterable[SetFact]:
+    states = contents.other_sets
+    for key, one in contents.sets.items():
+        yield SetFact(
+            key,
+            len(one.tensors),
+            sum(tensor.numel() for tensor in one.tensors.values()),
+            states.get(key, "shown"),
+            one.module,
+            None if one.problem is None else str(one.problem),
+        )
 
 
 def _facts(state: Mapping[str, Tensor]) -> Iterable[TensorFact]:

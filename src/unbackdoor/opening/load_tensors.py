@@ -16,8 +16,8 @@ from unbackdoor.networks.sources import SOURCES
 from unbackdoor.networks.spec import OWN, read_spec
 from unbackdoor.opening.recognise_architecture import IN_ORDER, nearest
 from unbackdoor.opening.rename_tensors import Adapted, Difference, adapt
+from unbackdoor.weights.formats.buffers import listed
 
-_LISTED = 5
 _PROPOSED = 3
 
 
@@ -110,7 +110,7 @@ def misfit(
     return UnsupportedModel(
         "the weights do not fit the architecture",
         expected=f"{total} tensors",
-        got="; ".join(f"{word}: {some(names)}" for word, names in parts if names),
+        got="; ".join(f"{word}: {listed(names)}" for word, names in parts if names),
         where=where,
         remedy="Give the architecture, width and number of classes that the weights were trained with. "
         + proposal(state, side=side),
@@ -141,13 +141,6 @@ def require_finite(state: Mapping[str, Tensor], where: Path | str) -> None:
                 got=f"{bad} of {tensor.numel()} values of tensor {name[:200]!r}",
                 where=where,
             )
-
-
-def some(names: tuple[str, ...]) -> str:
-    """Return the first names, and how many more there are."""
-    # Names come from the file: shown quoted, so that no control character reaches a terminal.
-    listed = ", ".join(repr(name[:120])[1:-1] for name in names[:_LISTED])
-    return listed if len(names) <= _LISTED else f"{listed} and {len(names) - _LISTED} more"
 
 
 def _unbuilt(architecture: str, error: BaseException) -> UnbackdoorError:

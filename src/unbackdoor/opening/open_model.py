@@ -8,20 +8,25 @@ provenance names the source of each fact.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from unbackdoor.confinement import rehearsed
 from unbackdoor.data.conform import conform
 from unbackdoor.data.loaders import ImageFiles
 from unbackdoor.engine.inference import mode
 from unbackdoor.engine.run import Run
-from unbackdoor.errors import ConfigError, InputError, UnsupportedModel
+from unbackdoor.errors import ConfigError, InputError, UnbackdoorError, UnsupportedModel
 from unbackdoor.networks.build import canonical, preprocessing_of
 from unbackdoor.networks.sources import Preprocessing
+from unbackdoor.networks.spec import OWN, read_spec
 from unbackdoor.opening.candidates import CandidateSet, find_candidates, library_size, refuse_to_guess
 from unbackdoor.opening.classifier_files import load_model
 from unbackdoor.opening.cost_limits import outputs_of
@@ -32,14 +37,22 @@ from unbackdoor.opening.normalisation_guess import (
     infer_normalisation,
     usual_normalisations,
 )
-from unbackdoor.opening.provenance import ArchitectureOrigin, NameChanges, NormalisationOrigin, Provenance
+from unbackdoor.opening.provenance import (
+    ArchitectureOrigin,
+    InFile,
+    NameChanges,
+    NormalisationOrigin,
+    Provenance,
+)
 from unbackdoor.opening.recognise_architecture import ends
 from unbackdoor.opening.rename_tensors import Adapted, Difference
-from unbackdoor.types import Classifier, Images, Progress, silent
+from unbackdoor.types import Classifier, Images, Progress, logits_in, silent
 from unbackdoor.weights.card import ModelCard, normalisation
+from unbackdoor.weights.formats.exported_program.graph import import_program
+from unbackdoor.weights.formats.onnx.canonical import AmbiguousOutput
 from unbackdoor.weights.formats.onnx.graph import import_graph
 from unbackdoor.weights.formats.onnx.node import Place
-from unbackdoor.weights.source import Source, open_source
+from unbackdoor.weights.source import Source, existing_file, open_source
 
 # What is assumed where neither the file nor any image shows it.
 _USUAL_SIDE = 32
@@ -64,6 +77,7 @@ class Opened:
             under the names its owner knows.
         places: Of a network that is the file's own graph: where each of its tensors stands there; else None.
         source: The file as it was opened.
+        output: The output of that graph that gives the logits, where it was named.
     """
 
     model: Classifier
@@ -72,6 +86,7 @@ class Opened:
     names: Mapping[str, str] = field(default_factory=dict)
     places: Mapping[str, Place] | None = None
     source: Source | None = None
+    output: str | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -88,6 +103,8 @@ def open_model(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     size: tuple[int, int] | None = None,
+    weights: str | None = None,
+    output: str | None = None,
     run: Run | None = None,
     progress: Progress = silent,
 ) -> Opened:
@@ -108,6 +125,9 @@ def open_model(
             taken, else the one with the lowest loss.
         std: Per-channel deviation, likewise.
         size: (H, W) of the model's input.
+        weights: Which of several sets of weights in a file, by the keys that lead to it, separated by dots,
+            such as ``state_dict_ema``; None where there is one, or all are the same.
+        output: Which of several outputs of an ONNX graph gives the logits; None where there is one.
         run: Device, precision and seed of the trials; None is the CPU and seed 0.
         progress: Shows how far loading has come.
 
@@ -124,8 +144,38 @@ def open_model(
     """
     run = run or Run.create(progress=progress)
     _require_arguments(mean, std, size)
-    arguments = _Arguments(arch, class_names, mean, std, size)
-    source = path if isinstance(path, Source) else open_source(path)
+    arguments = _Arguments(arch, class_names, mean, std, size, weights, output)
+    file = path.path if isinstance(path, Source) else existing_file(Path(path))
+    if isinstance(path, Source) and path.contents.chosen and weights is None:
+        arguments = replace(arguments, weights=path.contents.key)
+    # Where the user chooses what is built, only reading is rehearsed, because code of the user runs once.
+    own = arch is None or read_spec(arch).source == OWN
+    name = "unbackdoor.opening.open_model:rehearse"
+    with rehearsed(name, file, arguments.to_dict()) if own else nullcontext():
+        source = path if isinstance(path, Source) else open_source(file)
+        return _open_model(source, arguments, images, run, progress)
+
+
+def rehearse(path: Path, options: Mapping[str, Any]) -> UnbackdoorError | None:
+    """Open a model in a process of its own, without images, and return the fault of its content."""
+    source = open_source(path)
+    _open_model(source, _Arguments(**options), None, Run.create(), silent)
+    return source.contents.problem
+
+
+def _open_model(
+    source: Source,
+    arguments: _Arguments,
+    images: Images | Path | str | None,
+    run: Run,
+    progress: Progress,
+) -> Opened:
+    if arguments.weights is not None and not source.contents.chosen:
+        source = source.choose(arguments.weights)
+    if arguments.output is not None and (source.graph is None or arguments.arch is not None):
+        raise ConfigError(
+            "the output of the model", ["only an ONNX file that is opened as it is has outputs with names"]
+        )
     card = source.card()
     if card is not None:
         return _with_card(source, card, arguments, images, run, progress)
@@ -139,6 +189,18 @@ class _Arguments:
     mean: Sequence[float] | None
     std: Sequence[float] | None
     size: tuple[int, int] | None
+    weights: str | None
+    output: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return them as JSON, also where they are numbers of numpy."""
+        return {
+            **asdict(self),
+            "class_names": None if self.class_names is None else [str(name) for name in self.class_names],
+            "mean": None if self.mean is None else [float(value) for value in self.mean],
+            "std": None if self.std is None else [float(value) for value in self.std],
+            "size": None if self.size is None else [int(side) for side in self.size],
+        }
 
     @property
     def normalisation(self) -> Normalisation | None:
@@ -153,6 +215,8 @@ def _require_arguments(
     faults = []
     if (mean is None) != (std is None) or len(mean or ()) != len(std or ()):
         faults.append("mean and std belong together, one value for each channel")
+    if not all(math.isfinite(value) for value in (*(mean or ()), *(std or ()))):
+        faults.append("mean and std must be finite numbers")
     if any(value <= 0 for value in std or ()):
         faults.append("every std must be positive")
     if size is not None and (len(size) != 2 or min(size) < 1):
@@ -185,6 +249,8 @@ def _with_card(
         mean=arguments.mean,
         std=arguments.std,
     )
+    if arguments.size is None and read_spec(model.architecture).source == OWN:
+        outputs_of(model.network, model.input_shape, path)  # what a size that only the card states would cost
     conformed, image_changes = _fitting_images(images, model.input_shape, model.class_names, progress)
     mean, std = normalisation(model)
     scale = replace(arguments.normalisation or Normalisation("the card's", mean, std), bgr=model.bgr)
@@ -200,6 +266,7 @@ def _with_card(
         "arguments" if arguments.size else "the card",
         model.classes,
         "arguments" if arguments.class_names else "the card",
+        in_file=InFile.of(source.contents),
     )
     return Opened(model, conformed, provenance.measured(image_changes, inferred, []), source=source)
 
@@ -215,9 +282,12 @@ def _without_card(
     run: Run,
     progress: Progress,
 ) -> Opened:
-    if source.graph is not None and not source.contents.dangerous and arguments.arch is None:
+    has_program = source.graph is not None or source.contents.format == "torch.export"
+    if has_program and not source.contents.dangerous and arguments.arch is None:
         try:
-            network = import_graph(source.graph)
+            network = own_network(source, arguments.output)
+        except AmbiguousOutput:
+            raise
         except UnsupportedModel as unknown:  # an operator that is not imported
             if source.contents.problem is not None:
                 raise
@@ -225,8 +295,34 @@ def _without_card(
                 return _by_names(source, arguments, images, run, progress)
             except UnsupportedModel:
                 raise unknown from None  # the fault of the graph, not of the guess
-        return _own_graph(source, network, arguments, images, run, progress)
+        if source.graph is not None:
+            return _own_graph(source, network, arguments, images, run, progress)
+        try:
+            return _own_graph(source, network, arguments, images, run, progress)
+        except UnsupportedModel as unfit:  # most often the batch of the example, written into the program
+            try:
+                return _by_names(source, arguments, images, run, progress)
+            except UnsupportedModel:
+                raise unfit from None
     return _by_names(source, arguments, images, run, progress)
+
+
+def own_network(source: Source, output: str | None = None) -> fx.GraphModule:
+    """Return the network that a file's own program describes.
+
+    Args:
+        source: The file.
+        output: The output of an ONNX graph that gives the logits; None where there is one.
+
+    Raises:
+        UnsupportedModel: If the file has none that is imported, or it has operators that are not.
+        UnbackdoorError: If it is damaged, or built to exhaust the memory.
+    """
+    if source.graph is not None:
+        return import_graph(source.graph, output)
+    if source.contents.format != "torch.export":
+        raise UnsupportedModel("the file holds no program that is imported", where=source.path)
+    return import_program(source.main, source.state(), source.contents.prefix)
 
 
 def _own_graph(
@@ -237,7 +333,7 @@ def _own_graph(
     run: Run,
     progress: Progress,
 ) -> Opened:
-    """Open an ONNX file as the network that it describes."""
+    """Open a file as the network that its own program describes."""
     path = source.path
     require_finite(network.state_dict(), path)
     stated = network.meta["input_shape"]
@@ -250,7 +346,9 @@ def _own_graph(
     classes = outputs_of(network, shape, path)
     _require_independent_images(network, shape, path)
     names, names_source = _class_names(arguments, Preprocessing(), raw, classes)
-    filled = Filled(network, Adapted({}, Difference((), (), (), 0)))
+    names_in_file = network.meta.get("names", {})
+    renamed = {name: old for name, old in names_in_file.items() if name != old}
+    filled = Filled(network, Adapted({}, Difference((), (), (), 0), renamed))
     attempt = _open_at_shape(
         path,
         lambda *_: {_GRAPH: filled},
@@ -264,9 +362,13 @@ def _own_graph(
         progress,
     )
     warnings = [_assumed_size(shape)] if size_source == _ASSUMED_SIZE else []
-    architecture = ArchitectureOrigin("ONNX", _GRAPH, "; ".join(network.meta["notes"]))
-    opened = _with_provenance(source, attempt, architecture, names_source, warnings)
-    return replace(opened, places=network.meta["places"])
+    kind = "ONNX" if source.graph is not None else source.contents.format
+    architecture = ArchitectureOrigin(kind, _GRAPH, "; ".join(network.meta["notes"]))
+    in_file = InFile.of(
+        source.contents, examined=True, output=arguments.output, remarks=network.meta["remarks"]
+    )
+    opened = _with_provenance(source, attempt, architecture, names_source, warnings, in_file)
+    return replace(opened, places=network.meta.get("places"), output=arguments.output)
 
 
 def _by_names(
@@ -330,7 +432,8 @@ def _by_names(
         candidates.note,
         tuple(candidate.spec for candidate in candidates.fitting),
     )
-    return _with_provenance(source, attempt, architecture, names_source, warnings)
+    in_file = InFile.of(source.contents)
+    return _with_provenance(source, attempt, architecture, names_source, warnings, in_file)
 
 
 def _assumed_size(shape: Shape) -> str:
@@ -343,6 +446,7 @@ def _with_provenance(
     architecture: ArchitectureOrigin,
     names_source: str,
     warnings: list[str],
+    in_file: InFile,
 ) -> Opened:
     provenance = Provenance(
         source.path.name,
@@ -354,6 +458,7 @@ def _with_provenance(
         attempt.size_source,
         attempt.model.classes,
         names_source,
+        in_file=in_file,
     ).measured(attempt.changes, attempt.inferred, [*warnings, *attempt.warnings])
     translated = attempt.filled.adapted.renamed
     file_names = {
@@ -487,7 +592,7 @@ def _probe(network: nn.Module, shape: tuple[int, int, int], path: Path) -> tuple
     pixels = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
     try:
         with mode(network, training=False):
-            out = network(pixels)
+            out = logits_in(network(pixels))
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         raise UnsupportedModel(
             "the network does not take images of this size",
@@ -514,7 +619,7 @@ def _require_independent_images(network: nn.Module, shape: Shape, path: Path) ->
     """Raise UnsupportedModel where the answer to an image depends on the others of its batch."""
     pixels = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
     try:
-        both, alone = network(pixels), network(pixels[1:])
+        both, alone = logits_in(network(pixels)), logits_in(network(pixels[1:]))
         same = both.shape[1:] == alone.shape[1:] and torch.allclose(both[1:], alone, rtol=1e-3, atol=1e-3)
         got = "answers that depend on the other images"
     except (RuntimeError, ValueError, TypeError, IndexError) as error:

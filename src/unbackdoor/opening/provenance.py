@@ -8,6 +8,10 @@ from typing import Any
 
 from unbackdoor.opening.normalisation_guess import InferredNormalisation, Normalisation
 from unbackdoor.opening.rename_tensors import Adapted
+from unbackdoor.weights.formats.buffers import short
+from unbackdoor.weights.read import Contents
+
+_NOT_EXAMINED = "the file's own program was not examined"
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,96 @@ class MeasuredAccuracy:
 
 
 @dataclass(frozen=True)
+class InFile:
+    """What of the file was opened, and what was not.
+
+    Attributes:
+        weights: Key of the set of weights that was opened; empty for the one at the top.
+        other_weights: Keys of the other sets, and whether each is ``the same`` or ``different``.
+        other_tensors: Keys of further entries that hold tensors.
+        program: The program around the weights, in words; empty for weights alone.
+        examined: Whether the network that was opened is that program.
+        output: The output of the graph that gives the logits, where it was named.
+        remarks: What in the program watches the pixels outside the network's body, in words.
+    """
+
+    weights: str = ""
+    other_weights: Mapping[str, str] = field(default_factory=dict)
+    other_tensors: tuple[str, ...] = ()
+    program: str = ""
+    examined: bool = False
+    output: str | None = None
+    remarks: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        contents: Contents,
+        *,
+        examined: bool = False,
+        output: str | None = None,
+        remarks: tuple[str, ...] = (),
+    ) -> InFile:
+        """Return what the contents of a file show."""
+        return cls(
+            contents.key,
+            dict(contents.other_sets),
+            contents.others,
+            contents.program,
+            examined,
+            output,
+            remarks,
+        )
+
+    @property
+    def reservations(self) -> tuple[str, ...]:
+        """What no check can see, so that finding nothing proves nothing: sentences."""
+        out = []
+        if self.program and not self.examined:
+            out.append(
+                f"Mind that {_NOT_EXAMINED}: the file holds {self.program}, and only its weights were read, "
+                "into a network of this package or its libraries. A trigger in the program stays unseen."
+            )
+        if self.remarks:
+            out.append(
+                "The file's own program watches the pixels outside the network's body, where no check of "
+                f"weights looks: {'; '.join(self.remarks)}."
+            )
+        return tuple(out)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is to be shown loudly."""
+        out = list(self.reservations)
+        if self.other_weights:
+            others = ", ".join(f"{_name(key)} ({answer})" for key, answer in self.other_weights.items())
+            out.append(
+                f"The file holds further weights, of which nothing is said here: {others}. Opened were those "
+                f"under {_name(self.weights)}"
+            )
+        return tuple(out)
+
+    def in_words(self) -> list[tuple[str, str]]:
+        """Return it as terms and texts."""
+        out = []
+        if self.weights or self.other_weights:
+            out.append(("weights", _name(self.weights)))
+        out += [("further weights", f"{_name(key)} ({answer})") for key, answer in self.other_weights.items()]
+        if self.other_tensors:
+            out.append(("further tensors", ", ".join(_name(key) for key in self.other_tensors[:10])))
+        if self.output is not None:
+            out.append(("output", _name(self.output)))
+        if self.program:
+            state = "opened as it is" if self.examined else _NOT_EXAMINED
+            out.append(("program", f"{self.program} ({state})"))
+        return out + [("in the program", text) for text in self.remarks]
+
+
+def _name(key: str) -> str:
+    return short(key)[1:-1] if key else "the top of the file"
+
+
+@dataclass(frozen=True)
 class Provenance:
     """How a model was opened.
 
@@ -115,6 +209,7 @@ class Provenance:
         clean_accuracy: None without labelled images.
         inference: JSON-ready: what was tried on the images; None where nothing was.
         warnings: What is to be shown loudly.
+        in_file: What of the file was opened, and what was not.
     """
 
     file: str
@@ -130,6 +225,12 @@ class Provenance:
     clean_accuracy: MeasuredAccuracy | None = None
     inference: Mapping[str, Any] | None = None
     warnings: tuple[str, ...] = ()
+    in_file: InFile = field(default_factory=InFile)
+
+    @property
+    def reservations(self) -> tuple[str, ...]:
+        """What no check can see, so that finding nothing proves nothing: sentences."""
+        return self.in_file.reservations
 
     def measured(
         self, changes: tuple[str, ...], inferred: InferredNormalisation | None, warnings: list[str]
@@ -141,6 +242,7 @@ class Provenance:
             inferred: The choice that was made on them; None where there are none.
             warnings: What is to be shown loudly beside its own warning.
         """
+        warnings = [*self.in_file.warnings, *warnings]
         if inferred is None:
             return replace(self, images=changes, warnings=tuple(warnings))
         best = inferred.best
@@ -167,13 +269,13 @@ class Provenance:
             ("normalisation", f"{scale.name} ({scale.source})"),
             ("classes", f"{self.classes} (names: {self.class_names_source})"),
         ]
-        return out + [("names", text) for text in self.names.changes]
+        return out + self.in_file.in_words() + [("names", text) for text in self.names.changes]
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain values for JSON."""
         plain = _plain(asdict(self))
         assert isinstance(plain, dict)
-        return plain
+        return {**plain, "reservations": list(self.reservations)}
 
 
 def _plain(value: object) -> object:

@@ -32,6 +32,7 @@ from unbackdoor.opening.rename_tensors import (
 IN_ORDER = "sequential_cnn"
 _MAX_TENSORS = 20_000
 _MAX_CANDIDATES = 12
+_MAX_PREFIXES = 8  # wrappers around a network
 # Each of them may have to be built and tried, at the cost of the file itself.
 _MAX_OF_LIBRARIES = 6
 # Below this share of common tensors a guess is of no use.
@@ -158,7 +159,9 @@ def _is_preact(names: Shapes) -> bool:
     # A block that norms its input first has as many norms as its input has channels, not its output.
     first = _rows(names, "layer2.0.bn1.weight") or _rows(names, "block2.layer.0.bn1.weight")
     conv = names.get("layer2.0.conv1.weight", names.get("block2.layer.0.conv1.weight"))
-    return first is not None and conv is not None and first == conv.shape[1] != conv.shape[0]
+    return (
+        first is not None and conv is not None and conv.dim() == 4 and first == conv.shape[1] != conv.shape[0]
+    )
 
 
 def _resnet(names: Shapes) -> Iterator[_Guess]:
@@ -208,7 +211,7 @@ def _wide_resnet(names: Shapes) -> Iterator[_Guess]:
     if len(stages) != 3 or not _is_preact(names):
         return
     last = names.get("layer3.0.conv1.weight", names.get("block3.layer.0.conv1.weight"))
-    factor = int(last.shape[0]) // 64 if last is not None else 0
+    factor = int(last.shape[0]) // 64 if last is not None and last.dim() else 0
     if factor:
         depth = 6 * max(stages) + 4
         yield _Guess(f"wrn16[width={factor}]" if depth == 16 else f"wrn[width={factor},depth={depth}]")
@@ -250,7 +253,7 @@ def _mobilenet(names: Shapes) -> Iterator[_Guess]:
 def _vit(names: Shapes) -> Iterator[_Guess]:
     patch, token = names.get("patch_embed.proj.weight"), names.get("cls_token")
     depth = len({match[1] for name in names if (match := re.match(r"blocks\.(\d+)\.", name))})
-    if patch is None or token is None or patch.dim() != 4 or not depth:
+    if patch is None or token is None or patch.dim() != 4 or not token.dim() or not depth:
         return
     # The family of this package always has 8 x 8 patches.
     yield _Guess(f"vit_small[width={int(token.shape[-1])},depth={depth}]", side=8 * int(patch.shape[2]))
@@ -368,7 +371,9 @@ def _without_body(names: Shapes) -> dict[str, Tensor]:
 
 def _without_prefix(state: Shapes) -> dict[str, Tensor]:
     names = dict(state)
-    while names and len({name.partition(".")[0] for name in names}) == 1:
+    for _ in range(_MAX_PREFIXES):
+        if len({name.partition(".")[0] for name in names}) != 1:
+            break
         shorter = {name.partition(".")[2]: tensor for name, tensor in names.items()}
         # Names such as "0.weight" of a whole network in one Sequential lose nothing here.
         if "" in shorter or any("." not in name for name in shorter):

@@ -27,7 +27,9 @@ USUAL_SIDES = (32, 28, 224, 64, 96, 48, 40, 128, 112, 256, 16, 84, 80, 160, 192,
 _AVERAGED, _AVERAGED_FROM = (7, 6), 224
 _MAX_FREE_POOLS = 10  # convolutions behind which a pooling may or may not stand
 _MAX_SPECS = 6
-_NUMBER = re.compile(r"(\d+)")
+_MAX_LAYERS = 1000  # of a chain; a spec has no room for as many
+_LONGEST_INDEX = 4  # digits of the number of a layer
+_NUMBER = re.compile(r"([0-9]{1,18})")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Module:
     def position(self) -> tuple[str, int] | None:
         """The container and the number in it, or None where the name ends in no number of its own."""
         parent, _, last = self.name.rpartition(".")
-        return (parent, int(last)) if last.isdigit() else None
+        return (parent, int(last)) if is_index(last) else None
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,11 @@ class Chain:
     choices: Mapping[str, tuple[str, ...]]
 
 
+def is_index(text: str) -> bool:
+    """Tell whether a part of a name is the number of a layer; other digits and absurd numbers are none."""
+    return text.isascii() and text.isdecimal() and len(text) <= _LONGEST_INDEX
+
+
 def modules(state: Mapping[str, Tensor]) -> list[Module] | None:
     """Return the layers of a plain chain in the order they are applied, or None where it is none."""
     groups: dict[str, dict[str, Tensor]] = {}
@@ -78,6 +85,8 @@ def modules(state: Mapping[str, Tensor]) -> list[Module] | None:
         groups.setdefault(parent, {})[leaf] = tensor
     parsed = [_module(name, tensors) for name, tensors in groups.items()]
     layers = [module for module in parsed if module is not None]
+    if len(layers) > _MAX_LAYERS:
+        return None
     # Deeper names are blocks within blocks, whose skips cannot be seen: ``layer1.0.conv1``.
     if len(layers) < len(parsed) or any(module.name.count(".") > 1 for module in layers):
         return None
@@ -166,6 +175,8 @@ def _module(name: str, tensors: Mapping[str, Tensor]) -> Module | None:
     }:  # fmt: skip
         return None
     shape = tuple(int(extent) for extent in weight.shape)
+    if 0 in shape:
+        return None
     kind: Kind
     if len(shape) == 4 and shape[2] == shape[3]:
         kind = "conv"
@@ -179,7 +190,11 @@ def _module(name: str, tensors: Mapping[str, Tensor]) -> Module | None:
 
 
 def _by_number(layers: Sequence[Module]) -> list[Module]:
-    return sorted(layers, key=lambda m: [int(p) if p.isdigit() else p for p in _NUMBER.split(m.name)][1:])
+    def key(module: Module) -> list[tuple[int, str]]:
+        parts = _NUMBER.split(module.name)  # texts and numbers in turn
+        return [(int(part), "") if i % 2 else (-1, part) for i, part in enumerate(parts)][1:]
+
+    return sorted(layers, key=key)
 
 
 def _by_layer(layers: Sequence[Module]) -> list[Module]:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from unbackdoor.opening.recognise_chain import modules
+from unbackdoor.weights.formats.buffers import listed
 
 TRACKED = "num_batches_tracked"
 _HEADS = frozenset(
@@ -105,14 +106,14 @@ class Adapted:
         sentences = []
         if self.folded:
             sentences.append(
-                f"{len(self.folded)} pruned weights were multiplied with their masks: {_some(self.folded)}"
+                f"{len(self.folded)} pruned weights were multiplied with their masks: {listed(self.folded)}"
             )
         if self.renamed:
             pairs = [f"{old} -> {new}" for new, old in self.renamed.items()]
-            sentences.append(f"{len(pairs)} names were translated: {_some(pairs)}")
+            sentences.append(f"{len(pairs)} names were translated: {listed(pairs)}")
         for reason in dict.fromkeys(self.dropped.values()):
             names = [name for name, why in self.dropped.items() if why == reason]
-            sentences.append(f"left out, {reason}: {_some(names)}")
+            sentences.append(f"left out, {reason}: {listed(names)}")
         if self.filled:
             sentences.append(
                 f"{len(self.filled)} counters {TRACKED} were missing and set to 0; no result depends on them"
@@ -336,7 +337,8 @@ def without_body_prefix(state: Mapping[str, Tensor]) -> dict[str, str]:
     head = head_of(state)
     body = [name for name in state if head is not None and not name.startswith(f"{head}.")]
     prefix = _common_prefix(body)
-    shorter = {name.removeprefix(prefix) if name in body else name: name for name in state}
+    within = set(body)
+    shorter = {name.removeprefix(prefix) if name in within else name: name for name in state}
     return shorter if prefix and len(body) < len(state) == len(shorter) else {}
 
 
@@ -363,9 +365,3 @@ def _common_prefix(state: Iterable[str]) -> str:
             same += 1
         prefix = prefix[:same]
     return ".".join(prefix) + "." if prefix else ""
-
-
-def _some(names: tuple[str, ...] | list[str], limit: int = 5) -> str:
-    # Names come from the file: shown quoted, so that no control character reaches a terminal.
-    listed = ", ".join(repr(str(name)[:120])[1:-1] for name in list(names)[:limit])
-    return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"

@@ -79,8 +79,18 @@ def output_name(path: Path, opened: Opened | None) -> Path:
         InputError: If the network cannot be written as the suffix asks.
     """
     graph = opened is not None and opened.places is not None
+    # No text builds the network of a program again, so that a card could not say what the weights are of.
+    program = opened is not None and not graph and not opened.model.architecture
     if path.suffix not in SUFFIXES:
-        path = path.with_name(path.name + (ONNX if graph else SAFETENSORS))
+        path = path.with_name(path.name + (ONNX if graph else CHECKPOINTS[1] if program else SAFETENSORS))
+    if program and path.suffix == SAFETENSORS:
+        raise InputError(
+            "the network is the program of the file, and a card cannot name it",
+            expected="a name that ends in " + ", ".join(CHECKPOINTS),
+            got=path.name,
+            where="--out",
+            remedy=f"Choose such a name, or name the architecture to write {SAFETENSORS}",
+        )
     source = opened.source if opened is not None else None
     if source is None and path.suffix != SAFETENSORS:
         raise InputError(
@@ -96,6 +106,8 @@ def output_name(path: Path, opened: Opened | None) -> Path:
 
 def stored_types(opened: Opened) -> dict[str, torch.dtype]:
     """Return the types that the file of the original stores the network's tensors in."""
+    if opened.places is not None:
+        return {name: place.dtype for name, place in opened.places.items()}
     stored = opened.source.contents.tensors if opened.source is not None else {}
     pairs = ((name, opened.names.get(name, name)) for name in opened.model.network.state_dict())
     return {name: stored[old].dtype for name, old in pairs if old in stored}
@@ -152,8 +164,8 @@ def write_repaired(
     assert opened is not None and source is not None
     if opened.places is not None:
         assert source.graph is not None
-        states = (m.network.state_dict() for m in (opened.model, model))
-        write_graph(path, source.graph, opened.places, *states)
+        before, after = opened.model.network.state_dict(), model.network.state_dict()
+        write_graph(path, source.graph, opened.places, before, after, opened.output)
     else:
         contents = source.contents
         write_weights(path, repaired_state(opened, model), nest=contents.nest, prefix=contents.prefix)
@@ -177,8 +189,8 @@ def repair_patch(model: Classifier, opened: Opened, facts: Mapping[str, Any]) ->
     assert source.graph is not None
     with tempfile.TemporaryDirectory() as folder:  # several tensors of the network may be one of the file
         draft = Path(folder) / "repaired.onnx"
-        states = (m.network.state_dict() for m in (opened.model, model))
-        write_graph(draft, source.graph, opened.places, *states)
+        before, after = opened.model.network.state_dict(), model.network.state_dict()
+        write_graph(draft, source.graph, opened.places, before, after, opened.output)
         return make_patch(source.contents.tensors, read_state(draft), facts)
 
 

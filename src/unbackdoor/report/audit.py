@@ -15,7 +15,7 @@ from unbackdoor.audit.scanning import Audit, Checked
 from unbackdoor.audit.verification import Verification
 from unbackdoor.report.page import render
 from unbackdoor.report.pictures import data_png
-from unbackdoor.report.words import duration, percent
+from unbackdoor.report.words import duration, logits_in_words, percent
 from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Finding, Images
 
@@ -166,6 +166,7 @@ def _headline(
         sentences.append(summary + ".")
         if purification.promise is not None:
             sentences.append(purification.promise.in_words())
+        sentences += [f"Mind: {text}." for text in purification.left_behind]
         if purification.flattered:
             sentences.append("These accuracies are flattered: " + "; ".join(purification.flattered) + ".")
     if verification is not None:
@@ -173,6 +174,8 @@ def _headline(
         sentences.append(
             f"The two models give the same class to {percent(verification.agreement.value)} of the images."
         )
+        if verification.logits is not None and not verification.identical:
+            sentences.append(logits_in_words(verification.logits))
     return tone, headline, sentences
 
 

@@ -12,6 +12,7 @@ from markupsafe import Markup, escape
 
 from unbackdoor.errors import MissingExtra
 from unbackdoor.metrics import Rate
+from unbackdoor.text import printable
 
 # Drawn in stand-in colours that are replaced by variables of the style sheet, so that the chart follows
 # the reader's light or dark setting. No two of them are alike, and none is a colour anybody would choose.
@@ -153,4 +154,5 @@ def _inline(document: str, title: str) -> Markup:
         svg = svg.replace(colour, f"var({variable})")
     svg = svg.replace(f"'{_FONT}'", "system-ui, sans-serif")
     label = escape(title)
+    svg = printable(svg, keep="\n\t")
     return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))

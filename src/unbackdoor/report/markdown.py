@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 
 from unbackdoor.report.tables import Cell, Document, Section, Table, Verbatim
+from unbackdoor.text import printable
 
 
 def to_markdown(document: Document) -> str:
@@ -44,4 +45,6 @@ def _cell(cell: Cell) -> str:
 
 
 def _escaped(text: str) -> str:
-    return text if isinstance(text, Verbatim) else re.sub(r"([\\`*_\[\]<>|#~&])", r"\\\1", text)
+    if isinstance(text, Verbatim):
+        return text
+    return re.sub(r"([\\`*_\[\]<>|#~&])", r"\\\1", printable(text, keep="\n"))

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from unbackdoor.files import atomic_write
 from unbackdoor.report import words
+from unbackdoor.text import printable
 
 
 def render(template: str, **content: Any) -> str:
@@ -23,6 +25,7 @@ def render(template: str, **content: Any) -> str:
     environment = Environment(
         loader=PackageLoader("unbackdoor.report", "templates"),
         autoescape=True,
+        finalize=_visible,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -30,6 +33,15 @@ def render(template: str, **content: Any) -> str:
     for name in ("percent", "rate", "interval", "duration"):
         environment.filters[name] = getattr(words, name)
     return environment.get_template(template).render(**content)
+
+
+def _visible(value: Any) -> Any:
+    """Escape what is not to be seen in a text; ``Markup`` is our own."""
+    return (
+        printable(value, keep="\n\t\u00a0\u202f")
+        if isinstance(value, str) and not isinstance(value, Markup)
+        else value
+    )
 
 
 def write_page(path: Path, page: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the command line shows words without importing torch
+    from unbackdoor.audit.comparison import LogitDifference
     from unbackdoor.metrics import Rate
 
 NOTHING = "-"  # where there is no number
@@ -24,6 +25,14 @@ def interval(measured: Rate) -> str:
     """Return the 95 % interval of a measured share in percent, or an empty text."""
     low, high = (100 * end for end in measured.interval)
     return f"{low:.1f} to {high:.1f}" if measured.total else ""
+
+
+def logits_in_words(measured: LogitDifference) -> str:
+    """Return how far the logits of two models lie apart, as a sentence."""
+    apart = f"the largest difference of a logit is {measured.relative:.2g} times their spread"
+    if measured.same:
+        return f"The two compute the same logits up to rounding, on {measured.images} images: {apart}."
+    return f"The two do not compute the same logits, on {measured.images} images: {apart}."
 
 
 def duration(seconds: float) -> str:

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from unbackdoor.errors import InputError
+from unbackdoor.errors import InputError, UnsafeFile
+from unbackdoor.files import parse_json
 from unbackdoor.types import Classifier
 from unbackdoor.weights.stored_file import StoredFile, read_file
 
@@ -132,19 +133,21 @@ def read_card(file: Path | StoredFile) -> ModelCard:
     """
     if not isinstance(file, StoredFile):
         try:
-            file = read_file(file, _bytes_to_keep)
+            file = read_file(file, limit=MAX_CARD)
+        except UnsafeFile as error:
+            raise _too_large(error.got, file) from error
         except InputError as error:
-            raise InputError(
-                "the model card cannot be read" if error.expected is None else error.problem,
-                expected=error.expected,
-                got=error.got,
-                where=file,
-            ) from error
+            raise InputError("the model card cannot be read", got=error.got, where=file) from error
     content, path = bytes(file.content), file.path
     if file.size > MAX_CARD:
         raise _too_large(file.size, path)
     try:
+        parse_json(content, "the model card")  # before pydantic, which takes infinite numbers in a history
         return ModelCard.model_validate_json(content)
+    except InputError as error:
+        raise InputError(
+            "the file is not a model card of this version", expected="JSON", got=error.got, where=path
+        ) from error
     except ValidationError as error:
         faults = [
             f"{'.'.join(map(str, fault['loc'])) or 'card'}: {fault['msg']}" for fault in error.errors()[:5]
@@ -157,13 +160,7 @@ def read_card(file: Path | StoredFile) -> ModelCard:
         ) from error
 
 
-def _bytes_to_keep(_: bytes, size: int) -> int:
-    if size > MAX_CARD:
-        raise _too_large(size, None)
-    return size
-
-
-def _too_large(size: int, where: object) -> InputError:
+def _too_large(size: object, where: object) -> InputError:
     return InputError(
         "the model card is too large", expected=f"at most {MAX_CARD} bytes", got=size, where=where
     )

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unbackdoor.errors import InputError, IntegrityError, UnsafeFile
-from unbackdoor.files import atomic_write
+from unbackdoor.files import atomic_write, opened, parse_json
 from unbackdoor.types import state_sha256
 
 KIND = "unbackdoor-patch-1"
@@ -170,19 +170,24 @@ def read_patch(path: Path) -> Patch:
         UnsafeFile: If it is too large.
     """
     try:
-        if path.stat().st_size > MAX_PATCH:
-            raise UnsafeFile("the patch is too large", expected=f"at most {MAX_PATCH} bytes", where=path)
+        with opened(path, "the patch", limit=MAX_PATCH):
+            pass  # the library opens the path by itself, and would wait for a pipe
         with safe_open(path, framework="pt", device="cpu") as file:
             head = file.metadata() or {}
             if head.get("kind") != KIND:
                 raise InputError("the file is not a patch", expected=KIND, got=head.get("kind"), where=path)
-            described = json.loads(head["entries"])
+            described = parse_json(head["entries"], "the list of the patch", path)
             entries = {}
             for i, (name, shape, dtype, changed, sparse) in enumerate(described):
                 packed = file.get_tensor(str(i)).numpy().tobytes()
                 form = tuple(int(side) for side in shape)
                 entries[str(name)] = Entry(form, str(dtype), int(changed), bool(sparse), packed)
-            return Patch(head["before"], head["after"], entries, json.loads(head["facts"]))
+            return Patch(
+                head["before"],
+                head["after"],
+                entries,
+                parse_json(head["facts"], "the record of the patch", path),
+            )
     except OSError as error:
         raise InputError("the patch cannot be read", got=error.strerror, where=path) from error
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from unbackdoor.errors import InputError, MissingExtra, UnbackdoorError, UnsafeFile
-from unbackdoor.weights.formats import state_dicts as states
+from unbackdoor.weights.formats import other_readers
 from unbackdoor.weights.formats.buffers import Buffer, listed, short
 from unbackdoor.weights.formats.exported_program import archive as exported
+from unbackdoor.weights.formats.limits import accounting
 from unbackdoor.weights.formats.onnx import initializers as onnx
 from unbackdoor.weights.formats.safetensors import header as safetensors
-from unbackdoor.weights.formats.state_dicts import Fact
+from unbackdoor.weights.formats.state_dicts import Fact, find_all, find_state_dict, require_names
 from unbackdoor.weights.formats.tensors import materialise
 from unbackdoor.weights.formats.torch_save import checkpoints
 from unbackdoor.weights.formats.torch_save.pickle_globals import Danger
@@ -30,6 +31,7 @@ from unbackdoor.weights.formats.torch_save.pickle_reader import BROKEN, Trail
 from unbackdoor.weights.formats.torchscript import archive as torchscript
 from unbackdoor.weights.formats.zip_archive import Archive
 from unbackdoor.weights.stored_file import MAX_FILE, StoredFile, read_file
+from unbackdoor.weights.weight_sets import WeightSet, named, plain_set, read_sets
 
 Magic = Literal["safetensors", "zip", "pickle", "tar", "onnx"]
 Format = Literal[
@@ -44,18 +46,6 @@ _PLAIN = {
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
 }  # fmt: skip
 _BROKEN = (*BROKEN, AssertionError, OSError, MemoryError, struct.error)
-# What is not read, but can be named, so that the user knows what to do.
-_OTHERS = (
-    (b"\x1f\x8b", "a gzip file", "Unpack it first"),
-    (b"BZh", "a bzip2 file", "Unpack it first"),
-    (b"\xfd7zXZ", "an xz file", "Unpack it first"),
-    (b"\x28\xb5\x2f\xfd", "a zstd file", "Unpack it first"),
-    (b"7z\xbc\xaf", "a 7z archive", "Unpack it first"),
-    (b"Rar!", "a rar archive", "Unpack it first"),
-    (b"\x89HDF", "an HDF5 file", "Keras models are not read; export it to ONNX or safetensors"),
-    (b"\x93NUMPY", "a NumPy array", "Save all weights by name, at best as safetensors"),
-    (b"GGUF", "a GGUF file", "Save the original weights as safetensors"),
-)
 
 
 @dataclass(frozen=True)
@@ -72,6 +62,11 @@ class Contents:
         nest: The keys that lead to the state dict in a checkpoint; empty at the top.
         problem: Why there are no tensors, or None.
         metadata: The texts in the header of a safetensors file.
+        sets: Every set of weights in the file by its key; that of ``tensors`` is one of them.
+        key: The key of ``tensors``; empty at the top.
+        others: Keys of further entries that hold tensors.
+        program: The program that the file holds around its tensors, in words; empty for tensors alone.
+        chosen: Whether the user has said which set is meant.
     """
 
     format: Format
@@ -83,6 +78,55 @@ class Contents:
     nest: tuple[str, ...] = ()
     problem: UnbackdoorError | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    sets: Mapping[str, WeightSet] = field(default_factory=dict, repr=False)
+    key: str = ""
+    others: tuple[str, ...] = ()
+    program: str = ""
+    chosen: bool = False
+
+    def choose(self, key: str, where: object = None) -> Contents:
+        """Return the contents with another set of weights as theirs.
+
+        Raises:
+            InputError: If there is no such set.
+        """
+        found = named(self.sets, key, where)
+        own = self.sets[self.key].notes if self.key in self.sets else ()
+        return replace(
+            self,
+            tensors=found.tensors,
+            prefix=found.prefix,
+            nest=found.nest,
+            problem=found.problem,
+            notes=(*(note for note in self.notes if note not in own), *found.notes),
+            key=key,
+            program=found.module and _of_module(found.module),
+            chosen=True,
+        )
+
+    @property
+    def other_sets(self) -> Mapping[str, str]:
+        """The other sets of weights by their keys: whether each is ``the same`` or ``different``."""
+        if self.key not in self.sets:
+            return dict.fromkeys(self.sets, "different")
+        own = self.sets[self.key]
+        return {
+            key: "the same" if one.equals(own) else "different"
+            for key, one in self.sets.items()
+            if key != self.key
+        }
+
+    @property
+    def rivals(self) -> tuple[str, ...]:
+        """The keys of other sets that differ and that a program may load instead of this one."""
+        if self.key not in self.sets:
+            return ()
+        own = self.sets[self.key]
+        return tuple(
+            key
+            for key, answer in self.other_sets.items()
+            if answer == "different" and self.sets[key].may_be_meant_for(own)
+        )
 
     @property
     def foreign(self) -> tuple[str, ...]:
@@ -111,6 +155,14 @@ class Contents:
             )
         if self.problem is not None:
             raise self.problem
+        if not self.chosen and (rivals := self.rivals):
+            raise InputError(
+                "the file holds several sets of weights that differ, and programs load different ones",
+                expected="the name of the one that is meant",
+                got=listed([short(key)[1:-1] or "those at the top" for key in (self.key, *rivals)], 8),
+                where=where,
+                remedy="Name it: --weights KEY, in Python weights=KEY; to be sure of all, take each in turn",
+            )
         return dict(self.tensors)
 
 
@@ -148,7 +200,11 @@ def read_contents(file: Path | StoredFile) -> Contents:
         InputError: If the file cannot be read at all, or is of no supported format.
         UnsafeFile: If it is larger than any model this package can build.
     """
-    file = _stored(file)
+    with accounting():
+        return _read_contents(_stored(file))
+
+
+def _read_contents(file: StoredFile) -> Contents:
     trail = Trail()
     try:
         magic = sniff(file)
@@ -167,22 +223,34 @@ def read_contents(file: Path | StoredFile) -> Contents:
         problem = _with_path(error, file.path)
     except _BROKEN as error:
         problem = _damaged(file.path, error)
-    if magic in ("safetensors", "onnx"):
-        _hidden_pickle(file, trail)
-    prefix = states.strip(list(state))
-    if prefix:
-        trail.note(f"the prefix {short(prefix)} was taken off all names")
-    state = states.unpruned({name[len(prefix) :]: tensor for name, tensor in state.items()}, trail)
+    others = other_readers.taken_for(file.content, magic)
+    if magic not in ("pickle", "zip") and _is_pickle_too(file, trail):
+        others.append("a pickle")
+    if others and not isinstance(problem, UnsafeFile):
+        problem = UnsafeFile(
+            "the file is several files in one, and readers choose differently",
+            expected=f"{reader.format} alone",
+            got=f"to other readers it is {' and '.join(others)}",
+            where=file.path,
+            remedy="Ask its author for safetensors",
+        )
+    sets = reader.sets or ({"": plain_set(state)} if state else {})
+    own = sets.get(reader.key, WeightSet(""))
+    where = [f"the weights lie under {short(own.key)[1:-1]}"] if own.key else []
     return Contents(
         reader.format,
-        tensors=state,
+        tensors=own.tensors if problem is None else {},
         names=_dangers_by_name(trail),
-        notes=tuple(trail.notes),
+        notes=(*where, *trail.notes, *own.notes),
         beside=reader.beside,
-        prefix=prefix,
-        nest=reader.nest,
+        prefix=own.prefix,
+        nest=own.nest,
         problem=problem,
         metadata=reader.metadata,
+        sets=sets,
+        key=reader.key,
+        others=reader.others,
+        program=reader.program,
     )
 
 
@@ -223,13 +291,13 @@ def _kind(head: bytes, size: int, where: object) -> Magic:
         return "safetensors"
     if head.startswith(b"\x80"):
         return "pickle"
-    if checkpoints.is_tar(head):
+    if other_readers.is_tar_header(head):
         return "tar"
     if onnx.is_onnx(head):
         return "onnx"
     if head[8:9] == b"{":
         return "safetensors"  # cut short; its reader says so
-    for magic, words, remedy in _OTHERS:
+    for magic, words, remedy in other_readers.NAMED:
         if head.startswith(magic):
             raise InputError(f"the file is {words}, not a model file", where=where, remedy=remedy)
     raise InputError(
@@ -249,19 +317,25 @@ class _FileReader:
         self._trail = trail
         self.format: Format = "pickle"
         self.beside: Mapping[str, Fact] = {}
-        self.nest: tuple[str, ...] = ()
         self.metadata: Mapping[str, str] = {}
+        self.sets: dict[str, WeightSet] = {}
+        self.key = ""
+        self.others: tuple[str, ...] = ()
+        self.program = ""
 
-    def read(self, magic: Magic) -> dict[str, Tensor]:
+    def read(self, magic: Magic) -> Mapping[str, Tensor]:
+        state: Mapping[str, Tensor]
         if magic == "safetensors":
             self.format = "safetensors"
             described, self.metadata = safetensors.read(self._file.content, self._path)
             state = materialise(described, self._file.size)
         elif magic == "onnx":
             self.format = "onnx"
+            self.program = "an ONNX graph"
             state = onnx.read(self._file, self._trail)
         else:
             state = self._tensors(magic, self._file.content)
+        require_names(state)
         for name, tensor in state.items():
             if tensor.dtype not in _PLAIN:
                 raise InputError(
@@ -272,15 +346,23 @@ class _FileReader:
                 )
         return state
 
-    def _tensors(self, magic: Magic, data: Buffer) -> dict[str, Tensor]:
+    def _tensors(self, magic: Magic, data: Buffer) -> Mapping[str, Tensor]:
         if magic == "zip":
             self.format = "archive"
             archive = Archive(data, self._path)
+            if exported.is_exported(archive) and archive.find(f"{archive.root}/data.pkl") is not None:
+                raise UnsafeFile(
+                    "the archive is of two kinds, and readers choose differently",
+                    got="a checkpoint and a program of torch.export",
+                    where=self._path,
+                )
             if torchscript.is_torchscript(archive):
                 self.format = "torchscript"
+                self.program = "a TorchScript program"
                 return materialise(torchscript.read(archive, data, self._trail, self._path), len(data))
             if exported.is_exported(archive):
                 self.format = "torch.export"
+                self.program = "a program of torch.export"
                 return materialise(exported.read(archive, data, self._trail, self._path), len(data))
             described = checkpoints.read_zip(archive, data, self._trail, self._path)
             self.format = "checkpoint"
@@ -290,14 +372,29 @@ class _FileReader:
         else:
             described, saved_by_torch = checkpoints.read_stream(data, self._trail)
             self.format = "old checkpoint" if saved_by_torch else "pickle"
-        result = states.find_state_dict(described, self._trail)
-        self.beside, self.nest = result.beside, result.nest
-        return materialise(result.refs, len(data))
+        inventory = find_all(described)
+        self.others = inventory.others
+        try:
+            located = find_state_dict(described, self._trail)
+        except InputError:
+            self.sets = read_sets(inventory.sets, len(data))  # so that the user can choose one
+            raise
+        self.beside, self.key = located.beside, located.key
+        self.program = located.module and _of_module(located.module)
+        # The one that is meant comes first: the bound on memory is never spent on the others.
+        self.sets = read_sets({located.key: located, **inventory.sets, located.key: located}, len(data))
+        own = self.sets[located.key]
+        if own.problem is not None:
+            raise own.problem
+        return own.tensors
+
+
+def _of_module(cls: str) -> str:
+    return f"a pickled module of {short(cls)[1:-1]}"
 
 
 def _hidden_pickle(file: StoredFile, trail: Trail) -> bool:
-    # A file of one format may also load as a pickle. Only dangerous names are reported, because any text
-    # yields names.
+    # Only dangerous names are reported of a file of no supported format, because any text yields names.
     inner = Trail()
     checkpoints.scan(bytes(file.content[:_POLYGLOT]), inner)
     danger = {name: level for name, level in inner.names.items() if level == "dangerous"}
@@ -305,6 +402,16 @@ def _hidden_pickle(file: StoredFile, trail: Trail) -> bool:
         trail.names.update(danger)
         trail.note("read as a pickle, the file would run code, whatever else it is")
     return bool(danger)
+
+
+def _is_pickle_too(file: StoredFile, trail: Trail) -> bool:
+    # No name comes about by chance in a format that is known, and no value but a single number or text.
+    inner = Trail()
+    holds_something = checkpoints.begins_with_pickle(file.content, inner)
+    if inner.names:
+        trail.names.update(inner.names)
+        trail.note("read as a pickle, the file would run code, whatever else it is")
+    return holds_something or bool(inner.names)
 
 
 def _dangers_by_name(trail: Trail) -> dict[str, Danger]:
@@ -325,9 +432,11 @@ def _with_path(error: UnbackdoorError, path: Path) -> UnbackdoorError:
 def _damaged(path: Path, error: BaseException) -> InputError:
     if isinstance(error, InputError):
         return error
-    return InputError(
+    damaged = InputError(
         "the model file is damaged or cut short",
         got=short(str(error).strip().split("\n")[0] or type(error).__name__),
         where=path,
         remedy="Copy or download it again",
     )
+    damaged.__cause__ = error
+    return damaged

@@ -13,11 +13,14 @@ from typing import Any
 
 from torch import Tensor
 
-from unbackdoor.errors import InputError, UnbackdoorError
+from unbackdoor.confinement import rehearsed
+from unbackdoor.errors import InputError, UnbackdoorError, UnsafeFile
+from unbackdoor.files import is_there
 from unbackdoor.weights.card import MAX_CARD, ModelCard, read_card
 from unbackdoor.weights.read import Contents, bytes_needed, read_contents
 from unbackdoor.weights.stored_file import StoredFile, read_file
 
+_PROGRAMS = ("onnx", "torch.export")  # of which a network is built as they are
 SUFFIX = ".safetensors"  # of the files that may have a card beside them
 
 
@@ -87,6 +90,17 @@ class Source:
         for file in self.files:
             file.require_unchanged()
 
+    def choose(self, key: str) -> Source:
+        """Return the file with another set of its weights as the one that is meant.
+
+        Args:
+            key: Keys that lead to it, separated by dots, such as ``state_dict_ema``.
+
+        Raises:
+            InputError: If the file has no such set.
+        """
+        return replace(self, contents=self.contents.choose(key, self.path))
+
     def to_dict(self) -> dict[str, Any]:
         """Return name, size and hash of every file as JSON."""
         facts: list[Mapping[str, Any]] = [
@@ -119,13 +133,23 @@ def open_source(path: Path | str) -> Source:
         >>> source.require_unchanged()
     """
     path = existing_file(Path(path))
+    with rehearsed("unbackdoor.weights.source:rehearse", path):
+        return _open_source(path)
+
+
+def rehearse(path: Path, options: Mapping[str, Any]) -> UnbackdoorError | None:
+    """Open a source in a process of its own, and return the fault of its content."""
+    return _open_source(path).contents.problem
+
+
+def _open_source(path: Path) -> Source:
     main = read_file(path, bytes_needed)
     try:
         contents = read_contents(main)
     except UnbackdoorError as error:
         contents = Contents("unknown", problem=error)
-    # Only a graph is built of the bytes again; the tensors of other files have memory of their own.
-    main = replace(main, content=bytes(main.content) if contents.format == "onnx" else b"")
+    # Only a program is built of the bytes again; the tensors of other files have memory of their own.
+    main = replace(main, content=bytes(main.content) if contents.format in _PROGRAMS else b"")
     return Source(path, main.size, main.sha256, contents, main, *_card_beside(path))
 
 
@@ -133,7 +157,7 @@ def existing_file(path: Path) -> Path:
     """Return the weights file, with its suffix appended where only that exists."""
     with_suffix = path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
     # The name without its suffix is accepted, because save_model accepts it.
-    return with_suffix if not path.exists() and with_suffix.exists() else path
+    return with_suffix if not is_there(path) and is_there(with_suffix) else path
 
 
 def _card_beside(path: Path) -> tuple[StoredFile | None, InputError | None]:
@@ -142,6 +166,10 @@ def _card_beside(path: Path) -> tuple[StoredFile | None, InputError | None]:
     if path.suffix != SUFFIX or not beside.exists():
         return None, None
     try:
-        return read_file(beside, lambda _, size: min(size, MAX_CARD + 1)), None
+        return read_file(beside, limit=MAX_CARD), None
+    except UnsafeFile as error:
+        return None, InputError(
+            "the model card is too large", expected=error.expected, got=error.got, where=beside
+        )
     except InputError as error:
         return None, InputError("the model card cannot be read", got=error.got, where=beside)

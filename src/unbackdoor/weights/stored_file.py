@@ -11,14 +11,13 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
-import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from unbackdoor.errors import InputError, IntegrityError, UnsafeFile
-from unbackdoor.files import sha256_file
+from unbackdoor.confinement import seen
+from unbackdoor.errors import IntegrityError
+from unbackdoor.files import opened, sha256_file
 from unbackdoor.weights.formats.buffers import Buffer
 
 MAX_FILE = 8 << 30  # bytes; a bound against nonsense, since a ResNet-18 of the usual width has 45 MB
@@ -60,18 +59,8 @@ class StoredFile:
             UnsafeFile: If all of them together are larger than any model this package can build.
         """
         if name not in self.others:
-            room = MAX_FILE - sum(file.size for file in self.others.values())
-
-            def keep(_: bytes, size: int) -> int:
-                if size > room:
-                    raise UnsafeFile(
-                        "the files of the model are too large",
-                        expected=f"at most {MAX_FILE} bytes",
-                        where=path,
-                    )
-                return size
-
-            self.others[name] = read_file(path, keep)
+            room = MAX_FILE - self.size - sum(file.size for file in self.others.values())
+            self.others[name] = read_file(path, limit=max(room, 0))
         return self.others[name]
 
     def require_unchanged(self) -> None:
@@ -91,19 +80,21 @@ class StoredFile:
             )
 
 
-def read_file(path: Path, keep: Keep | None = None) -> StoredFile:
+def read_file(path: Path, keep: Keep | None = None, *, limit: int = MAX_FILE) -> StoredFile:
     """Open a file once, and hash and copy the bytes of that one reading.
 
     Args:
         path: The file.
         keep: Returns from head and size how many bytes to keep, and may refuse the file; None keeps all.
+        limit: Largest size in bytes; looked at before anything is read.
 
     Raises:
         InputError: If it cannot be read, or is no ordinary file.
+        UnsafeFile: If it is larger than the limit, or hardly anything of it was ever written.
         IntegrityError: If it was written to meanwhile.
     """
     path = Path(path)
-    with _opened(path) as descriptor:
+    with opened(path, "the model file", limit=limit) as (descriptor, _):
         before = os.fstat(descriptor)
         head = os.pread(descriptor, HEAD, 0)
         retained = before.st_size if keep is None else min(keep(head, before.st_size), before.st_size)
@@ -119,7 +110,8 @@ def read_file(path: Path, keep: Keep | None = None) -> StoredFile:
                 digest.update(view[at : at + count])
                 at += count
         total = at
-        while chunk := os.read(descriptor, _CHUNK):
+        # One byte beyond the size shows a file that grows; an endless one is not followed.
+        while total <= before.st_size and (chunk := os.read(descriptor, _CHUNK)):
             digest.update(chunk)
             total += len(chunk)
         after = os.fstat(descriptor)
@@ -131,30 +123,10 @@ def read_file(path: Path, keep: Keep | None = None) -> StoredFile:
             where=path,
             remedy="Wait until nobody writes to it",
         )
+    seen(digest.hexdigest(), path)
     return StoredFile(path, total, digest.hexdigest(), content)
 
 
 def stored(file: Path | StoredFile) -> StoredFile:
     """Return what was read of a file; a path is read now."""
     return file if isinstance(file, StoredFile) else read_file(Path(file))
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    descriptor = -1
-    try:
-        # Not blocking, because opening a pipe that has no writer would wait for one.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        mode = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(mode):
-            raise InputError(
-                "the model file cannot be read",
-                got="Is a directory" if stat.S_ISDIR(mode) else "Is no ordinary file",
-                where=path,
-            )
-        yield descriptor
-    except OSError as error:
-        raise InputError("the model file cannot be read", got=error.strerror, where=path) from error
-    finally:
-        if descriptor >= 0:
-            os.close(descriptor)

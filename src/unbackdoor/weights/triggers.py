@@ -13,12 +13,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from unbackdoor.errors import InputError
-from unbackdoor.files import atomic_write, writing
+from unbackdoor.files import atomic_write, is_there, opened, parse_json, writing
 from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Classifier
 
 PNG, TENSORS, FOLDER = "trigger.png", "trigger.safetensors", "trigger-{}"
 _NAMES = ("pattern", "mask")
+MAX_TRIGGER = 1 << 28  # bytes; a bound against nonsense, as 4 x 4096 x 4096 numbers of 4 bytes
 
 
 def trigger_files(folder: Path, count: int) -> tuple[Path, ...]:
@@ -96,7 +97,7 @@ def read_trigger(path: Path, model: Classifier) -> RecoveredTrigger:
     Raises:
         InputError: If it cannot be read or does not fit the model.
     """
-    file = path / TENSORS if path.is_dir() else path
+    file = path / TENSORS if is_there(path) and path.is_dir() else path
 
     def misfit(got: str) -> InputError:
         return InputError(
@@ -108,9 +109,12 @@ def read_trigger(path: Path, model: Classifier) -> RecoveredTrigger:
         )
 
     expected = {"pattern": model.input_shape, "mask": model.input_shape[1:]}
+    # The library opens the path by itself, and waits for a pipe, so that the path is looked at before.
+    with opened(file, "the trigger", limit=MAX_TRIGGER):
+        pass
     try:
         with safe_open(file, framework="pt", device="cpu") as stored:
-            facts = json.loads((stored.metadata() or {})["facts"])
+            facts = parse_json((stored.metadata() or {})["facts"], "the record of the trigger")
             label = int(facts["class"])
             names = [name for name in _NAMES if name == "pattern" or name in stored.keys()]  # noqa: SIM118
             for name in names:  # before anything is allocated

@@ -11,12 +11,15 @@ from numpy.typing import NDArray
 
 from unbackdoor.data.decode import Damaged
 from unbackdoor.errors import InputError
+from unbackdoor.text import is_text
 
 REMEDY_FORMS = (
     "Give a .parquet file, a folder with one folder per class or with a labels.csv, an .npz file, or an image"
 )
 MAX_CLASSES = 1 << 16
-_WHOLE = re.compile(r"[0-9]{1,9}(\.0{1,9})?")
+_WHOLE = re.compile(r"\d{1,9}(\.0{0,20})?")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+MAX_NAME = 1000  # characters of the name of a class
 
 
 def require_arguments(names: tuple[str, ...] | None, size: tuple[int, int] | None) -> None:
@@ -27,6 +30,14 @@ def require_arguments(names: tuple[str, ...] | None, size: tuple[int, int] | Non
 
 
 def require_names(names: tuple[str, ...], where: str) -> None:
+    odd = next((name for name in names if not is_text(name) or len(name) > MAX_NAME), None)
+    if odd is not None or len(names) > MAX_CLASSES:
+        raise InputError(
+            "the class names do not fit",
+            expected=f"at most {MAX_CLASSES} texts of at most {MAX_NAME} characters",
+            got=f"{len(names)} names" if odd is None else repr(odd[:80]),
+            where=where,
+        )
     if not names or len(set(names)) != len(names):
         twice = next((name for name, times in Counter(names).items() if times > 1), None)
         raise InputError(
@@ -99,18 +110,25 @@ def labels_of_texts(
     Raises:
         InputError: If a label is no class.
     """
-    if not (names and set(texts) <= set(names)) and all(_WHOLE.fullmatch(text) for text in texts):
-        texts = [text.partition(".")[0] for text in texts]
-    digits = all(text.isascii() and text.isdecimal() and len(text) < 10 for text in texts)
+    whole = [_whole(text) for text in texts]
+    digits = None not in whole
     if names is None:
+        odd = next((row for row, number in enumerate(whole) if number is None), None)
+        if odd is not None and all(_NUMBER.fullmatch(text) for text in texts):
+            raise InputError(
+                "the labels are numbers, and one is no number of a class",
+                expected="0, 1, 2, ...; 3.0 counts as 3",
+                got=repr(texts[odd][:80])[1:-1],
+                where=where(odd),
+            )
         # Bounded, because one absurd number must not make a billion names.
-        count = min(max(map(int, texts)) + 1, MAX_CLASSES) if digits else 0
+        count = min(max(number or 0 for number in whole) + 1, MAX_CLASSES) if digits else 0
         names = [str(k) for k in range(count)] if digits else sorted(set(texts))
     places = {name: k for k, name in enumerate(names)}
     by_index = digits and not any(text in places for text in texts)
     labels = []
-    for row, text in enumerate(texts):
-        label = int(text) if by_index else places.get(text, -1)
+    for row, (text, number) in enumerate(zip(texts, whole, strict=True)):
+        label = number if by_index and number is not None else places.get(text, -1)
         if not 0 <= label < len(names):
             raise InputError(
                 "the label is none of the classes",
@@ -120,6 +138,11 @@ def labels_of_texts(
             )
         labels.append(label)
     return labels, list(names)
+
+
+def _whole(text: str) -> int | None:
+    """Return a number of a class, also where a spreadsheet wrote it as ``3.0``; None for all else."""
+    return int(text.partition(".")[0]) if _WHOLE.fullmatch(text) else None
 
 
 def checked_labels(

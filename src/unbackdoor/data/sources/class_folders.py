@@ -12,7 +12,7 @@ from unbackdoor.data.cache import as_images
 from unbackdoor.data.decode import Damaged, damage_notes, decode
 from unbackdoor.data.sources.checks import intact_labels
 from unbackdoor.data.sources.image_files import image_files, passed_over, read_bounded, unread_notes
-from unbackdoor.errors import InputError
+from unbackdoor.errors import InputError, UnsafeFile
 from unbackdoor.types import Images, Progress, silent
 
 
@@ -79,6 +79,16 @@ def class_folders(path: Path) -> dict[str, list[Path]]:
         folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not passed_over(entry.name))
         if _are_indices([folder.name for folder in folders]):
             folders.sort(key=lambda folder: int(folder.name))  # 2 before 10
+        here = path.resolve()
+        for folder in folders:
+            if folder.is_symlink() and here.is_relative_to(folder.resolve()):
+                raise UnsafeFile(
+                    "a class folder leads to a folder that it lies in",
+                    expected="a folder of images",
+                    got=f"a link to {folder.resolve()}",
+                    where=folder,
+                    remedy="Remove the link",
+                )
         return {folder.name: image_files(folder) for folder in folders}
     except OSError as error:
         raise InputError(

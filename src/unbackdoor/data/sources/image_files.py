@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from unbackdoor.data.cache import as_images
 from unbackdoor.data.decode import Damaged, damage_notes, decode
 from unbackdoor.errors import InputError, UnsafeFile
+from unbackdoor.files import read_bytes
 from unbackdoor.types import Images, Progress, silent
 
 IMAGE_SUFFIXES = frozenset(
@@ -21,7 +23,8 @@ _UNREAD_SUFFIXES = frozenset(
 ) | {".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".dcm", ".dds", ".ico", ".xcf"}
 # Folders that archives and cameras leave behind: a Mac's, a Synology's, a Windows trash.
 _LEFT_BEHIND = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information"})
-_MAX_FILE_BYTES = 1 << 28
+MAX_IMAGE = 1 << 28  # bytes of an encoded image
+MAX_ENTRIES = 1 << 21  # files and folders below a folder; ImageNet has 1.3 million
 
 
 def read_flat(
@@ -72,13 +75,35 @@ def passed_over(name: str) -> bool:
 
 
 def _files(folder: Path, suffixes: Collection[str]) -> list[Path]:
-    return sorted(
-        file
-        for file in folder.rglob("*")
-        if file.suffix.lower() in suffixes
-        and not any(passed_over(part) for part in file.relative_to(folder).parts)
-        and file.is_file()
-    )
+    """Return files by their suffix at any depth of a folder, sorted; links to folders in it are not followed.
+
+    Raises:
+        UnsafeFile: If more lies there than any set of images has.
+    """
+    files, todo, seen = [], [folder], 0
+    while todo:
+        place = todo.pop()
+        try:
+            with os.scandir(place) as entries:
+                for entry in entries:
+                    seen += 1
+                    if seen > MAX_ENTRIES:
+                        raise UnsafeFile(
+                            "the folder holds too many files",
+                            expected=f"at most {MAX_ENTRIES}",
+                            where=folder,
+                            remedy="Give the folder of the images alone",
+                        )
+                    if passed_over(entry.name):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        todo.append(place / entry.name)
+                    elif Path(entry.name).suffix.lower() in suffixes and entry.is_file():
+                        files.append(place / entry.name)
+        except PermissionError:
+            if place == folder:
+                raise
+    return sorted(files)
 
 
 def flat_state(path: Path) -> list[list[Any]]:
@@ -100,18 +125,4 @@ def is_file(path: Path) -> bool:
 
 
 def read_bounded(file: Path) -> bytes:
-    try:
-        with file.open("rb") as stream:
-            data = stream.read(_MAX_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:  # a name that no file can have is a ValueError
-        got = error.strerror if isinstance(error, OSError) else str(error)
-        raise InputError("the image cannot be read", where=repr(str(file))[1:-1], got=got) from error
-    if len(data) > _MAX_FILE_BYTES:
-        raise UnsafeFile(
-            "the image file is too large",
-            expected=f"at most {_MAX_FILE_BYTES} bytes",
-            got=file.stat().st_size,
-            where=file,
-            remedy="Remove the image or make it smaller",
-        )
-    return data
+    return read_bytes(file, "the image", limit=MAX_IMAGE)

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,17 @@ from unbackdoor.data.decode import Damaged, damage_notes, decode
 from unbackdoor.data.sources.checks import checked_labels, intact_labels, labels_of_texts
 from unbackdoor.data.sources.image_files import is_file, read_bounded
 from unbackdoor.errors import InputError, UnsafeFile
+from unbackdoor.files import read_text
+from unbackdoor.text import is_text
 from unbackdoor.types import Images, Progress, silent
 
 NAME = "labels.csv"
 _FILE_HEADS = ("file", "filename", "file_name", "path", "image", "image_path", "img", "name")
 _LABEL_HEADS = ("label", "class", "classid", "class_id", "target", "category", "class_name", "y")
 _MAX_BYTES = 1 << 26
-_MAX_ROWS = 1 << 22
+_MAX_ROWS = 1 << 20
+_MAX_FIELDS = 1 << 24
+_MAX_NAME = 4096  # characters of a path
 _FORM = "Write one row an image: file,label"
 
 
@@ -79,6 +84,7 @@ def read_table(table: Path) -> list[Entry]:
     rows = _rows(table)
     file_at, label_at, first = _columns(rows, table)
     root = table.parent.resolve()
+    inside: dict[Path, bool] = {}  # by folder, because there are many files in each
     entries = []
     for line, row in rows[first:]:
         if not any(field.strip() for field in row):
@@ -91,7 +97,7 @@ def read_table(table: Path) -> list[Entry]:
         if "\\" in name and not is_file(table.parent / name):
             name = name.replace("\\", "/")  # written on Windows
         file = table.parent / name
-        if "\0" in name or not file.resolve().is_relative_to(root):
+        if not _lies_inside(name, file, root, inside):
             raise UnsafeFile(
                 "the table names a file outside its folder",
                 expected=f"a path inside {table.parent}",
@@ -105,6 +111,18 @@ def read_table(table: Path) -> list[Entry]:
     if not entries:
         raise InputError("the table has no rows", expected="at least 1 image", got=0, where=table)
     return entries
+
+
+def _lies_inside(name: str, file: Path, root: Path, inside: dict[Path, bool]) -> bool:
+    if "\0" in name or not is_text(name) or len(name) > _MAX_NAME:
+        return False
+    folder = file.parent
+    try:
+        if folder not in inside:
+            inside[folder] = folder.resolve().is_relative_to(root)
+        return inside[folder] and (not file.is_symlink() or file.resolve().is_relative_to(root))
+    except (OSError, RuntimeError):  # a part of a path that is too long, or links in a circle
+        return False
 
 
 def numbered(
@@ -126,24 +144,22 @@ def numbered(
 
 
 def _rows(table: Path) -> list[tuple[int, list[str]]]:
-    try:
-        if table.stat().st_size > _MAX_BYTES:
-            raise InputError("the table is too large", expected=f"at most {_MAX_BYTES} bytes", where=table)
-        text = table.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError("the table cannot be read", got=str(error)[:200], where=table) from error
+    text = read_text(table, "the table", limit=_MAX_BYTES)
     head = text.split("\n", 1)[0]
     separator = max(",;\t", key=head.count)
+    if text.count(separator) > _MAX_FIELDS:
+        raise UnsafeFile("the table has too many fields", expected=f"at most {_MAX_FIELDS}", where=table)
     try:
         lines = csv.reader(io.StringIO(text), delimiter=separator)
-        rows = [(i, row) for i, row in enumerate(lines, 1) if row]
+        # One more than there may be, so that no more are made.
+        rows = list(islice(((i, row) for i, row in enumerate(lines, 1) if row), _MAX_ROWS + 1))
     except csv.Error as error:
         raise InputError("the table cannot be read", got=str(error), where=table, remedy=_FORM) from error
     if not rows or len(rows) > _MAX_ROWS:
         raise InputError(
             "the table has no rows" if not rows else "the table has too many rows",
             expected=f"1..{_MAX_ROWS}",
-            got=len(rows),
+            got="more" if rows else 0,
             where=table,
             remedy=_FORM,
         )
@@ -161,5 +177,8 @@ def _columns(rows: Sequence[tuple[int, list[str]]], table: Path) -> tuple[int, i
         raise InputError("the table has one column only", got=",".join(heads)[:80], where=table, remedy=_FORM)
     # A header in words that nobody knows: its first field is no file.
     first = rows[0][1][0].strip()
-    named = any(is_file(table.parent / name) for name in (first, first.replace("\\", "/")) if name)
+    named = False
+    for name in (first, first.replace("\\", "/")) if first else ():
+        inside = _lies_inside(name, table.parent / name, table.parent.resolve(), {})
+        named = named or (inside and is_file(table.parent / name))
     return 0, 1, 0 if named or len(rows) == 1 else 1

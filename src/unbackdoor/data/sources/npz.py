@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import lzma
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -79,9 +81,15 @@ def _npz_arrays(path: Path) -> dict[str, NDArray[Any]]:
             for member in archive.infolist():
                 key = member.filename.removesuffix(".npy")
                 if key in keys and member.filename.endswith(".npy"):
+                    if key in arrays:
+                        raise UnsafeFile("two arrays have one name", got=key, where=path)
                     arrays[key] = _npy(archive, member, f"{path}, array {key}")
-    # zipfile and the decompressors report damage as any of these; RuntimeError means encrypted.
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, OSError) as error:
+    # zipfile, the decompressors and the parser of the headers, which is that of Python, report damage as any
+    # of these; RuntimeError means encrypted, or a method of packing that is not known.
+    except (
+        *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, RuntimeError, ValueError),
+        *(OSError, KeyError, IndexError, TypeError, AttributeError, OverflowError, MemoryError, SyntaxError),
+    ) as error:
         raise InputError(
             "the .npz file is damaged",
             expected="a zip archive of .npy arrays",
@@ -126,8 +134,8 @@ def _npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo, where: str) -> NDArr
 
 
 def _as_bytes(values: NDArray[Any], where: str) -> NDArray[np.uint8]:
-    if values.dtype == np.uint8:
-        return values
+    if values.dtype == np.uint8 or values.ndim not in (3, 4):
+        return values  # the shape is refused by the next check
     remedy = "Save uint8 in 0..255, or float in [0, 1]"
     if values.dtype.kind != "f":
         raise InputError(
@@ -181,4 +189,9 @@ def _npz_names(array: NDArray[Any] | None, path: Path) -> tuple[str, ...] | None
             got=f"{array.dtype} of shape {array.shape}",
             where=f"{path}, array class_names",
         )
-    return tuple(str(name) for name in array)
+    try:
+        return tuple(str(name) for name in array)
+    except (ValueError, SystemError) as error:  # a number that is no character
+        raise InputError(
+            "the class names have the wrong form", expected="a list of texts", got=str(error), where=path
+        ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from unbackdoor.data.cache import as_images
 from unbackdoor.data.decode import CHUNK, Damaged, Item, damage_notes, decode, require_memory
 from unbackdoor.data.sources.checks import agreed_names, checked_labels, intact_labels, labels_of_texts
 from unbackdoor.errors import InputError, MissingExtra
+from unbackdoor.files import parse_json
 from unbackdoor.types import Images, Progress, silent
 
 # As public data sets call them, the finest labels first.
@@ -21,6 +21,9 @@ _IMAGE_NAMES = ("image", "img", "images", "image_bytes", "picture", "photo", "jp
 _LABEL_NAMES = ("label", "labels", "fine_label", "class", "class_id", "target", "category", "y", "cls",
                 "coarse_label")  # fmt: skip
 _REMEDY = "Use the Hugging Face image schema (image {bytes, path}, label), or name the column"
+_BATCH_BYTES = 2 << 30  # of the images that are held at a time, at most
+# What pyarrow raises over hostile bytes besides its own errors.
+_BROKEN = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, MemoryError)
 
 
 def read_parquet(
@@ -46,7 +49,8 @@ def read_parquet(
 
     def items() -> Iterator[Item]:
         nonlocal row
-        for batch in file.iter_batches(batch_size=CHUNK, columns=[f"{image}.bytes" if nested else image]):
+        columns = [f"{image}.bytes" if nested else image]
+        for batch in file.iter_batches(batch_size=batch_size, columns=columns):
             # Flattened, because a null image counts as null bytes.
             column = batch.column(0)
             for data in (column.flatten()[0] if nested else column).to_pylist():
@@ -71,6 +75,9 @@ def read_parquet(
                 raise InputError("the file has no rows", expected="at least 1 image", got=0, where=path)
             groups = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]
             require_memory(max(groups), f"{path}, row group {int(np.argmax(groups))}")
+            # A page may say in a few bytes that one image of many stands there again and again; no image is
+            # larger than all that is stored of a group.
+            batch_size = min(max(_BATCH_BYTES // max(*groups, 1), 1), CHUNK)
             require_memory(8 * count, f"{path}, column {label}")
             stated = agreed_names(class_names, _names_in(schema.metadata, label, path), str(path))
             labels, names = _labels_of(file.read(columns=[label]).column(0), stated, pa, path)
@@ -82,7 +89,7 @@ def read_parquet(
                 items(), count, name=name or path.stem, size=size, progress=progress, damaged=damaged
             )
             labels = intact_labels(labels, damaged, names, str(path), partial=partial)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, *_BROKEN) as error:
         # Arrow raises plain OSError for damage; a real I/O error has a number.
         if isinstance(error, OSError) and error.errno:
             raise InputError("the file cannot be read", where=path, got=error.strerror) from error
@@ -124,6 +131,8 @@ def _columns(
         ("label", label_column, _LABEL_NAMES, holds_labels),
     )
     expected = {"image": "bytes, or a struct with a binary field 'bytes'", "label": "integers or texts"}
+    # A column is asked for by its path, so that a dotted name, or two of one name, may stand for another.
+    roots = [name.split(".")[0] for name in schema.names]
     chosen = []
     for what, wanted, usual, fits in asked:
         there = [name for name in ((wanted,) if wanted is not None else usual) if name in schema.names]
@@ -137,6 +146,14 @@ def _columns(
                 remedy=f"{_REMEDY} with --{what}-column ({what}_column=)",
             )
         chosen.append((fitting or there)[0])
+        if roots.count(chosen[-1]) > 1 or "." in chosen[-1]:
+            raise InputError(
+                f"the name of the column {chosen[-1]!r} is ambiguous",
+                expected="one column of that name",
+                got=", ".join(map(repr, schema.names[:20])),
+                where=path,
+                remedy=_REMEDY,
+            )
     for name, (what, _, _, fits) in zip(chosen, asked, strict=True):
         if not fits(schema.field(name).type):
             raise InputError(
@@ -177,9 +194,9 @@ def _names_in(metadata: dict[bytes, bytes] | None, label: str, path: Path) -> tu
     if text is None:
         return None
     try:
-        feature = json.loads(text)["info"]["features"][label]
+        feature = parse_json(text, "the metadata")["info"]["features"][label]
         names = feature.get("names")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (InputError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             "the metadata under 'huggingface' cannot be read",
             expected=f"JSON with info.features.{label}.names",

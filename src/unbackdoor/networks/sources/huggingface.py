@@ -6,7 +6,6 @@ and code that a config names is not run (``trust_remote_code`` stays off).
 
 from __future__ import annotations
 
-import json
 import os
 from functools import cache
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from unbackdoor.errors import ConfigError, InputError, UnsupportedModel
+from unbackdoor.files import parse_json, read_text
 from unbackdoor.networks.geometry import Geometry
 from unbackdoor.networks.sources.optional_libraries import import_library
 from unbackdoor.networks.sources.preprocessing import Preprocessing
@@ -127,11 +127,9 @@ def _config(spec: Spec) -> tuple[Path, dict[str, Any]]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > _MAX_JSON:
-            raise InputError("the config is too large", expected=f"at most {_MAX_JSON} bytes", where=path)
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError("the config cannot be read", got=str(error)[:200], where=path) from error
+        content = parse_json(read_text(path, "the config", limit=_MAX_JSON), "the config", path)
+    except InputError as error:
+        raise InputError("the config cannot be read", got=error.got, where=path) from error
     if not isinstance(content, dict):
         raise InputError("the config is no JSON object", got=type(content).__name__, where=path)
     return content

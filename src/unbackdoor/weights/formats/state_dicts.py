@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from unbackdoor.errors import InputError
+from unbackdoor.errors import InputError, UnsafeFile, UnsupportedModel
+from unbackdoor.text import is_text
 from unbackdoor.weights.formats.buffers import listed, short
+from unbackdoor.weights.formats.limits import limits, spend
 from unbackdoor.weights.formats.tensors import TensorRef
 from unbackdoor.weights.formats.torch_save.pickle_globals import Name
-from unbackdoor.weights.formats.torch_save.pickle_reader import Faulty, Stub, Trail, as_mapping
+from unbackdoor.weights.formats.torch_save.pickle_reader import (
+    Faulty,
+    Stub,
+    Trail,
+    as_mapping,
+    quantised,
+)
 
 NESTS = (
     "state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights", "params",
@@ -23,6 +31,9 @@ PREFIXES = ("module.", "_orig_mod.", "network.", "model.")
 _LISTED = 16  # entries of a list that are searched
 _DEPTH = 4  # levels of dictionaries that are searched for a state dict
 _MODULES = 20_000  # modules, so that one that contains itself many times ends too
+_MAX_SETS = 64  # sets of weights that are told apart; of an honest file there are three
+_MAX_VISITED = 20_000  # entries that are searched for further sets
+_MAX_OTHERS = 256  # further entries with tensors that are named
 _NUMPY_FORMATS = {"f8": "d", "f4": "f", "i8": "q", "i4": "i", "i2": "h", "u1": "B", "i1": "b", "b1": "?"}
 
 Fact = str | int | float | bool
@@ -36,11 +47,86 @@ class LocatedStateDict:
         refs: Its tensors by name.
         beside: Plain values that stood beside it, such as the epoch and the accuracy.
         nest: The keys that lead to it; empty at the top, and for a module or an entry of a list.
+        key: Keys and places in lists that lead to it, separated by dots; empty at the top.
+        module: Class of the whole module that it was taken from; empty for a plain state dict.
     """
 
     refs: dict[str, TensorRef]
     beside: dict[str, Fact] = field(default_factory=dict)
     nest: tuple[str, ...] = ()
+    key: str = ""
+    module: str = ""
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Everything in a checkpoint that holds tensors.
+
+    Attributes:
+        sets: State dicts and whole modules by their keys, in their order.
+        others: Keys of further entries that hold tensors, such as the state of an optimizer.
+    """
+
+    sets: dict[str, LocatedStateDict]
+    others: tuple[str, ...]
+
+
+def find_all(described: object) -> Inventory:
+    """Return every set of weights that a checkpoint holds, wherever a loader may look for it."""
+    sets: dict[str, LocatedStateDict] = {}
+    others: dict[str, None] = {}
+    seen: dict[int, LocatedStateDict | None] = {}  # one object may lie under several keys
+    todo: list[tuple[object, tuple[str, ...], bool, int]] = [(described, (), True, 0)]
+    visited = 0
+    while todo and visited < _MAX_VISITED and len(sets) < _MAX_SETS:
+        value, keys, named, depth = todo.pop()
+        visited += 1
+        key = ".".join(keys)
+        if isinstance(value, TensorRef):
+            others.setdefault(key)
+        if not isinstance(value, Stub | dict | list | tuple):
+            continue
+        if id(value) in seen:
+            twin = seen[id(value)]
+            if twin is not None:
+                sets[key] = replace(twin, nest=keys if named and not twin.module else (), key=key)
+            continue
+        seen[id(value)] = None
+        try:
+            refs = _tensors(value, Trail())
+        except InputError:
+            others.setdefault(key)
+            continue
+        if refs:
+            module = _class_of(value) if isinstance(value, Stub) and _is_module(value) else ""
+            nest = keys if named and not module else ()
+            sets[key] = seen[id(value)] = LocatedStateDict(refs, nest=nest, key=key, module=module)
+            continue
+        if depth > _DEPTH:
+            continue
+        inner = _entries_of(value)
+        if keys and "optim" in keys[-1].lower():
+            if inner:
+                others.setdefault(key)
+            continue
+        named = named and not isinstance(value, list | tuple)
+        todo += reversed([(entry, (*keys, name), named, depth + 1) for name, entry in inner])
+    return Inventory(sets, tuple(others)[:_MAX_OTHERS])
+
+
+def _entries_of(value: object) -> Sequence[tuple[str, object]]:
+    if isinstance(value, list | tuple):
+        return [(str(place), entry) for place, entry in enumerate(value[:_LISTED])]
+    mapping = as_mapping(value)
+    if not mapping and isinstance(value, Stub):
+        mapping = value.attributes()  # an object of another class that holds a module or a state dict
+    held = (Stub, TensorRef, dict, list, tuple)
+    return [(str(key)[:200], entry) for key, entry in (mapping or {}).items()
+            if isinstance(key, str | int) and isinstance(entry, held)][:_MAX_VISITED]  # fmt: skip
+
+
+def _class_of(value: Stub) -> str:
+    return value.cls or "a computed class"
 
 
 def find_state_dict(described: object, trail: Trail) -> LocatedStateDict:
@@ -54,13 +140,13 @@ def find_state_dict(described: object, trail: Trail) -> LocatedStateDict:
         return located
     mapping = as_mapping(described)
     keys = listed([str(key) if isinstance(key, str | int) else "?" for key in list(mapping or {})[:6]])
-    several = [short(key)[1:-1] for key in mapping or {} if isinstance(key, str) and _holds(mapping, key)]
+    several = [short(key)[1:-1] for key in find_all(described).sets]
     if several:
         raise InputError(
             "the checkpoint holds several state dicts, and none is under a usual key",
             expected="one that can be told to be meant",
             got=listed(several),
-            remedy="Save the one that is meant alone: torch.load(file, weights_only=True) runs no code",
+            remedy="Name the one that is meant: --weights KEY, in Python weights=KEY",
         )
     raise InputError(
         "the checkpoint holds no state dict",
@@ -72,15 +158,15 @@ def find_state_dict(described: object, trail: Trail) -> LocatedStateDict:
 def _search(value: object, trail: Trail, path: str, depth: int) -> LocatedStateDict | None:
     refs = _tensors(value, trail)
     if refs:
-        if path:
-            trail.note(f"the weights lie under {path}")
-        return LocatedStateDict(refs)
+        module = _class_of(value) if isinstance(value, Stub) and _is_module(value) else ""
+        return LocatedStateDict(refs, key=path, module=module)
     listing = isinstance(value, list | tuple)
     if isinstance(value, list | tuple):  # (state dict, epoch), as some scripts save it
         value = {str(place): entry for place, entry in enumerate(value[:_LISTED])}
     mapping = as_mapping(value)
     if not mapping or depth >= _DEPTH:
         return None
+    spend("visits", len(mapping))
     keys = [key for key in NESTS if key in mapping]
     # Where none of the usual keys is there, a single one that holds tensors is meant.
     others = [
@@ -93,7 +179,7 @@ def _search(value: object, trail: Trail, path: str, depth: int) -> LocatedStateD
             + listed([short(key)[1:-1] for key in candidates])
         )
     for key in keys or candidates if len(candidates) <= 1 else []:
-        located = _search(mapping[key], trail, f"{path}.{key}"[:200].lstrip("."), depth + 1)
+        located = _search(mapping[key], trail, f"{path}.{key}" if path else key, depth + 1)
         if located is not None:
             if not listing and (located.nest or as_mapping(mapping[key]) is not None):
                 located.nest = (key, *located.nest)
@@ -124,14 +210,19 @@ def _tensors(value: object, trail: Trail) -> dict[str, TensorRef]:
         return {}
     out = {}
     for name, entry in mapping.items():
+        spend("visits")
         if not isinstance(name, str):
             return {}
         if isinstance(entry, Faulty):
+            if isinstance(entry.error, UnsupportedModel):
+                raise entry.error
             raise InputError(
                 "a tensor cannot be rebuilt", got=f"tensor {short(name)}: {short(str(entry.error))}"
             ) from entry.error
         if isinstance(entry, TensorRef):
             out[name] = entry
+        elif name.endswith(("_packed_params", "_packed_params.dtype")):
+            raise quantised()  # as the layers of torch.ao.nn.quantized name what they hold
         elif not (name.endswith("_extra_state") or name == "_metadata"):
             return {}
     return out
@@ -152,12 +243,16 @@ def _walk(top: Stub) -> Iterator[tuple[str, TensorRef]]:
         count += 1
         if count > _MODULES or len(prefix) > 2000:
             raise InputError("the pickled module has too many parts", expected=f"at most {_MODULES} modules")
+        if module.items or module.entries:
+            raise UnsafeFile("a pickled module is changed while it is loaded", got=short(module.cls))
         attributes = module.attributes()
         passing = _texts(attributes.get("_non_persistent_buffers_set"))
         for kind, left_out in (("_parameters", set()), ("_buffers", passing)):
             for name, ref in (as_mapping(attributes.get(kind)) or {}).items():
+                spend("visits")
                 if isinstance(ref, TensorRef) and isinstance(name, str) and name not in left_out:
                     yield prefix + name, ref
+        spend("visits", len(as_mapping(attributes.get("_modules")) or ()) + len(above))
         inner = [
             (f"{prefix}{name}.", child, above | {id(module)})
             for name, child in (as_mapping(attributes.get("_modules")) or {}).items()
@@ -168,7 +263,7 @@ def _walk(top: Stub) -> Iterator[tuple[str, TensorRef]]:
 
 def _texts(value: object) -> set[str]:
     if isinstance(value, Stub):  # a set as protocol 2 writes it: a call of set with a list
-        value = value.args[0] if isinstance(value.args, tuple) and value.args else value.entries
+        value = value.entries
     return {text for text in value if isinstance(text, str)} if isinstance(value, list) else set()
 
 
@@ -213,6 +308,23 @@ def _numpy_scalar(args: object) -> Fact | None:
 # Names
 
 
+def require_names(names: Iterable[str]) -> None:
+    """Refuse names of tensors that no network can have.
+
+    Raises:
+        InputError: If one of them is no text, or cannot be written: it holds half of a character.
+        UnsafeFile: If one of them is longer than any name.
+    """
+    longest = limits().name
+    for name in names:
+        if not isinstance(name, str) or not is_text(name):
+            raise InputError("the name of a tensor is no text", got=short(name))
+        if len(name) > longest:
+            raise UnsafeFile(
+                "the name of a tensor is too long", expected=f"at most {longest} characters", got=short(name)
+            )
+
+
 def strip(names: list[str]) -> str:
     """Return the prefixes that wrappers put before all names, joined; empty for none."""
     cut = 0
@@ -231,21 +343,22 @@ def unpruned(state: Mapping[str, Tensor], trail: Trail) -> dict[str, Tensor]:
 
     Other ways of writing one weight as several are remarked upon and left as they are.
     """
-    out = dict(state)
-    masked = []
+    masked: dict[str, str] = {}  # the weight's name by that of its original
     for name in state:
-        if not name.endswith("_orig"):
-            continue
         plain = name.removesuffix("_orig")
-        mask = state.get(f"{plain}_mask")
-        if mask is None or plain in state or mask.shape != state[name].shape:
-            continue
-        # In the place of the original, so that the order of the layers is kept.
-        out = {plain if key == name else key: value for key, value in out.items() if key != f"{plain}_mask"}
-        out[plain] = state[name] * mask.to(state[name].dtype)
-        masked.append(plain)
+        mask = state.get(f"{plain}_mask") if plain != name else None
+        if mask is not None and plain not in state and mask.shape == state[name].shape:
+            masked[name] = plain
+    left_out = {f"{plain}_mask" for plain in masked.values()} - masked.keys()
+    # In the place of the original, so that the order of the layers is kept.
+    out = {
+        masked.get(name, name): _masked(state, name, masked[name]) if name in masked else tensor
+        for name, tensor in state.items()
+        if name not in left_out
+    }
     if masked:
-        trail.note(f"{len(masked)} pruning masks were multiplied into their weights: {listed(masked, 3)}")
+        names = listed(list(masked.values()), 3)
+        trail.note(f"{len(masked)} pruning masks were multiplied into their weights: {names}")
     if any(".parametrizations." in f".{name}" for name in state):
         trail.note("some weights are parametrised (names with parametrizations): they were left as they are")
     if any(name.endswith("weight_g") and name[:-1] + "v" in state for name in state):
@@ -254,3 +367,7 @@ def unpruned(state: Mapping[str, Tensor], trail: Trail) -> dict[str, Tensor]:
             "they were left as they are"
         )
     return out
+
+
+def _masked(state: Mapping[str, Tensor], name: str, plain: str) -> Tensor:
+    return state[name] * state[f"{plain}_mask"].to(state[name].dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unbackdoor.errors import InputError, UnsafeFile
 from unbackdoor.weights.formats.buffers import Buffer, short
+from unbackdoor.weights.formats.limits import spend
 
 MAX_AXES = 16
 MAX_TIED = 4  # times the bytes of the file that its tensors may have in all; tied weights are copied
@@ -131,13 +132,14 @@ def check(name: str, ref: TensorRef) -> None:
         raise _absurd(name, ref)
     if not ref.count:
         return
-    window = ref.storage.store.windows.get(ref.storage.key)
+    storage = ref.storage
+    window = storage.store.windows.get(storage.key)
     if window is None:
         raise InputError("the bytes of a tensor are missing", got=f"tensor {short(name)}")
-    available = window.size // ref.dtype.itemsize
-    last = (
-        ref.storage.first + ref.offset + sum((n - 1) * s for n, s in zip(ref.shape, ref.stride, strict=True))
-    )
+    # A view is a part of the stored bytes, and the type of a tensor may be another than its storage's.
+    size = min(storage.count * storage.dtype.itemsize, window.size - storage.first * storage.dtype.itemsize)
+    available = size // ref.dtype.itemsize
+    last = ref.offset + sum((n - 1) * s for n, s in zip(ref.shape, ref.stride, strict=True))
     if last >= available:
         raise InputError(
             "a tensor reaches beyond its bytes",
@@ -158,6 +160,7 @@ def materialise(refs: Mapping[str, TensorRef], file_size: int) -> dict[str, Tens
         UnsafeFile: If they describe far more than the file holds.
     """
     described = 0
+    spend("tensors", len(refs))
     for name, ref in refs.items():
         check(name, ref)
         described += ref.count * ref.dtype.itemsize
@@ -178,7 +181,7 @@ def _copied(ref: TensorRef) -> Tensor:
     item = ref.dtype.itemsize
     # Viewed by numpy as integers of the width, because it knows neither bfloat16 nor tensors in unaligned
     # bytes.
-    begin = window.start + (ref.storage.first + ref.offset) * item
+    begin = window.start + ref.storage.first * ref.storage.dtype.itemsize + ref.offset * item
     strides = [stride * item for stride in ref.stride]
     there = np.ndarray(ref.shape, _CARRIERS[item], window.data, begin, strides)
     raw = torch.from_numpy(np.array(there, order="C"))

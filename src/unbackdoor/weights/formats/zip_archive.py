@@ -4,6 +4,10 @@ The directory at the end of a zip file and the headers before its entries state 
 they differ, two readers see two files, and a scanner may check the harmless one. Such an archive is
 refused, as are entries that overlap, expand without measure, are encrypted, or have names that lead out of a
 folder.
+
+Some readers go by the directory, others from header to header from the first byte on. So the entries follow
+each other without gaps from the first byte to the directory, and behind the directory is nothing that another
+reader would take for a second one.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from types import MappingProxyType
 
 from unbackdoor.errors import InputError, UnsafeFile
 from unbackdoor.weights.formats.buffers import Buffer, short
+from unbackdoor.weights.formats.limits import spend
 
 MAX_ENTRIES = 50_000  # a ResNet-152 has 900 storages
 MAX_NAME = 1024  # bytes
@@ -29,6 +34,9 @@ _CENTRAL, _LOCAL = b"PK\x01\x02", b"PK\x03\x04"
 _END_SIZE, _LOCATOR_SIZE, _END64_SIZE, _CENTRAL_SIZE, _LOCAL_SIZE = 22, 20, 56, 46, 30
 _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF
 _ENCRYPTED, _DESCRIPTOR, _UTF8 = 0x1, 0x8, 0x800
+_KNOWN_FLAGS = 0x6 | _DESCRIPTOR | _UTF8  # two of them say how hard was packed
+_DESCRIPTOR_MARK = b"PK\x07\x08"
+_UNICODE_PATH = 0x7075  # an extra field with another name, which some readers prefer
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,10 @@ class Entry:
     crc: int
 
 
+def _folded(name: str) -> bytes:
+    return name.encode("utf-8", "surrogatepass").lower()  # the letters of ASCII alone, as torch does
+
+
 class Archive:
     """A zip file in memory or mapped into it; only its directory has been read.
 
@@ -69,6 +81,7 @@ class Archive:
         self._where = where
         try:
             self.entries: Mapping[str, Entry] = MappingProxyType(self._read())
+            self._folded = {_folded(name): entry for name, entry in self.entries.items()}
         except (struct.error, IndexError, ValueError, OverflowError) as error:
             raise self._cut(str(error)) from error
 
@@ -78,6 +91,17 @@ class Archive:
         for name in self.entries:
             return name.partition("/")[0] if "/" in name else ""
         return ""
+
+    def find(self, name: str) -> Entry | None:
+        """Return an entry, or None.
+
+        Raises:
+            UnsafeFile: If it is written in other letters, so that only some readers find it.
+        """
+        entry = self._folded.get(_folded(name))
+        if entry is not None and entry.name != name:
+            raise self._unsafe("torch finds an entry where other readers find none", short(entry.name))
+        return entry
 
     def content(self, entry: Entry, limit: int) -> bytes:
         """Return the content of an entry.
@@ -93,6 +117,7 @@ class Archive:
                 got=entry.size,
                 where=self._where,
             )
+        spend("unpacked", entry.size)
         packed = bytes(self._data[entry.start : entry.start + entry.packed])
         if entry.method == STORED:
             return packed
@@ -101,7 +126,7 @@ class Archive:
             content = unpacker.decompress(packed, entry.size + 1)
         except zlib.error as error:
             raise self._cut(f"{short(entry.name)} does not unpack") from error
-        if len(content) != entry.size or not unpacker.eof:
+        if len(content) != entry.size or not unpacker.eof or unpacker.unused_data:
             raise self._unsafe("an entry unpacks to another size than it states", short(entry.name))
         return content
 
@@ -153,16 +178,16 @@ class Archive:
                 "the directory of the archive is not where it is said to be", f"{offset} + {size}, not {end}"
             )
         entries: dict[str, Entry] = {}
-        folded: set[str] = set()
-        spans: list[tuple[int, int]] = []
+        seen: set[bytes] = set()
+        spans: list[tuple[int, int, int]] = []
         at = offset
         for _ in range(count):
-            entry, header, at = self._central(at, end)
+            entry, header, behind, at = self._central(at, end)
             # Torch looks names up without regard to case, other readers do not.
-            if entry.name.lower() in folded:
+            if _folded(entry.name) in seen:
                 raise self._unsafe("two entries of the archive have one name", short(entry.name))
-            folded.add(entry.name.lower())
-            spans.append((header, entry.start + entry.packed))
+            seen.add(_folded(entry.name))
+            spans.append((header, entry.start + entry.packed, behind))
             entries[entry.name] = entry
         if at != end:
             raise self._unsafe(
@@ -177,18 +202,18 @@ class Archive:
         data, total = self._data, len(self._data)
         tail_start = max(0, total - _END_SIZE - _FULL16)
         tail = bytes(data[tail_start:])
-        ends = []
+        ends, last = [], -1
         at = tail.find(_END)
-        while at >= 0:
-            if len(tail) - at >= _END_SIZE and at + _END_SIZE + struct.unpack_from("<H", tail, at + 20)[
-                0
-            ] == len(tail):
-                ends.append(tail_start + at)
+        while 0 <= at <= len(tail) - _END_SIZE:
+            last = tail_start + at
+            if at + _END_SIZE + struct.unpack_from("<H", tail, at + 20)[0] == len(tail):
+                ends.append(last)
             at = tail.find(_END, at + 1)
         if not ends:
             raise self._cut("no directory at its end")
-        if len(ends) > 1:
-            raise self._unsafe("the archive has two directories", f"at {ends}")
+        # Readers that do not look at the length of the comment take the last one.
+        if ends != [last]:
+            raise self._unsafe("the archive has two directories", f"at {[*ends, last]}")
         end = ends[0]
         _, disk, first, here, count, size, offset, _ = struct.unpack("<4s4H2LH", data[end : end + _END_SIZE])
         if disk or first or here != count:
@@ -206,7 +231,7 @@ class Archive:
             raise self._unsafe("the two directories of the archive differ", f"{count64} and {count} entries")
         return end64, count64, size64, offset64
 
-    def _central(self, at: int, end: int) -> tuple[Entry, int, int]:
+    def _central(self, at: int, end: int) -> tuple[Entry, int, int, int]:
         data = self._data
         fixed = struct.unpack("<4s6H3L5H2L", data[at : at + _CENTRAL_SIZE])
         signature, made_by, _, flags, method, _, _, crc, packed, size = fixed[:10]
@@ -219,16 +244,30 @@ class Archive:
         raw = bytes(data[at + _CENTRAL_SIZE : at + _CENTRAL_SIZE + name_size])
         name = self._name(raw, flags)
         extra = bytes(data[at + _CENTRAL_SIZE + name_size : at + _CENTRAL_SIZE + name_size + extra_size])
-        size, packed, header = self._large(extra, [size, packed, header])
+        size, packed, header = self._large(extra, [size, packed, header], raw)
         self._check_kind(name, flags, method, made_by, attributes, size, packed)
         start = self._local(header, raw, flags, method, size, packed)
-        return Entry(name, start, packed, size, method, crc), header, after
+        entry = Entry(name, start, packed, size, method, crc)
+        return entry, header, self._descriptor(entry) if flags & _DESCRIPTOR else 0, after
 
-    def _large(self, extra: bytes, values: list[int]) -> list[int]:
+    def _descriptor(self, entry: Entry) -> int:
+        # Crc and sizes once more, with or without a mark, in 32 or 64 bits. Returns how many bytes.
+        at = entry.start + entry.packed
+        found = bytes(self._data[at : at + 24])
+        mark = 4 if found.startswith(_DESCRIPTOR_MARK) else 0
+        for form in ("<4x2Q", "<4x2L"):
+            length = mark + struct.calcsize(form)
+            if len(found) >= length and struct.unpack_from(form, found, mark) == (entry.packed, entry.size):
+                return length
+        return 0
+
+    def _large(self, extra: bytes, values: list[int], name: bytes) -> list[int]:
         # Sizes and offsets beyond 32 bits stand in an extra field, in this order, only where they are needed.
         at, seen = 0, False
         while at + 4 <= len(extra):
             kind, length = struct.unpack_from("<2H", extra, at)
+            if kind == _UNICODE_PATH and extra[at + 9 : at + 4 + length] != name:
+                raise self._unsafe("an entry of the archive has two names", short(name))
             if kind == 1:
                 if seen:
                     raise self._unsafe("an entry of the archive states its size twice", "two zip64 fields")
@@ -241,7 +280,11 @@ class Archive:
     def _name(self, raw: bytes, flags: int) -> str:
         if len(raw) > MAX_NAME:
             raise self._unsafe("a name in the archive is too long", len(raw))
-        name = raw.decode("utf-8" if flags & _UTF8 else "cp437", "replace")
+        try:
+            name = raw.decode("utf-8" if flags & _UTF8 else "ascii")
+        except UnicodeDecodeError as error:
+            # Torch takes the bytes as they are, others guess what they mean.
+            raise self._unsafe("a name in the archive is read in several ways", short(raw)) from error
         parts = name.removesuffix("/").split("/")
         if "\\" in name or "\0" in name or ":" in parts[0] or any(part in ("", ".", "..") for part in parts):
             raise self._unsafe("a name in the archive leads out of its folder", short(name))
@@ -252,6 +295,10 @@ class Archive:
     ) -> None:
         if flags & _ENCRYPTED:
             raise self._unsafe("an entry of the archive is encrypted", short(name))
+        if flags & ~_KNOWN_FLAGS:
+            raise self._unsafe("an entry of the archive is of an unknown kind", f"{short(name)}, {flags:#x}")
+        if name.endswith("/") and size:
+            raise self._unsafe("a folder of the archive has content", short(name))
         if method not in (STORED, DEFLATED):
             raise self._unsafe(
                 "an entry of the archive is packed in an unknown way", f"{short(name)}, method {method}"
@@ -271,9 +318,9 @@ class Archive:
             raise self._cut(f"no entry at {header}")
         after = header + _LOCAL_SIZE + name_size
         start = after + extra_size
-        size2, packed2 = self._large(bytes(data[after:start]), [size2, packed2])
+        size2, packed2 = self._large(bytes(data[after:start]), [size2, packed2], name)
         same = bytes(data[header + _LOCAL_SIZE : after]) == name and method == method2
-        same &= (flags ^ flags2) & (_ENCRYPTED | _UTF8) == 0
+        same &= (flags ^ flags2) & ~0x6 == 0
         # Sizes may be left to the descriptor behind the content; then they are zero here.
         unknown = bool(flags2 & _DESCRIPTOR)
         for here, there in ((size2, size), (packed2, packed)):
@@ -284,12 +331,17 @@ class Archive:
             )
         return int(start)
 
-    def _check_spans(self, spans: list[tuple[int, int]], directory: int) -> None:
-        for (_, end), (begin, _) in zip(spans, [*spans[1:], (directory, directory)], strict=True):
+    def _check_spans(self, spans: list[tuple[int, int, int]], directory: int) -> None:
+        # Each begin and end, and what may stand behind the end.
+        for (_, end, behind), (begin, _, _) in zip(
+            [(0, 0, 0), *spans], [*spans, (directory, directory, 0)], strict=True
+        ):
             if end > begin:
                 raise self._unsafe(
                     "entries of the archive overlap, so that it unpacks to more than it holds", f"at {begin}"
                 )
+            if end + behind != begin:
+                raise self._unsafe("the archive holds what its directory does not name", f"at {end}")
 
     def _check_sizes(self, entries: Mapping[str, Entry]) -> None:
         packed = [entry for entry in entries.values() if entry.method == DEFLATED]

@@ -15,6 +15,7 @@ import torch
 from unbackdoor.errors import InputError, UnsafeFile
 from unbackdoor.weights.formats import state_dicts as states
 from unbackdoor.weights.formats.buffers import Buffer, short
+from unbackdoor.weights.formats.limits import spend
 from unbackdoor.weights.formats.tensors import StorageRef, Store, TensorRef, Window, natural, sizes
 from unbackdoor.weights.formats.torch_save import checkpoints
 from unbackdoor.weights.formats.torch_save.pickle_globals import Name
@@ -23,8 +24,9 @@ from unbackdoor.weights.formats.zip_archive import Archive
 
 _MAX_LIST = 64 << 20  # bytes of the list of weights
 _LIST = "_weights_config.json"
+_CONSTANTS = "_constants_config.json"
 # Numbers of the serialised schema of torch.export.
-_TYPES = {
+DTYPES = {
     1: torch.uint8, 2: torch.int8, 3: torch.int16, 4: torch.int32, 5: torch.int64, 6: torch.float16, 7:
     torch.float32, 8: torch.float64, 10: torch.complex64, 11: torch.complex128, 12: torch.bool, 13:
     torch.bfloat16, 28: torch.uint16, 34: torch.uint32, 35: torch.uint64,
@@ -71,6 +73,19 @@ def read(archive: Archive, data: Buffer, trail: Trail, where: object) -> dict[st
     return states.find_state_dict(described, trail).refs
 
 
+def read_constants(archive: Archive, data: Buffer, where: object) -> dict[str, TensorRef]:
+    """Return the tensors that the program holds beside its weights and buffers, by name.
+
+    Raises:
+        InputError: If the archive is damaged.
+        UnsafeFile: If one is said to be a pickle, which its loader would execute.
+    """
+    lists = [name for name in archive.entries if name.endswith(_CONSTANTS) and "/constants/" in name]
+    if len(lists) > 1:
+        raise InputError("the archive holds several programs", expected="one", got=len(lists), where=where)
+    return _listed(archive, data, Trail(), lists[0], where) if lists else {}
+
+
 def _remark(archive: Archive, trail: Trail) -> None:
     for name in archive.entries:
         last = name.rpartition("/")[2]
@@ -86,7 +101,9 @@ def _remark(archive: Archive, trail: Trail) -> None:
 
 def _listed(archive: Archive, data: Buffer, trail: Trail, name: str, where: object) -> dict[str, TensorRef]:
     try:
-        config = json.loads(archive.content(archive.entries[name], _MAX_LIST))["config"]
+        text = archive.content(archive.entries[name], _MAX_LIST)
+        spend("visits", text.count(b",") + text.count(b"[") + text.count(b"{"))  # each is an object to come
+        config = json.loads(text)["config"]
         described = list(config.items())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError("the list of weights is damaged", got=short(str(error)), where=where) from error
@@ -114,9 +131,9 @@ def _weight(archive: Archive, data: Buffer, store: Store, folder: str, meta: dic
     # The loader joins these paths itself; no weight of an honest file lies in another folder.
     if not isinstance(path, str) or "/" in path or "\\" in path or path in ("", ".", ".."):
         raise UnsafeFile("a weight lies outside the folder of weights", got=short(path))
-    entry = archive.entries.get(f"{folder}/{path}")
+    entry = archive.find(f"{folder}/{path}")
     tensor = meta["tensor_meta"]
-    dtype = _TYPES.get(tensor["dtype"]) if isinstance(tensor["dtype"], int) else None
+    dtype = DTYPES.get(tensor["dtype"]) if isinstance(tensor["dtype"], int) else None
     if dtype is None:
         raise InputError("a weight is of an unknown type", got=short(tensor["dtype"]))
     if entry is not None and path not in store.windows:
@@ -126,7 +143,8 @@ def _weight(archive: Archive, data: Buffer, store: Store, folder: str, meta: dic
     offset = _number(tensor["storage_offset"])
     if not natural(offset):
         raise ValueError("a negative offset")
-    return TensorRef(StorageRef(store, path, dtype, 0), dtype, offset, shape, stride)
+    count = store.windows[path].size // dtype.itemsize if path in store.windows else 0
+    return TensorRef(StorageRef(store, path, dtype, count), dtype, offset, shape, stride)
 
 
 def _number(value: object) -> int:

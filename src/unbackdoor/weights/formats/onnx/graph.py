@@ -1,9 +1,10 @@
 """From an ONNX graph to a network of ordinary torch layers, so that hooks, pruning and repair work on it.
 
 Needs:   the extra ``onnx``.
-Departs: a softmax at the very end is left out, because every method here works on logits; batch
-         normalisation that was exported in training mode becomes an ordinary one, which in evaluation uses
-         the running statistics.
+Departs: a softmax or a choice of the largest at the very end is left out, because every method here works on
+         logits; batch normalisation that was exported in training mode becomes an ordinary one, which in
+         evaluation uses the running statistics; what is computed in half precision is computed in single;
+         of quantised values the range is kept and the rounding left out, through which no gradient passes.
 
 Convolutions, normalisations, linear layers and activations become modules under the names of their weights,
 so that ``layer1.0.conv1`` has the same name here. All else becomes calls of functions. The usual operators
@@ -16,28 +17,28 @@ image is bounded by ``opening.cost_limits``.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from unbackdoor.errors import InputError, UnbackdoorError, UnsafeFile, UnsupportedModel
+from unbackdoor.weights.formats.attribute_paths import AttributePaths, attribute_path
 from unbackdoor.weights.formats.buffers import short
 from unbackdoor.weights.formats.onnx import initializers as onnx
-from unbackdoor.weights.formats.onnx.node import LARGEST, Call, Place, Value
-from unbackdoor.weights.formats.onnx.operators import OPERATORS, WEIGHTS, makes_sizes
+from unbackdoor.weights.formats.onnx.canonical import MAX_NODES as MAX_NODES
+from unbackdoor.weights.formats.onnx.canonical import STANDARD, Canonical, canonical
+from unbackdoor.weights.formats.onnx.node import LARGEST, Call, Place, QuantisedStep, Value
+from unbackdoor.weights.formats.onnx.operators import KEEPS_QUANTISED, OPERATORS, WEIGHTS, makes_sizes
 from unbackdoor.weights.formats.tensors import MAX_TIED
 from unbackdoor.weights.stored_file import StoredFile, stored
 
-MAX_NODES = 20_000
 _SLACK = 64 << 20  # bytes that any file may fold and share, however small it is
-_SEGMENT = re.compile(r"[A-Za-z0-9_]{1,100}")
-_DOMAINS = ("", "ai.onnx")
 _COLOURS = (1, 3, 4)
+_BROKEN = (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -48,36 +49,47 @@ class Graph:
         operators: Number of operators.
         unknown: Kinds of operators that are not imported, sorted.
         input_shape: (C, H, W) as the file states it; None where it leaves it open.
+        outputs: Names of its outputs.
+        remarks: What watches the pixels outside the network's body, in words; see ``dataflow``.
     """
 
     operators: int
     unknown: tuple[str, ...]
     input_shape: tuple[int, ...] | None
+    outputs: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
-def describe_graph(file: Path | StoredFile) -> Graph:
+def describe_graph(file: Path | StoredFile, output: str | None = None) -> Graph:
     """Describe a graph.
+
+    Args:
+        file: The file, or what was read of it.
+        output: The output that gives the logits; None describes all of them.
 
     Raises:
         UnbackdoorError: If the file cannot be parsed, see :func:`import_graph`.
     """
-    graph = onnx.parse(stored(file)).graph
-    initializers = {tensor.name for tensor in graph.initializer}
-    inputs = [value for value in graph.input if value.name not in initializers]
+    file = stored(file)
+    graph, form = _parsed(file)
+    inputs = [value for value in graph.input if value.name in form.inputs]
     shape = _input_shape(inputs[0]) if len(inputs) == 1 else None
-    return Graph(len(graph.node), _unknown(graph), shape)
+    results = form.outputs if output is None else {output: form.logits(output, file.path)}
+    remarks = tuple(dict.fromkeys(text for result in set(results.values()) for text in form.remarks(result)))
+    return Graph(len(form.nodes), _unknown(form), shape, tuple(form.outputs), remarks)
 
 
-def import_graph(file: Path | StoredFile) -> fx.GraphModule:
+def import_graph(file: Path | StoredFile, output: str | None = None) -> fx.GraphModule:
     """Build a network from an ONNX file; nothing of the file is executed.
 
     Args:
         file: The file, or what was read of it. Weights in other files must lie in its folder.
+        output: Name of the output that gives the logits; None where there is one.
 
     Returns:
         A module from (B, C, H, W) to logits (B, K), in evaluation mode. Its ``meta`` has ``input_shape``,
         which is None where the file leaves it open, ``channels``, likewise, ``notes``, a tuple of remarks,
-        and ``places``, by the names of its state dict.
+        ``places``, by the names of its state dict, and ``remarks``, see :class:`Graph`.
 
     Raises:
         MissingExtra: If the package onnx is not installed.
@@ -86,24 +98,28 @@ def import_graph(file: Path | StoredFile) -> fx.GraphModule:
         UnsupportedModel: If it has operators that are not imported; names them.
     """
     file = stored(file)
-    path, model = file.path, onnx.parse(file)
+    graph, form = _parsed(file)
     builder = Builder(file)
     try:
-        return builder.build(model.graph)
+        return builder.build(graph, form, output)
     except UnbackdoorError:
         raise
-    except (
-        RuntimeError,
-        ValueError,
-        KeyError,
-        IndexError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-    ) as error:
-        raise InputError(
-            "the graph of the model is damaged", got=short(str(error).split("\n")[0]), where=path
-        ) from error
+    except _BROKEN as error:
+        raise _damaged(file.path, error) from error
+
+
+def _parsed(file: StoredFile) -> tuple[Any, Canonical]:
+    model = onnx.parse(file)
+    try:
+        return model.graph, canonical(model, file.path, MAX_NODES)
+    except UnbackdoorError:
+        raise
+    except _BROKEN as error:
+        raise _damaged(file.path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    return InputError("the graph of the model is damaged", got=short(str(error).split("\n")[0]), where=path)
 
 
 class Builder:
@@ -117,49 +133,48 @@ class Builder:
         self.notes: list[str] = []
         self.places: dict[str, Place] = {}
         self.size_nodes: set[fx.Node] = set()  # integers computed from sizes; may be sizes again
+        self.quantised: dict[str, QuantisedStep] = {}  # by the names of computed values
+        self.opset = 0
+        self.types: dict[str, torch.dtype] = {}  # of constants, as the file has them
         self.batch = 0  # images of the example that the exporter has fixed; 0 where it left them open
-        self._used_names: set[str] = set()
-        self._above: set[str] = set()
+        self._paths = AttributePaths()
         self._spent = 0
 
-    def build(self, graph: Any) -> fx.GraphModule:
-        if len(graph.node) > MAX_NODES:
-            raise UnsupportedModel(
-                "the model has too many operators",
-                expected=f"at most {MAX_NODES}",
-                got=len(graph.node),
-                where=self.path,
-            )
-        if unknown := _unknown(graph):
-            raise UnsupportedModel(
-                "the graph has operators that are not imported: " + ", ".join(unknown),
-                expected="only " + ", ".join(sorted(OPERATORS)),
-                where=self.path,
-                remedy="Give the state dict of the model and its architecture instead",
-            )
-        for tensor in graph.initializer:
-            self._define(tensor.name, self.tensors.read(tensor))
-        inputs = [value for value in graph.input if value.name not in self.values]
-        if len(inputs) != 1 or len(graph.output) != 1:
+    def build(self, graph: Any, form: Canonical, output: str | None) -> fx.GraphModule:
+        inputs = [value for value in graph.input if value.name in form.inputs]
+        if len(inputs) != 1:
             raise UnsupportedModel(
                 "the model is no classifier of single images",
                 expected="one input and one output",
                 got=f"{len(inputs)} and {len(graph.output)}",
                 where=self.path,
             )
+        logits = form.logits(output, self.path)
+        needed = _behind(form, logits)
+        if any(_kind(form.nodes[number]) not in OPERATORS for number in needed):
+            raise UnsupportedModel(
+                "the graph has operators that are not imported: " + ", ".join(_unknown(form)),
+                expected="only " + ", ".join(sorted(OPERATORS)),
+                where=self.path,
+                remedy="Give the state dict of the model and its architecture instead",
+            )
+        self.opset = form.opset
+        self.notes += form.notes
+        for tensor in graph.initializer:
+            self._define(tensor.name, self.tensors.read(tensor))
         first = inputs[0].type.tensor_type.shape.dim[:1]
         self.batch = int(first[0].dim_value) if first else 0
         shape = _input_shape(inputs[0])
-        pixels = self.graph.placeholder("pixels")
+        pixels = self.pixels = self.graph.placeholder("pixels")
         if shape is not None and shape[0] not in _COLOURS and shape[2] in _COLOURS:
             self.notes.append("the graph takes images with the colours last; they are turned for it")
             shape = (shape[2], *shape[:2])
             pixels = self.call(torch.permute, pixels, (0, 2, 3, 1))
         self._define(inputs[0].name, pixels)
-        for name in [name for node in graph.node for name in node.input] + [graph.output[0].name]:
+        for name in [name for number in needed for name in form.nodes[number].input] + [logits]:
             self.uses[name] = self.uses.get(name, 0) + 1
-        self._operators(graph)
-        result = self.values.get(graph.output[0].name)
+        self._operators(form, needed)
+        result = self.values.get(logits)
         if not isinstance(result, fx.Node):
             raise UnsupportedModel("the output of the model does not depend on its input", where=self.path)
         self.graph.output(result)
@@ -171,8 +186,13 @@ class Builder:
         module.meta.update(
             input_shape=shape,
             channels=_channels(inputs[0]) if shape is None else shape[0],
-            notes=tuple(self.notes),
-            places={name: place for name, place in self.places.items() if name in state_names},
+            notes=tuple(dict.fromkeys(self.notes)),
+            places={
+                name: replace(place, dtype=self._stored_type(form.nodes[place.node].input[place.position]))
+                for name, place in self.places.items()
+                if name in state_names
+            },
+            remarks=form.remarks(logits),
         )
         return module.eval()
 
@@ -183,7 +203,14 @@ class Builder:
                 got=short(name),
                 where=self.path,
             )
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float32:
+            self.types[name] = value.dtype
+            self.spend(value.numel())
+            value = value.float()
         self.values[name] = value
+
+    def _stored_type(self, name: str) -> torch.dtype:
+        return self.types.get(name, torch.float32)
 
     def spend(self, count: int, width: int = 4) -> None:
         """Account for the bytes of a tensor that is made of those in the file, before it is made.
@@ -192,29 +219,32 @@ class Builder:
             UnsafeFile: If the file makes far more than it holds.
         """
         self._spent += count * width
-        if self._spent > MAX_TIED * self.tensors.bytes_read + _SLACK:
+        # In the width that they are computed in: quantised weights have a quarter of it in the file.
+        held = max(self.tensors.bytes_read, 4 * self.tensors.numbers)
+        if self._spent > MAX_TIED * held + _SLACK:
             raise UnsafeFile("the graph makes far more of its weights than it holds", where=self.path)
 
-    def _operators(self, graph: Any) -> None:
-        for number, message in enumerate(graph.node):
+    def _operators(self, form: Canonical, needed: list[int]) -> None:
+        for number in needed:
+            message = form.nodes[number]
             kind = message.op_type
             call = Call(self, message, number)
             if not call.outputs or not call.outputs[0]:
                 raise call.refused("without an output")
             if any(name and self.uses.get(name) for name in call.outputs[1:]) and kind not in ("Split",):
                 raise call.refused("with its further outputs in use")
-            if kind in ("Softmax", "LogSoftmax") and self._is_end(call, graph):
-                self.notes.append("the softmax at the end was left out: the network gives logits")
-                self._define(call.outputs[0], call.operand(0))
-                continue
+            steps = [self.quantised[value] for value in call.names if value in self.quantised]
+            mixed = kind == "Concat" and len(steps) < len(call.operands)
+            mixed = mixed or any(not step.equals(steps[0]) for step in steps[1:])
+            if steps and (mixed or kind not in (*KEEPS_QUANTISED, "DequantizeLinear")):
+                raise call.refused("of quantised values")
             made = OPERATORS[kind](call)
             for name, value in zip(call.outputs, made if isinstance(made, list) else [made], strict=False):
                 self._define(name, value)
                 if isinstance(value, fx.Node) and makes_sizes(call):
                     self.size_nodes.add(value)
-
-    def _is_end(self, call: Call, graph: Any) -> bool:
-        return call.outputs[0] == graph.output[0].name and self.uses[call.outputs[0]] == 1
+                if isinstance(value, fx.Node) and steps and kind in KEEPS_QUANTISED:
+                    self.quantised[name] = steps[0]
 
     def value(self, name: str) -> Value:
         """Return what a name stands for; None for an operand that is left out."""
@@ -241,26 +271,7 @@ class Builder:
 
     def place(self, name: str, kind: str) -> str:
         """Return a free attribute path, if possible the one in the name that the exporter wrote."""
-        parts = name.split(".")
-        valid = all(_SEGMENT.fullmatch(part) for part in parts) and len(parts) < 20
-        # None may hide an attribute of a module, or lie within another layer.
-        clear = valid and not hasattr(fx.GraphModule, parts[0]) and parts[0] not in vars(nn.Module())
-        if not clear or self._clashes(name):
-            name = f"{kind}_{len(self._used_names)}"
-        self._used_names.add(name)
-        above = name.rpartition(".")[0]
-        while above:
-            self._above.add(above)
-            above = above.rpartition(".")[0]
-        return name
-
-    def _clashes(self, name: str) -> bool:
-        above = name
-        while above:
-            if above in self._used_names:
-                return True
-            above = above.rpartition(".")[0]
-        return name in self._above
+        return self._paths.take(name, kind)
 
     def module(
         self,
@@ -273,11 +284,17 @@ class Builder:
         """Add a layer, named after its weights where it has any, and call it on the first operand."""
         # Several, because exporters keep one of equal tensors, under the name of one of its owners.
         names = [name.rpartition(".") for name in call.names[1:]]
-        owners = [owner for owner, _, last in names if last in WEIGHTS and not self._clashes(owner)]
+        owners = [
+            owner for owner, _, last in names
+            if last in WEIGHTS and attribute_path(owner) and not self._paths.clashes(attribute_path(owner))
+        ]  # fmt: skip
         target = self.place(owners[0] if owners else "", call.kind.lower())
         self.root[target] = layer.eval()
         self.places.update({f"{target}.{name}": place for name, place in (places or {}).items()})
         return self.graph.call_module(target, (inputs if inputs is not None else call.node(),))
+
+    def get(self, target: str) -> fx.Node:
+        return self.graph.get_attr(target)
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         return self.graph.call_function(function, args, kwargs)
@@ -293,8 +310,30 @@ def _channels(value: Any) -> int | None:
     return sizes[1] if len(sizes) == 4 and sizes[1] in _COLOURS else None
 
 
-def _unknown(graph: Any) -> tuple[str, ...]:
-    kinds = {
-        node.op_type if node.domain in _DOMAINS else f"{node.domain}.{node.op_type}" for node in graph.node
-    }
+def _kind(node: Any) -> str:
+    return str(node.op_type if node.domain in STANDARD else f"{node.domain}.{node.op_type}")
+
+
+def _unknown(form: Canonical) -> tuple[str, ...]:
+    ends = _ends(form)
+    kinds = {_kind(node) for number, node in enumerate(form.nodes) if number not in ends}
     return tuple(sorted(short(kind)[1:-1] for kind in kinds - OPERATORS.keys()))
+
+
+def _ends(form: Canonical) -> set[int]:
+    """Return the operators that lie behind what the outputs are computed from."""
+    behind = {number for logits in form.outputs.values() for number in _behind(form, logits)}
+    outputs = {number for name in form.outputs for number in _behind(form, name)}
+    return outputs - behind
+
+
+def _behind(form: Canonical, name: str) -> list[int]:
+    """Return the positions of the operators that a value depends on, in their order."""
+    used = {name}
+    out = []
+    for number in reversed(range(len(form.nodes))):
+        node = form.nodes[number]
+        if used.intersection(node.output):
+            used.update(node.input)
+            out.append(number)
+    return out[::-1]

@@ -7,6 +7,7 @@ outside the folder of the model is never opened.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from unbackdoor.errors import InputError, MissingExtra, UnsafeFile
 from unbackdoor.weights.formats.buffers import listed, short
+from unbackdoor.weights.formats.limits import spend
 from unbackdoor.weights.formats.tensors import MAX_AXES, MAX_TIED, natural
 from unbackdoor.weights.formats.torch_save.pickle_reader import Trail
 from unbackdoor.weights.stored_file import StoredFile
@@ -31,7 +33,8 @@ _VERSION_TAG = 0x08
 _NEXT_TAGS = (0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42)
 # Messages that contain messages: field number to kind. All other fields are counted and skipped.
 _NESTED: Mapping[str, Mapping[int, str]] = {
-    "model": {7: "graph", 25: "function"},
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
     "graph": {1: "node", 5: "tensor", 11: "value", 12: "value", 13: "value", 15: "sparse"},
     "function": {7: "node"},
     "node": {5: "attribute"},
@@ -39,6 +42,12 @@ _NESTED: Mapping[str, Mapping[int, str]] = {
     "sparse": {1: "tensor", 2: "tensor"},
     "tensor": {},
     "value": {},
+}
+# Fields of numbers that may be packed into one: each of their bytes may become a number of eight.
+_PACKED: Mapping[str, frozenset[int]] = {
+    "attribute": frozenset({7, 8}),  # floats, ints
+    "sparse": frozenset({3}),  # dims
+    "tensor": frozenset({1}),  # dims
 }
 _VARINT, _WIDE, _LENGTH, _NARROW = 0, 1, 2, 5
 # Data type to its name in torch, how numpy carries it, and the field that may hold it where there are no raw
@@ -75,6 +84,7 @@ def read(file: StoredFile, trail: Trail) -> dict[str, Tensor]:
     tensors, path = Tensors(file), file.path
     if not all(isinstance(tensor.name, str) for tensor in model.graph.initializer):
         raise InputError("the name of a weight is no text", where=path)  # protobuf leaves bad ones as bytes
+    spend("tensors", len(model.graph.initializer))
     state = {tensor.name: tensors.read(tensor) for tensor in model.graph.initializer}
     if len(state) != len(model.graph.initializer):
         raise UnsafeFile("two weights of the model have one name", where=path)
@@ -133,6 +143,7 @@ class Tensors:
         self._path = file.path
         self._folder = file.path.parent.resolve()
         self._described = 0
+        self.numbers = 0
         self.outside: dict[str, int] = {}
 
     @property
@@ -159,6 +170,7 @@ class Tensors:
         dtype, carrier, field = TYPES[message.data_type]
         numbers = self._numbers(message, np.dtype(carrier), field, count, where)
         self._described += numbers.nbytes
+        self.numbers += count
         if self._described > MAX_TIED * self.bytes_read:
             raise UnsafeFile("the model describes more than it holds", got=self._described, where=where)
         tensor = torch.from_numpy(numbers.reshape(shape))
@@ -173,7 +185,8 @@ class Tensors:
             values = getattr(message, field)
             if len(values) != count:
                 raise _missing(count, len(values), where)
-            wide = np.array(values, dtype=np.int64) if carrier.kind in "iu" else np.array(values)
+            # One number after the other, because a list of them has eight times their size.
+            wide = np.fromiter(values, np.int64 if carrier.kind in "iu" else np.float64, count)
             return np.ascontiguousarray(wide.astype(carrier))
         if len(raw) != count * carrier.itemsize:
             raise _missing(count * carrier.itemsize, len(raw), where)
@@ -250,7 +263,7 @@ def _varint(content: memoryview, at: int) -> tuple[int, int]:
 
 def _graphs(content: bytes) -> Iterator[int]:
     try:
-        for number, _, _ in _fields(memoryview(content)):
+        for number, _, _ in islice(_fields(memoryview(content)), MAX_FIELDS):  # the count refuses more
             if number == 7:
                 yield number
     except (IndexError, ValueError):
@@ -266,8 +279,10 @@ def _count(content: bytes) -> None:
         number, wire, inner = next(fields, (0, _VARINT, memoryview(b"")))
         if not number:
             above.pop()
+            spend("visits")
             continue
-        seen += 1
+        packed = wire == _LENGTH and number in _PACKED.get(kind, ())
+        seen += max(len(inner), 1) if packed else 1
         if seen > MAX_FIELDS:
             raise UnsafeFile("the model has too many parts", expected=f"at most {MAX_FIELDS} fields")
         nested = _NESTED[kind].get(number) if wire == _LENGTH else None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, fx, nn
 
 from unbackdoor.errors import UnsupportedModel
@@ -29,6 +30,7 @@ class Place:
         turned: Whether the file holds it transposed.
         scale: Attribute of the operator that the tensor was multiplied with, or empty.
         repeat: Rows of the operand, where the file repeats the one row of the tensor; else 0.
+        dtype: Type of the operand; networks compute in float32, whatever the file stores.
     """
 
     node: int
@@ -36,6 +38,20 @@ class Place:
     turned: bool = False
     scale: str = ""
     repeat: int = 0
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class QuantisedStep:
+    """How the values of a node were quantised: they were divided by ``scale`` and moved by ``zero``."""
+
+    scale: Tensor
+    zero: Tensor
+    axis: int
+
+    def equals(self, other: QuantisedStep) -> bool:
+        """Tell whether another one has the same numbers."""
+        return torch.equal(self.scale, other.scale) and torch.equal(self.zero, other.zero)
 
 
 class Builder(Protocol):
@@ -49,6 +65,9 @@ class Builder(Protocol):
     places: dict[str, Place]
     size_nodes: set[fx.Node]
     batch: int
+    opset: int
+    pixels: fx.Node
+    quantised: dict[str, QuantisedStep]
 
     def value(self, name: str) -> Value:
         """Return what a name stands for; None for an operand that is left out."""
@@ -60,6 +79,14 @@ class Builder(Protocol):
 
     def spend(self, count: int, width: int = 4) -> None:
         """Account for a tensor before it is made."""
+        ...
+
+    def place(self, name: str, kind: str) -> str:
+        """Return a free attribute path."""
+        ...
+
+    def get(self, target: str) -> fx.Node:
+        """Return a tensor of the network as a node."""
         ...
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from unbackdoor.weights.formats.buffers import short
 from unbackdoor.weights.formats.onnx import initializers as onnx
-from unbackdoor.weights.formats.onnx.node import LARGEST, Call, Place, Value
+from unbackdoor.weights.formats.onnx.node import LARGEST, Call, Place, QuantisedStep, Value
 
 WEIGHTS = ("weight", "bias", "running_mean", "running_var")
 _LONGEST = 1 << 20  # entries of what the network makes from nothing but sizes
@@ -20,10 +20,10 @@ _LONGEST = 1 << 20  # entries of what the network makes from nothing but sizes
 
 def makes_sizes(call: Call) -> bool:
     """Tell whether an operator computes integers from sizes, which may be sizes themselves."""
-    if call.kind == "Shape":
+    if call.kind in ("Shape", "Size"):
         return True
     if call.kind == "Cast":
-        return call.integer("to", 0) in (6, 7)
+        return call.integer("to", 0) in (6, 7) and call.operand(0) in call.builder.size_nodes
     from_sizes = (
         value in call.builder.size_nodes if isinstance(value, fx.Node) else not value.is_floating_point()
         for value in call.operands
@@ -244,6 +244,10 @@ def _reshaped(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
     return x.reshape([x.shape[axis] if size == 0 else size for axis, size in enumerate(sizes)])
 
 
+def _reshaped_for(x: Tensor, sizes: tuple[int, ...], rows: int, pixels: Tensor) -> Tensor:
+    return _reshaped(x, (rows * len(pixels), *sizes[1:]))
+
+
 def _flattened(x: Tensor, axis: int) -> Tensor:
     rows = 1
     for size in x.shape[: axis if axis >= 0 else x.dim() + axis]:
@@ -251,11 +255,20 @@ def _flattened(x: Tensor, axis: int) -> Tensor:
     return x.reshape(rows, -1)
 
 
-def _sliced(x: Tensor, begins: tuple[int, ...], ends: tuple[int, ...], axes: tuple[int, ...]) -> Tensor:
-    for begin, end, axis in zip(begins, ends, axes, strict=True):
+def _sliced(
+    x: Tensor, begins: tuple[int, ...], ends: tuple[int, ...], axes: tuple[int, ...], steps: tuple[int, ...]
+) -> Tensor:
+    for begin, end, axis, step in zip(begins, ends, axes, steps, strict=True):
         size = x.shape[axis]
+        if step < 0:  # from behind: positions stop before the first, where -1 cannot stand for it
+            first = min(max(begin + size if begin < 0 else begin, -1), size - 1)
+            last = max(end + size if end < 0 else end, -1) if end >= -size else -1
+            x = x.index_select(axis, torch.arange(first, min(last, first), step, device=x.device))
+            continue
         begin, end = (min(max(place + size if place < 0 else place, 0), size) for place in (begin, end))
         x = x.narrow(axis, begin, max(end - begin, 0))
+        if step > 1:
+            x = x[(slice(None),) * (axis % x.dim()) + (slice(None, None, step),)]
     return x
 
 
@@ -306,7 +319,65 @@ def _quotient(x: Any, y: Any) -> Any:
 
 
 def _gathered(x: Tensor, places: Tensor, axis: int) -> Tensor:
-    return x.index_select(axis, torch.where(places < 0, places + x.shape[axis], places).long())
+    axis %= x.dim()
+    flat = torch.where(places < 0, places + x.shape[axis], places).long().flatten()
+    return x.index_select(axis, flat).reshape(*x.shape[:axis], *places.shape, *x.shape[axis + 1 :])
+
+
+def _softmax_behind(x: Tensor, axis: int) -> Tensor:
+    # Before operator set 13: over all axes from this one on.
+    return x.flatten(axis).softmax(-1).reshape(x.shape)
+
+
+def _instance_normed(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.instance_norm(x, weight=weight, bias=bias, eps=eps)
+
+
+def _clamped(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return torch.minimum(torch.maximum(x, low), high)
+
+
+def _reduced(x: Tensor, kind: str, axes: tuple[int, ...], keep: bool) -> Tensor:
+    if kind == "ReduceSum":
+        return torch.sum(x, dim=axes, keepdim=keep)
+    if kind == "ReduceMax":
+        return torch.amax(x, dim=axes, keepdim=keep)
+    if kind == "ReduceMin":
+        return torch.amin(x, dim=axes, keepdim=keep)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=axes, keepdim=keep)
+    return norm
+
+
+def _remainder(x: Any, y: Any) -> Any:
+    return torch.remainder(x, y)
+
+
+def _larger(x: Any, y: Any) -> Any:
+    return torch.maximum(*_tensors(x, y))
+
+
+def _smaller(x: Any, y: Any) -> Any:
+    return torch.minimum(*_tensors(x, y))
+
+
+def _tensors(x: Any, y: Any) -> tuple[Tensor, Tensor]:
+    like = x if isinstance(x, Tensor) else y
+    one, other = (v if isinstance(v, Tensor) else torch.full_like(like, v) for v in (x, y))
+    return one, other
+
+
+def _blocks_to_space(x: Tensor, side: int, columns_first: bool) -> Tensor:
+    count, channels, height, width = x.shape
+    if columns_first:  # as torch does it
+        return F.pixel_shuffle(x, side)
+    x = x.reshape(count, side, side, channels // side**2, height, width).permute(0, 3, 4, 1, 5, 2)
+    return x.reshape(count, channels // side**2, height * side, width * side)
+
+
+def _space_to_blocks(x: Tensor, side: int) -> Tensor:
+    count, channels, height, width = x.shape
+    x = x.reshape(count, channels, height // side, side, width // side, side).permute(0, 3, 5, 1, 2, 4)
+    return x.reshape(count, channels * side**2, height // side, width // side)
 
 
 def _squeezed(x: Tensor, axes: tuple[int, ...]) -> Tensor:
@@ -401,6 +472,10 @@ def _dropout(call: Call) -> Value:
     share = float(ratio) if ratio is not None else call.number_of("ratio", 0.5)
     if not 0 <= share <= 1:
         raise call.refused(f"with a share of {share}")
+    training = call.constant(2)
+    if training is not None and bool(training.any()) and share:
+        # A runtime then drops values when it classifies: what is scanned would not be what runs.
+        raise call.refused("in training mode")
     return call.builder.module(call, nn.Dropout(share))
 
 
@@ -409,11 +484,13 @@ def _cast(call: Call) -> Value:
     if isinstance(value, Tensor) and to in onnx.TYPES:
         call.builder.spend(value.numel(), 8)
         return value.to(onnx.TYPES[to][0])
-    if value in call.builder.size_nodes and to in (6, 7, 9):
+    if to in (6, 7, 9):
         return call.builder.call(_typed, call.node(), onnx.TYPES[to][0])
-    if to != 1:
-        raise call.refused("to another type than float32")
-    return call.builder.call(_float, call.node()) if value in call.builder.size_nodes else value
+    if to not in (1, 10, 11, 16):
+        raise call.refused("to another type than floating point")
+    if isinstance(value, fx.Node) and value.op in ("call_module", "placeholder"):
+        return _same(call)  # of another precision in the file; here all is in float32
+    return call.builder.call(_float, call.node())
 
 
 def _mean(call: Call) -> Value:
@@ -423,6 +500,16 @@ def _mean(call: Call) -> Value:
     return call.builder.call(
         torch.mean, call.node(), dim=tuple(axes), keepdim=bool(call.integer("keepdims", 1))
     )
+
+
+def _reduce(call: Call) -> Value:
+    axes = call.sizes(1) if len(call.operands) > 1 else call.integers("axes", [])
+    if not axes:
+        raise call.refused("over all axes")
+    value, keep = call.operand(0), bool(call.integer("keepdims", 1))
+    if isinstance(value, Tensor):
+        return _reduced(value, call.kind, tuple(axes), keep)
+    return call.builder.call(_reduced, call.node(), call.kind, tuple(axes), keep)
 
 
 def _reshape(call: Call) -> Value:
@@ -438,7 +525,10 @@ def _reshape(call: Call) -> Value:
     batch = call.builder.batch
     if batch and sizes and sizes[0] > 0 and sizes[0] % batch == 0:
         # Exported with the batch of its example written into it: the first axis is what the others leave.
-        sizes[0] = -1 if -1 not in sizes[1:] else 0
+        if -1 in sizes[1:]:
+            rows = sizes[0] // batch  # for each image
+            return call.builder.call(_reshaped_for, call.node(), tuple(sizes), rows, call.builder.pixels)
+        sizes[0] = -1
     return call.builder.call(_reshaped, call.node(), tuple(sizes))
 
 
@@ -474,25 +564,212 @@ def _concat(call: Call) -> Value:
 
 
 def _softmax(call: Call) -> Value:
-    return call.builder.module(call, nn.Softmax(dim=call.integer("axis", -1)))
+    if call.builder.opset < 13:
+        soft = call.builder.call(_softmax_behind, call.node(), call.integer("axis", 1))
+        return soft if call.kind == "Softmax" else call.builder.call(torch.log, soft)
+    kind = nn.Softmax if call.kind == "Softmax" else nn.LogSoftmax
+    return call.builder.module(call, kind(dim=call.integer("axis", -1)))
+
+
+def _quantize(call: Call) -> Value:
+    """Keep the range of a quantised value and leave its rounding out."""
+    value, step, bounds = call.operand(0), _step(call), _bounds(call)
+    low, high = ((torch.tensor(bound) - step.zero) * step.scale for bound in bounds)
+    if isinstance(value, Tensor):
+        call.builder.spend(value.numel(), 8)
+        shaped = _along(call, step, value.dim())
+        levels = (value / shaped.scale).round() + shaped.zero
+        return levels.clamp(*bounds).to(_type_of_levels(call))
+    if step.scale.numel() > 1:
+        raise call.refused("with a scale for each channel of computed values")
+    call.builder.notes.append("the rounding of quantised values was left out, their range was kept")
+    limits = []
+    for name, limit in (("low", low), ("high", high)):
+        target = call.builder.place(f"{call.kind.lower()}_{call.number}_{name}", "limit")
+        call.builder.root[target] = limit.reshape(())
+        limits.append(call.builder.get(target))
+    made = call.builder.call(_clamped, call.node(), *limits)
+    call.builder.quantised[call.outputs[0]] = step
+    return made
+
+
+def _dequantize(call: Call) -> Value:
+    value, step = call.operand(0), _step(call)
+    if isinstance(value, Tensor):
+        call.builder.spend(value.numel())
+        shaped = _along(call, step, value.dim())
+        return (value.float() - shaped.zero) * shaped.scale
+    made_by = call.builder.quantised.get(call.names[0])
+    if made_by is None or not made_by.equals(step):
+        raise call.refused("with another scale than the values were quantised with")
+    return _same(call)
+
+
+def _step(call: Call) -> QuantisedStep:
+    scale, zero = call.constant(1), call.constant(2)
+    if scale is None or scale.dim() > 1 or not scale.is_floating_point() or call.integer("block_size", 0):
+        raise call.refused("with such a scale")
+    if zero is None:
+        zero = torch.zeros_like(scale)
+    if zero.numel() != scale.numel():
+        raise call.refused("with zeros that do not belong to the scales")
+    return QuantisedStep(scale, zero.float(), call.integer("axis", 1))
+
+
+def _along(call: Call, step: QuantisedStep, rank: int) -> QuantisedStep:
+    # With one scale for each place along an axis.
+    if step.scale.numel() == 1:
+        return QuantisedStep(step.scale.reshape(()), step.zero.reshape(()), step.axis)
+    if not -rank <= step.axis < rank:
+        raise call.refused("along an axis that the values do not have")
+    shape = [-1 if axis == step.axis % rank else 1 for axis in range(rank)]
+    return QuantisedStep(step.scale.reshape(shape), step.zero.reshape(shape), step.axis)
+
+
+def _type_of_levels(call: Call) -> torch.dtype:
+    zero = call.constant(2)
+    stated = onnx.TYPES.get(call.integer("output_dtype", 0), (torch.uint8, "", ""))[0]
+    dtype = zero.dtype if zero is not None else stated
+    if dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        raise call.refused("to such a type")
+    return dtype
+
+
+def _bounds(call: Call) -> tuple[int, int]:
+    info = torch.iinfo(_type_of_levels(call))
+    return info.min, info.max
+
+
+def _einsum(call: Call) -> Value:
+    equation = call.text("equation", "")
+    if not equation.isascii() or len(equation) > 100 or len(call.names) != 2:
+        raise call.refused("in this way")
+    return call.builder.call(torch.einsum, equation, call.node(0), call.node(1))
+
+
+def _instance_norm(call: Call) -> Value:
+    weights = [call.node(position) for position in (1, 2)]
+    return call.builder.call(_instance_normed, call.node(), *weights, call.number_of("epsilon", 1e-5))
+
+
+def _group_norm(call: Call) -> Value:
+    weight, bias, groups = call.weight(1), call.weight(2), call.integer("num_groups", 1)
+    if call.builder.opset < 21 or weight.dim() != 1 or groups < 1 or len(weight) % groups:
+        raise call.refused("with such weights")
+    layer = nn.GroupNorm(groups, len(weight), eps=call.number_of("epsilon", 1e-5), device="meta")
+    filled = _with(call, layer, weight=weight, bias=bias)
+    return call.builder.module(call, filled, places=_places(call, "weight", "bias"))
+
+
+def _several(function: Callable[..., Any]) -> Callable[[Call], Value]:
+    pair = _binary(function)
+
+    def make(call: Call) -> Value:
+        if len(call.operands) == 2:
+            return pair(call)
+        made: Any = call.operand(0)
+        for position in range(1, len(call.operands)):
+            other = call.operand(position)
+            if isinstance(made, Tensor) and isinstance(other, Tensor):
+                made = function(made, other)
+                call.builder.spend(made.numel(), 8)
+            else:
+                first = made if isinstance(made, fx.Node) else call.node(0)
+                made = call.builder.call(function, first, call.node(position))
+        return made  # type: ignore[no-any-return]
+
+    return make
+
+
+def _prelu(call: Call) -> Value:
+    return call.builder.call(_leaking, call.node(), call.node(1))
+
+
+def _leaking(x: Tensor, slope: Tensor) -> Tensor:
+    return torch.where(x < 0, slope * x, x)
+
+
+def _tile(call: Call) -> Value:
+    repeats = call.sizes(1)
+    if repeats is None:
+        raise call.refused("without a number of repeats")
+    repeats = call.bounded(repeats, 1)
+    value = call.operand(0)
+    if isinstance(value, Tensor):
+        call.builder.spend(value.numel() * torch.Size(repeats).numel(), 8)
+        return value.repeat(*repeats)
+    return call.builder.call(torch.tile, call.node(), tuple(repeats))
+
+
+def _range(call: Call) -> Value:
+    if any(isinstance(value, fx.Node) for value in call.operands):
+        if any(isinstance(v, fx.Node) and v not in call.builder.size_nodes for v in call.operands):
+            raise call.refused("with bounds that are no sizes")
+        return call.builder.call(_range_by, *(call.node(position) for position in range(3)))
+    first, last, step = (call.constant(position) for position in range(3))
+    if first is None or last is None or step is None or not float(step):
+        raise call.refused("without bounds")
+    count = (float(last) - float(first)) / float(step)
+    if not 0 <= count < _LONGEST:
+        raise call.refused("with such bounds")
+    return torch.arange(first.item(), last.item(), step.item(), dtype=first.dtype)
+
+
+def _range_by(first: Tensor, last: Tensor, step: Tensor) -> Tensor:
+    begin, end, by = (int(value) for value in (first, last, step))
+    if not by or (end - begin) // by > _LONGEST:
+        raise ValueError("a constant that is made of sizes is too large")
+    return torch.arange(begin, end, by, device=first.device)
+
+
+def _depth_to_space(call: Call) -> Value:
+    (side,) = call.bounded([call.integer("blocksize", 0)], 1)
+    columns_first = call.text("mode", "DCR") == "CRD"
+    return call.builder.call(_blocks_to_space, call.node(), side, columns_first)
+
+
+def _space_to_depth(call: Call) -> Value:
+    (side,) = call.bounded([call.integer("blocksize", 0)], 1)
+    return call.builder.call(_space_to_blocks, call.node(), side)
 
 
 def _pad(call: Call) -> Value:
-    pads = call.sizes(1) if len(call.operands) > 1 else call.integers("pads", [])
+    pads = call.lengths(1) if len(call.operands) > 1 else call.integers("pads", [])
     fill = call.constant(2)
-    if not pads or call.text("mode", "constant") != "constant" or call.constant(3) is not None:
+    if isinstance(pads, fx.Node) and call.text("mode", "constant") == "constant" and len(call.operands) < 4:
+        value = float(fill) if fill is not None else 0.0
+        return call.builder.call(_padded_by, call.node(), pads, value)
+    if (
+        not isinstance(pads, list)
+        or not pads
+        or call.text("mode", "constant") != "constant"
+        or call.constant(3) is not None
+    ):
         raise call.refused("in this way")
     value = float(fill) if fill is not None else call.number_of("value", 0.0)
     return call.builder.call(F.pad, call.node(), _around(call.bounded(pads, -LARGEST)), value=value)
 
 
+def _padded_by(x: Tensor, pads: Tensor, value: float) -> Tensor:
+    return F.pad(x, _around(pads.flatten().tolist()), value=value)
+
+
 def _slice(call: Call) -> Value:
+    computed = [call.lengths(position) for position in (1, 2)]
+    if any(isinstance(value, fx.Node) for value in computed):
+        return _slice_by_sizes(call)
     begins, ends, axes, steps = (call.sizes(position) for position in (1, 2, 3, 4))
-    if begins is None or ends is None or (steps is not None and any(step != 1 for step in steps)):
-        raise call.refused("with steps or without places")
+    if len(call.operands) == 1:  # before operator set 10
+        begins, ends = (call.integers(name, []) for name in ("starts", "ends"))
+        axes = call.integers("axes", list(range(len(begins))))
+    if begins is None or ends is None or any(not step for step in steps or ()):
+        raise call.refused("without places")
     axes = axes if axes is not None else list(range(len(begins)))
+    steps = steps if steps is not None else [1] * len(begins)
+    if any(step < -LARGEST for step in steps):
+        raise call.refused("with such steps")
     value = call.operand(0)
-    places = (tuple(begins), tuple(ends), tuple(axes))
+    places = (tuple(begins), tuple(ends), tuple(axes), tuple(steps))
     return (
         _sliced(value, *places)
         if isinstance(value, Tensor)
@@ -500,17 +777,74 @@ def _slice(call: Call) -> Value:
     )
 
 
+def _slice_by_sizes(call: Call) -> Value:
+    axes, steps = call.sizes(3), call.sizes(4)
+    if axes is None or any(not -LARGEST <= step <= LARGEST or not step for step in steps or ()):
+        raise call.refused("with such places")
+    places = (call.node(1), call.node(2), tuple(axes), tuple(steps or [1] * len(axes)))
+    return call.builder.call(_sliced_by, call.node(), *places)
+
+
+def _sliced_by(
+    x: Tensor, begins: Tensor, ends: Tensor, axes: tuple[int, ...], steps: tuple[int, ...]
+) -> Tensor:
+    return _sliced(x, tuple(begins.flatten().tolist()), tuple(ends.flatten().tolist()), axes, steps)
+
+
+def _gather_nd(call: Call) -> Value:
+    places, value = call.constant(1), call.operand(0)
+    if places is None or places.is_floating_point() or call.integer("batch_dims", 0):
+        raise call.refused("with such places")
+    if isinstance(value, Tensor):
+        share = value.numel() // max(torch.Size(value.shape[: places.shape[-1]]).numel(), 1)
+        call.builder.spend(share * places.numel(), value.element_size())
+        return _chosen(value, places)
+    return call.builder.call(_chosen, call.node(), call.node(1))
+
+
+def _chosen(x: Tensor, places: Tensor) -> Tensor:
+    return x[tuple(places.long().unbind(-1))]
+
+
+def _scatter(call: Call) -> Value:
+    if call.text("reduction", "none") != "none":
+        raise call.refused("with a reduction")
+    values = [call.operand(position) for position in range(3)]
+    if isinstance(values[1], Tensor) and values[1].is_floating_point():
+        raise call.refused("with places that are no whole numbers")
+    if all(isinstance(value, Tensor) for value in values):
+        first, places, updates = values
+        assert isinstance(first, Tensor) and isinstance(places, Tensor) and isinstance(updates, Tensor)
+        call.builder.spend(first.numel(), 8)
+        return _scattered(first, places, updates)
+    return call.builder.call(_scattered, *(call.node(position) for position in range(3)))
+
+
+def _scattered(x: Tensor, places: Tensor, updates: Tensor) -> Tensor:
+    return x.index_put(tuple(places.long().unbind(-1)), updates.to(x.dtype))
+
+
 def _split(call: Call) -> Value:
     axis, parts = call.integer("axis", 0), len(call.outputs)
-    sizes = call.sizes(1)
-    if sizes is None or len(sizes) != parts or parts > 64:
-        raise call.refused("without sizes")
+    sizes = call.sizes(1) if len(call.operands) > 1 else (call.integers("split", []) or None)
+    if parts > 64 or (sizes is not None and len(sizes) != parts):
+        raise call.refused("into so many parts")
     node = call.node()
-    at, made = 0, []
-    for size in sizes:
-        made.append(call.builder.call(_sliced, node, (at,), (at + size,), (axis,)))
-        at += size
+    if sizes is None:
+        made = [call.builder.call(_part, node, place, parts, axis) for place in range(parts)]
+    else:
+        at, made = 0, []
+        for size in sizes:
+            made.append(call.builder.call(_sliced, node, (at,), (at + size,), (axis,), (1,)))
+            at += size
     return made  # type: ignore[return-value]
+
+
+def _part(x: Tensor, place: int, parts: int, axis: int) -> Tensor:
+    # Equal parts, of which the last may be smaller.
+    size = -(-x.shape[axis] // parts)
+    begin = min(place * size, x.shape[axis])
+    return x.narrow(axis, begin, min(size, x.shape[axis] - begin))
 
 
 def _expand(call: Call) -> Value:
@@ -519,6 +853,9 @@ def _expand(call: Call) -> Value:
         return call.builder.call(_expanded_by, call.node(), sizes)
     if sizes is None:
         raise call.refused("without sizes")
+    value, batch = call.operand(0), call.builder.batch
+    if isinstance(value, Tensor) and batch > 1 and len(sizes) == value.dim() and sizes[0] == batch:
+        sizes[0] = 1  # a class token for each image of the example: one row belongs to every image
     return call.builder.call(_expanded, call.node(), tuple(call.bounded(sizes)))
 
 
@@ -571,69 +908,133 @@ def _unsqueeze(call: Call) -> Value:
     return call.builder.call(_unsqueezed, call.node(), _axes(call))
 
 
+def _all_in_order(call: Call, index: Tensor) -> fx.Node | None:
+    # A view that takes every number of the example's images in order, which some exporters write as a choice.
+    batch, value = call.builder.batch, call.operand(0)
+    flat = isinstance(value, fx.Node) and value.target is _reshaped and value.args[1] == (-1,)
+    if not flat or not batch or index.dim() < 2 or len(index) != batch:
+        return None
+    if not torch.equal(index.flatten(), torch.arange(index.numel())):
+        return None
+    return call.builder.call(_reshaped, call.node(), (-1, *index.shape[1:]))
+
+
 def _gather(call: Call) -> Value:
-    index, value, axis = call.constant(1), call.operand(0), call.integer("axis", 0)
-    if index is None or index.is_floating_point() or index.dim() > 1:
-        raise call.refused("with several axes of places")
+    value, axis = call.operand(0), call.integer("axis", 0)
+    if call.operand(1) in call.builder.size_nodes:
+        return call.builder.call(_gathered, call.node(), call.node(1), axis)
+    index = call.constant(1)
+    if index is None or index.is_floating_point():
+        raise call.refused("with places that are no whole numbers")
     if isinstance(value, Tensor):
         if not index.dim():
             return value.select(axis, int(index))
-        call.builder.spend(value.numel() // max(value.shape[axis], 1) * len(index), value.element_size())
+        share = value.numel() // max(value.shape[axis], 1)
+        call.builder.spend(share * index.numel(), value.element_size())
         return _gathered(value, index, axis)
+    if (whole := _all_in_order(call, index)) is not None:
+        return whole
     if index.dim():
         return call.builder.call(_gathered, call.node(), call.node(1), axis)
     return call.builder.call(torch.select, call.node(), axis, int(index))
 
 
 OPERATORS: dict[str, Callable[[Call], Any]] = {
+    "Abs": _unary(torch.abs),
     "Add": _binary(operator.add),
+    "And": _binary(torch.logical_and),
     "AveragePool": _average_pool,
     "BatchNormalization": _batch_norm,
     "Cast": _cast,
+    "Ceil": _unary(torch.ceil),
     "Clip": _clip,
     "Concat": _concat,
     "Constant": _constant,
     "ConstantOfShape": _constant_of_shape,
     "Conv": _conv,
+    "Cos": _unary(torch.cos),
+    "DepthToSpace": _depth_to_space,
+    "DequantizeLinear": _dequantize,
     "Div": _binary(_quotient),
     "Dropout": _dropout,
+    "Einsum": _einsum,
     "Elu": lambda call: call.builder.module(call, nn.ELU(call.number_of("alpha", 1.0))),
     "Equal": _binary(operator.eq),
     "Erf": _unary(torch.erf),
+    "Exp": _unary(torch.exp),
     "Expand": _expand,
     "Flatten": lambda call: call.builder.call(_flattened, call.node(), call.integer("axis", 1)),
+    "Floor": _unary(torch.floor),
     "Gather": _gather,
+    "GatherND": _gather_nd,
     "Gelu": _gelu,
     "Gemm": _gemm,
     "GlobalAveragePool": _layer(lambda: nn.AdaptiveAvgPool2d(1)),
+    "GlobalMaxPool": _layer(lambda: nn.AdaptiveMaxPool2d(1)),
+    "Greater": _binary(operator.gt),
+    "GreaterOrEqual": _binary(operator.ge),
+    "GroupNormalization": _group_norm,
     "HardSigmoid": _hard_sigmoid,
     "HardSwish": _layer(nn.Hardswish),
     "Identity": _same,
+    "InstanceNormalization": _instance_norm,
     "LayerNormalization": _layer_norm,
     "LeakyRelu": _leaky,
+    "Less": _binary(operator.lt),
+    "LessOrEqual": _binary(operator.le),
+    "Log": _unary(torch.log),
+    "LogSoftmax": _softmax,
     "MatMul": _matmul,
+    "Max": _several(_larger),
     "MaxPool": _max_pool,
+    "Min": _several(_smaller),
+    "Mish": _layer(nn.Mish),
+    "Mod": _binary(_remainder),
     "Mul": _binary(operator.mul),
+    "Neg": _unary(torch.neg),
+    "Not": _unary(torch.logical_not),
+    "Or": _binary(torch.logical_or),
+    "PRelu": _prelu,
     "Pad": _pad,
     "Pow": _binary(operator.pow),
+    "QuantizeLinear": _quantize,
+    "Range": _range,
+    "Reciprocal": _unary(torch.reciprocal),
+    "ReduceL2": _reduce,
+    "ReduceMax": _reduce,
     "ReduceMean": _mean,
+    "ReduceMin": _reduce,
+    "ReduceSum": _reduce,
     "Relu": _layer(nn.ReLU),
     "Reshape": _reshape,
+    "ScatterND": _scatter,
+    "Selu": _layer(nn.SELU),
     "Shape": _shape,
     "Sigmoid": _layer(nn.Sigmoid),
+    "Sin": _unary(torch.sin),
     "Slice": _slice,
     "Softmax": _softmax,
+    "Softplus": _layer(nn.Softplus),
+    "SpaceToDepth": _space_to_depth,
     "Split": _split,
     "Sqrt": _unary(torch.sqrt),
     "Squeeze": _squeeze,
     "Sub": _binary(operator.sub),
+    "Sum": _several(operator.add),
     "Tanh": _layer(nn.Tanh),
+    "Tile": _tile,
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
     "Where": _where,
 }
+# What moves values and does not compute with them: quantised ones stay what they are.
+KEEPS_QUANTISED = {
+    "Concat", "Flatten", "Gather", "Identity", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose",
+    "Unsqueeze",
+}  # fmt: skip
 # Of integers that are sizes these make integers that are sizes.
 _OF_SIZES = {
-    "Add", "Concat", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Identity", "Mul", "Reshape",
-    "Slice", "Squeeze", "Sub", "Unsqueeze", "Where",
+    "Add", "Concat", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Identity", "Max", "Min", "Mod",
+    "Mul", "Neg", "Range", "Reshape", "ScatterND", "Slice", "Squeeze", "Sub", "Tile", "Transpose",
+    "Unsqueeze", "Where",
 }  # fmt: skip

@@ -19,6 +19,7 @@ from unbackdoor.errors import InputError, IntegrityError, UnsupportedModel
 from unbackdoor.files import atomic_write
 from unbackdoor.weights.formats.buffers import short
 from unbackdoor.weights.formats.onnx import initializers as onnx
+from unbackdoor.weights.formats.onnx.canonical import canonical
 from unbackdoor.weights.formats.onnx.graph import import_graph
 from unbackdoor.weights.formats.onnx.node import Place
 from unbackdoor.weights.formats.torch_save.pickle_reader import Trail
@@ -55,6 +56,7 @@ def write_graph(
     places: Mapping[str, Place],
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
+    output: str | None = None,
 ) -> None:
     """Write the graph of a file with other weights, whole or not at all.
 
@@ -64,13 +66,14 @@ def write_graph(
         places: Of its tensors, as the import gives them.
         before: Its state dict as imported.
         after: The state dict to write, of the same names and shapes.
+        output: Name of the output that gives the logits, as for the import.
 
     Raises:
         InputError: If the tensors do not fit, or the disk refuses.
         IntegrityError: If what was written does not open to these tensors.
     """
     source = stored(source)
-    repaired = {name: t.detach().cpu() for name, t in after.items()}
+    repaired = {name: _stored(t.detach().cpu(), places.get(name)) for name, t in after.items()}
     if repaired.keys() != before.keys() or any(repaired[n].shape != t.shape for n, t in before.items()):
         odd = sorted(n for n in repaired.keys() | before.keys() if n not in repaired or n not in before)[:3]
         raise InputError("the repaired model has other tensors than the file", got=odd, where=source.path)
@@ -82,6 +85,7 @@ def write_graph(
     if odd := [name for name in changed if name not in places]:
         raise InputError("a changed tensor has no place in the file", where=f"{source.path}, {short(odd[0])}")
     model = onnx.parse(source)
+    canonical(model, source.path)
     operands = _Operands(model.graph, places)
     # Tensors under the name of a shared weight come last: by then the other users have weights of their own.
     for name in sorted(changed, key=lambda name: operands.of(name) == name):
@@ -89,7 +93,7 @@ def write_graph(
     expected = {(place.node, place.position): repaired[name] for name, place in places.items()}
 
     def check(draft: Path) -> None:
-        network = import_graph(draft)
+        network = import_graph(draft, output)
         state, new_places = network.state_dict(), network.meta["places"]
         reread = {(place.node, place.position): state[name] for name, place in new_places.items()}
         same_places = reread.keys() == expected.keys()
@@ -121,6 +125,13 @@ def write_initializers(path: Path, source: Path | StoredFile, state: Mapping[str
             raise IntegrityError("the file that was written does not hold the weights", where=path)
 
     _store(path, source, model, check)
+
+
+def _stored(tensor: Tensor, place: Place | None) -> Tensor:
+    # As the file can hold it: what is compared afterwards is what was written.
+    if place is None or not tensor.is_floating_point():
+        return tensor
+    return tensor.to(place.dtype).to(tensor.dtype)
 
 
 class _Operands:
@@ -161,7 +172,7 @@ class _Operands:
             self._uses[fresh] = 1
             message = self._initializers[fresh] = self._graph.initializer.add(name=fresh)
             node.input[place.position] = fresh
-        _fill(message, value)
+        _fill(message, value.to(place.dtype) if value.is_floating_point() else value)
 
 
 def _as_in_file(tensor: Tensor, place: Place, shape: tuple[int, ...] | None) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 
 from unbackdoor.errors import InputError, UnsafeFile
 from unbackdoor.weights.formats.buffers import Buffer, short
+from unbackdoor.weights.formats.limits import spend
 from unbackdoor.weights.formats.tensors import (
     DTYPES,
     StorageRef,
@@ -67,10 +68,10 @@ def read(data: Buffer, where: object) -> tuple[dict[str, TensorRef], dict[str, s
             got=length,
             where=where,
         )
+    header = bytes(data[8 : 8 + length])
+    spend("visits", header.count(b",") + header.count(b"[") + header.count(b"{"))  # each is an object to come
     try:
-        entries = json.loads(
-            bytes(data[8 : 8 + length]).decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_number
-        )
+        entries = json.loads(header.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_number)
         if not isinstance(entries, dict):
             raise ValueError("the header is no object")
         metadata = entries.pop(_METADATA, None) or {}
@@ -98,7 +99,8 @@ def _tensors(data: Buffer, start: int, entries: Mapping[str, Any]) -> dict[str, 
         if dtype is None:
             raise InputError("a tensor is of an unknown type", got=short(entry["dtype"]))
         shape = sizes(entry["shape"])
-        reference = TensorRef(StorageRef(Store(), name, dtype, 0), dtype, 0, shape, contiguous(shape))
+        storage = StorageRef(Store(), name, dtype, (last - first) // dtype.itemsize)
+        reference = TensorRef(storage, dtype, 0, shape, contiguous(shape))
         if last - first != reference.count * dtype.itemsize:
             raise ValueError(f"tensor {short(name)} has {last - first} bytes, its shape says otherwise")
         reference.storage.store.windows[name] = Window(data, start + first, last - first)

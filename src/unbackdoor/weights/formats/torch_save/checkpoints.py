@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import itertools
 import mmap
 import struct
+import tarfile
 from collections.abc import Callable
 from typing import IO, Any, cast
 
@@ -23,7 +25,7 @@ _SCANNED = 2  # archives within archives that are scanned
 _DECEPTIVE = Name("a pickle", "that is built to deceive or to exhaust its reader")
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
-_BLOCK = 512  # bytes of a tar header
+_NUMPY = b"\x93NUMPY"
 
 
 def read_zip(archive: Archive, data: Buffer, trail: Trail, where: object) -> object:
@@ -34,7 +36,22 @@ def read_zip(archive: Archive, data: Buffer, trail: Trail, where: object) -> obj
         UnsafeFile: If the archive is built to exhaust the machine.
     """
     root = archive.root
-    main = archive.entries.get(f"{root}/data.pkl" if root else "data.pkl")
+    for name in archive.entries:
+        if root and not name.startswith(f"{root}/"):
+            raise UnsafeFile(
+                "an entry of the checkpoint lies outside its folder, where torch does not look",
+                expected=f"everything in {short(root)}",
+                got=short(name),
+                where=where,
+            )
+    pickled = [name for name in archive.entries if name.rpartition("/")[2].lower() == "data.pkl"]
+    if len(pickled) > 1:
+        raise UnsafeFile(
+            "the archive holds several pickles of weights, and readers choose differently",
+            got=", ".join(map(short, pickled[:3])),
+            where=where,
+        )
+    main = archive.find(f"{root}/data.pkl" if root else "data.pkl")
     scan_beside(archive, trail, where, but=main)
     if main is None:
         raise InputError(
@@ -49,25 +66,30 @@ def read_zip(archive: Archive, data: Buffer, trail: Trail, where: object) -> obj
 def read_entry(archive: Archive, data: Buffer, main: Entry, trail: Trail, *, folder: str) -> object:
     """Return what one pickle of an archive describes; its storages are the entries of a folder."""
     base = main.name.rpartition("/")[0]
-    order = archive.entries.get(f"{base}/byteorder" if base else "byteorder")
+    order = archive.find(f"{base}/byteorder" if base else "byteorder")
     store = Store()
+    storages = _Storages(store)
 
     def storage(saved: object) -> object:
         if not isinstance(saved, tuple) or len(saved) != 5 or saved[0] != "storage":
             raise TypeError("a reference to something that is no storage")
-        _, kind, key, _, count = saved
-        if not isinstance(key, str) or not natural(count):
-            raise TypeError("a storage without a name or a size")
-        dtype = pickles.storage_type(kind)
-        entry = archive.entries.get(folder + key)
-        if entry is not None and key not in store.windows:
+        made = storages.made(*saved[1:])
+        entry = archive.find(folder + made.key)
+        if entry is not None and made.key not in store.windows:
             start, size = archive.window(entry)
-            store.windows[key] = Window(data, start, size)
-        return StorageRef(store, key, dtype, count)
+            # Torch takes as many bytes as the reference says, whatever the entry holds.
+            if size != made.count * made.dtype.itemsize:
+                raise UnsafeFile(
+                    "the bytes of a storage are not as many as the checkpoint says",
+                    expected=f"{made.count} of {made.dtype}",
+                    got=f"{size} bytes in {short(entry.name)}",
+                )
+            store.windows[made.key] = Window(data, start, size)
+        return made
 
     described = _read(io.BytesIO(archive.content(main, MAX_PICKLE)), trail, storage)
     # Only now, because the names had to be recorded first.
-    if order is not None and archive.content(order, 64).strip() not in (b"little", b""):
+    if order is not None and archive.content(order, 64) != b"little":
         raise InputError(
             "the checkpoint was written on a machine of another byte order", expected="little endian"
         )
@@ -95,6 +117,11 @@ def _scan(archive: Archive, entry: Entry, trail: Trail, where: object, depth: in
         scan_beside(Archive(inner, f"{where}, {short(entry.name)}"), trail, where, but=None, depth=depth + 1)
     elif named or (head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05"):
         scan(bytes(archive.inside(entry, MAX_PICKLE)[:MAX_PICKLE]), trail)
+    elif head.startswith(_NUMPY):
+        # An array of objects is a pickle behind its header, and any zip file is one of arrays to NumPy.
+        content = bytes(archive.inside(entry, MAX_PICKLE)[:MAX_PICKLE])
+        wide = 2 if content[6:7] == b"\x01" else 4
+        scan(content[8 + wide + int.from_bytes(content[8 : 8 + wide], "little") :], trail)
 
 
 def scan(content: bytes, trail: Trail) -> bool:
@@ -111,6 +138,23 @@ def scan(content: bytes, trail: Trail) -> bool:
             break
         complete = True
     return complete
+
+
+def begins_with_pickle(data: Buffer, trail: Trail) -> bool:
+    """List the names of the pickle that a file begins with; tell whether it is whole and holds anything.
+
+    A few bytes may be a pickle of a number or a text by chance, and no loader makes weights of one.
+    """
+    try:
+        value = _read(_stream(data), trail, pickles.Stub, depth=1)
+    except UnsafeFile:
+        trail.names[_DECEPTIVE] = "dangerous"
+        return True
+    except InputError:
+        return False
+    if isinstance(value, list | tuple | dict):
+        return bool(value)
+    return value == _MAGIC if isinstance(value, int) else not isinstance(value, str | bytes | float | None)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -140,16 +184,18 @@ def read_stream(data: Buffer, trail: Trail) -> tuple[object, bool]:
     machine = _read(stream, trail, storage)
     described = _read(stream, trail, storage)
     keys = _read(stream, trail, storage)
+    kinds = storage.kinds
     if isinstance(machine, dict) and machine.get("little_endian", True) is not True:
         raise InputError(
             "the checkpoint was written on a machine of another byte order", expected="little endian"
         )
-    kinds = storage.kinds
     if not isinstance(keys, list) or not all(isinstance(key, str) and key in kinds for key in keys):
         raise InputError("the list of storages in the checkpoint is damaged", got=short(type(keys).__name__))
     at = stream.tell()
     for key in keys:
-        at = _place(data, at, store, key, kinds[key])
+        at = _place(data, at, store, key, *kinds[key])
+    # Torch leaves off here, and whoever loads from the same file again begins here.
+    scan(bytes(data[at : at + MAX_PICKLE]), trail)
     return described, True
 
 
@@ -167,7 +213,7 @@ def read_nested(content: bytes, trail: Trail, depth: int) -> object:
     at = stream.tell()
     for key in keys if isinstance(keys, list) else []:
         if isinstance(key, str) and key in storage.kinds:
-            at = _place(content, at, store, key, storage.kinds[key])
+            at = _place(content, at, store, key, *storage.kinds[key])
     return described
 
 
@@ -183,12 +229,50 @@ def _stream(data: Buffer) -> IO[bytes]:
     return io.BytesIO(data)
 
 
+class _Storages:
+    """The storages that one pickle refers to, each under one key with one type, size and place.
+
+    A reader that meets a key again takes what it made at the first time, whatever the second says.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.kinds: dict[str, tuple[torch.dtype, int]] = {}
+        self._described: dict[str, tuple[object, ...]] = {}
+
+    def made(self, kind: object, key: object, location: object, count: object) -> StorageRef:
+        if not isinstance(key, str):
+            raise TypeError("a storage without a name")
+        # Noted before it is understood: what this reader cannot make, torch may have made first.
+        described = tuple(
+            value if isinstance(value, Name | str | int) else type(value) for value in (kind, location, count)
+        )
+        if self._described.setdefault(key, described) != described:
+            raise UnsafeFile(
+                "one storage of the checkpoint is described in two ways",
+                expected="one type, one size and one place",
+                got=f"storage {short(key)}",
+                remedy="Ask its author for safetensors",
+            )
+        if not isinstance(location, str) or not natural(count):
+            raise TypeError("a storage without a place or a size")
+        if location.partition(":")[0] == "meta":
+            raise TypeError("a storage without content")
+        self.kinds[key] = (pickles.storage_type(kind), cast(int, count))
+        return StorageRef(self._store, key, *self.kinds[key])
+
+
 class _legacy_storage:
     """Turns the references of the older forms into storages, and remembers their types."""
 
     def __init__(self, store: Store) -> None:
-        self._store = store
-        self.kinds: dict[str, torch.dtype] = {}
+        self._storages = _Storages(store)
+        self._views: dict[object, tuple[str, int, int]] = {}
+
+    @property
+    def kinds(self) -> dict[str, tuple[torch.dtype, int]]:
+        """Type and number of elements of each storage by its key."""
+        return self._storages.kinds
 
     def __call__(self, saved: object) -> object:
         if not isinstance(saved, tuple) or not saved:
@@ -197,29 +281,36 @@ class _legacy_storage:
             return saved[1]  # a class, with its source text, which torch compares and we ignore
         if saved[0] != "storage" or len(saved) not in (5, 6):
             raise TypeError("a reference to something that is no storage")
-        kind, key, _, count, *views = saved[1:]
-        if not isinstance(key, str) or not natural(count):
-            raise TypeError("a storage without a name or a size")
-        dtype = pickles.storage_type(kind)
-        if self.kinds.setdefault(key, dtype) != dtype:
-            raise TypeError("a storage of two types")
-        if not views or views[0] is None:
-            return StorageRef(self._store, key, dtype, count)
-        _, first, size = views[0]
-        if not natural(first) or not natural(size):
+        made = self._storages.made(*saved[1:5])
+        view = saved[5] if len(saved) == 6 else None
+        if view is None:
+            return made
+        key, first, size = view
+        if not natural(first) or not natural(size) or first + size > made.count:
             raise TypeError("a view without a size")
-        return StorageRef(self._store, key, dtype, size, first)
+        if not isinstance(key, str):
+            raise TypeError("a view without a name")
+        same = self._views.setdefault(key, (made.key, first, size)) == (made.key, first, size)
+        if not same or key in self.kinds or made.key in self._views:
+            raise UnsafeFile("a view of a storage is described in two ways", got=short(key))
+        return StorageRef(made.store, made.key, made.dtype, size, first)
 
 
-def _place(data: Buffer, at: int, store: Store, key: str, dtype: torch.dtype) -> int:
+def _place(
+    data: Buffer, at: int, store: Store, key: str, dtype: torch.dtype, expected: int | None = None
+) -> int:
     # A storage is its number of elements, and then they.
-    (count,) = struct.unpack("<q", data[at : at + 8])
+    count = int.from_bytes(data[at : at + 8], "little", signed=True)
     size = count * dtype.itemsize
     if count < 0 or at + 8 + size > len(data):
         raise InputError(
             "the checkpoint is cut short",
             expected=f"{count} elements in a storage",
             got=f"{len(data) - at - 8} bytes",
+        )
+    if expected is not None and count != expected:
+        raise InputError(
+            "the size of a storage is damaged", expected=f"{expected} elements", got=f"{count}, {short(key)}"
         )
     store.windows[key] = Window(data, at + 8, size)
     end: int = at + 8 + size
@@ -228,11 +319,6 @@ def _place(data: Buffer, at: int, store: Store, key: str, dtype: torch.dtype) ->
 
 # ---------------------------------------------------------------------------------------------------
 # Before that
-
-
-def is_tar(head: bytes) -> bool:
-    """Tell whether a file begins as a tar archive does."""
-    return len(head) >= _BLOCK and head[257:262] == b"ustar"
 
 
 def read_tar(data: Buffer, trail: Trail) -> object:
@@ -260,38 +346,50 @@ def read_tar(data: Buffer, trail: Trail) -> object:
     def stored(saved: object) -> object:
         if isinstance(saved, tuple):
             return saved[0]
-        return objects[int(str(saved))]
+        if not isinstance(saved, str | int):  # the text of a list may be without end
+            raise TypeError("a reference to something that is no storage")
+        return objects[int(saved)]
 
     return _read(io.BytesIO(contents["pickle"]), trail, stored)
 
 
 _PARTS = ("storages", "tensors", "pickle")
+_FILES = (tarfile.REGTYPE, tarfile.AREGTYPE)
+_MEMBERS = 1000
+_CHUNK = 1 << 20  # bytes that are compared at a time
 
 
 def _members(data: Buffer) -> dict[str, tuple[int, int]]:
     members: dict[str, tuple[int, int]] = {}
-    at = 0
-    while at + _BLOCK <= len(data) and len(members) < 1000:
-        header = bytes(data[at : at + _BLOCK])
-        name = header[:100].split(b"\0")[0].decode("utf-8", "replace")
-        if not name:
-            break
-        try:
-            size = int(header[124:136].strip(b" \0") or b"0", 8)
-        except ValueError as error:
-            raise InputError("the tar archive is damaged", got=f"no size at {at}") from error
-        if at + _BLOCK + size > len(data):
-            raise InputError("the tar archive is cut short", got=f"member {short(name)}")
-        if name in members:
-            raise UnsafeFile("two members of the tar archive have one name", got=short(name))
-        if header[156:157] in (b"0", b"\0"):  # a file; links and devices are not followed
-            members[name] = (at + _BLOCK, size)
-        at += _BLOCK + -(-size // _BLOCK) * _BLOCK
+    try:
+        # By the library's reader, as torch does: names and sizes may stand in headers of their own.
+        with tarfile.open(fileobj=_stream(data), mode="r:", encoding="utf-8") as tar:
+            for member in itertools.islice(tar, _MEMBERS):
+                if member.name in members or (member.name in _PARTS and member.type not in _FILES):
+                    raise UnsafeFile(
+                        "a member of the tar archive is there twice, or is a link", got=short(member.name)
+                    )
+                end = member.offset_data + member.size
+                if not member.offset_data <= end <= len(data):
+                    raise InputError("the tar archive is cut short", got=f"member {short(member.name)}")
+                members[member.name] = (member.offset_data, member.size)
+            behind = tar.offset
+    except (tarfile.TarError, *pickles.BROKEN) as error:
+        raise InputError("the tar archive is damaged", got=short(str(error))) from error
+    if any(bytes(data[at : at + _CHUNK]).strip(b"\0") for at in range(behind, len(data), _CHUNK)):
+        raise UnsafeFile("something lies behind the end of the tar archive", got=f"at {behind}")
     return members
 
 
 def _nothing(saved: object) -> object:
     raise TypeError("a reference where there can be none")
+
+
+def _number(key: object) -> int:
+    # Torch looks a number up, and a text of the same digits is another key.
+    if type(key) is not int:
+        raise TypeError("a key that is no number")
+    return key
 
 
 def _counted(stream: io.BytesIO, trail: Trail) -> range:
@@ -318,15 +416,17 @@ def _tar_storages(content: bytes, trail: Trail, objects: dict[object, Any]) -> N
     for _ in _counted(stream, trail):
         key, _, kind = cast("tuple[Any, ...]", _read(stream, trail, _nothing))
         dtype = pickles.storage_type(kind)
-        name, at = str(int(key)), stream.tell()
+        name, at = str(_number(key)), stream.tell()
         stream.seek(_place(content, at, store, name, dtype))
-        objects[int(key)] = StorageRef(store, name, dtype, store.windows[name].size // dtype.itemsize)
+        objects[key] = StorageRef(store, name, dtype, store.windows[name].size // dtype.itemsize)
     for view in cast("list[Any]", _read(stream, trail, _nothing)):
         target, root, first, size = view
         if not natural(first) or not natural(size):
             raise TypeError("a view without a size")
-        base = objects[int(root)]
-        objects[int(target)] = StorageRef(store, base.key, base.dtype, size, base.first + first)
+        base = objects[_number(root)]
+        if first + size > base.count:
+            raise TypeError("a view beyond its storage")
+        objects[_number(target)] = StorageRef(store, base.key, base.dtype, size, base.first + first)
 
 
 @_guarded
@@ -340,7 +440,7 @@ def _tar_tensors(content: bytes, trail: Trail, objects: dict[object, Any]) -> No
         shape = struct.unpack(f"<{axes}q", stream.read(8 * axes))
         stride = struct.unpack(f"<{axes}q", stream.read(8 * axes))
         (offset,) = struct.unpack("<q", stream.read(8))
-        base = objects[int(storage)]
+        base = objects[_number(storage)]
         if not isinstance(base, StorageRef) or not natural(offset):
             raise TypeError("a tensor without a storage")
-        objects[int(key)] = TensorRef(base, base.dtype, offset, sizes(shape), sizes(stride))
+        objects[_number(key)] = TensorRef(base, base.dtype, offset, sizes(shape), sizes(stride))

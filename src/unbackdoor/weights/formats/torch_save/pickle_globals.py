@@ -8,9 +8,12 @@ such as the user's own networks, are left between the two: to load them is to ru
 from __future__ import annotations
 
 import _compat_pickle
+import functools
+import json
 import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 Danger = Literal["plain", "library", "unknown", "dangerous"]
@@ -35,7 +38,8 @@ _PLAIN = re.compile(
     r"|torch\.\w+Storage|torch\.storage\.(Untyped|Typed)Storage"
     r"|torch\.(bool|bfloat16|float(16|32|64)|u?int(8|16|32|64)|complex(32|64|128)|float8_\w+)"
 )
-# Each of these builds a value from its arguments, and calls nothing that the pickle chooses.
+# Each of these builds a value from its arguments, and calls nothing that the pickle chooses. They are named
+# one by one, because a module offers all that it imports: openers of files, threads, clients of networks.
 _LIBRARY = re.compile(
     r"argparse\.Namespace|types\.SimpleNamespace|collections\.(defaultdict|deque|Counter)"
     r"|(builtins|__builtin__)\.(frozenset|list|dict|tuple|int|long|float|bool|str|unicode|bytes|bytearray"
@@ -45,22 +49,27 @@ _LIBRARY = re.compile(
     r"|decimal\.Decimal|fractions\.Fraction|uuid\.UUID"
     r"|numpy\.(ndarray|dtype|bool_?|u?int\d+|float\d+|complex\d+|float_|int_|longlong)"
     r"|numpy\.(core|_core)\.multiarray\.(scalar|_reconstruct)|numpy\.(core|_core)\.numeric\._frombuffer"
-    r"|numpy\.dtypes\.\w+|numpy\.random\._pickle\.__\w+_ctor|numpy\.random\._\w+\.[A-Z]\w*"
+    r"|numpy\.dtypes\.[A-Z]\w*DType|numpy\.random\._pickle\.__(bit_generator|generator|randomstate)_ctor"
+    r"|numpy\.random\.(_generator\.Generator|_mt19937\.MT19937|_pcg64\.PCG64(DXSM)?|_philox\.Philox"
+    r"|_sfc64\.SFC64|bit_generator\.SeedSequence)"
     r"|torch\.(Tensor|Generator|contiguous_format|channels_last|preserve_format|strided)"
-    r"|torch\._utils\._rebuild_(qtensor|sparse_tensor|device_tensor_from_numpy)"
+    # What torch's own careful reader allows, and this one does not read as plain tensors.
+    r"|torch\._utils\._rebuild_(qtensor|sparse_tensor|nested_tensor|meta_tensor_no_storage|wrapper_subclass"
+    r"|device_tensor_from_(numpy|cpu_tensor))"
+    r"|torch\.(q(u?int)(8|32|4x2|2x4)|bits\d+(x\d+)?|u?int[1-7]|float4_\w+)|torch\.per_(tensor|channel)_\w+"
+    r"|torch\.(cuda\.)?(sparse\.)?[A-Z]\w*Tensor|torch\.cuda\.[A-Z]\w*Storage"
     r"|torch\.serialization\._get_layout"
     # It opens a pickle inside; its names are recorded when it is read, see ``pickle_reader``.
-    r"|torch\.storage\._load_from_bytes|unbackdoor\.(networks|models)\.[a-z]\w*\.[A-Z]\w*|unbackdoor\.types\.Classifier"
-    r"|torch\.nn\.(modules|parallel|utils|intrinsic|quantized|qat)(\.\w+)*\.[A-Z]\w*|torch\.nn\.[A-Z]\w*"
-    r"|torch\.nn\.functional\.\w+|torch\.nn\.init\.\w+_"
+    r"|torch\.storage\._load_from_bytes|unbackdoor\.types\.Classifier"
+    r"|torch\.nn\.functional\.(relu6?|leaky_relu|elu|selu|celu|gelu|glu|silu|mish|hardtanh|hardswish"
+    r"|hardsigmoid|tanh|sigmoid|softplus|softmax|log_softmax|logsigmoid|dropout[123]?d?|cross_entropy|nll_loss"
+    r"|mse_loss|l1_loss|smooth_l1_loss|kl_div|binary_cross_entropy(_with_logits)?|interpolate|normalize)"
+    r"|torch\.nn\.init\.((kaiming|xavier)_)?(uniform|normal|trunc_normal|constant|ones|zeros|orthogonal)_"
     r"|torch\._C\._nn\.(gelu|silu|mish|elu|leaky_relu|hardswish)|torch\.(relu|tanh|sigmoid|selu|celu)"
-    r"|torch\.(optim|amp|cuda\.amp|ao\.nn|quantization|utils\.data)(\.\w+)*\.[A-Z]\w*"
-    # Some classes of these libraries are private by name, such as the blocks of their DenseNets.
-    r"|torchvision\.(models|transforms|ops|datasets)(\.\w+)*\._?[A-Z]\w*"
-    r"|timm\.(models|layers|data)(\.\w+)*\._?[A-Z]\w*"
-    r"|transformers\.(models(\.\w+)*\.(modeling|configuration)_\w+|activations)\.[A-Z]\w*"
-    r"|torchvision\.transforms(\.\w+)*\.\w+|PIL\.Image\.Image|sklearn(\.\w+)*\.[A-Z]\w*"
+    r"|torchvision\.transforms\.functional\.InterpolationMode|PIL\.Image\.Image"
 )
+# Classes by the module that defines them, made by ``scripts/library_classes.py``.
+CLASSES_FILE = Path(__file__).with_name("library_classes.json")
 # Removed from the library over the years, and there for those who load with an older Python.
 _FORMER = {
     "aifc", "asynchat", "asyncore", "audioop", "cgi", "cgitb", "chunk", "commands", "crypt", "dircache",
@@ -89,6 +98,21 @@ _DOORS = {
 }  # fmt: skip
 
 
+@functools.cache
+def _library_classes() -> frozenset[str]:
+    table = json.loads(CLASSES_FILE.read_text(encoding="utf-8"))
+    return frozenset(f"{module}.{name}" for module, names in table.items() for name in names)
+
+
+def is_library_class(name: Name) -> bool:
+    """Tell whether a name is that of a class of networks or the like, under the module that defines it.
+
+    Such classes are harmless where an object is made from its attributes, as pickles make them. Some do a lot
+    when they are called: they load files, or fetch code.
+    """
+    return str(name) in _library_classes()
+
+
 def judge(name: Name) -> Danger:
     """Return how dangerous it would be to import and call a name of a pickle.
 
@@ -103,7 +127,7 @@ def judge(name: Name) -> Danger:
     if "." not in name.name and "\n" not in full:
         if _PLAIN.fullmatch(full):
             return "plain"
-        if _LIBRARY.fullmatch(full) and not _DOORS & set(full.split(".")[1:]):
+        if _LIBRARY.fullmatch(full) or is_library_class(name):
             return "library"
     for module, attribute in ((name.module, name.name), modern):
         parts = module.split(".")

@@ -5,6 +5,9 @@ one calls it. Here the first writes the name down and the second notes what woul
 only the handful of functions by which torch describes a tensor are understood, and they yield a description.
 No class of the file, and none of the process, is ever looked up.
 
+A tensor counts only as it was made. What would change one afterwards, or would change an imported name, is
+refused, because this reader and torch's would then see other weights.
+
 Each name is recorded when it is read, so that the names before a fault are reported too.
 """
 
@@ -12,29 +15,53 @@ from __future__ import annotations
 
 import codecs
 import pickletools
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any
 
 import torch
 
-from unbackdoor.errors import InputError, UnbackdoorError, UnsafeFile
+from unbackdoor.errors import InputError, UnbackdoorError, UnsafeFile, UnsupportedModel
 from unbackdoor.weights.formats.buffers import short
-from unbackdoor.weights.formats.tensors import DTYPES, STORAGES, StorageRef, TensorRef, natural, sizes
-from unbackdoor.weights.formats.torch_save.pickle_globals import Danger, Name, judge
+from unbackdoor.weights.formats.limits import spend
+from unbackdoor.weights.formats.tensors import (
+    DTYPES,
+    MAX_AXES,
+    STORAGES,
+    StorageRef,
+    TensorRef,
+    natural,
+    sizes,
+)
+from unbackdoor.weights.formats.torch_save.pickle_globals import Danger, Name, is_library_class, judge
 
 MAX_STEPS = (
     1_000_000  # instructions of one pickle; the checkpoint of a ResNet-152 with its optimizer has 50,000
 )
 MAX_NAMES = 1000
 _LONGEST = 500  # characters of a name; nothing that long can be imported
+_COUNTED = 64  # instructions that are put on the account at a time; so many for every pickle
+_WORD = 64  # bits of a key that is an integer
 _NESTED = 3  # pickles within pickles that are opened
 
 # Everything that a malformed pickle raises in pickletools and here.
 BROKEN = (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, EOFError, RuntimeError)
 _OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
 _MAPPINGS = {"collections.OrderedDict", "builtins.dict", "collections.defaultdict", "collections.Counter"}
-_REBUILDS = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3")
+_SETS = {"builtins.set", "__builtin__.set", "builtins.frozenset", "__builtin__.frozenset"}
+# How many arguments each function takes by which torch describes a plain tensor, and which of them are the
+# hooks, the type of elements where that is not the storage's, and the bits that turn every value.
+_REBUILDS: Mapping[str, tuple[int, int, int | None, int | None, int | None]] = {
+    "_rebuild_tensor": (4, 4, None, None, None),
+    "_rebuild_tensor_v2": (6, 7, 5, None, 6),
+    "_rebuild_tensor_v3": (7, 8, 5, 6, 7),
+}
+_PARAMETERS = {"_rebuild_parameter": 3, "_rebuild_parameter_with_state": 4}
+_TENSOR_CLASSES = {"torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
+# An attribute of one of these names is no remark beside the object, it changes what the object does.
+_TENSOR_ATTRIBUTES = frozenset(dir(torch.nn.Parameter))
+_MAPPING_ATTRIBUTES = frozenset(dir(OrderedDict))
 
 
 @dataclass
@@ -77,9 +104,10 @@ class Stub:
         items: Keys and values that would have been set on it.
         entries: Values that would have been appended or added to it.
         state: What its attributes would have been set from.
+        opaque: Whether it is a container whose first content is unknown.
     """
 
-    __slots__ = ("args", "entries", "items", "made_by", "state")
+    __slots__ = ("args", "entries", "items", "made_by", "opaque", "state")
 
     def __init__(self, made_by: object, args: object = ()) -> None:
         self.made_by = made_by
@@ -87,6 +115,7 @@ class Stub:
         self.items: dict[Any, Any] | None = None
         self.entries: list[Any] | None = None
         self.state: Any = None
+        self.opaque = False
 
     @property
     def cls(self) -> str:
@@ -97,6 +126,7 @@ class Stub:
         """The attributes that would have been set on it."""
         state = self.state
         if isinstance(state, tuple) and len(state) == 2:  # plain attributes and slots
+            spend("visits", sum(len(part) for part in state if isinstance(part, dict)))
             return {
                 **(state[0] if isinstance(state[0], dict) else {}),
                 **(state[1] if isinstance(state[1], dict) else {}),
@@ -124,6 +154,8 @@ class _Mark:
 
 _MARK = _Mark()
 COMPUTED = Name("a name", "that is computed while loading")
+_TOUCHED = "a tensor is changed after it was made, and readers differ in what it then is"
+CHANGED = Name("an imported name", "that is changed while loading")
 _OPENS = Name("torch.storage", "_load_from_bytes")
 _PLAIN_VALUES = (int, float, bytes, tuple, type(None))
 Persistent = Callable[[object], object]
@@ -134,15 +166,12 @@ def as_mapping(value: object) -> dict[Any, Any] | None:
     """Return the items of a dictionary of any class, or None for everything else."""
     if isinstance(value, dict):
         return value
-    if not isinstance(value, Stub) or value.cls not in _MAPPINGS:
-        return value.items if isinstance(value, Stub) and value.items else None
-    out: dict[Any, Any] = {}
-    for argument in value.args if isinstance(value.args, tuple) else ():
-        if isinstance(argument, dict):
-            out.update(argument)
-        elif isinstance(argument, list):  # as Python 2 wrote it
-            out.update({pair[0]: pair[1] for pair in argument if _is_pair(pair)})
-    return {**out, **(value.items or {})}
+    if not isinstance(value, Stub) or value.opaque:
+        return None
+    spend("visits", len(value.items or ()) + 1)
+    if value.cls in _MAPPINGS:
+        return value.items or {}
+    return value.items or None
 
 
 def _is_pair(pair: object) -> bool:
@@ -192,17 +221,28 @@ class _Machine:
         self._memo: dict[int, Any] = {}
         self._unhashed_keys = 0
         self._unopened = 0  # calls of the function that opens inner pickles whose content was not read
+        self._copied = 0  # entries of containers that were made from others
+        self._deception: UnsafeFile | None = None  # the first; reading goes on, because names may follow
 
     def run(self, stream: IO[bytes]) -> object:
         try:
-            return self._steps(stream)
+            described = self._steps(stream)
+        except (*BROKEN, InputError) as error:
+            if self._deception is not None:
+                raise self._deception from error
+            raise
         finally:
             if self._unopened:
                 self._trail.names[_OPENS] = "dangerous"
+        if self._deception is not None:
+            raise self._deception
+        return described
 
     def _steps(self, stream: IO[bytes]) -> object:
         frame = 0  # where the present one ends
-        for _ in range(MAX_STEPS):
+        for step in range(MAX_STEPS):
+            if not step % _COUNTED:
+                spend("instructions", _COUNTED)
             begun = stream.tell() if frame else 0
             opcode = _OPCODES[stream.read(1).decode("latin-1")]
             if opcode.name in _READERS:
@@ -296,7 +336,21 @@ class _Machine:
         group = self.pop_group()
         self._set(self.top(), group)
 
+    def _touch(self, target: Any) -> None:
+        if isinstance(target, Name):
+            self._trail.names[CHANGED] = "dangerous"
+        if isinstance(target, TensorRef | StorageRef | Faulty):
+            self._deceives(_TOUCHED)
+
+    def _deceives(self, problem: str, got: object = None) -> None:
+        self._deception = self._deception or UnsafeFile(
+            problem, got=None if got is None else short(got), remedy="Ask its author for safetensors"
+        )
+
     def _add(self, target: Any, values: list[Any]) -> None:
+        if not values:
+            return
+        self._touch(target)
         if isinstance(target, Stub):
             target.entries = target.entries or []
             target.entries.extend(values)
@@ -306,7 +360,12 @@ class _Machine:
             raise TypeError("appending to what is no list")
 
     def _set(self, target: Any, group: list[Any]) -> None:
+        if not group:
+            return
+        self._touch(target)
         if isinstance(target, Stub):
+            if target.cls.startswith("torch.") and not target.cls.startswith("torch.nn.modules."):
+                self._deceives(_TOUCHED, target.cls)  # it may share its storage with a tensor
             target.items = {} if target.items is None else target.items
             target = target.items
         if isinstance(target, _PLAIN_VALUES) or len(group) % 2:
@@ -314,7 +373,10 @@ class _Machine:
         if not isinstance(target, dict):
             return
         for key, value in zip(group[::2], group[1::2], strict=True):
-            if not isinstance(key, str | int | float | bytes | None):
+            # A long integer is hashed anew at every use, in time that grows with its length.
+            if not isinstance(key, str | int | float | bytes | None) or (
+                isinstance(key, int) and key.bit_length() > _WORD
+            ):
                 self._unhashed_keys += 1
                 key = UnhashedKey(self._unhashed_keys)
             target[key] = value
@@ -348,19 +410,23 @@ class _Machine:
     def instance(self, argument: Any) -> None:
         args = tuple(self.pop_group())
         self.name(argument)
-        self.push(Stub(self.pop(), args))
+        self.push(self._called(self.pop(), args))
 
     def object_of_group(self, _: Any) -> None:
         made_by, *args = self.pop_group()
-        self.push(Stub(made_by, tuple(args)))
+        self.push(self._called(made_by, tuple(args)))
 
     def new_object(self, _: Any) -> None:
         args, made_by = self.pop(), self.pop()
-        self.push(Stub(made_by, args))
+        # Making is not initialising: a container is empty then, whatever the arguments are.
+        empty = isinstance(made_by, Name) and str(made_by) in _MAPPINGS | _SETS
+        self.push(Stub(made_by, () if empty else args))
 
     def new_object_with_keywords(self, _: Any) -> None:
         _, args, made_by = self.pop(), self.pop(), self.pop()
-        self.push(Stub(made_by, args))
+        self.push(made_by)
+        self.push(args)
+        self.new_object(None)
 
     def reduce(self, _: Any) -> None:
         args, function = self.pop(), self.pop()
@@ -369,12 +435,20 @@ class _Machine:
     def build(self, _: Any) -> None:
         state = self.pop()
         target = self.top()
+        self._touch(target)
         if isinstance(target, Stub):
+            if target.state is not None:
+                self._deceives("the attributes of an object are set twice", target.cls)
+            if target.cls in _MAPPINGS and not _is_remark(state, _MAPPING_ATTRIBUTES):
+                self._deceives("a dictionary is changed so that readers differ in what it holds", target.cls)
             target.state = state
 
     def persistent_text(self, argument: Any) -> None:
         try:
             self.push(self._persistent(argument))
+        except UnsafeFile as error:
+            self._deception = self._deception or error
+            self.push(Faulty(error))
         except (*BROKEN, InputError) as error:
             self.push(Faulty(error))
 
@@ -387,51 +461,163 @@ class _Machine:
             self._trail.names[COMPUTED] = "dangerous"
         if not isinstance(function, Name) or not isinstance(args, tuple):
             return Stub(function, args)
-        if function.module == "torch._utils":
-            if function.name in _REBUILDS:
-                try:
-                    return _tensor(args)
-                except (*BROKEN, InputError) as error:
-                    return Faulty(error)  # reading goes on: the names after it must be reported too
-            if function.name in ("_rebuild_parameter", "_rebuild_parameter_with_state") and args:
-                return args[0]
-        if function == Name("torch._tensor", "_rebuild_from_type_v2") and len(args) >= 3:
-            # Its second argument is the class of the result; the tensor is made by the first.
-            return self._called(args[0], args[2]) if args[0] != function else Stub(function, args)
-        if function == Name("torch", "Size") and len(args) == 1:
-            return args[0]
+        if is_library_class(function) or (function.name == "_reconstructor" and not _makes_only(args)):
+            # Pickles make objects of classes and do not call them; what it does then, its arguments decide.
+            self._trail.names[function] = "dangerous"
+        if function.module == "torch._utils" and function.name.startswith("_rebuild_"):
+            try:
+                return self._rebuilt(function.name, args)
+            except (*BROKEN, InputError, UnsupportedModel) as error:
+                return Faulty(error)  # reading goes on: the names after it must be reported too
+        if function == Name("torch._tensor", "_rebuild_from_type_v2"):
+            return self._of_type(args)
+        if str(function) in _MAPPINGS | _SETS:
+            return self._container(function, args)
+        if function == Name("torch", "Size") and len(args) == 1 and isinstance(args[0], list | tuple):
+            return tuple(args[0][: MAX_AXES + 1])
         if (
             function == Name("_codecs", "encode")
             and len(args) == 2
             and isinstance(args[0], str)
             and args[1] == "latin1"
         ):
+            spend("unpacked", len(args[0]))  # the same text may be encoded again and again
             return args[0].encode("latin1")
         if function == _OPENS and len(args) == 1 and isinstance(args[0], bytes):
-            self._unopened -= 1  # its content is read now, and its names are recorded
             return self._inner(args[0])
         return Stub(function, args)
 
+    def _rebuilt(self, function: str, args: tuple[Any, ...]) -> object:
+        if function in _REBUILDS:
+            fewest, most, hooks, dtype, bits = _REBUILDS[function]
+            if not fewest <= len(args) <= most:
+                raise TypeError(f"{function} with {len(args)} arguments")
+            if hooks is not None:
+                _check_hooks(args[hooks - 1], args[hooks])
+            if bits is not None and any(args[bits:]):
+                raise InputError("the values of a tensor are turned while it is loaded", got=args[bits])
+            return _tensor(args[:4], args[dtype] if dtype is not None else None)
+        if function in _PARAMETERS:
+            if len(args) != _PARAMETERS[function]:
+                raise TypeError(f"{function} with {len(args)} arguments")
+            _check_hooks(*args[1:3])
+            if not _is_remark(None if len(args) == 3 else args[3], _TENSOR_ATTRIBUTES):
+                self._deceives(_TOUCHED)
+            return (
+                args[0] if isinstance(args[0], TensorRef | Faulty) else Stub(Name("torch._utils", function))
+            )
+        raise _not_read(function)
+
+    def _of_type(self, args: tuple[Any, ...]) -> object:
+        # The tensor is made by the first argument out of the third; the second is the class of the result,
+        # the last what is set on it.
+        function, cls, inner, state = args if len(args) == 4 else (None,) * 4
+        if not _is_remark(state, _TENSOR_ATTRIBUTES):
+            # Also where the result is not read: it may be a tensor that was made before.
+            self._deceives(_TOUCHED)
+        made = Stub(Name("torch._tensor", "_rebuild_from_type_v2"), args)
+        if isinstance(function, Name) and function.module == "torch._utils":
+            made = self._called(function, inner)
+        if isinstance(made, Faulty):
+            return made
+        if not isinstance(made, TensorRef) or str(cls) not in _TENSOR_CLASSES:
+            return Faulty(TypeError(f"a tensor of the class {str(cls)[:_LONGEST]}"))
+        return made
+
+    def _container(self, function: Name, args: tuple[Any, ...]) -> Stub:
+        # Filled now and not when it is asked for: what it is made from may be changed in the meantime.
+        out = Stub(function, args)
+        content = args[-1] if args else ()
+        if str(function) == "collections.defaultdict" and len(args) == 1:
+            content = ()
+        if isinstance(content, Stub):
+            content = as_mapping(content) if content.cls in _MAPPINGS else content.entries
+        self._copied += len(content) if isinstance(content, list | tuple | dict) else 0
+        if self._copied > MAX_STEPS:
+            raise UnsafeFile("the pickle is too long", expected=f"at most {MAX_STEPS} entries of containers")
+        if str(function) in _SETS and isinstance(content, list | tuple):
+            out.entries = list(content)
+        elif str(function) in _MAPPINGS and isinstance(content, dict):
+            out.items = dict(content)
+        elif (
+            str(function) in ("collections.OrderedDict", "builtins.dict")
+            and isinstance(content, list | tuple)
+            and all(_is_pair(pair) for pair in content)
+        ):
+            out.items = {}
+            self._set(out, [value for pair in content for value in pair])  # as Python 2 wrote it
+        else:
+            out.opaque = bool(args) and content != ()
+        return out
+
     def _inner(self, content: bytes) -> object:
         # A plain pickle of a tensor holds its storage as a checkpoint within the checkpoint.
+        self._unopened -= 1  # its names are recorded
         if self._depth >= _NESTED:
             raise UnsafeFile("pickles lie within pickles", expected=f"at most {_NESTED} deep")
         try:
             return self._nested(content, self._trail, self._depth + 1)
         except InputError as error:
+            self._unopened += 1  # it is of another form than this reader's, and may hold anything
             return Faulty(error)
 
 
-def _tensor(args: tuple[Any, ...]) -> TensorRef:
-    storage, offset, shape, stride = args[:4]
+def _tensor(args: tuple[Any, ...], dtype: Any) -> TensorRef:
+    storage, offset, shape, stride = args
     if isinstance(storage, Faulty):
         raise storage.error
     if not isinstance(storage, StorageRef) or not natural(offset):
         raise TypeError("a tensor without a storage")
-    dtype = storage.dtype
-    if len(args) >= 7 and isinstance(args[6], Name):
-        dtype = DTYPES.get(args[6].name, dtype)
+    if dtype is None:
+        dtype = storage.dtype
+    elif isinstance(dtype, Name) and dtype.module == "torch" and dtype.name in DTYPES:
+        dtype = DTYPES[dtype.name]
+    else:
+        raise TypeError("a tensor of an unknown type")
     return TensorRef(storage, dtype, offset, sizes(shape), sizes(stride))
+
+
+def _makes_only(args: tuple[Any, ...]) -> bool:
+    # The form of the oldest protocols: a class, the plain class it is made as, and the value of that.
+    return len(args) == 3 and isinstance(args[1], Name) and args[1].module in ("builtins", "__builtin__")
+
+
+def _check_hooks(requires_grad: object, hooks: object) -> None:
+    # Torch writes an empty dictionary. A function in it would be called with every gradient.
+    if not isinstance(requires_grad, bool) or (hooks is not None and as_mapping(hooks) != {}):
+        raise TypeError("a tensor with hooks")
+
+
+def _is_remark(state: object, taken: frozenset[str]) -> bool:
+    """Tell whether setting these attributes leaves an object as it is, because it has none of their names."""
+    if state is None:
+        return True
+    if not isinstance(state, dict):
+        return False
+    return all(
+        isinstance(name, str) and name not in taken and not isinstance(value, TensorRef | StorageRef | Faulty)
+        for name, value in state.items()
+    )
+
+
+def _not_read(function: str) -> UnsupportedModel:
+    if function == "_rebuild_qtensor":
+        return quantised()
+    return UnsupportedModel(
+        "the weights hold a tensor of a kind that is not read",
+        expected="plain dense tensors",
+        got=short(function.removeprefix("_rebuild_")),
+        remedy="Convert it to a dense tensor and save the state dict again",
+    )
+
+
+def quantised() -> UnsupportedModel:
+    """Return the error that says that quantised weights are not read, and what to do."""
+    return UnsupportedModel(
+        "the weights are quantised, and quantised networks are not read",
+        expected="weights in floating point",
+        remedy="Use the network that it was made from, before quantisation",
+    )
 
 
 def storage_type(name: object) -> torch.dtype:
@@ -465,7 +651,7 @@ def _argument(machine: _Machine, argument: Any) -> None:
 
 
 def _bytearray(machine: _Machine, argument: Any) -> None:
-    machine.push(bytes(argument))
+    machine.push(bytearray(argument))
 
 
 def _out_of_band(machine: _Machine, _: Any) -> None:
@@ -483,12 +669,27 @@ def _integer(stream: IO[bytes]) -> int:
     line = _line(stream)
     if line in (b"00", b"01"):
         return line == b"01"
-    return int(line.removesuffix(b"L"), 0 if b"x" in line.lower() else 10)
+    text = line.removesuffix(b"L").strip()
+    # As the machine in C reads it; that in Python refuses the octal numbers of Python 2.
+    octal = text.lstrip(b"+-").isdigit() and text.lstrip(b"+-")[:1] == b"0"
+    return int(text, 8 if octal else 0)
 
 
 def _quoted(stream: IO[bytes]) -> str:
-    text: bytes = codecs.escape_decode(_line(stream).strip(b" \t\r").strip(b"'\""))[0]
-    return text.decode("latin-1")
+    return _text(codecs.escape_decode(_line(stream).strip(b" \t\r").strip(b"'\""))[0])
+
+
+def _counted_text(width: int) -> Callable[[IO[bytes]], str]:
+    read = pickletools.read_string1 if width == 1 else pickletools.read_string4
+    return lambda stream: _text(read(stream).encode("latin-1"))
+
+
+def _text(content: bytes) -> str:
+    # A text of Python 2 is bytes. Torch takes them for UTF-8, and those who ask for it for Latin-1.
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        return content.decode("latin-1")
 
 
 def _pair(stream: IO[bytes]) -> tuple[str, str]:
@@ -501,6 +702,8 @@ _READERS: dict[str, Callable[[IO[bytes]], Any]] = {
     "INT": _integer,
     "LONG": _integer,
     "STRING": _quoted,
+    "BINSTRING": _counted_text(4),
+    "SHORT_BINSTRING": _counted_text(1),
     "GLOBAL": _pair,
     "INST": _pair,
     "PERSID": lambda stream: _line(stream).decode("utf-8", "replace"),

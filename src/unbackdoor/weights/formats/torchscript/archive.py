@@ -8,9 +8,11 @@ else of the program is read, so that no interpreter of it is needed.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from unbackdoor.errors import InputError
 from unbackdoor.weights.formats.buffers import Buffer, short
+from unbackdoor.weights.formats.limits import spend
 from unbackdoor.weights.formats.tensors import TensorRef
 from unbackdoor.weights.formats.torch_save import checkpoints
 from unbackdoor.weights.formats.torch_save.pickle_globals import Name
@@ -19,19 +21,18 @@ from unbackdoor.weights.formats.zip_archive import Archive
 
 _MAX_TEXT = 16 << 20  # bytes of one program file
 _MODULES = 20_000
+# Each repetition is possessive or ends at the line, so that no text is searched more than once.
 _CLASS = re.compile(
-    r"^class (?P<name>\w+)\(Module\):\n  __parameters__ = \[(?P<parameters>[^\]]*)\]\n"
-    r"  __buffers__ = \[(?P<buffers>[^\]]*)\]",
+    r"^class (?P<name>\w++)\(Module\):\n  __parameters__ = \[(?P<parameters>[^\]\n]*+)\]\n"
+    r"  __buffers__ = \[(?P<buffers>[^\]\n]*+)\]",
     re.MULTILINE,
 )
-_TEXT = re.compile(r'"((?:[^"\\]|\\.)*)"')
+_TEXT = re.compile(r'\s*+"((?:[^"\\]|\\.)*+)"\s*+,?')
 
 
 def is_torchscript(archive: Archive) -> bool:
     """Tell whether torch would take an archive for a program."""
-    # Lower-cased because torch's reader looks names up without regard to case.
-    names = [name.lower() for name in archive.entries]
-    return any(name.endswith("/constants.pkl") or "/code/" in name for name in names)
+    return archive.find(f"{archive.root}/constants.pkl") is not None
 
 
 def read(archive: Archive, data: Buffer, trail: Trail, where: object) -> dict[str, TensorRef]:
@@ -61,6 +62,7 @@ def read(archive: Archive, data: Buffer, trail: Trail, where: object) -> dict[st
             )
         names = _declared(archive, root, module, declared)
         attributes = as_mapping(module.state) or {}
+        spend("visits", len(attributes) + len(above) + 1)
         for name, value in attributes.items():
             if isinstance(value, TensorRef) and isinstance(name, str) and (names is None or name in names):
                 out[prefix + name] = value
@@ -99,11 +101,17 @@ def _declared(
         entry = archive.entries.get(f"{root}/code/{file}.py")
         text = archive.content(entry, _MAX_TEXT).decode("utf-8", "replace") if entry is not None else ""
         for match in _CLASS.finditer(text):
-            by_file[file][match["name"]] = {
-                *_TEXT.findall(match["parameters"]),
-                *_TEXT.findall(match["buffers"]),
-            }
+            by_file[file][match["name"]] = {*_texts(match["parameters"]), *_texts(match["buffers"])}
     return by_file[file].get(module.made_by.name)
+
+
+def _texts(listing: str) -> Iterator[str]:
+    # One after the other from the beginning; a search would begin anew at every quote of what is no list.
+    at = 0
+    while match := _TEXT.match(listing, at):
+        spend("visits")
+        yield match[1]
+        at = match.end()
 
 
 def _constants(archive: Archive, data: Buffer, trail: Trail, root: str) -> dict[str, TensorRef]:

@@ -1,7 +1,8 @@
 """Run one function in a process of its own, with its time, memory and files bounded.
 
 The process is forked from a server that has imported everything and seen no data, so that starting one
-costs milliseconds and nothing of the driver's memory is in it. It ends when its driver ends.
+costs milliseconds and nothing of the driver's memory is in it. It ends when its driver ends. The steps of a
+benchmark run in such processes, and files of unknown origin are read in them (``unbackdoor.confinement``).
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver, parent_process, resource_tracker
 from multiprocessing.context import ForkServerContext
@@ -31,8 +34,8 @@ from unbackdoor.files import is_disk_full, write_json
 
 TASK, RESULT, LOG = "task.json", "result.json", "log.txt"
 SCRATCH = "tmp"  # where a confined process makes its temporary files
-# The first optimizer of a process imports torch's compiler, a second of work that is done once here.
-_PRELOADED = ["unbackdoor.bench.train_step", "torch._dynamo"]  # the first brings the other steps along
+_preloaded: list[str] = []
+_TICK = 0.1  # seconds between two looks at a process
 _GRACE = 5.0  # seconds between asking a process to end (SIGTERM) and killing it
 _FULL = errno.ENOSPC  # exit status of a process whose disk is full, even for its answer
 
@@ -45,13 +48,16 @@ class Limits:
         seconds: Wall time.
         memory_mb: Memory of its own, on top of what the imported code takes.
         threads: Threads of the numerical libraries.
+        cpu_seconds: Time of all its processors together, or None.
     """
 
     seconds: float = 3600
     memory_mb: int = 8192
     threads: int = 1
+    cpu_seconds: int | None = None
 
 
+_inside = False  # whether this process is one of those that are started here
 _context: ForkServerContext | None = None
 _context_lock = threading.Lock()
 
@@ -68,12 +74,28 @@ def end_all() -> None:
                 process.kill()
 
 
+def preload(*modules: str) -> None:
+    """Have the server import modules before it forks; without effect once it runs."""
+    _preloaded.extend(module for module in modules if module not in _preloaded)
+
+
+def inside() -> bool:
+    """Tell whether this process was started here."""
+    return _inside
+
+
+def start() -> None:
+    """Start the server, which imports its modules while this process goes on."""
+    _allow_children()
+    _server()
+
+
 def _server() -> ForkServerContext:
     global _context
     with _context_lock:
         if _context is None:
             _context = multiprocessing.get_context("forkserver")
-            _context.set_forkserver_preload(_PRELOADED)
+            _context.set_forkserver_preload(list(_preloaded))
         resource_tracker.ensure_running()  # first, because starting it unblocks the signal again
         with _interrupts_blocked():
             forkserver.ensure_running()
@@ -90,6 +112,21 @@ def _interrupts_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Hide the main program, which multiprocessing would import again in the new process.
+
+    A program of the user that does its work at the top level would do it once more there.
+    """
+    main = sys.modules.get("__main__")
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        if main is not None:
+            sys.modules["__main__"] = main
+
+
 def call(
     function: str,
     task: Mapping[str, Any],
@@ -97,6 +134,7 @@ def call(
     limits: Limits,
     *,
     private: Sequence[Path] = (),
+    tick: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Run ``module:function`` on a JSON task in another process and return its JSON result.
 
@@ -107,6 +145,7 @@ def call(
         limits: Time, memory and threads.
         private: For code that is not trusted: refuse it all writing outside ``folder``, and all reading of
             these files and folders but for ``folder`` itself.
+        tick: Called again and again while the process runs.
 
     Raises:
         DiskFull: If it found no room for what it had to write.
@@ -121,11 +160,15 @@ def call(
         args=(function, str(folder), limits, [str(path) for path in private]),
         daemon=True,
     )
-    with _living_lock:
+    with _living_lock, _without_main():
         process.start()
         _living.add(process)
     try:
-        process.join(limits.seconds)
+        end = time.monotonic() + limits.seconds
+        while tick is not None and process.is_alive() and time.monotonic() < end:
+            process.join(_TICK)
+            tick()
+        process.join(max(end - time.monotonic(), 0))
         timed_out = process.is_alive()
     finally:
         _end(process)
@@ -186,6 +229,8 @@ def _end(process: Any) -> None:
 
 
 def _child(function: str, folder: str, limits: Limits, private: Sequence[str]) -> None:
+    global _inside
+    _inside = True
     place = Path(folder)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
     _die_with_driver()
@@ -229,6 +274,8 @@ def _apply_limits(limits: Limits) -> None:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
         limit = pages * resource.getpagesize() + limits.memory_mb * 2**20
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    if limits.cpu_seconds is not None:
+        resource.setrlimit(resource.RLIMIT_CPU, (limits.cpu_seconds, limits.cpu_seconds))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 

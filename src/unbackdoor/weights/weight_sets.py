@@ -1,0 +1,127 @@
+"""Several sets of weights in one file, such as a running average beside the weights themselves.
+
+Which of them a program loads is for that program to say; so where they differ, the user says which is meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from unbackdoor.errors import InputError, UnbackdoorError, UnsafeFile
+from unbackdoor.weights.formats import state_dicts as states
+from unbackdoor.weights.formats.buffers import short
+from unbackdoor.weights.formats.state_dicts import LocatedStateDict
+from unbackdoor.weights.formats.tensors import MAX_TIED, TensorRef, materialise
+from unbackdoor.weights.formats.torch_save.pickle_reader import Trail
+
+_ALIKE = 0.5  # share of names and shapes from which two sets are of one network
+
+
+@dataclass(frozen=True)
+class WeightSet:
+    """One set of weights.
+
+    Attributes:
+        key: Keys that lead to it, separated by dots; empty at the top.
+        tensors: The state dict, with wrappers' prefixes off; empty where it cannot be read.
+        prefix: What stood before every name and was taken off.
+        nest: The keys that lead to it in a checkpoint that is written again.
+        module: Class of the whole module that it was taken from; empty for a plain state dict.
+        notes: Remarks in words.
+        problem: Why there are no tensors, or None.
+    """
+
+    key: str
+    tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    prefix: str = ""
+    nest: tuple[str, ...] = ()
+    module: str = ""
+    notes: tuple[str, ...] = ()
+    problem: UnbackdoorError | None = None
+
+    def equals(self, other: WeightSet) -> bool:
+        """Tell whether another set has the same tensors, bit for bit."""
+        if self.tensors is other.tensors:
+            return True
+        if self.tensors.keys() != other.tensors.keys() or not self.tensors:
+            return False
+        return all(_same(tensor, other.tensors[name]) for name, tensor in self.tensors.items())
+
+    def may_be_meant_for(self, other: WeightSet) -> bool:
+        """Tell whether a program may load this set where it is thought to load the other one."""
+        if not self.key or any(part in states.NESTS for part in self.key.split(".")):
+            return True
+        alike = sum(
+            name in other.tensors and other.tensors[name].shape == tensor.shape
+            for name, tensor in self.tensors.items()
+        )
+        return self.problem is not None or alike >= _ALIKE * min(len(self.tensors), len(other.tensors))
+
+
+def plain_set(state: Mapping[str, Tensor], key: str = "", **facts: object) -> WeightSet:
+    """Return a set without the prefixes of wrappers and with masks of pruning multiplied in."""
+    trail = Trail()
+    prefix = states.strip(list(state))
+    if prefix:
+        trail.note(f"the prefix {short(prefix)} was taken off all names")
+    tensors = states.unpruned({name[len(prefix) :]: tensor for name, tensor in state.items()}, trail)
+    return replace(WeightSet(key, tensors, prefix, notes=tuple(trail.notes)), **facts)  # type: ignore[arg-type]
+
+
+def read_sets(located: Mapping[str, LocatedStateDict], file_size: int) -> dict[str, WeightSet]:
+    """Return the sets of a checkpoint with their tensors in memory; equal descriptions share it.
+
+    Raises:
+        UnsafeFile: If all of them together describe far more than the file holds.
+    """
+    described = 0
+    out: dict[str, WeightSet] = {}
+    by_description: dict[frozenset[tuple[object, ...]], str] = {}
+    for key, found in located.items():
+        description = frozenset((name, *_description(ref)) for name, ref in found.refs.items())
+        twin = by_description.setdefault(description, key)
+        if twin != key:
+            out[key] = replace(out[twin], key=key, nest=found.nest, module=found.module)
+            continue
+        described += sum(ref.count * ref.dtype.itemsize for ref in found.refs.values())
+        try:
+            if described > MAX_TIED * file_size and out:
+                raise UnsafeFile("all sets of weights together describe more than the file holds")
+            states.require_names(found.refs)
+            state = materialise(found.refs, file_size)
+            out[key] = plain_set(state, key, nest=found.nest, module=found.module)
+        except UnbackdoorError as error:
+            out[key] = WeightSet(key, nest=found.nest, module=found.module, problem=error)
+    return out
+
+
+def named(sets: Mapping[str, WeightSet], key: str, where: object) -> WeightSet:
+    """Return the set of a key.
+
+    Raises:
+        InputError: If there is none.
+    """
+    if key not in sets:
+        raise InputError(
+            "the file has no such set of weights",
+            expected=", ".join(short(name)[1:-1] for name in sets if name) or "a file with one set, unnamed",
+            got=short(key)[1:-1],
+            where=where,
+        )
+    return sets[key]
+
+
+def _description(ref: TensorRef) -> tuple[object, ...]:
+    storage = ref.storage
+    return (id(storage.store), storage.key, storage.first, ref.dtype, ref.offset, ref.shape, ref.stride)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    bits = [t.contiguous().flatten().view(torch.uint8) for t in (one, other)]  # NaN is equal to itself
+    return torch.equal(*bits)

@@ -18,7 +18,7 @@ from planted import block_data, planted
 from unbackdoor.audit.json_records import audit_json
 from unbackdoor.audit.scanning import Audit, scan
 from unbackdoor.engine import rng, trusted_caller
-from unbackdoor.engine.canonical_form import COMPARISON, canonical_form, feature_units
+from unbackdoor.engine.canonical_form import COMPARISON, canonical_form, feature_units, form_for_checks
 from unbackdoor.engine.heads import find_affine_head
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe, train
@@ -367,7 +367,9 @@ def test_a_constant_network_is_undecided(kind: str, images: str) -> None:
 
 
 def test_by_itself_a_check_of_a_constant_network_is_undecided_too() -> None:
-    report = trusted_caller.scan("weight_statistics", constant("one class always"), DATA)
+    model = constant("one class always")
+    form = form_for_checks(model, DATA, RUN)
+    report = trusted_caller.scan("weight_statistics", model, DATA, form=form)
     assert report.verdict == "undecided" and "no class can stand apart" in report.skipped[COMPARISON]
 
 

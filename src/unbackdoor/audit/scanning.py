@@ -22,7 +22,7 @@ from unbackdoor.audit.references import calibrated, read_references
 from unbackdoor.audit.result import Result
 from unbackdoor.confinement import now
 from unbackdoor.engine import trusted_caller
-from unbackdoor.engine.canonical_form import CanonicalForm
+from unbackdoor.engine.canonical_form import CanonicalForm, form_for_checks
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError, MissingExtra, TooFewImages, UnbackdoorError, UnsupportedModel
@@ -316,7 +316,7 @@ def _form(model: Classifier, data: CleanData, run: Run, deadline: float | None) 
             yield item
 
     try:
-        return trusted_caller.form_for_checks(model, data, replace(run, show=limited))
+        return form_for_checks(model, data, replace(run, show=limited))
     except UnbackdoorError:
         return None
 

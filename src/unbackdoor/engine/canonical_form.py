@@ -35,13 +35,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unbackdoor.data.batches import to_float
+from unbackdoor.engine import trusted_caller
 from unbackdoor.engine.heads import AffineHead, find_affine_head
 from unbackdoor.engine.inference import frozen, images_per_pass, logits_of, mode, predict
 from unbackdoor.engine.precision import resolve
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.statistics.one_outlier import FEWEST
-from unbackdoor.errors import UnsupportedModel
-from unbackdoor.types import Classifier, CleanData, Images, ScanReport
+from unbackdoor.errors import MethodFailed, UnbackdoorError, UnsupportedModel
+from unbackdoor.types import Classifier, CleanData, Images, ScanReport, require_fit
 
 COMPARISON = "comparison of the classes"
 LEAD = 10.0  # of the largest logit over the mean of the others
@@ -129,6 +130,31 @@ class CanonicalForm:
                 )
             )
         return replace(report, findings=tuple(findings), skipped={**report.skipped, **left_out})
+
+
+def form_for_checks(model: Classifier, data: CleanData, run: Run) -> CanonicalForm:
+    """Return the canonical form of a model; its network runs as in a check, and leaves as little behind.
+
+    Args:
+        model: The suspicious classifier; never changed.
+        data: Clean images that fit the model; there may be none.
+        run: Seed, device and progress.
+
+    Raises:
+        UnsupportedModel: If the images do not fit the model.
+        MethodFailed: If the network cannot be run.
+    """
+    for images in (data.fit, data.select):
+        require_fit(model, images)
+    process_state = trusted_caller.Surroundings.take()
+    try:
+        return canonical_form(model, data, run)
+    except UnbackdoorError:
+        raise
+    except Exception as error:
+        raise MethodFailed(f"the network raised {type(error).__name__}: {error}") from error
+    finally:
+        process_state.restore()
 
 
 def canonical_form(model: Classifier, data: CleanData, run: Run) -> CanonicalForm:
@@ -403,15 +429,15 @@ def _lead(logits: Tensor) -> Tensor:
 class _Rewritten(Classifier):
     """A classifier that stands for another one, and may return some outputs of its network times a factor."""
 
-    _outputs: tuple[int, ...] | None
+    _selected: tuple[int, ...] | None
     _factor: float
     _hashes: tuple[str, str]
 
     def forward(self, pixels: Tensor) -> Tensor:
         logits = super().forward(pixels)
-        if self._outputs is None:
+        if self._selected is None:
             return logits
-        logits = logits[:, list(self._outputs)]
+        logits = logits[:, list(self._selected)]
         return self._factor * (logits - logits.mean(1, keepdim=True))
 
     def sha256(self) -> str:
@@ -434,7 +460,7 @@ def _rewritten(
     twin.class_names = tuple(twin.class_names[k] for k in kept)
     twin.__class__ = _Rewritten
     assert isinstance(twin, _Rewritten)
-    twin._outputs, twin._factor = None if in_head else tuple(kept), factor
+    twin._selected, twin._factor = None if in_head else tuple(kept), factor
     twin._hashes = (Classifier.sha256(twin), sha256)
     return twin
 

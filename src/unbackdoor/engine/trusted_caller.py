@@ -7,15 +7,14 @@ and a seed, and nothing else; what comes back is checked before anybody uses it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
 from unbackdoor.engine import rng
-from unbackdoor.engine.canonical_form import CanonicalForm, canonical_form
 from unbackdoor.engine.inference import settle_layout
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
@@ -98,6 +97,24 @@ def run(
     )
 
 
+class Form(Protocol):
+    """A model and images in another form, and the way back for a report on them."""
+
+    @property
+    def model(self) -> Classifier:
+        """The model that a scanner is given."""
+        ...
+
+    @property
+    def data(self) -> CleanData:
+        """The images that it is given."""
+        ...
+
+    def restored(self, report: ScanReport, names: Sequence[str]) -> ScanReport:
+        """Return a report on these as one on the original model, whose classes have these names."""
+        ...
+
+
 def scan(
     scanner: str | Part[Any],
     model: Classifier,
@@ -109,9 +126,9 @@ def scan(
     device: torch.device | str = "cpu",
     precision: Policy = "auto",
     progress: Progress = silent,
-    form: CanonicalForm | None = None,
+    form: Form | None = None,
 ) -> ScanReport:
-    """Run a scanner on the canonical form of a model and verify that it changed nothing.
+    """Run a scanner on a model and verify that it changed nothing.
 
     Args:
         scanner: Registered name, or a part.
@@ -123,10 +140,11 @@ def scan(
         device: Where to compute, such as ``cpu`` or ``cuda:0``.
         precision: ``auto``, ``fp32`` or ``bf16``.
         progress: Progress display.
-        form: The canonical form of the model on these images, where it is there already.
+        form: What the scanner is given in the place of the model and the images; see
+            :mod:`unbackdoor.engine.canonical_form`. None: these themselves.
 
     Returns:
-        Its report, with seconds and the options used; "undecided" where the model is constant.
+        Its report, with seconds and the options used.
 
     Raises:
         InputError: If the images or the weights cannot be used.
@@ -141,40 +159,14 @@ def scan(
     config = options if isinstance(options, Config) else part.configure(options, preset=preset)
     surroundings = Run.create(seed=seed, device=device, policy=precision, progress=progress)
     described = _described(part, preset, config, surroundings)
-    check_inputs(part, model, data)
-    form = form_for_checks(model, data, surroundings) if form is None else form
+    given_model, given_data = (model, data) if form is None else (form.model, form.data)
     originals = model, data
     returned, seconds = _call_with_copies(
-        part, form.model, form.data, config, surroundings, originals=originals
+        part, given_model, given_data, config, surroundings, originals=originals
     )
-    check_report(part, returned, form.model)
-    report = form.restored(returned, model.class_names)
+    check_report(part, returned, given_model)
+    report: ScanReport = returned if form is None else form.restored(returned, model.class_names)
     return replace(report, seconds=seconds, method=described)
-
-
-def form_for_checks(model: Classifier, data: CleanData, run: Run) -> CanonicalForm:
-    """Return the canonical form of a model; its network runs as in a check, and leaves as little behind.
-
-    Args:
-        model: The suspicious classifier; never changed.
-        data: Clean images that fit the model; there may be none.
-        run: Seed, device and progress.
-
-    Raises:
-        UnsupportedModel: If the images do not fit the model.
-        MethodFailed: If the network cannot be run.
-    """
-    for images in (data.fit, data.select):
-        require_fit(model, images)
-    process_state = Surroundings.take()
-    try:
-        return canonical_form(model, data, run)
-    except UnbackdoorError:
-        raise
-    except Exception as error:
-        raise MethodFailed(f"the network raised {type(error).__name__}: {error}") from error
-    finally:
-        process_state.restore()
 
 
 def screen(

@@ -154,9 +154,11 @@ def _bytes(source: Any) -> int:
 def decode_apart(task: Mapping[str, Any]) -> None:
     """Decode a set in a process of its own; see :mod:`unbackdoor.data.apart`."""
     path = Path(task["path"])
-    read = read_flat if task.get("flat") else _reader(path)[0]
+    read: Callable[..., Images] = read_flat if task.get("flat") else _reader(path)[0]
     # JSON has no tuples.
-    options = {name: tuple(v) if isinstance(v, list) else v for name, v in task["options"].items()}
+    options: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in task["options"].items()
+    }
     store(read(path, **options, progress=apart.reporting(task)), Path(task["stored"]))
 
 

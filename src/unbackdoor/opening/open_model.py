@@ -166,7 +166,7 @@ def rehearse(path: Path, options: Mapping[str, Any]) -> UnbackdoorError | None:
 def _open_model(
     source: Source,
     arguments: _Arguments,
-    images: Images | Path | str | None,
+    images: Images | ImageFiles | Path | str | None,
     run: Run,
     progress: Progress,
 ) -> Opened:

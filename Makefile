@@ -26,7 +26,7 @@ help:
 	@sed -n 's/^# make /make /p' Makefile
 
 demo: $(READY)
-	$(BIN)/unbackdoor demo --out demo-report
+	$(BIN)/unbackdoor demo --out demo-report --force
 
 # One thread for each of the two test processes; more would only get in each other's way.
 test test-all test-busy: export OMP_NUM_THREADS = 1

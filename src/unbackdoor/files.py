@@ -12,6 +12,7 @@ import secrets
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ def _ordinary_mode() -> int:
 # Read once, because reading it means setting it. Some writers make files that only their owner can read.
 _MODE = _ordinary_mode()
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK}
+_keep_existing: ContextVar[bool] = ContextVar("keep_existing", default=False)
 
 
 @contextmanager
@@ -43,14 +46,15 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     The folder is created where it is missing. The content is on the disk before the name changes, and the
     temporary file is removed on every failure, KeyboardInterrupt included. Of two processes that write
-    the same path, the later one replaces the whole file.
+    the same path, the later one replaces the whole file; inside :func:`writing` without ``force`` it fails.
+    Where the path is a link, the link is replaced, and what it leads to stays as it is.
 
     Args:
         path: The file to write or to replace.
 
     Raises:
         DiskFull: If the disk is full, whichever library wrote the temporary file.
-        InputError: If the folder cannot be written.
+        InputError: If the folder cannot be written, or the file exists and is to be kept.
 
     Example:
         >>> import tempfile
@@ -67,7 +71,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
         yield draft
         draft.chmod(_MODE)
         _sync(draft)
-        draft.replace(path)
+        if _keep_existing.get():
+            _put_if_absent(draft, path)
+        else:
+            draft.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
         if explained := _explained(error, path):
@@ -87,6 +94,20 @@ def atomic_write(path: Path) -> Iterator[Path]:
         # After a success the draft is gone already.
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
+
+
+def _put_if_absent(draft: Path, path: Path) -> None:
+    try:
+        os.link(draft, path)  # fails where the name is taken, also by a file of this very moment
+    except FileExistsError:
+        raise _exists(path) from None
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        # A file system without hard links; between the two lines another process may still come.
+        if os.path.lexists(path):
+            raise _exists(path) from None
+        draft.replace(path)
 
 
 def finite(value: Any) -> Any:
@@ -325,13 +346,16 @@ def _explained(error: OSError, path: Path) -> InputError | None:
     return None
 
 
-def require_writable(files: Sequence[Path], *, force: bool, inputs: Sequence[Path] = ()) -> None:
+def require_writable(
+    files: Sequence[Path], *, force: bool, inputs: Sequence[Path] = (), below: Path | None = None
+) -> None:
     """Check, before any work is done, that all files can be written and that none is overwritten.
 
     Args:
         files: What is to be written.
-        force: Whether existing files may be replaced.
+        force: Whether existing files may be replaced; of a link, the link itself.
         inputs: Files that are not replaced even then.
+        below: Folder of the user's choice inside which no folder may be a link.
 
     Raises:
         InputError: If a file stands twice, is an input, exists, or cannot be written.
@@ -349,18 +373,53 @@ def require_writable(files: Sequence[Path], *, force: bool, inputs: Sequence[Pat
                 "two outputs have the same name", where=file, remedy="Choose another name for one of them"
             )
         output_paths.add(place)
+        for folder in file.parents if below is not None else ():
+            if folder == below:
+                break
+            if folder.is_symlink():
+                raise InputError("a link stands in the place of a folder", where=folder, remedy="Remove it")
         folder = file.parent
-        while not folder.exists():  # the missing folders are made when the file is written
+        while not os.path.lexists(folder):  # the missing folders are made when the file is written
             folder = folder.parent
         if not folder.is_dir():
             raise InputError("this is no folder", where=folder, remedy="Name a folder")
-        if file.is_dir():
+        if file.is_dir() and not file.is_symlink():
             raise InputError("there is a folder of that name", where=file, remedy="Name a file")
-        if file.exists() and not force:
-            raise InputError(
-                "the file exists",
-                where=file,
-                remedy="Choose another place, or replace it with --force (force=True)",
-            )
+        if os.path.lexists(file) and not force:
+            raise _exists(file)
         if not os.access(folder, os.W_OK):
             raise InputError("the folder cannot be written", where=folder, remedy="Choose another place")
+
+
+@contextmanager
+def writing(
+    files: Sequence[Path], *, force: bool, inputs: Sequence[Path] = (), below: Path | None = None
+) -> Iterator[None]:
+    """Check the files like :func:`require_writable`; inside the block only ``force`` replaces any.
+
+    The check comes before the writing, and another process may have come between the two: two scans that were
+    started with one folder would else end in one report of both.
+
+    Args:
+        files: See there, as for the others.
+        force: See there.
+        inputs: See there.
+        below: See there.
+
+    Raises:
+        InputError: See there.
+    """
+    require_writable(files, force=force, inputs=inputs, below=below)
+    token = _keep_existing.set(not force)
+    try:
+        yield
+    finally:
+        _keep_existing.reset(token)
+
+
+def _exists(file: Path) -> InputError:
+    return InputError(
+        "the file exists",
+        where=file,
+        remedy="Choose another place, or replace it with --force (force=True)",
+    )

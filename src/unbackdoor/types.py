@@ -49,12 +49,14 @@ class Images:
         labels: int64 tensor (N,) with values in 0..K-1, or None where there are none.
         class_names: K names, in label order.
         name: What the set is called in messages and reports.
+        notes: What a reader of a result should know of the set, such as files that were passed over.
     """
 
     pixels: Tensor
     labels: Tensor | None
     class_names: tuple[str, ...]
     name: str = "images"
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         shape = tuple(self.pixels.shape)
@@ -251,6 +253,7 @@ class Classifier(nn.Module):
         class_names: K names, in logit order.
         mean: Per-channel mean subtracted from the pixels; empty for no normalisation.
         std: Per-channel divisor, all > 0; empty for no normalisation.
+        bgr: Whether the network takes blue first; mean and std are in its order of channels.
         architecture: How to build ``network`` again, such as ``preact_resnet18[width=16]``.
         origin: Where the weights came from, in words.
     """
@@ -266,6 +269,7 @@ class Classifier(nn.Module):
         class_names: Sequence[str],
         mean: Sequence[float] = (),
         std: Sequence[float] = (),
+        bgr: bool = False,
         architecture: str = "",
         origin: str = "",
     ) -> None:
@@ -277,7 +281,10 @@ class Classifier(nn.Module):
                 expected=f"no values, or {channels} means and {channels} positive deviations",
                 got=f"mean {tuple(mean)}, std {tuple(std)}",
             )
+        if bgr and channels != 3:
+            raise InputError("only colour images have blue first", expected="3 channels", got=channels)
         self.network = network
+        self.bgr = bgr
         self.input_shape = input_shape
         self.class_names = tuple(class_names)
         self.architecture = architecture
@@ -295,7 +302,8 @@ class Classifier(nn.Module):
         return len(self.class_names)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return logits (B, K) for pixels in [0, 1] of shape (B, C, H, W)."""
+        """Return logits (B, K) for pixels in [0, 1] of shape (B, C, H, W), red first."""
+        pixels = pixels.flip(1) if self.bgr else pixels
         inputs = (pixels - self.mean) / self.std if self._normalised else pixels
         return logits_in(self._outputs(inputs), self.classes)
 

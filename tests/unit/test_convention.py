@@ -129,9 +129,15 @@ def test_blue_before_red_is_noticed() -> None:
     pixels = torch.randint(0, 256, (80, 3, 8, 8), generator=draws).to(torch.uint8)
     truth = torch.arange(80) % 4
     pixels[:, 2] = torch.tensor(CENTRES)[truth].view(-1, 1, 1).to(torch.uint8)
-    found = infer_normalisation({"net": first}, Images(pixels, truth, ("a", "b", "c", "d")), run())
+    held = Images(pixels, truth, ("a", "b", "c", "d"))
+    found = infer_normalisation({"net": first}, held, run(), channels_known=True)
     assert any("BGR" in note for note in found.notes)
     assert found.warning
+    taken = infer_normalisation({"net": first}, held, run())
+    assert taken.best.normalisation.bgr and taken.best.accuracy > 0.9 and not taken.warning
+    assert any("takes BGR images, and gets them so" in note for note in taken.notes)
+    given = infer_normalisation({"net": first}, held, run(), normalisations=[Normalisation("as given")])
+    assert given.best.normalisation.bgr and not given.warning
 
 
 def test_without_labels_there_is_only_a_weak_sign() -> None:

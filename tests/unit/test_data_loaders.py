@@ -176,9 +176,14 @@ def test_a_null_label(tmp_path: Path, load: Any) -> None:
         load(path)
 
 
-def test_labels_that_are_no_integers(tmp_path: Path, load: Any) -> None:
-    path = parquet(tmp_path / "pets.parquet", labels=["a"] * 6, label_type=pa.string())
-    with pytest.raises(InputError, match=r"'label' has the wrong type .*expected integers, got string"):
+def test_labels_that_are_neither_integers_nor_texts(tmp_path: Path, load: Any) -> None:
+    path = parquet(tmp_path / "pets.parquet", labels=[0.5] * 6, label_type=pa.float64())
+    with pytest.raises(
+        InputError, match=r"'label' has the wrong type .*expected integers or texts, got double"
+    ):
+        load(path)
+    path = parquet(tmp_path / "others.parquet", labels=["a"] * 6, label_type=pa.string())
+    with pytest.raises(InputError, match=r"none of the classes .*row 0.*cat, dog, got a"):
         load(path)
 
 

@@ -118,7 +118,7 @@ def test_a_report_holds_the_triggers_of_its_own_scan_only(tmp_path: Path) -> Non
     one = RecoveredTrigger(1, torch.full((1, 8, 8), 0.5), CORNER)
     write_triggers(tmp_path, [one, replace(one, label=2), replace(one, label=3)], {}, most=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["trigger-0", "trigger-1"]
-    write_triggers(tmp_path, [one], {}, most=2)
+    write_triggers(tmp_path, [one], {}, most=2, force=True)
     assert [p.name for p in tmp_path.iterdir()] == ["trigger-0"]
 
 

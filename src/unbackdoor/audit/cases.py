@@ -11,6 +11,7 @@ from unbackdoor.audit.budget import opening
 from unbackdoor.audit.comparison import compare_logits
 from unbackdoor.data.clean_images import resolve_clean_images
 from unbackdoor.data.conform import conform
+from unbackdoor.data.loaders import ImageFiles
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import ConfigError, InputError
 from unbackdoor.opening.open_model import Opened, load_images_of, open_model
@@ -108,6 +109,9 @@ def open_case(
     augmentation: Augmentation | None = None,
     data_root: Path | None = None,
     proof: Data | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    skip_damaged: bool = False,
 ) -> Case:
     """Open a model and load the images in the form that it takes.
 
@@ -130,6 +134,9 @@ def open_case(
             allows, else nothing.
         data_root: Folder that holds the data sets.
         proof: Further images, for measuring a repair alone.
+        image_column: Column of the images in a Parquet file; None: the first of a usual name.
+        label_column: Column of the labels, likewise.
+        skip_damaged: Whether images that cannot be decoded are left out and counted.
 
     Raises:
         UnbackdoorError: If the model or the images cannot be used, or arguments contradict each other.
@@ -139,9 +146,14 @@ def open_case(
         "weights": weights, "output": output,
     }  # fmt: skip
     amounts: dict[str, Any] = {"clean": clean, "per_class": per_class, "fraction": fraction}
+    reading: dict[str, Any] = {
+        "image_column": image_column, "label_column": label_column, "skip_damaged": skip_damaged
+    }  # fmt: skip
     if isinstance(model, Case):
         conflicting = [
-            name for name, value in {**model_options, **amounts, "data": data}.items() if value is not None
+            name
+            for name, value in {**model_options, **amounts, "data": data, **reading}.items()
+            if value is not None and value is not False
         ]
         if conflicting:
             raise ConfigError(
@@ -162,7 +174,7 @@ def open_case(
         )
     split = data if isinstance(data, CleanData) else None
     own_augmentation: Augmentation = split.augmentation if split is not None else "none"
-    images: Images | Path | None = None
+    images: Images | ImageFiles | None = None
     proof_images: Images | None = None
     data_set: str | None = None
     notes: tuple[str, ...] = ()
@@ -175,9 +187,12 @@ def open_case(
             root=data_root,
             seed=run.seed,
             progress=run.show,
+            **reading,
         )
         images, proof_images, own_augmentation = loaded.images, loaded.proof, loaded.augmentation
         data_set, notes = loaded.data_set, loaded.notes
+    elif any(value is not None and value is not False for value in reading.values()):
+        raise ConfigError("the clean images", ["columns and damaged images are of files, and there are none"])
     elif any(value is not None for value in amounts.values()):
         raise ConfigError("the clean images", ["clean, per_class and fraction draw from a named data set"])
     elif data is not None:
@@ -190,14 +205,14 @@ def open_case(
         classifier = model.model if isinstance(model, Opened) else model
         if images is None and opened is not None:
             images = opened.images
-        elif isinstance(images, Path) or data_set is not None:
+        elif isinstance(images, ImageFiles) or data_set is not None:
             images = _fitting(images, classifier, run)
     else:
         opened = open_model(model, images=images, run=run, **model_options)
         classifier, images = opened.model, opened.images
-    assert not isinstance(images, Path)
+    assert not isinstance(images, ImageFiles)
     if proof is not None:
-        proof_data = resolve_clean_images(proof).images if isinstance(proof, Path | str) else proof
+        proof_data = resolve_clean_images(proof, **reading).images if isinstance(proof, Path | str) else proof
         proof_images = _fitting(
             proof_data.all if isinstance(proof_data, CleanData) else proof_data, classifier, run
         )
@@ -206,6 +221,7 @@ def open_case(
     elif data_set is not None:
         proof_images = images  # the method gets as many as were asked for, and the proof is marked
     of_training_part = data_set is not None and proof is None
+    notes += () if images is None else images.notes
     return Case(
         classifier,
         images,
@@ -284,7 +300,7 @@ def options_for(model: Model, options: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _fitting(images: Images | Path | None, model: Classifier, run: Run) -> Images:
+def _fitting(images: Images | ImageFiles | None, model: Classifier, run: Run) -> Images:
     shape, names = model.input_shape, model.class_names
     loaded = load_images_of(images, shape[1:], run.show)
     assert loaded is not None

@@ -28,7 +28,7 @@ from unbackdoor.engine import trusted_caller
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError, UnbackdoorError
-from unbackdoor.files import require_writable
+from unbackdoor.files import writing
 from unbackdoor.metrics import Rate
 from unbackdoor.opening.provenance import key_in_words
 from unbackdoor.opening.write_back import output_name, repair_patch, write_repaired
@@ -223,7 +223,6 @@ class Purification(Result):
         opened = self.case.opened if self.case is not None else None
         out = output_name(Path(path), opened)
         card = out.with_suffix(".json")
-        require_writable((out, card), force=force, inputs=self._inputs())
         written = {"model": str(out), "card": str(card)}
         record = {**self.to_dict(), **written}
         step = {
@@ -238,7 +237,8 @@ class Purification(Result):
             "changed_entries": self.facts["changed_entries"],
             "residual_triggers": record["residual_triggers"],
         }
-        write_repaired(out, self.model, opened, step=step, record=record)
+        with writing((out, card), force=force, inputs=self._inputs()):
+            write_repaired(out, self.model, opened, step=step, record=record)
         self.written.update(written)
         return out
 
@@ -253,10 +253,10 @@ class Purification(Result):
         opened = self.case.opened if self.case is not None else None
         if opened is None or opened.source is None:
             raise InputError("a patch belongs to a file, and the model is of none")
-        require_writable((out,), force=force, inputs=self._inputs())
-        opened.source.require_unchanged()
-        facts = {"method": dict(self.purified.method), "source": opened.source.path.name}
-        write_patch(out, repair_patch(self.model, opened, facts))
+        with writing((out,), force=force, inputs=self._inputs()):
+            opened.source.require_unchanged()
+            facts = {"method": dict(self.purified.method), "source": opened.source.path.name}
+            write_patch(out, repair_patch(self.model, opened, facts))
         self.written["patch"] = str(out)
         return out
 

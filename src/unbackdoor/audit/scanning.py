@@ -22,6 +22,7 @@ from unbackdoor.audit.references import calibrated, read_references
 from unbackdoor.audit.result import Result
 from unbackdoor.confinement import now
 from unbackdoor.engine import trusted_caller
+from unbackdoor.engine.canonical_form import CanonicalForm, form_for_checks
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError, MissingExtra, TooFewImages, UnbackdoorError, UnsupportedModel
@@ -234,7 +235,8 @@ def scan(
     if not 0 < level < 1:
         raise InputError("the level does not fit", expected="a probability in (0, 1)", got=level)
     require_classifier(model)
-    Run.create(seed=seed, device=device, policy=precision)  # a missing device is one error, not one per check
+    # A missing device is one error, not one per check.
+    run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
     planned = plan_checks([checks] if isinstance(checks, str) else checks, options)
     reference_records = read_references(references or ())
     empty = CleanData.empty(model.input_shape, model.class_names)
@@ -245,6 +247,7 @@ def scan(
         "model_classes": model.classes,
         "images": len(clean),
         "images_sha256": clean.fingerprint() if len(clean) else None,
+        "image_notes": list(clean.fit.notes),
         "labelled": bool(len(clean)) and clean.fit.labels is not None,
         "setting": {
             "architecture": model.architecture,
@@ -261,7 +264,9 @@ def scan(
     deadline = end_of(budget)
     done: list[Checked] = []
     begun, interrupted = start, False
+    form: CanonicalForm | None = None
     try:
+        form = _form(model, clean, run, deadline)
         for check in planned:
             begun = time.monotonic()
             done.append(
@@ -269,6 +274,7 @@ def scan(
                     check,
                     model,
                     clean,
+                    form,
                     deadline,
                     seed=seed,
                     device=device,
@@ -282,6 +288,12 @@ def scan(
         seconds = time.monotonic() - begun
         done += [Checked(c, "interrupted", "it was interrupted", seconds=seconds) for c in left[:1]]
         done += [Checked(c, "interrupted", BEFORE_IT_BEGAN) for c in left[1:]]
+    notes = []
+    if form is not None:
+        facts |= {"unused_classes": list(form.unused), "equal_classes": [list(p) for p in form.equal.items()]}
+        notes = [f"{what.capitalize()}: {why}." for what, why in form.left_out(model.class_names).items()]
+        if form.constant:
+            notes = [f"The network is constant, so that no class can stand apart: {form.constant}."]
     return _concluded(
         done,
         level,
@@ -289,8 +301,24 @@ def scan(
         model.class_names,
         seconds=time.monotonic() - start,
         interrupted=interrupted,
+        notes=notes,
         reservations=reservations,
     )
+
+
+def _form(model: Classifier, data: CleanData, run: Run, deadline: float | None) -> CanonicalForm | None:
+    """Return the form that all checks work on; None where each of them says itself why it cannot work."""
+
+    def limited(items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
+        for item in run.show(items, label, total):
+            if deadline is not None and now() >= deadline:
+                raise BudgetSpent("the time of the scan is over")
+            yield item
+
+    try:
+        return form_for_checks(model, data, replace(run, show=limited))
+    except UnbackdoorError:
+        return None
 
 
 def unscanned(
@@ -317,6 +345,7 @@ def _concluded(
     *,
     seconds: float,
     interrupted: bool,
+    notes: Sequence[str] = (),
     reservations: Sequence[str] = (),
 ) -> Audit:
     judged, agreed = _adjusted(done)
@@ -327,7 +356,7 @@ def _concluded(
         verdict,
         classes,
         tuple(judged),
-        (*reasons, *_correction(judged, left_out)),
+        (*reasons, *notes, *_correction(judged, left_out)),
         level,
         tuple(_triggers(judged, classes)),
         seconds,
@@ -343,6 +372,7 @@ def _run_check(
     check: Check,
     model: Classifier,
     data: CleanData,
+    form: CanonicalForm | None,
     deadline: float | None,
     *,
     seed: int,
@@ -386,6 +416,7 @@ def _run_check(
             device=device,
             precision=precision,
             progress=limited,
+            form=form,
         )
     except BudgetSpent:
         return lost()
@@ -401,7 +432,7 @@ def _run_check(
         return Checked(check, "failed", str(error), seconds=time.monotonic() - start)
     if spent:
         return lost()
-    return Checked(check, "ran", "", report, _p_value(report), seconds=time.monotonic() - start)
+    return Checked(check, "ran", "", report, _p_value(check, report), seconds=time.monotonic() - start)
 
 
 def _unmet_needs(needs: frozenset[str], data: CleanData) -> str:
@@ -412,8 +443,12 @@ def _unmet_needs(needs: frozenset[str], data: CleanData) -> str:
     return ""
 
 
-def _p_value(report: ScanReport) -> float | None:
+def _p_value(check: Check, report: ScanReport) -> float | None:
     """Return the p-value that counts: of the strongest finding, if the scanner was able to calibrate it."""
+    references = SCANNERS[check.scanner].scanning.references
+    if references is not None and not report.method.get("options", {}).get(references.option):
+        # It can accuse nobody, so there is nothing that the other checks would have to be corrected for.
+        return None
     if report.verdict == "undecided" or not report.findings:
         return None
     return report.findings[0].p_value

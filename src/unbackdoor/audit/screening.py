@@ -18,7 +18,7 @@ from unbackdoor.engine import trusted_caller
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import ConfigError, InputError
-from unbackdoor.files import atomic_write, require_writable
+from unbackdoor.files import atomic_write, writing
 from unbackdoor.registry import INPUT_LABELS, SCREENERS, Config, Part
 from unbackdoor.text import printable
 from unbackdoor.types import Classifier, CleanData, Images, Progress, Screening, as_images, silent
@@ -76,8 +76,11 @@ class ScreenedImages(Screening):
         path = Path(path)
         source = self.case.source if self.case is not None else None
         inputs = [] if source is None else [file.path for file in source.files]
-        require_writable((path,), force=force, inputs=inputs)
-        with atomic_write(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
+        with (
+            writing((path,), force=force, inputs=inputs),
+            atomic_write(path) as draft,
+            draft.open("w", encoding="utf-8", newline="") as file,
+        ):
             writer = csv.writer(file)
             writer.writerow(CSV_COLUMNS)
             writer.writerows(self._rows())

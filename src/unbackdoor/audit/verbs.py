@@ -24,6 +24,7 @@ from unbackdoor.audit.cases import (
 )
 from unbackdoor.audit.checks import Check
 from unbackdoor.audit.scanning import LEVEL, Audit
+from unbackdoor.audit.trigger_files import read_triggers
 from unbackdoor.audit.verification import Verification
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
@@ -32,7 +33,6 @@ from unbackdoor.opening.write_back import stored_types
 from unbackdoor.registry import Config, Part
 from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Augmentation, Progress, silent
-from unbackdoor.weights.triggers import read_triggers
 
 
 @within_budget
@@ -57,6 +57,9 @@ def scan(
     fraction: float | None = None,
     augmentation: Augmentation | None = None,
     data_root: Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    skip_damaged: bool = False,
     seed: int = 0,
     device: str = "cpu",
     precision: Policy = "auto",
@@ -87,6 +90,9 @@ def scan(
         augmentation: What may be done to an image without changing its class; None: what the named data set
             allows, else nothing.
         data_root: Folder that holds the data sets.
+        image_column: Column of the images in a Parquet file; None: the first of a usual name.
+        label_column: Column of the labels, likewise.
+        skip_damaged: Whether images that cannot be decoded are left out and counted.
         seed: Seed of every draw.
         device: Where to compute.
         precision: ``auto``, ``fp32`` or ``bf16``.
@@ -120,6 +126,9 @@ def scan(
         fraction=fraction,
         augmentation=augmentation,
         data_root=data_root,
+        image_column=image_column,
+        label_column=label_column,
+        skip_damaged=skip_damaged,
     )
     audit = scanning.scan(
         case.model,
@@ -162,6 +171,9 @@ def purify(
     fraction: float | None = None,
     augmentation: Augmentation | None = None,
     data_root: Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    skip_damaged: bool = False,
     seed: int = 0,
     device: str = "cpu",
     precision: Policy = "auto",
@@ -179,7 +191,8 @@ def purify(
             any.
         promise: ``evidence`` refuses the repair where the 95 % interval of the loss lies above that;
             ``strict`` refuses it unless the interval lies below.
-        triggers: Recovered triggers, or their files, whose success is measured before and after.
+        triggers: Recovered triggers, their files, or pictures such as ``patch.png,class=3,place=24x24``,
+            whose success is measured before and after.
         proof: Further images, for measuring alone; None keeps a part of ``data`` from the method.
         select_fraction: Share of the method's images that it only chooses thresholds on.
         arch: See :func:`unbackdoor.open_model`, as for the six that follow; only for a file.
@@ -195,6 +208,9 @@ def purify(
         augmentation: What may be done to an image without changing its class; None: what the named data set
             allows, else nothing.
         data_root: Folder that holds the data sets.
+        image_column: Column of the images in a Parquet file; None: the first of a usual name.
+        label_column: Column of the labels, likewise.
+        skip_damaged: Whether images that cannot be decoded are left out and counted.
         seed: Seed of every draw.
         device: Where to compute.
         precision: ``auto``, ``fp32`` or ``bf16``.
@@ -233,6 +249,9 @@ def purify(
         fraction=fraction,
         augmentation=augmentation,
         data_root=data_root,
+        image_column=image_column,
+        label_column=label_column,
+        skip_damaged=skip_damaged,
         proof=proof,
     )
     images = case.data if case.data is not None else case.images
@@ -280,6 +299,9 @@ def verify(
     per_class: int | None = None,
     fraction: float | None = None,
     data_root: Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    skip_damaged: bool = False,
     seed: int = 0,
     device: str = "cpu",
     precision: Policy = "auto",
@@ -291,7 +313,8 @@ def verify(
         before: The original: a file of weights, what :func:`unbackdoor.open_model` returned, or a classifier.
         after: What is said to be its repair; of the same input and classes.
         data: Clean images, as for :func:`scan`; None: those that the first was opened with.
-        triggers: Known triggers, or their files, to try beside the recovered ones.
+        triggers: Known triggers, their files, or pictures, as for :func:`purify`, to try beside the
+            recovered ones.
         checks: Checks of both scans; None is all. On ``after`` those that accused ``before`` come first.
         level: Accepted probability of a false alarm in each scan.
         budget: Seconds for opening and both scans together; None is no limit.
@@ -307,6 +330,9 @@ def verify(
         per_class: Likewise: images of each class.
         fraction: Likewise: share of the images set aside for defenders, in (0, 1].
         data_root: Folder that holds the data sets.
+        image_column: Column of the images in a Parquet file; None: the first of a usual name.
+        label_column: Column of the labels, likewise.
+        skip_damaged: Whether images that cannot be decoded are left out and counted.
         seed: Seed of every draw.
         device: Where to compute.
         precision: ``auto``, ``fp32`` or ``bf16``.
@@ -330,6 +356,9 @@ def verify(
         per_class=per_class,
         fraction=fraction,
         data_root=data_root,
+        image_column=image_column,
+        label_column=label_column,
+        skip_damaged=skip_damaged,
         **options_for(before, model_options),
     )
     second = open_second(after, first, run=run, **model_options)

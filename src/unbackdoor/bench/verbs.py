@@ -15,6 +15,8 @@ from unbackdoor.attacks import AttackTruth
 from unbackdoor.audit.cases import Case, Model, open_case, open_pair_sources, options_for
 from unbackdoor.audit.comparison import rate_facts
 from unbackdoor.bench.judge import Scores, der, judge, rir
+from unbackdoor.bench.picture_truth import ATTACK as PICTURE
+from unbackdoor.bench.picture_truth import picture_options, truth_of_picture
 from unbackdoor.bench.truth_files import TENSORS_SUFFIX, TRUTH_SUFFIX, load_truth
 from unbackdoor.bench.victims import VictimSpec, save_victim, train_victim
 from unbackdoor.data.datasets import DataSet, load_dataset
@@ -23,7 +25,7 @@ from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe, recipe_named
 from unbackdoor.errors import ConfigError, InputError
-from unbackdoor.files import require_writable
+from unbackdoor.files import require_writable, writing
 from unbackdoor.networks.build import canonical
 from unbackdoor.opening.open_model import Opened
 from unbackdoor.registry import ATTACKS, Part
@@ -86,8 +88,9 @@ class Victim:
             "seed": self.seed,
             "precision": self.precision,
         }
-        save_victim(self.model, self.truth, out, history=[step])
         card, truth = out.with_suffix(".json"), out.with_suffix(TRUTH_SUFFIX)
+        with writing((out, card, truth, out.with_suffix(TENSORS_SUFFIX)), force=force):
+            save_victim(self.model, self.truth, out, history=[step])
         self.written.update({"model": str(out), "card": str(card), "truth": str(truth)})
         return out
 
@@ -163,6 +166,7 @@ def train(
     poison_rate: float | None = None,
     target: int | None = None,
     attack_options: Mapping[str, Any] | None = None,
+    trigger: str | None = None,
     recipe: str = "plain",
     options: Mapping[str, Any] | None = None,
     checkpoint: Path | None = None,
@@ -181,6 +185,8 @@ def train(
         poison_rate: Share of the training images that carry the trigger, in [0, 1]; None: the attack's.
         target: Class that triggered images are sent to; None: the attack's.
         attack_options: Further options of the attack.
+        trigger: A picture as the trigger, such as ``patch.png,class=3,place=24x24``: short for the attack
+            ``picture``.
         recipe: Named way to train.
         options: Options laid over those of the recipe.
         checkpoint: Where an interrupted training is kept, and continued when the same call is made again;
@@ -205,11 +211,15 @@ def train(
     if not all(isinstance(name, str) for name in (architecture, attack, recipe)):
         raise InputError("a name is of another type", expected="texts as architecture, attack and recipe")
     changed = recipe_named(recipe, **(options or {}))
-    given = attack_config(ATTACKS[attack], poison_rate, target, attack_options)
+    given = attack_config(ATTACKS[attack], poison_rate, target, attack_options) if trigger is None else {}
     name = dataset.name if isinstance(dataset, DataSet) else dataset
-    spec = VictimSpec(name, canonical(architecture), changed, recipe, attack, given, seed)
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
     data = _loaded(dataset, data_root, progress)
+    if trigger is not None:
+        attack = PICTURE
+        named = picture_options(trigger, data.train.class_names, target=target)
+        given = attack_config(ATTACKS[attack], poison_rate, None, {**(attack_options or {}), **named})
+    spec = VictimSpec(name, canonical(architecture), changed, recipe, attack, given, seed)
     start = time.perf_counter()
     model, truth = train_victim(spec, data, run, checkpoint=None if checkpoint is None else Path(checkpoint))
     seconds = round(time.perf_counter() - start, 3)
@@ -223,6 +233,7 @@ def evaluate(
     *,
     before: Model | None = None,
     truth: AttackTruth | Path | str | None = None,
+    trigger: str | None = None,
     data_root: Path | None = None,
     arch: str | None = None,
     mean: Sequence[float] | None = None,
@@ -243,6 +254,7 @@ def evaluate(
             returned.
         before: The same model before its repair; adds DER and RIR.
         truth: The attack, or its record; None: the ``.truth.json`` beside ``model``, else beside ``before``.
+        trigger: A picture as the trigger in the place of a record, as for :func:`train`.
         data_root: Folder that holds the data sets.
         arch: See :func:`unbackdoor.open_model`, as for the six that follow; only for files.
         mean: Per-channel mean; None: the card's, else the data set's.
@@ -267,9 +279,15 @@ def evaluate(
         >>> unbackdoor.evaluate("repaired", "cifar10", before="victim").der  # doctest: +SKIP
         0.98
     """
-    attack, record = _truth(truth, [model] if before is None else [model, before])
+    if truth is not None and trigger is not None:
+        raise ConfigError("the attack", ["truth and trigger are two answers to one question"])
+    known = None if trigger is not None else _truth(truth, [model] if before is None else [model, before])
     run = Run.create(device=device, policy=precision, progress=progress)
     data = _loaded(dataset, data_root, progress)
+    if known is not None:
+        attack, record = known
+    else:
+        attack, record = truth_of_picture(str(trigger), data.test, run), None
     _require_same_form(attack, data, record)
     model_options: dict[str, Any] = {
         "arch": arch, "mean": mean, "std": std, "size": size, "class_names": class_names,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from unbackdoor.types import Progress
     from unbackdoor.weights.source import Source
 
-PAGE, RECORD = "report.html", "result.json"
+PAGE = "report.html"
 _MAX_NAMES_FILE = 10 << 20  # bytes
 _MAX_NAMED = 10  # suspected classes that a sentence lists; the record has all
 _MODEL, _DATA = "Models without a card", "Data"
@@ -95,10 +95,11 @@ Level = Annotated[
     typer.Option(help="Accepted probability of accusing a clean model.", rich_help_panel="Method"),
 ]
 Trigger = Annotated[
-    list[Path] | None,
+    list[str] | None,
     typer.Option(
         "--trigger",
-        help="Recovered trigger, a trigger.safetensors of a scan's report; may be repeated.",
+        help="A trigger.safetensors of a scan's report; or a picture, FILE.png,class=NAME, "
+        "with ,place=ROWxCOLUMN ,size=HxW ,mask=FILE.png ,strength=0.5 or ,add behind it; may be repeated.",
         show_default=False,
         rich_help_panel="Method",
     ),
@@ -130,6 +131,9 @@ class UserOptions:
     augmentation: options.AugmentationName | None = None
     data_root: Path | None = None
     proof: Path | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    skip_damaged: bool = False
     weights: str | None = None
     output: str | None = None
 
@@ -161,6 +165,9 @@ def open_case(
         augmentation=None if user_options.augmentation is None else user_options.augmentation.value,
         data_root=user_options.data_root,
         proof=user_options.proof,
+        image_column=user_options.image_column,
+        label_column=user_options.label_column,
+        skip_damaged=user_options.skip_damaged,
     )
     show_notes(case, quiet=quiet)
     return case
@@ -186,6 +193,8 @@ def open_pair(
 
 def show_notes(case: Case, *, quiet: bool) -> None:
     """Print what was done to the images, and what should not be overlooked, before anything is computed."""
+    for text in case.images.notes if case.images is not None else ():
+        note(f"mind: {text}", quiet=quiet)
     if case.opened is not None:
         for text in case.opened.provenance.images:
             note(text, quiet=quiet)
@@ -243,9 +252,31 @@ def command_line() -> str:
     return shlex.join(["unbackdoor", *sys.argv[1:]])
 
 
-def report_files(folder: Path | None) -> tuple[Path, ...]:
-    """Return the files that a report is sure to have; none without a folder."""
-    return () if folder is None else (folder / PAGE, folder / RECORD)
+def require_report(
+    folder: Path | None,
+    others: Sequence[Path] = (),
+    *,
+    triggers: bool = False,
+    force: bool,
+    inputs: Sequence[Path] = (),
+) -> None:
+    """Check, before the work, that a report and other files can be written and that nothing is lost.
+
+    Args:
+        folder: Of the report; None where none was asked for.
+        others: Further files that will be written.
+        triggers: Whether the report may hold recovered triggers.
+        force: Whether files that exist may be replaced.
+        inputs: Files that are not replaced even then.
+
+    Raises:
+        InputError: See :func:`unbackdoor.files.require_writable`.
+    """
+    from unbackdoor.report.saving import report_files
+
+    files = () if folder is None else report_files(folder, triggers=triggers)
+    options.require_writable(files, force=force, inputs=inputs, below=folder)
+    options.require_writable((*others, *files), force=force, inputs=inputs)  # no two of one name
 
 
 def show_audit(audit: Audit, names: Sequence[str]) -> None:

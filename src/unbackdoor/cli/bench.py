@@ -218,22 +218,25 @@ def export(
         typer.Option(help="Folder for the trained victims too, for others to import.", show_default=False),
     ] = None,
     store: StoreFolder = STORE,
+    force: options.Force = False,
 ) -> None:
     """Write the rows of a suite as JSON lines or Parquet; scans go into a second file beside them."""
     from unbackdoor.bench.results import write_parquet
     from unbackdoor.bench.rows import Row, ScanRow, write_rows
+    from unbackdoor.files import writing
 
     rows, scans = _rows(suite, store), _scans(suite, store)
     file = out or Path("results") / f"{Path(suite).stem}.{form.value}"
     beside = file.with_name(f"{file.stem}{_SCANS}{file.suffix}")
-    for where, kind_rows, kind in ((file, rows, Row), (beside, scans, ScanRow)):
-        if where == beside and not scans:
-            continue
-        if form is Format.parquet:
-            write_parquet(where, kind_rows, kind)
-        else:
-            write_rows(where, kind_rows)
-        say(f"{len(kind_rows)} rows: {where}")
+    with writing((file, beside) if scans else (file,), force=force):
+        for where, kind_rows, kind in ((file, rows, Row), (beside, scans, ScanRow)):
+            if where == beside and not scans:
+                continue
+            if form is Format.parquet:
+                write_parquet(where, kind_rows, kind)
+            else:
+                write_rows(where, kind_rows)
+            say(f"{len(kind_rows)} rows: {where}")
     if victims is not None:
         from unbackdoor.bench.exchange import export_victims
 
@@ -263,6 +266,7 @@ def report(
         typer.Option(help="Published numbers to lay beside ours, as a .csv file.", show_default=False),
     ] = None,
     store: StoreFolder = STORE,
+    force: options.Force = False,
 ) -> None:
     """Render the rows of a suite as one HTML page that loads nothing, and as Markdown."""
     from unbackdoor.report.charts import require_charts
@@ -270,11 +274,14 @@ def report(
     require_charts()
     from unbackdoor import __version__
     from unbackdoor.bench.reference import read_published
+    from unbackdoor.files import writing
     from unbackdoor.report.benchmark import bench_report
     from unbackdoor.report.html import to_html
     from unbackdoor.report.markdown import to_markdown
     from unbackdoor.report.page import write_page
 
+    files = (out / "index.html", out / "report.md")
+    options.require_writable(files, force=force)
     published = read_published(reference) if reference else None
     rows = _rows(suite, store)
     made = bench_report(
@@ -283,9 +290,10 @@ def report(
         published=published,
         colophon=f"Made by unbackdoor {__version__} of {len(rows):,} rows.",
     )
-    for file, text in ((out / "index.html", to_html(made)), (out / "report.md", to_markdown(made))):
-        write_page(file, text)
-        say(file)
+    with writing(files, force=force):
+        for file, text in zip(files, (to_html(made), to_markdown(made)), strict=True):
+            write_page(file, text)
+            say(file)
 
 
 @bench.command("diff")

@@ -43,6 +43,26 @@ Fraction = Annotated[
         rich_help_panel=_DATA,
     ),
 ]
+ImageColumn = Annotated[
+    str | None,
+    typer.Option(
+        help="Column of the images in a .parquet file.",
+        show_default="image, img or another usual name",
+        rich_help_panel=_DATA,
+    ),
+]
+LabelColumn = Annotated[
+    str | None,
+    typer.Option(
+        help="Column of the labels in a .parquet file.",
+        show_default="label, fine_label or another usual name",
+        rich_help_panel=_DATA,
+    ),
+]
+SkipDamaged = Annotated[
+    bool,
+    typer.Option("--skip-damaged", help="Leave out and count damaged images.", rich_help_panel=_DATA),
+]
 SelectFraction = Annotated[
     float,
     typer.Option(help="Share of the clean images that only thresholds are chosen on.", rich_help_panel=_DATA),

@@ -57,6 +57,7 @@ def demo(
         "demo-report"
     ),
     seed: options.Seed = 0,
+    force: options.Force = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -65,7 +66,7 @@ def demo(
     Trains on the handwritten digits that come with scikit-learn, so that nothing is downloaded. Takes a
     minute or two. Writes index.html and result.json into the folder of the report.
     """
-    result = run_demo(DemoSettings(), out, seed=seed, silent=as_json, quiet=quiet)
+    result = run_demo(DemoSettings(), out, seed=seed, silent=as_json, quiet=quiet, force=force)
     if as_json:
         emit({**result, "report": str(out / PAGE)})
         return
@@ -74,7 +75,13 @@ def demo(
 
 
 def run_demo(
-    settings: DemoSettings, out: Path, *, seed: int, silent: bool = False, quiet: bool = False
+    settings: DemoSettings,
+    out: Path,
+    *,
+    seed: int,
+    silent: bool = False,
+    quiet: bool = False,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Run the demonstration and write its report.
 
@@ -84,12 +91,14 @@ def run_demo(
         seed: Seed of everything.
         silent: Print no tables.
         quiet: Show no progress.
+        force: Whether files that exist may be replaced.
 
     Returns:
         What was written as ``result.json``; rates in 0..1.
 
     Raises:
         MissingExtra: If scikit-learn or matplotlib is not installed.
+        InputError: If a file of the report exists, or cannot be written.
     """
     import torch
 
@@ -99,13 +108,14 @@ def run_demo(
     from unbackdoor.data.splits import draw_clean, reserve
     from unbackdoor.engine import trusted_caller
     from unbackdoor.engine.training import Recipe, train
-    from unbackdoor.files import write_json
+    from unbackdoor.files import require_writable, write_json, writing
     from unbackdoor.networks import build
     from unbackdoor.report.charts import require_charts
     from unbackdoor.report.page import write_page
     from unbackdoor.types import CleanData
 
     require_charts()
+    require_writable((out / PAGE, out / RESULT), force=force)
     # Not more threads, and not the precision "auto": the order of a sum is up to the number of threads, and
     # everybody should see the same numbers. A network of this size gains little from a second one.
     torch.set_num_threads(1)
@@ -183,8 +193,9 @@ def run_demo(
         _examples(data.test, truth, victim, purified.model, run),
         seed,
     )
-    write_json(out / RESULT, result)
-    write_page(out / PAGE, page)
+    with writing((out / PAGE, out / RESULT), force=force):
+        write_json(out / RESULT, result)
+        write_page(out / PAGE, page)
     return result
 
 

@@ -38,6 +38,15 @@ def evaluate(
             rich_help_panel="Data",
         ),
     ] = None,
+    trigger: Annotated[
+        str | None,
+        typer.Option(
+            help="A picture as the trigger, where the attack is not on record: FILE.png,class=NAME, with "
+            ",place=ROWxCOLUMN ,size=HxW ,mask=FILE.png ,strength=0.5 or ,add behind it.",
+            show_default=False,
+            rich_help_panel="Data",
+        ),
+    ] = None,
     arch: auditor.Arch = None,
     mean: options.Mean = None,
     std: options.Std = None,
@@ -66,6 +75,7 @@ def evaluate(
             dataset,
             before=before,
             truth=truth,
+            trigger=trigger,
             data_root=data_root,
             arch=arch,
             mean=options.numbers(mean, "--mean"),

@@ -113,6 +113,9 @@ def purify(
         ),
     ] = False,
     data_root: shared.DataRoot = None,
+    image_column: defender.ImageColumn = None,
+    label_column: defender.LabelColumn = None,
+    skip_damaged: defender.SkipDamaged = False,
     arch: auditor.Arch = None,
     mean: shared.Mean = None,
     std: shared.Std = None,
@@ -154,17 +157,18 @@ def purify(
     require_share(select_fraction)
     user_options = auditor.UserOptions(
         arch, mean, std, size, class_names, data, clean, per_class, fraction, augmentation, data_root, proof,
-        weights=weights, output=output,
+        weights=weights, output=output, image_column=image_column, label_column=label_column,
+        skip_damaged=skip_damaged,
     )  # fmt: skip
     # Checked before the repair as far as possible, because the repair may take an hour.
     source = shared.existing_model(model)
-    others = (*(() if patch is None else (patch,)), *auditor.report_files(report))
-    _require_outputs(out, others, source, force=force)
+    others = () if patch is None else (patch,)
+    _require_outputs(out, others, report, source, force=force)
     with Display(quiet=quiet) as display:
         run = shared.open_run(seed, device, precision, display)
         case = auditor.open_case(source, user_options, run, display, quiet=quiet)
         out = output_name(out, case.opened)
-        _require_outputs(out, others, source, force=force)
+        _require_outputs(out, others, report, source, force=force)
         try:
             done = unbackdoor.purify(
                 case,
@@ -200,7 +204,9 @@ def purify(
     say(f"Repaired model: {out}" + (f", patch: {patch}" if patch is not None else ""))
 
 
-def _require_outputs(out: Path, others: Sequence[Path], source: Path, *, force: bool) -> None:
+def _require_outputs(
+    out: Path, others: Sequence[Path], report: Path | None, source: Path, *, force: bool
+) -> None:
     from unbackdoor.opening.write_back import ONNX, SUFFIXES
 
     if out.suffix not in SUFFIXES:  # the most likely name; the format of the opened file decides
@@ -210,7 +216,8 @@ def _require_outputs(out: Path, others: Sequence[Path], source: Path, *, force: 
             "the repaired model would replace the suspicious one", where=out, remedy="Choose another --out"
         )
     originals = (source, source.with_suffix(".json")) if shared.has_card(source) else (source,)
-    shared.require_writable((out, out.with_suffix(".json"), *others), force=force, inputs=originals)
+    files = (out, out.with_suffix(".json"), *others)
+    auditor.require_report(report, files, force=force, inputs=originals)
 
 
 def _show(method: str, preset: str | None, done: Purification) -> None:

@@ -51,6 +51,9 @@ def scan(
     fraction: defender.Fraction = None,
     augmentation: defender.AugmentationChoice = None,
     data_root: shared.DataRoot = None,
+    image_column: defender.ImageColumn = None,
+    label_column: defender.LabelColumn = None,
+    skip_damaged: defender.SkipDamaged = False,
     arch: auditor.Arch = None,
     mean: shared.Mean = None,
     std: shared.Std = None,
@@ -80,15 +83,21 @@ def scan(
     from unbackdoor.audit.budget import budgeted
     from unbackdoor.audit.references import read_references
 
-    outputs = (*auditor.report_files(report), *(() if sarif_file is None else (sarif_file,)))
-    shared.require_writable(outputs, force=force, inputs=(shared.existing_model(model),))
+    auditor.require_report(
+        report,
+        () if sarif_file is None else (sarif_file,),
+        triggers=True,
+        force=force,
+        inputs=(shared.existing_model(model), *(references or ())),
+    )
     limit = shared.seconds_of(budget, "--budget")
     named = auditor.check_names(checks)
     check_options = _options_by_check(options, named)
     read_references(references or ())  # a wrong path is an error before the scan, not after it
     user_options = auditor.UserOptions(
         arch, mean, std, size, class_names, data, clean, per_class, fraction, augmentation, data_root,
-        weights=weights, output=output,
+        weights=weights, output=output, image_column=image_column, label_column=label_column,
+        skip_damaged=skip_damaged,
     )  # fmt: skip
     with Display(quiet=quiet) as display, budgeted(limit):
         run = shared.open_run(seed, device, precision, display)

@@ -53,6 +53,15 @@ def train(
             rich_help_panel="Attack",
         ),
     ] = None,
+    trigger: Annotated[
+        str | None,
+        typer.Option(
+            help="A picture as trigger: FILE.png,class=NAME, with ,place=ROWxCOLUMN ,size=HxW ,mask=FILE.png "
+            ",strength=0.5 or ,add behind it; short for the attack picture.",
+            show_default=False,
+            rich_help_panel="Attack",
+        ),
+    ] = None,
     recipe: Annotated[str, typer.Option(help="Named way to train.", rich_help_panel="Training")] = "plain",
     options: Annotated[
         list[str] | None,
@@ -91,6 +100,7 @@ def train(
     from unbackdoor.bench.verbs import victim_file
     from unbackdoor.registry import ATTACKS
 
+    attack = attack if trigger is None else "picture"
     out = victim_file(out, force=force)  # before the training, which may take an hour
     checkpoint = checkpoint or out.with_suffix(".checkpoint")
     changes = _recipe_options(recipe, options or [])
@@ -108,6 +118,7 @@ def train(
                 poison_rate=poison_rate,
                 target=target,
                 attack_options={name: getattr(config, name) for name in typed if name not in own},
+                trigger=trigger,
                 recipe=recipe,
                 options=changes,
                 checkpoint=checkpoint,

@@ -34,6 +34,9 @@ def verify(
     per_class: defender.PerClass = None,
     fraction: defender.Fraction = None,
     data_root: options.DataRoot = None,
+    image_column: defender.ImageColumn = None,
+    label_column: defender.LabelColumn = None,
+    skip_damaged: defender.SkipDamaged = False,
     arch: auditor.Arch = None,
     mean: options.Mean = None,
     std: options.Std = None,
@@ -60,11 +63,12 @@ def verify(
     import unbackdoor
     from unbackdoor.audit.budget import budgeted
 
-    options.require_writable(auditor.report_files(report), force=force, inputs=(before, after))
+    auditor.require_report(report, force=force, inputs=(before, after))
     limit = options.seconds_of(budget, "--budget")
     user_options = auditor.UserOptions(
         arch, mean, std, size, class_names, data, clean, per_class, fraction, None, data_root,
-        weights=weights, output=output,
+        weights=weights, output=output, image_column=image_column, label_column=label_column,
+        skip_damaged=skip_damaged,
     )  # fmt: skip
     with Display(quiet=quiet) as display, budgeted(limit):
         run = options.open_run(seed, device, precision, display)

@@ -75,6 +75,7 @@ def store(images: Images, path: Path) -> None:
         "version": LOADER_VERSION,
         "name": images.name,
         "class_names": list(images.class_names),
+        "notes": list(images.notes),
         "fingerprint": images.fingerprint(),
     }
     _sweep(path.parent)
@@ -105,6 +106,7 @@ def load(path: Path) -> Images | None:
             labels=tensors.get("labels"),
             class_names=tuple(facts["class_names"]),
             name=facts["name"],
+            notes=tuple(map(str, facts.get("notes", ()))),
         )
         return images if images.fingerprint() == facts["fingerprint"] else None
     except (SafetensorError, InputError, OSError, ValueError, KeyError, TypeError, RuntimeError):
@@ -120,11 +122,14 @@ def _sweep(folder: Path) -> None:
                 draft.unlink()
 
 
-def as_images(pixels: Any, labels: Any, class_names: tuple[str, ...], name: str) -> Images:
+def as_images(
+    pixels: Any, labels: Any, class_names: tuple[str, ...], name: str, notes: tuple[str, ...] = ()
+) -> Images:
     """Return Images over numpy arrays without copying them."""
     return Images(
         pixels=torch.from_numpy(pixels),
         labels=None if labels is None else torch.from_numpy(labels),
         class_names=class_names,
         name=name,
+        notes=notes,
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unbackdoor.data.datasets import DataSet, dataset_names, load_dataset
+from unbackdoor.data.loaders import ImageFiles
 from unbackdoor.data.splits import draw_clean, reserve
 from unbackdoor.errors import ConfigError, InputError
 from unbackdoor.registry import near_match
@@ -27,7 +28,7 @@ class CleanImages:
         notes: Warnings for the user.
     """
 
-    images: Images | Path
+    images: Images | ImageFiles
     proof: Images | None = None
     augmentation: Augmentation = "none"
     data_set: str | None = None
@@ -43,6 +44,9 @@ def resolve_clean_images(
     root: Path | None = None,
     seed: int = 0,
     progress: Progress = silent,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    skip_damaged: bool = False,
 ) -> CleanImages:
     """Return the images of a name or a path; those of a path are not loaded yet.
 
@@ -54,10 +58,13 @@ def resolve_clean_images(
         root: Folder that holds the data sets.
         seed: Seed of the draw.
         progress: Progress display.
+        image_column: Of images from a path: see :func:`unbackdoor.data.loaders.load_images`.
+        label_column: Likewise.
+        skip_damaged: Likewise.
 
     Raises:
         InputError: If there is no such data set, file or folder.
-        ConfigError: If an amount was given for images from a path.
+        ConfigError: If an amount was given for images from a path, or a column for a named data set.
     """
     data_set = named_data_set(str(data), root, progress)
     if data_set is None:
@@ -65,7 +72,11 @@ def resolve_clean_images(
         path = Path(data)
         if not path.exists():
             raise InputError("there is no such file or folder", where=path)
-        return CleanImages(path)
+        return CleanImages(ImageFiles(path, image_column, label_column, skip_damaged))
+    if image_column is not None or label_column is not None:
+        raise ConfigError(
+            "the clean images", ["columns are named of a .parquet file, not of a named data set"]
+        )
     images, proof = draw_sample_and_proof(data_set, clean, per_class, fraction, seed)
     return CleanImages(images, proof, data_set.augmentation, data_set.name, tuple(ambiguity(str(data), root)))
 

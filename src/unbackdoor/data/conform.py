@@ -14,7 +14,7 @@ from unbackdoor.errors import InputError, UnsupportedModel
 from unbackdoor.types import Images, Progress, silent
 
 # ITU-R 601, as Pillow and most libraries turn colours into grey.
-_GREY = (0.299, 0.587, 0.114)
+GREY = (0.299, 0.587, 0.114)
 
 
 def conform(
@@ -69,7 +69,7 @@ def resized(pixels: Tensor, size: tuple[int, int], name: str, progress: Progress
 def _with_channels(images: Images, channels: int) -> Tensor:
     have = images.shape[0]
     if (have, channels) == (3, 1):
-        weights = torch.tensor(_GREY).view(1, 3, 1, 1)
+        weights = torch.tensor(GREY).view(1, 3, 1, 1)
         return (images.pixels.float() * weights).sum(1, keepdim=True).round().to(torch.uint8)  # (N, 1, H, W)
     if (have, channels) == (1, 3):
         return images.pixels.expand(-1, 3, -1, -1).contiguous()

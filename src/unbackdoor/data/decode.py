@@ -13,9 +13,10 @@ import queue
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from io import BufferedIOBase, BufferedReader, BufferedWriter
 from itertools import chain, islice
 from pathlib import Path
@@ -40,6 +41,22 @@ _CHUNK_BYTES = 1 << 25
 Item = tuple[str, bytes]
 
 
+@dataclass(frozen=True)
+class Damaged:
+    """An image that was left out: which, and what is wrong with it."""
+
+    row: int
+    error: InputError | UnsafeFile
+
+
+def damage_notes(damaged: Sequence[Damaged], count: int) -> tuple[str, ...]:
+    """Return in words what was left out of ``count`` images; nothing where nothing was."""
+    if not damaged:
+        return ()
+    first = damaged[0].error
+    return (f"{len(damaged)} of {count} images are damaged and were left out; the first: {first.where}",)
+
+
 def decode(
     items: Iterable[Item],
     count: int,
@@ -48,6 +65,7 @@ def decode(
     size: tuple[int, int] | None = None,
     progress: Progress = silent,
     workers: int | None = None,
+    damaged: list[Damaged] | None = None,
 ) -> NDArray[np.uint8]:
     """Return pixels (N, C, H, W); C is 1 where every image is greyscale, else 3.
 
@@ -58,13 +76,18 @@ def decode(
         size: (H, W) to resize to; None demands that all images have one size.
         progress: Shows the chunks that are done.
         workers: Worker processes; 0 decodes here, None chooses by the count and the cores.
+        damaged: Takes the images that cannot be decoded, and they are left out; None makes each an error.
 
     Raises:
         InputError: If an image is damaged, differs in size, or the count is wrong; the first such image.
         UnsafeFile: If an image declares an absurd number of pixels.
     """
+    if damaged is not None:
+        items = _intact(items, size, damaged)
     chunks = _chunks(items)
     first = next(chunks, None)
+    if first is None and damaged:
+        raise damaged[0].error
     if first is None:
         raise InputError("the set is empty", expected=f"{count} images", got=0, where=name)
     try:
@@ -84,9 +107,21 @@ def decode(
         for rows, all_grey in progress(results, f"decoding {name}", -(-count // CHUNK)):
             done += rows
             grey = grey and all_grey
-    if done != count:
+    if done + len(damaged or ()) != count:
         raise InputError("the number of images is wrong", expected=count, got=done, where=name)
+    pixels = pixels[:done]
     return np.ascontiguousarray(pixels[:, :1]) if grey else pixels
+
+
+def _intact(items: Iterable[Item], size: tuple[int, int] | None, damaged: list[Damaged]) -> Iterator[Item]:
+    """Yield the images that can be decoded; each is decoded once to see."""
+    for row, (where, data) in enumerate(items):
+        try:
+            decode_worker.decode_image(data, size)
+        except decode_worker.Undecodable as error:
+            damaged.append(Damaged(row, explained(error.facts, where)))
+        else:
+            yield where, data
 
 
 def require_memory(needed: int, where: str) -> None:

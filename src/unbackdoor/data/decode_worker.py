@@ -10,13 +10,14 @@ import io
 import json
 import signal
 import sys
-from collections.abc import Sequence
-from typing import Any, BinaryIO
+from collections.abc import Callable, Sequence
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+T = TypeVar("T")
 # Bounds what one hostile header can make the decoder allocate: 64 Mpx are 192 MB as RGB.
 MAX_PIXELS = 1 << 26
 # Formats whose decoders are part of Pillow; EPS for one would start another program.
@@ -50,12 +51,25 @@ def decode_image(data: bytes, size: tuple[int, int] | None) -> tuple[NDArray[np.
     Raises:
         Undecodable: If the bytes are no image, are damaged, or declare more than MAX_PIXELS.
     """
+    return _decoded(data, lambda image: _pixels(image, size))
+
+
+def decode_rgba(data: bytes) -> NDArray[np.uint8]:
+    """Return pixels (H, W, 4): red, green, blue and opacity.
+
+    Raises:
+        Undecodable: See :func:`decode_image`.
+    """
+    return _decoded(data, _with_opacity)
+
+
+def _decoded(data: bytes, read: Callable[[Image.Image], T]) -> T:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise _bomb(f"{width}x{height}")
-            return _pixels(image, size)
+            return read(image)
     except Undecodable:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -128,6 +142,12 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
             answers.write(json.dumps({"ok": True, "grey": grey}).encode() + b"\n")
             answers.write(pixels.data.cast("B"))
         answers.flush()
+
+
+def _with_opacity(image: Image.Image) -> NDArray[np.uint8]:
+    ImageOps.exif_transpose(image, in_place=True)
+    opaque = image if image.has_transparency_data else _eight_bit(image)[0]
+    return np.asarray(opaque.convert("RGBA"))
 
 
 def _pixels(image: Image.Image, size: tuple[int, int] | None) -> tuple[NDArray[np.uint8], bool]:

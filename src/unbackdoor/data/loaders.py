@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from unbackdoor.data.sources.image_files import (
     image_files,
     read_bounded,
     read_flat,
+    unread_notes,
 )
 from unbackdoor.data.sources.label_table import NAME as LABELS
 from unbackdoor.data.sources.label_table import read_labelled, read_table
@@ -39,11 +41,15 @@ def load_images(
     partial: bool = False,
     cache: Path | None = None,
     progress: Progress = silent,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    skip_damaged: bool = False,
 ) -> Images:
     """Load an image set, decoding it at the first call and reading the cache afterwards.
 
-    - Parquet: the Hugging Face image schema, columns ``image`` (struct with ``bytes``) and ``label``
-      (integer), class names in the schema metadata under ``huggingface``.
+    - Parquet: the Hugging Face image schema, columns ``image`` (struct with ``bytes``, or bytes) and
+      ``label`` (integers, or texts), class names in the schema metadata under ``huggingface``. Other usual
+      names, such as ``img`` and ``fine_label``, are known too.
     - Folder: one folder per class, in sorted order (folders called by whole numbers: in the order of the
       numbers) or in the order of ``class_names``, whose folders may also be called by their index; files
       without an image suffix and hidden files are passed over. With a ``labels.csv`` in it, or where such a
@@ -53,7 +59,8 @@ def load_images(
       in [0, 1]; ``labels`` (or ``y``); ``class_names``. Without labels the set has none.
 
     An image is turned upright by its EXIF tag, loses its alpha channel, and is reduced to 8 bits. The set is
-    greyscale (C = 1) where every image is, else RGB.
+    greyscale (C = 1) where every image is, else RGB. Files of kinds that are not read, such as HEIC, are
+    counted in ``notes``.
 
     Args:
         path: The file or folder.
@@ -62,6 +69,9 @@ def load_images(
         partial: Whether some of the ``class_names`` may have no images.
         cache: Cache folder; None is :func:`unbackdoor.data.cache.default_cache`.
         progress: Shows how far decoding has come.
+        image_column: Column of the images in a Parquet file; None: the first of a usual name.
+        label_column: Column of the labels, likewise.
+        skip_damaged: Whether images that cannot be decoded are left out and counted in ``notes``.
 
     Raises:
         InputError: If the set cannot be used; it names the file or row, and what to do.
@@ -82,16 +92,56 @@ def load_images(
     require_arguments(names, size)
     read, source = _reader(path)
     facts = {"source": source, "class_names": names, "size": size} | ({"partial": True} if partial else {})
-    options = {"class_names": names, "size": size, "partial": partial}
+    special: dict[str, Any] = {"skip_damaged": True} if skip_damaged and read is not read_npz else {}
+    columns = {"image_column": image_column, "label_column": label_column}
+    if given := {name: column for name, column in columns.items() if column is not None}:
+        if read is not read_parquet:
+            raise InputError("only a Parquet file has columns to be named", got=", ".join(given), where=path)
+        special |= given
+    options = {"class_names": names, "size": size, "partial": partial, **special}
+    facts |= special
     if not confinement.enabled():
         here = {**options, "progress": progress}
-        return cached(path.stem, cache_key(facts), lambda: read(path, **here), cache=cache)
+        return _noted(cached(path.stem, cache_key(facts), lambda: read(path, **here), cache=cache), path)
     stored = cache_path(path.stem, cache_key(facts), cache=cache)
     images = load(stored)
     if images is None:
         task = {"path": str(path.absolute()), "options": options}
         images = apart.decoded(_DECODE, task, stored, _bytes(source), progress)
-    return images
+    return _noted(images, path)
+
+
+def _noted(images: Images, path: Path) -> Images:
+    # Not in the cache, because what is not read plays no part in its key.
+    return replace(images, notes=(*images.notes, *unread_notes(path))) if path.is_dir() else images
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Images that lie in files, and how they are read; see :func:`load_images`.
+
+    Attributes:
+        path: The file or folder.
+        image_column: Column of the images in a Parquet file; None: the first of a usual name.
+        label_column: Column of the labels, likewise.
+        skip_damaged: Whether images that cannot be decoded are left out.
+    """
+
+    path: Path
+    image_column: str | None = None
+    label_column: str | None = None
+    skip_damaged: bool = False
+
+    def load(self, *, size: tuple[int, int] | None = None, progress: Progress = silent) -> Images:
+        """Return the images; ``size`` (H, W) is what they are resized to."""
+        return load_images(
+            self.path,
+            size=size,
+            progress=progress,
+            image_column=self.image_column,
+            label_column=self.label_column,
+            skip_damaged=self.skip_damaged,
+        )
 
 
 def _bytes(source: Any) -> int:
@@ -104,7 +154,7 @@ def _bytes(source: Any) -> int:
 def decode_apart(task: Mapping[str, Any]) -> None:
     """Decode a set in a process of its own; see :mod:`unbackdoor.data.apart`."""
     path = Path(task["path"])
-    read = read_flat if task.get("flat") else _reader(path)[0]
+    read: Callable[..., Images] = read_flat if task.get("flat") else _reader(path)[0]
     # JSON has no tuples.
     options: dict[str, Any] = {
         name: tuple(v) if isinstance(v, list) else v for name, v in task["options"].items()

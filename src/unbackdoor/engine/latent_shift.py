@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unbackdoor.engine.canonical_form import feature_units
 from unbackdoor.engine.heads import AffineHead, find_affine_head
 from unbackdoor.engine.inference import EVALUATION_BATCH, mode, predict
 from unbackdoor.engine.precision import resolve
@@ -65,7 +66,7 @@ class Latent:
         head: Where the shifts are added.
         gaps: R (K, K), float64.
         shifts: (K, D), float64; a row is infinite where the class cannot be reached.
-        norms: (K,), float64.
+        norms: (K,), float64; where they are standardised, in units of the features' spread.
     """
 
     head: AffineHead
@@ -80,7 +81,13 @@ class Latent:
 
 
 def latent_shifts(
-    model: Classifier, images: Images, run: Run, *, quantile: float = 1.0, head: str | None = None
+    model: Classifier,
+    images: Images,
+    run: Run,
+    *,
+    quantile: float = 1.0,
+    head: str | None = None,
+    standardised: bool = False,
 ) -> Latent:
     """Return the shortest latent shift to every class.
 
@@ -90,6 +97,8 @@ def latent_shifts(
         run: Device and progress; the logits are computed in fp32 whatever its precision.
         quantile: Share of the images that a gap covers; below 1, odd images are ignored pair by pair.
         head: Name of the head where it is not to be searched for.
+        standardised: Measure lengths in units of the spread of each feature, in which networks that answer
+            alike are alike; see :func:`unbackdoor.engine.canonical_form.feature_units`.
 
     Raises:
         TooFewImages: If there are fewer images than classes.
@@ -102,8 +111,14 @@ def latent_shifts(
     require_one_a_class(model, images)
     layer = find_affine_head(model, head)
     gaps = logit_gaps(model, images, run, quantile=quantile)
-    solutions = least_shifts(layer.weight.detach().cpu().double().numpy(), gaps.numpy(), run)
+    rows, unit = layer.weight.detach().cpu().double(), None
+    if standardised:
+        units = feature_units(model, layer, images, run)
+        rows, unit = units.rows(layer), units.unit
+    solutions = least_shifts(rows.numpy(), gaps.numpy(), run)
     shifts = torch.from_numpy(np.stack([solution.shift for solution in solutions]))  # (K, D)
+    if unit is not None:
+        shifts = torch.where(torch.isfinite(shifts), shifts * unit, shifts)
     norms = torch.tensor([solution.norm for solution in solutions], dtype=torch.float64)
     return Latent(layer, gaps, shifts, norms)
 

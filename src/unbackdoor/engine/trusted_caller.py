@@ -7,9 +7,9 @@ and a seed, and nothing else; what comes back is checked before anybody uses it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +97,24 @@ def run(
     )
 
 
+class Form(Protocol):
+    """A model and images in another form, and the way back for a report on them."""
+
+    @property
+    def model(self) -> Classifier:
+        """The model that a scanner is given."""
+        ...
+
+    @property
+    def data(self) -> CleanData:
+        """The images that it is given."""
+        ...
+
+    def restored(self, report: ScanReport, names: Sequence[str]) -> ScanReport:
+        """Return a report on these as one on the original model, whose classes have these names."""
+        ...
+
+
 def scan(
     scanner: str | Part[Any],
     model: Classifier,
@@ -108,6 +126,7 @@ def scan(
     device: torch.device | str = "cpu",
     precision: Policy = "auto",
     progress: Progress = silent,
+    form: Form | None = None,
 ) -> ScanReport:
     """Run a scanner on a model and verify that it changed nothing.
 
@@ -121,6 +140,8 @@ def scan(
         device: Where to compute, such as ``cpu`` or ``cuda:0``.
         precision: ``auto``, ``fp32`` or ``bf16``.
         progress: Progress display.
+        form: What the scanner is given in the place of the model and the images; see
+            :mod:`unbackdoor.engine.canonical_form`. None: these themselves.
 
     Returns:
         Its report, with seconds and the options used.
@@ -137,10 +158,15 @@ def scan(
     data = as_clean_data(data, seed=seed)
     config = options if isinstance(options, Config) else part.configure(options, preset=preset)
     surroundings = Run.create(seed=seed, device=device, policy=precision, progress=progress)
-    returned, seconds = _call_with_copies(part, model, data, config, surroundings)
-    check_report(part, returned, model)
-    report: ScanReport = returned
-    return replace(report, seconds=seconds, method=_described(part, preset, config, surroundings))
+    described = _described(part, preset, config, surroundings)
+    given_model, given_data = (model, data) if form is None else (form.model, form.data)
+    originals = model, data
+    returned, seconds = _call_with_copies(
+        part, given_model, given_data, config, surroundings, originals=originals
+    )
+    check_report(part, returned, given_model)
+    report: ScanReport = returned if form is None else form.restored(returned, model.class_names)
+    return replace(report, seconds=seconds, method=described)
 
 
 def screen(
@@ -206,11 +232,23 @@ def _call_with_copies(
     config: Config,
     surroundings: Run,
     inputs: Images | None = None,
+    originals: tuple[Classifier, CleanData] | None = None,
 ) -> tuple[Any, float]:
-    """Call a part with copies, and refuse what it returns if it touched anything else."""
+    """Call a part with copies, and refuse what it returns if it touched anything else.
+
+    Args:
+        part: The part.
+        model: What it gets a copy of.
+        data: Likewise.
+        config: Its options.
+        surroundings: Its run.
+        inputs: Further images that it gets.
+        originals: What must not change; None: the model and the images themselves.
+    """
     check_inputs(part, model, data)
     # The method gets a copy of the inputs, never the inputs themselves, so no hash of them is needed.
-    before = (model.sha256(), data.fingerprint())
+    model_before, data_before = originals or (model, data)
+    before = (model_before.sha256(), data_before.fingerprint())
     process_state = Surroundings.take()
     # Names could give away the truth: the copy carries no origin and the images no name.
     model_copy = model.copy().to(surroundings.device)
@@ -222,7 +260,7 @@ def _call_with_copies(
         settle_layout(model_copy, surroundings)
         returned = part.function(*arguments, config, run=surroundings)
     except Exception as error:
-        _refuse_traces(part, process_state, model, data, before, error)
+        _refuse_traces(part, process_state, model_before, data_before, before, error)
         if isinstance(error, UnbackdoorError):
             raise
         raise MethodFailed(f"the {part.kind} {part.name!r} raised {type(error).__name__}: {error}") from error
@@ -230,7 +268,7 @@ def _call_with_copies(
         process_state.restore()
         raise
     seconds = time.perf_counter() - start
-    _refuse_traces(part, process_state, model, data, before, None)
+    _refuse_traces(part, process_state, model_before, data_before, before, None)
     return returned, seconds
 
 

@@ -69,7 +69,8 @@ def save_model(model: Classifier, path: Path, *, history: Sequence[Mapping[str, 
         save_file(state, draft, metadata={METADATA_KEY: draft_card.seal()})
         file_digest = sha256_file(draft)
     card = draft_card.model_copy(update={"file_sha256": file_digest})
-    write_json(path.with_suffix(".json"), card.model_dump(mode="json"))
+    # Only what was set, as in its seal.
+    write_json(path.with_suffix(".json"), card.model_dump(mode="json", exclude_unset=True))
     return card
 
 
@@ -143,6 +144,7 @@ def load_model(
         class_names=class_names,
         mean=mean or (),
         std=std or (),
+        bgr=model_card is not None and model_card.bgr,
         architecture=canonical(architecture),
         origin=model_card.origin if model_card is not None else f"loaded from {path.name}",
     ).eval()

@@ -17,6 +17,7 @@ under three times chance where that is more, but never above 90 %.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,6 +43,9 @@ _Z = 2.326  # normal quantile of the test of losses, 1 %, because several are co
 _LOW, _TIMES_CHANCE, _NEVER_ABOVE = 0.6, 3, 0.9
 _BATCH_PIXELS = 1 << 23  # values of one batch of float images, 32 MiB
 _LISTED = 20
+_LONGEST = 2000  # characters of a list of names in a sentence
+_NEARLY = 0.9  # of the hits of the best assignment, from which on a sorted order is the likelier reason
+_AGREEING = 0.75  # share of the classes whose most frequent answer is the one they are assigned
 _PER_CLASS = 5  # images of a class from which on an agreement counts
 _MIN_IMAGES = 30  # images, below which an accuracy says little
 
@@ -52,20 +56,29 @@ class Normalisation:
 
     Attributes:
         name: What it is called.
-        mean: Per-channel mean; empty for no normalisation.
+        mean: Per-channel mean, in the network's order of channels; empty for no normalisation.
         std: Per-channel deviation, likewise.
+        bgr: Whether the network takes blue first.
     """
 
     name: str
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    bgr: bool = False
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Return scaled pixels (B, C, H, W)."""
+        """Return scaled pixels (B, C, H, W) of RGB images."""
+        pixels = pixels.flip(1) if self.bgr else pixels
         if not self.mean:
             return pixels
         mean, std = (pixels.new_tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))  # (C, 1, 1)
         return (pixels - mean) / std
+
+    def blue_first(self) -> tuple[Normalisation, ...]:
+        """Return the same for a network that takes blue first: its numbers turned around, or as they are."""
+        name = f"{self.name}, blue first (BGR)"
+        turned = Normalisation(name, self.mean[::-1], self.std[::-1], True)
+        return (turned, replace(turned, mean=self.mean, std=self.std))[: 1 + (turned.mean != self.mean)]
 
 
 _RGB = (
@@ -78,6 +91,12 @@ _RGB = (
     Normalisation("Tiny ImageNet", (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
     Normalisation("GTSRB", (0.3403, 0.3121, 0.3214), (0.2724, 0.2608, 0.2669)),
     Normalisation("SVHN", (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+)
+_CAFFE = Normalisation(  # its networks take blue first
+    "pixels in [0, 255] less the mean of ImageNet, blue first (BGR)",
+    (103.939 / 255, 116.779 / 255, 123.68 / 255),
+    (1 / 255,) * 3,
+    bgr=True,
 )
 _GREY = (Normalisation("MNIST", (0.1307,), (0.3081,)), Normalisation("Fashion-MNIST", (0.2860,), (0.3530,)))
 
@@ -124,6 +143,7 @@ class Trial:
             "convention": self.normalisation.name,
             "mean": list(self.normalisation.mean),
             "std": list(self.normalisation.std),
+            "channels": "BGR" if self.normalisation.bgr else "as they are",
             "images": self.total,
             "accuracy": None if self.hits is None else self.hits / self.total,
             "loss": self.loss if math.isfinite(self.loss) else None,
@@ -143,6 +163,8 @@ class InferredNormalisation:
         alternatives: Other variants or normalisations that are as good as the best on these images.
         warning: Why the result should not be trusted; empty if there is no reason.
         notes: Further observations, in words.
+        class_order: Names in the order of the outputs, with which the model seems to be right far more often;
+            empty where there is none.
     """
 
     best: Trial
@@ -152,6 +174,7 @@ class InferredNormalisation:
     alternatives: tuple[Trial, ...] = ()
     warning: str = ""
     notes: tuple[str, ...] = ()
+    class_order: tuple[str, ...] = ()
 
     def facts(self) -> dict[str, Any]:
         """Return everything as a JSON object."""
@@ -164,6 +187,7 @@ class InferredNormalisation:
             "tried_in_all": len(self.trials),
             "warning": self.warning,
             "notes": list(self.notes),
+            "class_order": list(self.class_order) or None,
         }
 
 
@@ -174,6 +198,7 @@ def infer_normalisation(
     *,
     normalisations: Sequence[Normalisation] | None = None,
     prefer: Normalisation | None = None,
+    channels_known: bool = False,
 ) -> InferredNormalisation:
     """Find the variant and the normalisation under which clean images are classified best.
 
@@ -183,6 +208,8 @@ def infer_normalisation(
         run: Device, precision, and the draw of the images.
         normalisations: What to try; None is :func:`usual_normalisations`.
         prefer: One of the normalisations; taken where it is among the equally good ones.
+        channels_known: Whether the order of the channels is no question; else a network of colour images for
+            which blue first is clearly better gets them so.
 
     Raises:
         InputError: If there is no image or no variant.
@@ -242,14 +269,29 @@ def infer_normalisation(
             trial, ranked, Interval(0.0, 1.0), False, warning=_UNJUDGED[classes] if several else ""
         )
     interval = wilson(trial.hits, trial.total)
-    notes = _observations(variants[best[0]], best[1], used, logits[best], run)
+    notes = _observations(trial.total)
     warning = _accuracy_warning(trial, interval, images.classes, len(candidates) * len(variants))
+    if images.shape[0] == 3 and not any(candidate.bgr for candidate in candidates):
+        # Where nothing is convincing, the best with red first says nothing about the scale with blue first.
+        tried = candidates if warning else (best[1],)
+        turned = [one for candidate in tried for one in candidate.blue_first()]
+        turned += [_CAFFE] if warning and len(candidates) > 1 else []
+        networks = variants if warning else {best[0]: variants[best[0]]}
+        swapped = infer_normalisation(networks, images, run, normalisations=turned)
+        if swapped.interval.low > interval.high:
+            accuracies = f"{swapped.best.accuracy:.1%} instead of {trial.accuracy:.1%}"
+            text = f"with blue first the accuracy is {accuracies}: the model "
+            if not channels_known:
+                return replace(swapped, notes=(*swapped.notes, text + "takes BGR images, and gets them so"))
+            notes += (text + "seems to take BGR images, which must be given that way",)
+    order: tuple[str, ...] = ()
     if warning:
         # With misleading labels accuracy says nothing; the trial with the most informative predictions does.
         variant, normalisation = max(trials, key=lambda pair: trials[pair].information)
         informative = _logits(variants[variant], normalisation, used, run)
-        notes += _class_order_note(informative, used, interval)
-    return InferredNormalisation(trial, ranked, interval, True, others, warning, notes)
+        order, text = _class_order(informative, used, interval)
+        notes += (text,) * bool(text)
+    return InferredNormalisation(trial, ranked, interval, True, others, warning, notes, order)
 
 
 _GUESSED = (
@@ -277,43 +319,79 @@ def _accuracy_warning(trial: Trial, interval: Interval, classes: int, tried: int
     )
 
 
-def _observations(
-    network: nn.Module, normalisation: Normalisation, images: Images, logits: Tensor, run: Run
-) -> tuple[str, ...]:
-    """Return what else the images show: another order of colours or of classes."""
-    notes = []
-    total = len(images)
-    here = wilson(int(_correct(logits, images).sum()), total)
-    if total < _MIN_IMAGES:
-        notes.append(f"only {total} images were at hand, so that the accuracy is known roughly")
-    if images.shape[0] == 3:
-        swapped = replace(images, pixels=images.pixels.flip(1))
-        hits = int(_correct(_logits(network, normalisation, swapped, run), swapped).sum())
-        if wilson(hits, total).low > here.high:
-            notes.append(
-                f"with blue first instead of red the accuracy is {hits / total:.1%}: the model seems to "
-                "take BGR images, which must be given that way"
-            )
-    return tuple(notes)
+def _observations(total: int) -> tuple[str, ...]:
+    """Return what else should be known of the accuracy."""
+    few = f"only {total} images were at hand, so that the accuracy is known roughly"
+    return (few,) if total < _MIN_IMAGES else ()
 
 
-def _class_order_note(logits: Tensor, images: Images, here: Interval) -> tuple[str, ...]:
-    """Say so where each class is answered by one other class, as if the classes were in another order."""
-    predicted = logits.argmax(1)
-    shares = torch.zeros(images.classes, logits.shape[1])
-    shares.index_put_((images.truth.cpu(), predicted), torch.ones(len(predicted)), accumulate=True)
-    occupied = shares.sum(1) > 0
-    answers = shares.argmax(1)[occupied]
-    agreeing = int(shares.max(1).values.sum())
-    # With a few images a class, some answer always agrees.
-    if len(answers.unique()) < len(answers) or len(images) < _PER_CLASS * len(answers):
-        return ()
-    if wilson(agreeing, len(images)).low <= here.high:
-        return ()
-    return (
-        f"{agreeing / len(images):.1%} of the images would be right if the classes were in another order: "
-        "check the class names and the order of the labels",
+def _class_order(logits: Tensor, images: Images, here: Interval) -> tuple[tuple[str, ...], str]:
+    """Return the names in an order in which far more images are right, and a sentence; empty without one.
+
+    The orders that programs sort folders in are tried, in both directions, as either the model or the labels
+    may have been sorted; then the best assignment of classes to outputs.
+    """
+    names, total = images.class_names, len(images)
+    predicted, truth = logits.argmax(1), images.truth.cpu()
+    if logits.shape[1] != len(names):
+        return (), ""
+    best: tuple[int, tuple[int, ...], str] = (0, (), "")
+    for words, ordered in _sorted_orders(names):
+        there = tuple(names.index(name) for name in ordered)
+        back = tuple(there.index(k) for k in range(len(names)))
+        for order in (there, back):
+            hits = int((torch.tensor(order)[predicted] == truth).sum())
+            if hits > best[0]:
+                best = (hits, order, f"as {words} ({', '.join(ordered[:5])}, ...)")
+    assigned = _best_assignment(predicted, truth, len(names))
+    if best[0] < _NEARLY * assigned[0]:
+        best = assigned
+    hits, order, words = best
+    if not order or wilson(hits, total).low <= here.high:
+        return (), ""
+    class_order = tuple(names[k] for k in order)
+    listed = ",".join(class_order)
+    if len(listed) > _LONGEST or any("," in name for name in names):
+        listed = "FILE with one name on each line; the order stands in the record under class_order"
+    return class_order, (
+        f"{hits / total:.1%} of the images would be right if the classes were in another order, {words}: "
+        f"pass --class-names {listed}"
     )
+
+
+def _sorted_orders(names: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Return the orders that programs put names in, other than the one that they are in."""
+
+    def natural(name: str) -> list[tuple[int, int, str]]:
+        parts = re.split(r"([0-9]{1,18})", name)
+        return [(0, int(part), "") if part.isdecimal() and part.isascii() else (1, 0, part) for part in parts]
+
+    orders = [
+        ("texts are sorted", sorted(names)),
+        ("texts are sorted whatever their case", sorted(names, key=str.casefold)),
+        ("numbers are sorted", sorted(names, key=natural)),
+        ("the other way round", list(names)[::-1]),
+    ]
+    return [(words, order) for words, order in orders if order != list(names)]
+
+
+def _best_assignment(predicted: Tensor, truth: Tensor, classes: int) -> tuple[int, tuple[int, ...], str]:
+    """Return the hits and the class of each output in the best assignment; nothing where it says little."""
+    table = torch.zeros(classes, classes)  # (class, output)
+    table.index_put_((truth, predicted), torch.ones(len(predicted)), accumulate=True)
+    # With a few images a class, or without any of some, the assignment is made up.
+    if int(table.sum(1).min()) < _PER_CLASS:
+        return 0, (), ""
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError:
+        outputs = table.argmax(1)
+    else:
+        outputs = torch.from_numpy(linear_sum_assignment(table.numpy(), maximize=True)[1])
+    if len(outputs.unique()) < classes or float((outputs == table.argmax(1)).float().mean()) < _AGREEING:
+        return 0, (), ""
+    hits = int(table[torch.arange(classes), outputs].sum())
+    return hits, tuple(outputs.argsort().tolist()), "that of the outputs that each class is answered with"
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from unbackdoor.confinement import rehearsed
 from unbackdoor.data.conform import conform
-from unbackdoor.data.loaders import load_images
+from unbackdoor.data.loaders import ImageFiles
 from unbackdoor.engine.inference import mode
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import ConfigError, InputError, UnbackdoorError, UnsupportedModel
@@ -98,7 +98,7 @@ def open_model(
     path: Path | str | Source,
     *,
     arch: str | None = None,
-    images: Images | Path | str | None = None,
+    images: Images | ImageFiles | Path | str | None = None,
     class_names: Sequence[str] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -166,7 +166,7 @@ def rehearse(path: Path, options: Mapping[str, Any]) -> UnbackdoorError | None:
 def _open_model(
     source: Source,
     arguments: _Arguments,
-    images: Images | Path | str | None,
+    images: Images | ImageFiles | Path | str | None,
     run: Run,
     progress: Progress,
 ) -> Opened:
@@ -233,7 +233,7 @@ def _with_card(
     source: Source,
     card: ModelCard,
     arguments: _Arguments,
-    images: Images | Path | str | None,
+    images: Images | ImageFiles | Path | str | None,
     run: Run,
     progress: Progress,
 ) -> Opened:
@@ -253,8 +253,9 @@ def _with_card(
         outputs_of(model.network, model.input_shape, path)  # what a size that only the card states would cost
     conformed, image_changes = _fitting_images(images, model.input_shape, model.class_names, progress)
     mean, std = normalisation(model)
-    scale = arguments.normalisation or Normalisation("the card's", mean, std)
-    inferred = _infer_on_device({model.architecture: model.network}, conformed, [scale], None, run)
+    scale = replace(arguments.normalisation or Normalisation("the card's", mean, std), bgr=model.bgr)
+    networks = {model.architecture: model.network}
+    inferred = _infer_on_device(networks, conformed, [scale], None, run, channels_known=True)
     provenance = Provenance(
         path.name,
         True,
@@ -275,7 +276,11 @@ def _with_card(
 
 
 def _without_card(
-    source: Source, arguments: _Arguments, images: Images | Path | str | None, run: Run, progress: Progress
+    source: Source,
+    arguments: _Arguments,
+    images: Images | ImageFiles | Path | str | None,
+    run: Run,
+    progress: Progress,
 ) -> Opened:
     has_program = source.graph is not None or source.contents.format == "torch.export"
     if has_program and not source.contents.dangerous and arguments.arch is None:
@@ -324,7 +329,7 @@ def _own_graph(
     source: Source,
     network: fx.GraphModule,
     arguments: _Arguments,
-    images: Images | Path | str | None,
+    images: Images | ImageFiles | Path | str | None,
     run: Run,
     progress: Progress,
 ) -> Opened:
@@ -369,7 +374,7 @@ def _own_graph(
 def _by_names(
     source: Source,
     arguments: _Arguments,
-    images: Images | Path | str | None,
+    images: Images | ImageFiles | Path | str | None,
     run: Run,
     progress: Progress,
 ) -> Opened:
@@ -550,6 +555,7 @@ def _open_at_shape(
         class_names=names,
         mean=scale.mean,
         std=scale.std,
+        bgr=scale.bgr,
         architecture=canonical(spec) if spec != _GRAPH else "",  # no text builds it again
         origin=f"loaded from {path.name}",
     ).eval()
@@ -734,21 +740,22 @@ def _numbered_names(classes: int) -> tuple[str, ...]:
 
 
 def load_images_of(
-    images: Images | Path | str | None, size: tuple[int, int] | None, progress: Progress
+    images: Images | ImageFiles | Path | str | None, size: tuple[int, int] | None, progress: Progress
 ) -> Images | None:
     """Return the images in their own size; in the model's, where theirs differ among themselves."""
     if images is None or isinstance(images, Images):
         return images
+    files = images if isinstance(images, ImageFiles) else ImageFiles(Path(images))
     try:
-        return load_images(Path(images), progress=progress)
+        return files.load(progress=progress)
     except InputError as error:
         if size is None or error.problem != "the images differ in size":
             raise
-        return load_images(Path(images), size=size, progress=progress)
+        return files.load(size=size, progress=progress)
 
 
 def _fitting_images(
-    images: Images | Path | str | None,
+    images: Images | ImageFiles | Path | str | None,
     shape: tuple[int, int, int],
     names: tuple[str, ...],
     progress: Progress,
@@ -765,12 +772,21 @@ def _infer_on_device(
     normalisations: Sequence[Normalisation],
     prefer: Normalisation | None,
     run: Run,
+    *,
+    channels_known: bool = False,
 ) -> InferredNormalisation | None:
     if images is None or not len(images):
         return None
     placed = {spec: network.to(run.device) for spec, network in networks.items()}
     try:
-        return infer_normalisation(placed, images, run, normalisations=normalisations, prefer=prefer)
+        return infer_normalisation(
+            placed,
+            images,
+            run,
+            normalisations=normalisations,
+            prefer=prefer,
+            channels_known=channels_known,
+        )
     finally:
         for network in placed.values():
             network.cpu()

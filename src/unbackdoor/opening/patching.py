@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from unbackdoor.errors import UnbackdoorError
-from unbackdoor.files import require_writable
+from unbackdoor.files import writing
 from unbackdoor.opening.write_back import require_format, write_weights
 from unbackdoor.weights.patch import (
     Direction,
@@ -55,10 +55,10 @@ class MadePatch:
             IntegrityError: If one of the two files has changed since it was opened.
         """
         path = Path(path)
-        require_writable((path,), force=force, inputs=(self.before.path, self.after.path))
-        for source in (self.before, self.after):
-            source.require_unchanged()
-        write_patch(path, self.patch)
+        with writing((path,), force=force, inputs=(self.before.path, self.after.path)):
+            for source in (self.before, self.after):
+                source.require_unchanged()
+            write_patch(path, self.patch)
         return path
 
 
@@ -108,10 +108,10 @@ class Patched:
         """
         path = Path(path)
         require_format(path)
-        require_writable((path,), force=force, inputs=(self.source.path, self.patch_file))
-        self.source.require_unchanged()
-        contents = self.source.contents
-        write_weights(path, self.state, nest=contents.nest, prefix=contents.prefix, source=self.source)
+        with writing((path,), force=force, inputs=(self.source.path, self.patch_file)):
+            self.source.require_unchanged()
+            contents = self.source.contents
+            write_weights(path, self.state, nest=contents.nest, prefix=contents.prefix, source=self.source)
         return path
 
 

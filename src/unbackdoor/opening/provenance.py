@@ -70,17 +70,20 @@ class NormalisationOrigin:
         mean: Per channel; empty for none.
         std: Likewise.
         source: Who said so.
+        bgr: Whether the network takes blue first.
     """
 
     name: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
     source: str
+    bgr: bool = False
 
     @classmethod
     def of(cls, normalisation: Normalisation, source: str) -> NormalisationOrigin:
         """Return a normalisation with its source."""
-        return cls(normalisation.name, tuple(normalisation.mean), tuple(normalisation.std), source)
+        mean, std = tuple(normalisation.mean), tuple(normalisation.std)
+        return cls(normalisation.name, mean, std, source, normalisation.bgr)
 
 
 @dataclass(frozen=True)

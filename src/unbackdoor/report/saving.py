@@ -16,15 +16,20 @@ from unbackdoor.audit.verification import Verification
 from unbackdoor.engine.inference import predict
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError
-from unbackdoor.files import require_writable, write_json
+from unbackdoor.files import write_json, writing
 from unbackdoor.report.audit import MAX_IMAGES, MAX_TRIGGERS, Subject, audit_page
 from unbackdoor.report.page import write_page
 from unbackdoor.report.sarif import sarif
 from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Images
-from unbackdoor.weights.triggers import write_triggers
+from unbackdoor.weights.triggers import trigger_files, write_triggers
 
 PAGE, RECORD = "report.html", "result.json"
+
+
+def report_files(folder: Path, *, triggers: bool) -> tuple[Path, ...]:
+    """Return the files that a report may have; those of a scan have recovered triggers."""
+    return (folder / PAGE, folder / RECORD, *trigger_files(folder, MAX_TRIGGERS if triggers else 0))
 
 
 def save_report(
@@ -39,7 +44,7 @@ def save_report(
     Args:
         result: What :func:`unbackdoor.scan`, ``purify`` or ``verify`` returned.
         folder: Made where it is missing.
-        force: Whether files that exist may be replaced.
+        force: Whether files that exist may be replaced, triggers of an earlier scan among them.
         command: How to do it again, shown on the page.
 
     Returns:
@@ -52,12 +57,26 @@ def save_report(
     folder = Path(folder)
     cases = _cases(result)
     paths = [file.path for case in cases if case.source is not None for file in case.source.files]
-    require_writable((folder / PAGE, folder / RECORD), force=force, inputs=paths)
-    for case in cases:
-        case.require_unchanged()
+    outputs = report_files(folder, triggers=isinstance(result, Audit))
+    with writing(outputs, force=force, inputs=paths, below=folder):
+        for case in cases:
+            case.require_unchanged()
+        _write(result, cases, folder, force=force, command=command)
+    return folder / PAGE
+
+
+def _write(
+    result: Audit | Purification | Verification,
+    cases: Sequence[Case],
+    folder: Path,
+    *,
+    force: bool,
+    command: str,
+) -> None:
     first = cases[0]
     title = " and ".join(case.name for case in cases)
     subject = _subject(first, title, command)
+    found: Sequence[RecoveredTrigger] = ()
     if isinstance(result, Purification):
         page = audit_page(subject, purification=result)
     else:
@@ -67,12 +86,15 @@ def save_report(
         answers = _answers_for(first, triggers, examples, Run.create(policy="fp32"))
         if isinstance(result, Audit):
             page = audit_page(subject, audit=result, images=examples, answers=answers)
-            _save_triggers(folder, result, triggers)
+            found = triggers
         else:
             page = audit_page(subject, verification=result, images=examples, answers=answers)
+    # The record first: of two results for one folder, whichever writes it has the folder.
     write_json(folder / RECORD, record(result))
+    if isinstance(result, Audit):
+        facts = {"model_sha256": result.facts["model_sha256"]}
+        write_triggers(folder, found, facts, most=MAX_TRIGGERS, force=force)
     write_page(folder / PAGE, page)
-    return folder / PAGE
 
 
 def save_sarif(audit: Audit, path: Path | str, *, force: bool = False) -> Path:
@@ -85,10 +107,10 @@ def save_sarif(audit: Audit, path: Path | str, *, force: bool = False) -> Path:
     path, (case,) = Path(path), _cases(audit)
     if case.source is None:
         raise InputError("a SARIF log speaks of a file, and the model is of none", where=path)
-    require_writable((path,), force=force, inputs=[file.path for file in case.source.files])
-    case.require_unchanged()
-    names = case.model.class_names
-    write_json(path, sarif(audit, case.source.path, names, file_sha256=case.source.sha256))
+    with writing((path,), force=force, inputs=[file.path for file in case.source.files]):
+        case.require_unchanged()
+        names = case.model.class_names
+        write_json(path, sarif(audit, case.source.path, names, file_sha256=case.source.sha256))
     return path
 
 
@@ -102,11 +124,6 @@ def _cases(result: Audit | Purification | Verification) -> tuple[Case, ...]:
     return cases if isinstance(cases, tuple) else (cases,)
 
 
-def _save_triggers(folder: Path, audit: Audit, triggers: Sequence[RecoveredTrigger]) -> None:
-    facts = {"model_sha256": audit.facts["model_sha256"]}
-    write_triggers(folder, triggers, facts, most=MAX_TRIGGERS)
-
-
 def _subject(case: Case, title: str, command: str) -> Subject:
     facts = [("model", case.name), ("SHA-256 of the weights", case.model.sha256())]
     if case.source is not None:
@@ -117,6 +134,7 @@ def _subject(case: Case, title: str, command: str) -> Subject:
     if case.images is not None:
         labels = "with labels" if case.images.labels is not None else "without labels"
         facts.append(("clean images", f"{len(case.images)}, {labels}"))
+        facts += [("of these images", note) for note in case.images.notes]
     return Subject(
         title,
         case.model.class_names,

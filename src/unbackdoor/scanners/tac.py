@@ -7,9 +7,11 @@ class k all clean images is unusually short where k is the target. One quadratic
 Paper:   Iwahana, Yamasaki, Ito, Miura & Shibahara, arXiv 2511.08944 (the program and the rule of the
          smallest norm; the test is our reading, as the paper's formula was not at hand).
 Needs:   clean images; labels are not looked at.
-Departs: the test accounts for the norm having been picked as the smallest of K, in the spirit of the
-         paper's revision; with five classes or fewer there is no verdict. A softmax behind the head is
-         refused: the program is about logits (where a file of a graph ends in one, opening it leaves it out).
+Departs: shifts are measured in units of each feature's spread, because the network could have been written
+         with any others. The test accounts for the norm having been picked as the smallest of K, in the
+         spirit of the paper's revision; with five classes or fewer there is no verdict. A softmax behind the
+         head is refused: the program is about logits (where a file of a graph ends in one, opening it leaves
+         it out).
 Cost:    1 forward over the clean images, N K^2 subtractions, K small quadratic programs.
 """
 
@@ -65,7 +67,9 @@ def scan(model: Classifier, data: CleanData, cfg: TACScanConfig, *, run: Run) ->
             where=images.name,
             remedy="Add images of the other classes",
         )
-    latent = latent_shifts(model, images, run, quantile=cfg.quantile, head=cfg.head or None)
+    latent = latent_shifts(
+        model, images, run, quantile=cfg.quantile, head=cfg.head or None, standardised=True
+    )
     outlier = smallest_outlier(latent.norms, rule=cfg.rule, level=cfg.level, log=cfg.log)
     finding = Finding(
         statistic=f"{'Grubbs G' if cfg.rule == 'grubbs' else 'MAD index'} of the smallest latent shift",

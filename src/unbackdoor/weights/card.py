@@ -39,6 +39,7 @@ class ModelCard(BaseModel):
         input_shape: (C, H, W).
         mean: Per-channel mean; empty for no normalisation.
         std: Per-channel deviation; empty for no normalisation.
+        bgr: Whether the network takes blue first; written only where it does.
         parameters: Number of trainable values.
         weights_sha256: Hash over names, shapes, types and bytes of all tensors.
         file_sha256: Hash of the weights file.
@@ -55,6 +56,7 @@ class ModelCard(BaseModel):
     input_shape: tuple[int, int, int]
     mean: tuple[_Finite, ...] = ()
     std: tuple[_Positive, ...] = ()
+    bgr: bool = False
     parameters: Annotated[int, Field(ge=0)]
     weights_sha256: _Hash
     file_sha256: _Hash
@@ -87,6 +89,7 @@ class ModelCard(BaseModel):
                 input_shape=model.input_shape,
                 mean=mean,
                 std=std,
+                **({"bgr": True} if model.bgr else {}),
                 parameters=sum(p.numel() for p in model.network.parameters()),
                 weights_sha256=weights_sha256,
                 file_sha256=file_sha256,

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from unbackdoor.errors import InputError
-from unbackdoor.files import atomic_write, is_there, opened, parse_json
+from unbackdoor.files import atomic_write, is_there, opened, parse_json, writing
 from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Classifier
 
@@ -22,8 +22,18 @@ _NAMES = ("pattern", "mask")
 MAX_TRIGGER = 1 << 28  # bytes; a bound against nonsense, as 4 x 4096 x 4096 numbers of 4 bytes
 
 
+def trigger_files(folder: Path, count: int) -> tuple[Path, ...]:
+    """Return the files of the first ``count`` triggers in a folder of a report."""
+    return tuple(folder / FOLDER.format(i) / name for i in range(count) for name in (PNG, TENSORS))
+
+
 def write_triggers(
-    folder: Path, triggers: Sequence[RecoveredTrigger], facts: Mapping[str, Any], *, most: int
+    folder: Path,
+    triggers: Sequence[RecoveredTrigger],
+    facts: Mapping[str, Any],
+    *,
+    most: int,
+    force: bool = False,
 ) -> list[dict[str, Path]]:
     """Write the first triggers into ``trigger-0``, ``trigger-1`` ... of a folder.
 
@@ -31,12 +41,17 @@ def write_triggers(
         folder: Made where it is missing.
         triggers: The most suspicious first.
         facts: JSON-ready; kept beside class and check of each.
-        most: How many at most. Those of an earlier scan, up to this number, are removed: they would pass for
-            some of this one.
+        most: How many at most.
+        force: Whether those of an earlier scan may be replaced. Then all up to ``most`` are removed that are
+            not written anew: they would pass for some of this one.
+
+    Raises:
+        InputError: If there are triggers of an earlier scan, or a link stands in the place of a folder.
     """
-    written = [write_trigger(folder / FOLDER.format(i), t, facts) for i, t in enumerate(triggers[:most])]
-    for i in range(len(written), most):
-        remove_trigger(folder / FOLDER.format(i))
+    with writing(trigger_files(folder, most), force=force, below=folder):
+        written = [write_trigger(folder / FOLDER.format(i), t, facts) for i, t in enumerate(triggers[:most])]
+        for i in range(len(written), most if force else 0):
+            remove_trigger(folder / FOLDER.format(i))
     return written
 
 
@@ -122,15 +137,6 @@ def read_trigger(path: Path, model: Classifier) -> RecoveredTrigger:
     if faults:
         raise misfit(faults[0])
     return trigger
-
-
-def read_triggers(
-    triggers: Sequence[Path | str | RecoveredTrigger] | None, model: Classifier
-) -> tuple[RecoveredTrigger, ...]:
-    """Return recovered triggers, read from files where they are paths; see :func:`read_trigger`."""
-    return tuple(
-        one if isinstance(one, RecoveredTrigger) else read_trigger(Path(one), model) for one in triggers or ()
-    )
 
 
 def remove_trigger(folder: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from unbackdoor.data.decode import Damaged
 from unbackdoor.errors import InputError
 from unbackdoor.text import is_text
 
@@ -15,6 +17,8 @@ REMEDY_FORMS = (
     "Give a .parquet file, a folder with one folder per class or with a labels.csv, an .npz file, or an image"
 )
 MAX_CLASSES = 1 << 16
+_WHOLE = re.compile(r"\d{1,9}(\.0{0,20})?")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 MAX_NAME = 1000  # characters of the name of a class
 
 
@@ -63,6 +67,82 @@ def agreed_names(
         where=where,
         remedy="Leave the class names out, or renumber the labels of the file",
     )
+
+
+def intact_labels(
+    labels: NDArray[np.int64],
+    damaged: Sequence[Damaged] | None,
+    names: tuple[str, ...],
+    file: str,
+    *,
+    partial: bool,
+) -> NDArray[np.int64]:
+    """Return the labels without those of damaged images, which must have left an image of every class."""
+    if not damaged:
+        return labels
+    left = np.delete(labels, [one.row for one in damaged])
+    lost = np.setdiff1d(labels, left)
+    if len(lost) and not partial:
+        raise InputError(
+            f"all images of the class {names[lost[0]]!r} are damaged",
+            expected="at least 1 image per class",
+            got=0,
+            where=file,
+            remedy="Replace the images",
+        )
+    return left
+
+
+def labels_of_texts(
+    texts: Sequence[str], names: Sequence[str] | None, where: Callable[[int], str]
+) -> tuple[list[int], list[str]]:
+    """Return a label for each text, and the class names.
+
+    A label is a class name or an index; where the names are given and all labels are whole numbers that are
+    no names, they are indices. Whole numbers may be written with decimals, as spreadsheets do.
+
+    Args:
+        texts: One for each image.
+        names: Class names in label order, or None to take them from the texts: whole numbers in their order,
+            others sorted.
+        where: Where the text of a row stands, in words.
+
+    Raises:
+        InputError: If a label is no class.
+    """
+    whole = [_whole(text) for text in texts]
+    digits = None not in whole
+    if names is None:
+        odd = next((row for row, number in enumerate(whole) if number is None), None)
+        if odd is not None and all(_NUMBER.fullmatch(text) for text in texts):
+            raise InputError(
+                "the labels are numbers, and one is no number of a class",
+                expected="0, 1, 2, ...; 3.0 counts as 3",
+                got=repr(texts[odd][:80])[1:-1],
+                where=where(odd),
+            )
+        # Bounded, because one absurd number must not make a billion names.
+        count = min(max(number or 0 for number in whole) + 1, MAX_CLASSES) if digits else 0
+        names = [str(k) for k in range(count)] if digits else sorted(set(texts))
+    places = {name: k for k, name in enumerate(names)}
+    by_index = digits and not any(text in places for text in texts)
+    labels = []
+    for row, (text, number) in enumerate(zip(texts, whole, strict=True)):
+        label = number if by_index and number is not None else places.get(text, -1)
+        if not 0 <= label < len(names):
+            raise InputError(
+                "the label is none of the classes",
+                expected=f"0..{len(names) - 1} or one of " + ", ".join(list(names)[:20]),
+                got=repr(text[:80])[1:-1],
+                where=where(row),
+            )
+        labels.append(label)
+    return labels, list(names)
+
+
+def _whole(text: str) -> int | None:
+    """Return a number of a class, also where a spreadsheet wrote it as ``3.0``; None for all else."""
+    return int(text.partition(".")[0]) if _WHOLE.fullmatch(text) else None
 
 
 def checked_labels(

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from unbackdoor.data.cache import as_images
-from unbackdoor.data.decode import decode
-from unbackdoor.data.sources.image_files import image_files, read_bounded
+from unbackdoor.data.decode import Damaged, damage_notes, decode
+from unbackdoor.data.sources.checks import intact_labels
+from unbackdoor.data.sources.image_files import image_files, passed_over, read_bounded, unread_notes
 from unbackdoor.errors import InputError, UnsafeFile
 from unbackdoor.types import Images, Progress, silent
 
@@ -23,6 +24,7 @@ def read_folder(
     progress: Progress = silent,
     name: str | None = None,
     partial: bool = False,
+    skip_damaged: bool = False,
 ) -> Images:
     """Decode a folder of class folders, past the cache; see :func:`load_images`."""
     folders = class_folders(path)
@@ -53,7 +55,7 @@ def read_folder(
             raise InputError(
                 f"the class {class_name!r} has no images",
                 expected="a folder with at least 1 image",
-                got="an empty folder" if members == [] else "no such folder",
+                got="no such folder" if members is None else _empty(path / class_name),
                 where=path / class_name,
                 remedy="Add images of the class or leave it out of the class names and the folder",
             )
@@ -61,15 +63,20 @@ def read_folder(
         labels += [label] * len(members)
     title = name or path.name or "images"
     items = ((str(file), read_bounded(file)) for file in files)
-    pixels = decode(items, len(files), name=title, size=size, progress=progress)
-    return as_images(pixels, np.asarray(labels, dtype=np.int64), names, title)
+    damaged: list[Damaged] | None = [] if skip_damaged else None
+    pixels = decode(items, len(files), name=title, size=size, progress=progress, damaged=damaged)
+    table = intact_labels(np.asarray(labels, dtype=np.int64), damaged, names, str(path), partial=partial)
+    return as_images(pixels, table, names, title, damage_notes(damaged or (), len(files)))
+
+
+def _empty(folder: Path) -> str:
+    unread = unread_notes(folder) if folder.is_dir() else ()
+    return unread[0] if unread else "an empty folder"
 
 
 def class_folders(path: Path) -> dict[str, list[Path]]:
     try:
-        folders = sorted(
-            entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-        )
+        folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not passed_over(entry.name))
         if _are_indices([folder.name for folder in folders]):
             folders.sort(key=lambda folder: int(folder.name))  # 2 before 10
         here = path.resolve()

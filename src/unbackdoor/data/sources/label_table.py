@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -13,11 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from unbackdoor.data.cache import as_images
-from unbackdoor.data.decode import decode
-from unbackdoor.data.sources.checks import MAX_CLASSES, checked_labels
-from unbackdoor.data.sources.image_files import read_bounded
+from unbackdoor.data.decode import Damaged, damage_notes, decode
+from unbackdoor.data.sources.checks import checked_labels, intact_labels, labels_of_texts
+from unbackdoor.data.sources.image_files import is_file, read_bounded
 from unbackdoor.errors import InputError, UnsafeFile
-from unbackdoor.files import is_there, read_text
+from unbackdoor.files import read_text
 from unbackdoor.text import is_text
 from unbackdoor.types import Images, Progress, silent
 
@@ -28,8 +27,6 @@ _MAX_BYTES = 1 << 26
 _MAX_ROWS = 1 << 20
 _MAX_FIELDS = 1 << 24
 _MAX_NAME = 4096  # characters of a path
-_WHOLE = re.compile(r"\d{1,9}(\.0{0,20})?")
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _FORM = "Write one row an image: file,label"
 
 
@@ -50,6 +47,7 @@ def read_labelled(
     progress: Progress = silent,
     name: str | None = None,
     partial: bool = False,
+    skip_damaged: bool = False,
 ) -> Images:
     """Decode the images of a table of files and labels, past the cache; see :func:`load_images`."""
     table = path / NAME if path.is_dir() else path
@@ -66,8 +64,11 @@ def read_labelled(
     )
     title = name or table.parent.name or "images"
     items = ((str(entry.file), read_bounded(entry.file)) for entry in entries)
-    pixels = decode(items, len(entries), name=title, size=size, progress=progress)
-    return as_images(pixels, labels, names, title)
+    damaged: list[Damaged] | None = [] if skip_damaged else None
+    pixels = decode(items, len(entries), name=title, size=size, progress=progress, damaged=damaged)
+    # Without given names a class may have no images, so it may lose them.
+    labels = intact_labels(labels, damaged, names, str(table), partial=partial or class_names is None)
+    return as_images(pixels, labels, names, title, damage_notes(damaged or (), len(entries)))
 
 
 def read_table(table: Path) -> list[Entry]:
@@ -93,6 +94,8 @@ def read_table(table: Path) -> list[Entry]:
                 "a row is incomplete", got=",".join(row)[:80], where=f"{table}, line {line}", remedy=_FORM
             )
         name = row[file_at].strip()
+        if "\\" in name and not is_file(table.parent / name):
+            name = name.replace("\\", "/")  # written on Windows
         file = table.parent / name
         if not _lies_inside(name, file, root, inside):
             raise UnsafeFile(
@@ -102,7 +105,7 @@ def read_table(table: Path) -> list[Entry]:
                 where=f"{table}, line {line}",
                 remedy="Put the images beside the table",
             )
-        if not (is_there(file) and file.is_file()):
+        if not is_file(file):
             raise InputError("the image is not there", where=f"{table}, line {line}", expected=file)
         entries.append(Entry(line, file, row[label_at].strip()))
     if not entries:
@@ -125,10 +128,7 @@ def _lies_inside(name: str, file: Path, root: Path, inside: dict[Path, bool]) ->
 def numbered(
     entries: Sequence[Entry], names: Sequence[str] | None, table: Path
 ) -> tuple[list[int], list[str]]:
-    """Return a label for each row, and the class names.
-
-    A label is a class name or an index; where the names are given and all labels are whole numbers that are
-    no names, they are indices.
+    """Return a label for each row, and the class names; see :func:`labels_of_texts`.
 
     Args:
         entries: The rows.
@@ -138,40 +138,9 @@ def numbered(
     Raises:
         InputError: If a label is no class.
     """
-    texts = [entry.label for entry in entries]
-    whole = [_whole(text) for text in texts]
-    digits = None not in whole
-    if names is None:
-        odd = next((entry for entry, number in zip(entries, whole, strict=True) if number is None), None)
-        if odd is not None and all(_NUMBER.fullmatch(text) for text in texts):
-            raise InputError(
-                "the labels are numbers, and one is no number of a class",
-                expected="0, 1, 2, ...; 3.0 counts as 3",
-                got=repr(odd.label[:80])[1:-1],
-                where=f"{table}, line {odd.line}",
-            )
-        # Bounded, because one absurd number must not make a billion names.
-        count = min(max(number or 0 for number in whole) + 1, MAX_CLASSES) if digits else 0
-        names = [str(k) for k in range(count)] if digits else sorted(set(texts))
-    places = {name: k for k, name in enumerate(names)}
-    by_index = digits and not any(text in places for text in texts)
-    labels = []
-    for entry, number in zip(entries, whole, strict=True):
-        label = number if by_index and number is not None else places.get(entry.label, -1)
-        if not 0 <= label < len(names):
-            raise InputError(
-                "the label is none of the classes",
-                expected=f"0..{len(names) - 1} or one of " + ", ".join(list(names)[:20]),
-                got=repr(entry.label[:80])[1:-1],
-                where=f"{table}, line {entry.line}",
-            )
-        labels.append(label)
-    return labels, list(names)
-
-
-def _whole(text: str) -> int | None:
-    """Return a number of a class, also where a spreadsheet wrote it as ``3.0``; None for all else."""
-    return int(text.partition(".")[0]) if _WHOLE.fullmatch(text) else None
+    return labels_of_texts(
+        [entry.label for entry in entries], names, lambda i: f"{table}, line {entries[i].line}"
+    )
 
 
 def _rows(table: Path) -> list[tuple[int, list[str]]]:
@@ -208,6 +177,8 @@ def _columns(rows: Sequence[tuple[int, list[str]]], table: Path) -> tuple[int, i
         raise InputError("the table has one column only", got=",".join(heads)[:80], where=table, remedy=_FORM)
     # A header in words that nobody knows: its first field is no file.
     first = rows[0][1][0].strip()
-    named = bool(first) and _lies_inside(first, table.parent / first, table.parent.resolve(), {})
-    named = named and is_there(table.parent / first) and (table.parent / first).is_file()
+    named = False
+    for name in (first, first.replace("\\", "/")) if first else ():
+        inside = _lies_inside(name, table.parent / name, table.parent.resolve(), {})
+        named = named or (inside and is_file(table.parent / name))
     return 0, 1, 0 if named or len(rows) == 1 else 1

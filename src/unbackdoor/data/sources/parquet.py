@@ -10,12 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unbackdoor.data.cache import as_images
-from unbackdoor.data.decode import CHUNK, Item, decode, require_memory
-from unbackdoor.data.sources.checks import agreed_names, checked_labels
+from unbackdoor.data.decode import CHUNK, Damaged, Item, damage_notes, decode, require_memory
+from unbackdoor.data.sources.checks import agreed_names, checked_labels, intact_labels, labels_of_texts
 from unbackdoor.errors import InputError, MissingExtra
 from unbackdoor.files import parse_json
 from unbackdoor.types import Images, Progress, silent
 
+# As public data sets call them, the finest labels first.
+_IMAGE_NAMES = ("image", "img", "images", "image_bytes", "picture", "photo", "jpg", "png", "bytes")
+_LABEL_NAMES = ("label", "labels", "fine_label", "class", "class_id", "target", "category", "y", "cls",
+                "coarse_label")  # fmt: skip
+_REMEDY = "Use the Hugging Face image schema (image {bytes, path}, label), or name the column"
 _BATCH_BYTES = 2 << 30  # of the images that are held at a time, at most
 # What pyarrow raises over hostile bytes besides its own errors.
 _BROKEN = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, MemoryError)
@@ -29,6 +34,9 @@ def read_parquet(
     progress: Progress = silent,
     name: str | None = None,
     partial: bool = False,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    skip_damaged: bool = False,
 ) -> Images:
     """Decode a Parquet file, past the cache; see :func:`load_images`."""
     try:
@@ -41,24 +49,27 @@ def read_parquet(
 
     def items() -> Iterator[Item]:
         nonlocal row
-        for batch in file.iter_batches(batch_size=batch_size, columns=["image.bytes"]):
+        columns = [f"{image}.bytes" if nested else image]
+        for batch in file.iter_batches(batch_size=batch_size, columns=columns):
             # Flattened, because a null image counts as null bytes.
-            for data in batch.column(0).flatten()[0].to_pylist():
-                if not data:
+            column = batch.column(0)
+            for data in (column.flatten()[0] if nested else column).to_pylist():
+                if not data and not skip_damaged:
                     raise InputError(
                         "a row has no image",
-                        expected="encoded bytes in image.bytes",
+                        expected=f"encoded bytes in {image}" + (".bytes" if nested else ""),
                         got="null" if data is None else "0 bytes",
                         where=f"{path}, row {row}",
                         remedy="Remove the row or write the image's bytes into it",
                     )
-                yield f"{path}, row {row}", data
+                yield f"{path}, row {row}", data or b""
                 row += 1
 
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             schema = file.schema_arrow
-            _require_columns(schema, pa, path)
+            image, label = _columns(schema, pa, path, image_column, label_column)
+            nested = pa.types.is_struct(schema.field(image).type)
             count = file.metadata.num_rows
             if count < 1:
                 raise InputError("the file has no rows", expected="at least 1 image", got=0, where=path)
@@ -67,11 +78,17 @@ def read_parquet(
             # A page may say in a few bytes that one image of many stands there again and again; no image is
             # larger than all that is stored of a group.
             batch_size = min(max(_BATCH_BYTES // max(*groups, 1), 1), CHUNK)
-            require_memory(8 * count, f"{path}, column label")
-            labels = _labels_of(file.read(columns=["label"]).column(0), path)
-            names = agreed_names(class_names, _names_in(schema.metadata, path), str(path))
-            names, labels = checked_labels(labels, names, lambda i: f"{path}, row {i}", str(path), partial)
-            pixels = decode(items(), count, name=name or path.stem, size=size, progress=progress)
+            require_memory(8 * count, f"{path}, column {label}")
+            stated = agreed_names(class_names, _names_in(schema.metadata, label, path), str(path))
+            labels, names = _labels_of(file.read(columns=[label]).column(0), stated, pa, path)
+            # Names that are taken from the labels need not all occur: the file may be a part of a larger set.
+            some = partial or names is not stated
+            names, labels = checked_labels(labels, names, lambda i: f"{path}, row {i}", str(path), some)
+            damaged: list[Damaged] | None = [] if skip_damaged else None
+            pixels = decode(
+                items(), count, name=name or path.stem, size=size, progress=progress, damaged=damaged
+            )
+            labels = intact_labels(labels, damaged, names, str(path), partial=partial)
     except (pa.ArrowException, OSError, *_BROKEN) as error:
         # Arrow raises plain OSError for damage; a real I/O error has a number.
         if isinstance(error, OSError) and error.errno:
@@ -83,78 +100,106 @@ def read_parquet(
             where=f"{path}, near row {row}",
             remedy="Fetch or write the file again",
         ) from error
-    return as_images(pixels, labels, names, name or path.stem)
+    notes = damage_notes(damaged or (), count)
+    others = [column for column in _LABEL_NAMES if column in schema.names and column != label]
+    if label_column is None and others:
+        notes += (f"the labels are those of the column {label}; there is {' and '.join(others)} as well",)
+    return as_images(pixels, labels, names, name or path.stem, notes)
 
 
-def _require_columns(schema: Any, pa: Any, path: Path) -> None:
-    remedy = "Use the Hugging Face image schema: image {bytes, path}, label"
+def _columns(
+    schema: Any, pa: Any, path: Path, image_column: str | None, label_column: str | None
+) -> tuple[str, str]:
+    """Return the columns of images and of labels: those asked for, else the first of a usual name and type.
+
+    Raises:
+        InputError: If one is missing or of another type.
+    """
+
+    def holds_images(kind: Any) -> bool:
+        if pa.types.is_struct(kind):
+            kind = {field.name: field.type for field in kind}.get("bytes")
+        return kind is not None and bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+    def holds_labels(kind: Any) -> bool:
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        types = pa.types
+        return any(test(kind) for test in (types.is_integer, types.is_string, types.is_large_string))
+
+    asked = (
+        ("image", image_column, _IMAGE_NAMES, holds_images),
+        ("label", label_column, _LABEL_NAMES, holds_labels),
+    )
+    expected = {"image": "bytes, or a struct with a binary field 'bytes'", "label": "integers or texts"}
     # A column is asked for by its path, so that a dotted name, or two of one name, may stand for another.
     roots = [name.split(".")[0] for name in schema.names]
-    for column in ("image", "label"):
-        if roots.count(column) > 1 or (column in roots and column not in schema.names):
+    chosen = []
+    for what, wanted, usual, fits in asked:
+        there = [name for name in ((wanted,) if wanted is not None else usual) if name in schema.names]
+        fitting = [name for name in there if fits(schema.field(name).type)]
+        if not fitting and (not there or there[0] not in (wanted, what)):
             raise InputError(
-                f"the name of the column {column!r} is ambiguous",
+                f"the column {wanted or what!r} is missing",
+                expected=wanted or "one of " + ", ".join(usual),
+                got=", ".join(schema.names) or "no columns",
+                where=path,
+                remedy=f"{_REMEDY} with --{what}-column ({what}_column=)",
+            )
+        chosen.append((fitting or there)[0])
+        if roots.count(chosen[-1]) > 1 or "." in chosen[-1]:
+            raise InputError(
+                f"the name of the column {chosen[-1]!r} is ambiguous",
                 expected="one column of that name",
                 got=", ".join(map(repr, schema.names[:20])),
                 where=path,
-                remedy=remedy,
+                remedy=_REMEDY,
             )
-    for column in ("image", "label"):
-        if column not in schema.names:
+    for name, (what, _, _, fits) in zip(chosen, asked, strict=True):
+        if not fits(schema.field(name).type):
             raise InputError(
-                f"the column {column!r} is missing",
-                expected="columns image and label",
-                got=", ".join(schema.names) or "no columns",
+                f"the column {name!r} has the wrong type",
+                expected=expected[what],
+                got=schema.field(name).type,
                 where=path,
-                remedy=remedy,
+                remedy=f"{_REMEDY} with --{what}-column ({what}_column=)",
             )
-    kind = schema.field("image").type
-    inner = {field.name: field.type for field in kind} if pa.types.is_struct(kind) else {}
-    data = inner.get("bytes")
-    if data is None or not (pa.types.is_binary(data) or pa.types.is_large_binary(data)):
-        raise InputError(
-            "the column 'image' has the wrong type",
-            expected="a struct with a binary field 'bytes'",
-            got=kind,
-            where=path,
-            remedy=remedy,
-        )
-    if not pa.types.is_integer(schema.field("label").type):
-        raise InputError(
-            "the column 'label' has the wrong type",
-            expected="integers",
-            got=schema.field("label").type,
-            where=path,
-            remedy=remedy,
-        )
+    image, label = chosen
+    return image, label
 
 
-def _labels_of(column: Any, path: Path) -> NDArray[np.int64]:
+def _labels_of(
+    column: Any, names: tuple[str, ...] | None, pa: Any, path: Path
+) -> tuple[NDArray[np.int64], tuple[str, ...] | None]:
     if column.null_count:
         row = column.is_null().to_numpy().argmax()
         raise InputError(
             "a label is missing",
-            expected="an integer",
+            expected="an integer or a text",
             got="null",
             where=f"{path}, row {row}",
             remedy="Label the image or remove the row",
         )
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if not pa.types.is_integer(column.type):
+        numbers, in_texts = labels_of_texts(column.to_pylist(), names, lambda i: f"{path}, row {i}")
+        return np.asarray(numbers, dtype=np.int64), names or tuple(in_texts)
     values = column.to_numpy()
     # Values of uint64 beyond int64 would turn negative, and then be reported as such.
-    return np.ascontiguousarray(values, dtype=np.int64).copy()
+    return np.ascontiguousarray(values, dtype=np.int64).copy(), names
 
 
-def _names_in(metadata: dict[bytes, bytes] | None, path: Path) -> tuple[str, ...] | None:
+def _names_in(metadata: dict[bytes, bytes] | None, label: str, path: Path) -> tuple[str, ...] | None:
     text = (metadata or {}).get(b"huggingface")
     if text is None:
         return None
     try:
-        feature = parse_json(text, "the metadata")["info"]["features"]["label"]
+        feature = parse_json(text, "the metadata")["info"]["features"][label]
         names = feature.get("names")
     except (InputError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             "the metadata under 'huggingface' cannot be read",
-            expected="JSON with info.features.label.names",
+            expected=f"JSON with info.features.{label}.names",
             got=f"{type(error).__name__}: {error}",
             where=path,
             remedy="Write the metadata again, or remove it and give the class names",

@@ -143,7 +143,8 @@ def scan(content: bytes, trail: Trail) -> bool:
 def begins_with_pickle(data: Buffer, trail: Trail) -> bool:
     """List the names of the pickle that a file begins with; tell whether it is whole and holds anything.
 
-    A few bytes may be a pickle of a number or a text by chance, and no loader makes weights of one.
+    A few bytes may be a pickle of a number, a text or a persistent name by chance, and no loader makes
+    weights of one. Whatever calls anything has names.
     """
     try:
         value = _read(_stream(data), trail, pickles.Stub, depth=1)
@@ -152,9 +153,7 @@ def begins_with_pickle(data: Buffer, trail: Trail) -> bool:
         return True
     except InputError:
         return False
-    if isinstance(value, list | tuple | dict):
-        return bool(value)
-    return value == _MAGIC if isinstance(value, int) else not isinstance(value, str | bytes | float | None)
+    return bool(value) if isinstance(value, list | tuple | dict | set | frozenset) else value == _MAGIC
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -702,8 +702,10 @@ def _text(content: bytes) -> str:
         return content.decode("latin-1")
 
 
+# Every reader stops at names that are not UTF-8, and at persistent names that are not ASCII: what stands
+# behind them runs nowhere, and the weights of another container look like this by chance.
 def _pair(stream: IO[bytes]) -> tuple[str, str]:
-    return _line(stream).decode("utf-8", "replace"), _line(stream).decode("utf-8", "replace")
+    return _line(stream).decode("utf-8"), _line(stream).decode("utf-8")
 
 
 # The readers of pickletools refuse texts here that those of pickle accept, and a name behind them would go
@@ -716,7 +718,7 @@ _READERS: dict[str, Callable[[IO[bytes]], Any]] = {
     "SHORT_BINSTRING": _counted_text(1),
     "GLOBAL": _pair,
     "INST": _pair,
-    "PERSID": lambda stream: _line(stream).decode("utf-8", "replace"),
+    "PERSID": lambda stream: _line(stream).decode("ascii"),
 }
 _ACTIONS: dict[str, Action] = {
     **dict.fromkeys(("PROTO", "FRAME", "READONLY_BUFFER"), _ignore),

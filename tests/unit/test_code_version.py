@@ -17,6 +17,7 @@ import unbackdoor
 from unbackdoor.bench.code_version import (
     ENDS,
     IMPORTED,
+    SCANNING,
     STEPS,
     TRAINING,
     Sources,
@@ -138,6 +139,8 @@ def test_a_change_of_the_engine_changes_those_who_reach_it(
 ) -> None:
     copy.append(f"engine/{module}.py")
     wanted = reaching(f"unbackdoor.engine.{module}", pristine)
+    if f"unbackdoor.engine.{module}" in pristine.closure([SCANNING], ends=ENDS):
+        wanted |= {f"scan:{name}" for name in SCANNERS}  # the form in which every scanner sees a model
     assert changed(pristine, copy) == wanted
     assert 0 < len(wanted) < len(versions(pristine))
 

@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from small_suite import TEXT, fake_data, written
 from tiny import tiny_data
 from unbackdoor.attacks import poison
-from unbackdoor.bench import steps
+from unbackdoor.bench import scan_step, steps
 from unbackdoor.bench.cells import plan
 from unbackdoor.bench.judge import judge_scan
 from unbackdoor.bench.results import scans_of, summarise_scans, write_parquet
 from unbackdoor.bench.rows import Row, ScanRow, read_scans, write_rows
 from unbackdoor.bench.store import Store
 from unbackdoor.bench.suites import load_suite
+from unbackdoor.engine.canonical_form import CanonicalForm
 from unbackdoor.engine.trusted_caller import scan
 from unbackdoor.errors import ConfigError, IntegrityError, MethodFailed
 from unbackdoor.opening.classifier_files import save_model
@@ -142,12 +143,34 @@ def test_a_step_leaves_findings_and_artefacts(rogue: None, tiny: Trained, tmp_pa
     save_file({"pixels": images.pixels, "labels": images.truth}, tmp_path / steps.SAMPLE, metadata=facts)
     save_model(model.copy(), tmp_path / steps.MODEL)
     spec = {"scanner": "rogue", "options": {"level": 0.5}, "seed": 1, "precision": "fp32"}
-    answer = steps.scan_step({"spec": spec, "place": {}}, tmp_path)
+    answer = scan_step.scan_step({"spec": spec, "place": {}}, tmp_path)
     assert json.loads(json.dumps(answer)) == answer
     assert (answer["verdict"], answer["classes"], answer["p_value"]) == ("backdoor found", [1], 0.01)
     assert load_file(tmp_path / steps.ARTEFACTS)["0.trigger"].shape == (1, 8, 8)
     (kept,) = json.loads((tmp_path / steps.EVIDENCE).read_text(encoding="utf-8"))["findings"]
     assert kept["statistic"] == "norm"
+
+
+def test_a_step_shows_the_scanner_what_a_scan_shows_it(
+    tiny: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, images = tiny[0], tiny_data(40)
+    facts = {"class_names": json.dumps(images.class_names), "augmentation": "none"}
+    save_file({"pixels": images.pixels, "labels": images.truth}, tmp_path / steps.SAMPLE, metadata=facts)
+    save_model(model.copy(), tmp_path / steps.MODEL)
+    forms = []
+
+    def captured(*args: Any, form: CanonicalForm | None, **more: Any) -> ScanReport:
+        forms.append(form)
+        return scan(*args, form=form, **more)
+
+    scan = scan_step.scan
+    monkeypatch.setattr(scan_step, "scan", captured)
+    spec = {"scanner": "weight_statistics", "options": {}, "seed": 1, "precision": "fp32"}
+    scan_step.scan_step({"spec": spec, "place": {}}, tmp_path)
+    (form,) = forms
+    assert form is not None
+    assert form.kept == (0, 1, 2, 3)
 
 
 def test_options_with_several_values_come_out_of_a_cell_as_they_went_in() -> None:
@@ -163,7 +186,7 @@ def test_what_json_cannot_say_is_left_out_of_the_evidence(tiny: Trained, tmp_pat
     save_file({"pixels": images.pixels, "labels": images.truth}, tmp_path / steps.SAMPLE, metadata=facts)
     save_model(model.copy(), tmp_path / steps.MODEL)
     spec = {"scanner": "neural_cleanse", "options": {"steps": 20}, "seed": 1, "precision": "fp32"}
-    steps.scan_step({"spec": spec, "place": {}}, tmp_path)
+    scan_step.scan_step({"spec": spec, "place": {}}, tmp_path)
     kept = json.loads((tmp_path / steps.EVIDENCE).read_text(encoding="utf-8"))["findings"]
     assert None in [one["threshold"] for one in kept]  # shown, not judged
 

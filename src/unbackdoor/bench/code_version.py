@@ -22,7 +22,8 @@ from unbackdoor.registry import ARCHITECTURES, ATTACKS, DEFENSES, SCANNERS, SCRE
 
 OWN = "unbackdoor"
 IMPORTED = "imported "  # before the version of a victim that was taken over and is pinned by its weights
-TRAINING, STEPS, SPLITS = f"{OWN}.bench.train_step", f"{OWN}.bench.steps", f"{OWN}.data.splits"
+TRAINING, SCANNING = f"{OWN}.bench.train_step", f"{OWN}.bench.scan_step"
+STEPS, SPLITS = f"{OWN}.bench.steps", f"{OWN}.data.splits"
 # Modules at which a closure ends, because no change behind them can alter a number unnoticed:
 ENDS = frozenset(
     {
@@ -189,7 +190,7 @@ def repair_version(defense: str, attack: str, architecture: str, sources: Source
 def scan_version(scanner: str, attack: str, architecture: str, sources: Sources | None = None) -> str:
     """Return the version of the code that scans; see :func:`repair_version`."""
     parts = (SCANNERS[scanner], ATTACKS[attack], _family(architecture))
-    return _version(STEPS, parts, sources)
+    return _version(SCANNING, parts, sources)
 
 
 def sample_version() -> str:

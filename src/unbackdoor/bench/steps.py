@@ -1,18 +1,17 @@
 """The steps of a cell, each run in a process of its own; tasks and answers are plain JSON.
 
 The steps of methods and scanners are given a model, clean images and options. They alone run third-party
-code, and they alone are confined; only the judge's step reads the truth. The step that trains a victim is in
-:mod:`unbackdoor.bench.train_step`, so that no repair depends on the code that trains.
+code, and they alone are confined; only the judge's step reads the truth. The steps that train a victim and
+that scan one are in :mod:`unbackdoor.bench.train_step` and :mod:`unbackdoor.bench.scan_step`, so that no
+repair depends on the code of either.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -27,9 +26,8 @@ from unbackdoor.data.datasets import DataSet, load_dataset
 from unbackdoor.data.splits import draw_clean, reserve
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.trusted_caller import run as call
-from unbackdoor.engine.trusted_caller import scan
 from unbackdoor.errors import IntegrityError
-from unbackdoor.files import atomic_write, finite, write_json
+from unbackdoor.files import atomic_write, write_json
 from unbackdoor.metrics import Rate
 from unbackdoor.opening.classifier_files import load_model, save_model
 from unbackdoor.types import Classifier, CleanData, Images
@@ -170,7 +168,7 @@ def hand_over(victim: Path, folder: Path) -> None:
 
 def method_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Run a defense on the model and the clean images of its folder, and leave the repaired model there."""
-    spec, run, clean = task["spec"], run_of(task, folder), _clean_data(folder, task)
+    spec, run, clean = task["spec"], run_of(task, folder), clean_data_of(folder, task)
     repaired = call(
         spec["defense"],
         model_of(folder / MODEL),
@@ -183,46 +181,10 @@ def method_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
     )
     save_model(repaired.model, folder / REPAIRED, history=[dict(repaired.method)])
     write_json(folder / EVIDENCE, dict(repaired.evidence))
-    return _cost(repaired.seconds, clean, run)
+    return cost_of(repaired.seconds, clean, run)
 
 
-def scan_step(task: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Run a scanner on the model and the clean images of its folder, and leave its findings there."""
-    spec, run, clean = task["spec"], run_of(task, folder), _clean_data(folder, task)
-    report = scan(
-        spec["scanner"],
-        model_of(folder / MODEL),
-        clean,
-        options=spec["options"],
-        seed=run.seed,
-        device=run.device,
-        precision=run.precision.name,
-        progress=run.show,
-    )
-    plain = (asdict(replace(one, artefacts={}, trigger=None)) for one in report.findings)
-    findings = [{name: value for name, value in one.items() if name != "trigger"} for one in plain]
-    facts = {"findings": findings, "errors": dict(report.errors), "skipped": dict(report.skipped)}
-    write_json(folder / EVIDENCE, finite(facts))
-    tensors = {
-        f"{n}.{name}": value.contiguous()
-        for n, one in enumerate(report.findings)
-        for name, value in {**one.artefacts, **(one.trigger.tensors() if one.trigger else {})}.items()
-    }
-    if tensors:
-        with atomic_write(folder / ARTEFACTS) as draft:
-            save_file(tensors, draft)
-    strongest = report.findings[0] if report.findings else None
-    return {
-        "verdict": report.verdict,
-        "classes": sorted(strongest.classes) if strongest else [],
-        "statistic": strongest.statistic if strongest else "",
-        "value": strongest.value if strongest and math.isfinite(strongest.value) else None,
-        "p_value": strongest.p_value if strongest else None,
-        **_cost(report.seconds, clean, run),
-    }
-
-
-def _clean_data(folder: Path, task: Mapping[str, Any]) -> CleanData:
+def clean_data_of(folder: Path, task: Mapping[str, Any]) -> CleanData:
     """Read the defender's images of a folder."""
     tensors = load_file(folder / SAMPLE)
     with safe_open(folder / SAMPLE, framework="pt") as file:
@@ -231,7 +193,8 @@ def _clean_data(folder: Path, task: Mapping[str, Any]) -> CleanData:
     return CleanData.split(images, augmentation=facts["augmentation"], seed=int(task["spec"]["seed"]))
 
 
-def _cost(seconds: float, clean: CleanData, run: Run) -> dict[str, Any]:
+def cost_of(seconds: float, clean: CleanData, run: Run) -> dict[str, Any]:
+    """Return the columns of a method or a scanner that say what it cost."""
     return {
         "seconds": seconds,
         "peak_mb": peak_memory_mb(),

@@ -30,10 +30,11 @@ from unbackdoor.errors import MethodFailed, UnbackdoorError
 from unbackdoor.files import is_disk_full
 from unbackdoor.isolate import SCRATCH, Limits, call, log_of, preload
 
-_STEPS, _TRAINING = "unbackdoor.bench.steps", "unbackdoor.bench.train_step"
-# The first brings the other steps along. The first optimizer of a process imports torch's compiler, a second
+_STEPS = "unbackdoor.bench.steps"
+_MODULES = {"train": "unbackdoor.bench.train_step", "scan": "unbackdoor.bench.scan_step"}
+# These bring the other steps along. The first optimizer of a process imports torch's compiler, a second
 # of work that is done once in the server.
-preload(_TRAINING, "torch._dynamo")
+preload(*_MODULES.values(), "torch._dynamo")
 _COST: dict[str, tuple[type, ...]] = {
     "seconds": (float,),
     "peak_mb": (float,),
@@ -170,7 +171,7 @@ class _Work:
     ) -> dict[str, Any]:
         limits = Limits(**self.job["place"]["limits"])
         start = time.perf_counter()
-        module = _TRAINING if name == "train" else _STEPS
+        module = _MODULES.get(name, _STEPS)
         answer = call(f"{module}:{name}_step", task, folder, limits, private=private)
         self.logs.append(log_of(folder))
         self._spent(f"{name} step", time.perf_counter() - start)

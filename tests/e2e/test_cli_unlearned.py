@@ -152,7 +152,7 @@ def test_references_calibrate_and_are_checked(victim: Path, own: Any, tmp_path: 
         assert "cannot be read" in why(content)
     assert "is the suspicious model itself" in why(json.dumps(own))
     clean(spoilt, float("nan"), "another")
-    assert "is not finite" in why(spoilt.read_text())
+    assert "NaN is no number" in why(spoilt.read_text())
     clean(spoilt, None, "another")
     assert "has no attraction of the check 'rnp_vote'" in why(spoilt.read_text())
     clean(spoilt, 0.1, "another", checks=[])

@@ -33,6 +33,7 @@ from unbackdoor.report.benchmark.records import (
 )
 from unbackdoor.report.benchmark.scans import detection_by_attack, detection_tables, scan_section
 from unbackdoor.report.benchmark.suite import age_of
+from unbackdoor.report.benchmark.victims import IN_PART, victim_tables, victims_of
 from unbackdoor.report.markdown import table_lines, to_markdown
 from unbackdoor.report.tables import OLDER, Document, Section, Table, Verbatim
 from unbackdoor.report.words import duration
@@ -42,7 +43,7 @@ RESULTS, PAGES, GUIDE = ROOT / "results", ROOT / "docs" / "results", ROOT / "doc
 QUOTING = (GUIDE, ROOT / "docs" / "scanners.md", ROOT / "README.md")  # pages with numbers between marks
 BEGIN, END = "<!-- {}: made by scripts/results.py -->", "<!-- end of {} -->"
 FOUR, SHORT, BESIDE = "four-systems-v1", "four-systems-short-v1", "trigger-unlearning-v1"
-PLAIN = "cifar10-small-v1"
+PLAIN, ZOO = "cifar10-small-v1", "zoo-v1"
 SCANNERS = ("scanners-v1", "scanners-one-percent-v1")
 FOREIGN, SCREENING, REMEDIES = "foreign-models", "screening", "remedies"
 PARTLY = 0.4  # a backdoor that works on two images of five is one, though no repair can be measured by it
@@ -76,6 +77,7 @@ def documents() -> dict[str, Callable[[IsCurrent | None], Document]]:
         FOREIGN: foreign_models,
         SCREENING: screening,
         REMEDIES: remedies,
+        **({"zoo": zoo} if (RESULTS / f"{ZOO}.jsonl").exists() else {}),
     }
     return {**{label: partial(suite, label) for label in suites()}, **others}
 
@@ -364,6 +366,28 @@ def _remedy(row: Record) -> str:
         return "failed"
     asr = "-" if row["asr"] is None else percent(row["asr"])
     return f"{percent(row['acc'])} / {asr}, held out {percent(row['held_out'])}"
+
+
+def zoo(is_current: IsCurrent | None = None) -> Document:
+    """Return what the networks of the zoo know, which attacks took, and what training them cost."""
+    rows = victims_of(_repairs(ZOO, is_current))
+    planned = load_suite(find_suite(ZOO, SHIPPED))
+    parts = {part: sum(row.part == part for row in rows.all) for part in ("tuning", "test")}
+    lead = (
+        Verbatim(
+            f"{len(rows.all):,} networks of [zoo-v1](../zoo.md) have been trained and measured so far, "
+            f"{parts['tuning']:,} of the tuning part and {parts['test']:,} of the test part. {planned.about} "
+            "ACC on the whole test set without any augmentation of it, ASR on triggered test images of other "
+            f"classes. An attack took where ASR is at least 80 %, in part from {percent(IN_PART)}. Processor "
+            "minutes are summed over threads, and are those of the machine that the rows name."
+        ),
+        *age_of(rows),
+        "What a reader may conclude: how well these networks know their task and how many of their backdoors "
+        "work. What detection makes of them is another page.",
+    )
+    section = Section("victims", "Networks by kind", tables=victim_tables(rows))
+    command = "unbackdoor bench run zoo-v1 --part all --only '*/none/images=*'"
+    return Document("The zoo", lead, (section,), _colophon(f"results/{ZOO}.jsonl", command))
 
 
 def methods(is_current: IsCurrent | None = None) -> Table:

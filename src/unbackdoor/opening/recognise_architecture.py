@@ -28,6 +28,7 @@ from unbackdoor.opening.rename_tensors import (
     take_normalisation,
     without_body_prefix,
 )
+from unbackdoor.opening.reparametrised import merge
 
 IN_ORDER = "sequential_cnn"
 _MAX_TENSORS = 20_000
@@ -359,7 +360,8 @@ def _under_other_names(names: Shapes, channels: int | None, classes: int | None)
 
 def _without_extras(state: Shapes) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the tensors without masks and normalisation, by the file's names and without a common prefix."""
-    remaining, _ = fold_masks(state)
+    remaining, _ = merge(state)
+    remaining, _ = fold_masks(remaining)
     remaining, _ = leave_training(remaining)
     remaining, _, _, _ = take_normalisation(remaining)
     return remaining, _without_prefix(remaining)

@@ -3,7 +3,8 @@
 What is done, in this order, and nothing else:
 
 1. ``X_orig`` and ``X_mask`` of ``torch.nn.utils.prune`` become their product ``X``; so do the weight of a
-   norm and the ``neuron_mask`` that pruning defenses (ANP, RNP) put beside it.
+   norm and the ``neuron_mask`` that pruning defenses (ANP, RNP) put beside it. Weights in the parts of weight
+   or spectral norm are merged (``reparametrised``).
 2. What belongs to the training is left out: the weights of a loss, the counter of an averaged model.
 3. A mean and a deviation stored by a normalising layer inside the model (``normalize.mean``) are taken out;
    where their values fit a normalisation of pixels they are reported as one.
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from unbackdoor.opening.recognise_chain import modules
+from unbackdoor.opening.reparametrised import merge
 from unbackdoor.weights.formats.buffers import listed
 
 TRACKED = "num_batches_tracked"
@@ -83,6 +85,7 @@ class Adapted:
         dropped: Names that are no part of the network, with the reason.
         filled: Names that were added, with neutral values.
         folded: Weights that were multiplied with a pruning mask.
+        merged: Weights that were computed from the parts of weight or spectral norm.
         mean: Per-channel mean that the file stores, or None.
         std: Per-channel deviation, likewise.
     """
@@ -93,6 +96,7 @@ class Adapted:
     dropped: Mapping[str, str] = field(default_factory=dict)
     filled: tuple[str, ...] = ()
     folded: tuple[str, ...] = ()
+    merged: tuple[str, ...] = ()
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
@@ -107,6 +111,11 @@ class Adapted:
         if self.folded:
             sentences.append(
                 f"{len(self.folded)} pruned weights were multiplied with their masks: {listed(self.folded)}"
+            )
+        if self.merged:
+            sentences.append(
+                f"{len(self.merged)} weights were computed from the parts of weight or spectral norm, and "
+                f"are written back as such: {listed(self.merged)}"
             )
         if self.renamed:
             pairs = [f"{old} -> {new}" for new, old in self.renamed.items()]
@@ -129,7 +138,8 @@ def adapt(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, in_ord
         expected: Tensors of the network by its names; only their shapes are used.
         in_order: Whether the network is a plain chain, whose layers may be matched by their order.
     """
-    remaining, folded = fold_masks(state, expected)
+    remaining, merged = merge(state, expected)
+    remaining, folded = fold_masks(remaining, expected)
     remaining, training = leave_training(remaining, expected)
     remaining, pixels, mean, std = take_normalisation(remaining, expected)
     best = _translate(remaining, expected, in_order)
@@ -146,7 +156,7 @@ def adapt(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, in_ord
         translated[name] = torch.zeros((), dtype=torch.int64)
     missing = tuple(name for name in difference.missing if name not in filled)
     difference = Difference(missing, difference.unexpected, difference.other_shape, difference.matching)
-    return Adapted(translated, difference, renamed, dropped, filled, folded, mean, std)
+    return Adapted(translated, difference, renamed, dropped, filled, folded, merged, mean, std)
 
 
 def compare(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Difference:

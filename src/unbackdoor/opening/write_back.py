@@ -16,6 +16,7 @@ from unbackdoor.files import atomic_write, sha256_file, write_json
 from unbackdoor.opening.classifier_files import save_model
 from unbackdoor.opening.open_model import Opened
 from unbackdoor.opening.rename_tensors import CHANNEL_MASK
+from unbackdoor.opening.reparametrised import find_parts, split
 from unbackdoor.types import Classifier
 from unbackdoor.weights.formats.onnx.write import require_room, write_graph, write_initializers
 from unbackdoor.weights.patch import NAMES, Patch, make_patch
@@ -109,6 +110,8 @@ def stored_types(opened: Opened) -> dict[str, torch.dtype]:
     if opened.places is not None:
         return {name: place.dtype for name, place in opened.places.items()}
     stored = opened.source.contents.tensors if opened.source is not None else {}
+    # What stands in the file in parts has the type of the first one.
+    stored = {**{one.name: stored[one.names[0]] for one in find_parts(stored)}, **stored}
     pairs = ((name, opened.names.get(name, name)) for name in opened.model.network.state_dict())
     return {name: stored[old].dtype for name, old in pairs if old in stored}
 
@@ -122,6 +125,7 @@ def repaired_state(opened: Opened, model: Classifier) -> dict[str, Tensor]:
     assert opened.source is not None
     stored = opened.source.contents.tensors
     out = dict(stored)
+    in_parts = {one.name: one for one in find_parts(stored, opened.names.values())}
     before = opened.model.network.state_dict()
     for name, tensor in model.network.state_dict().items():
         old = opened.names.get(name, name)
@@ -131,6 +135,8 @@ def repaired_state(opened: Opened, model: Classifier) -> dict[str, Tensor]:
             mask = f"{old.rpartition('.')[0]}.{CHANNEL_MASK}"
             if mask in stored and old.endswith(".weight"):
                 out[mask] = torch.ones_like(stored[mask])
+        elif old in in_parts and not torch.equal(tensor, before[name]):
+            out |= split(stored, in_parts[old], tensor)
     return out
 
 

@@ -84,5 +84,5 @@ def test_confined_too(tmp_path: Path) -> None:
     hub: Any = pytest.importorskip("timm.models._hub")
     hub.save_for_hf(timm.create_model("resnet10t", num_classes=3), str(tmp_path), safe_serialization=True)
     opened = open_model(tmp_path)
-    assert opened.model.architecture == "timm:resnet10t"
+    assert opened.model.architecture == "timm:resnet10t[global_pool=avg]"
     assert opened.provenance.classes == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ from unbackdoor.weights.stored_file import StoredFile
 
 SAFETENSORS = ".safetensors"
 ONNX = ".onnx"
-CHECKPOINTS = (".pt", ".pth", ".th", ".tar")
+CHECKPOINTS = (".pt", ".pth", ".th", ".tar", ".ckpt", ".bin")
+_LIGHTNING = ("epoch", "global_step", "pytorch-lightning_version")
 SUFFIXES = (SAFETENSORS, *CHECKPOINTS, ONNX)
 
 
@@ -174,7 +176,15 @@ def write_repaired(
         write_graph(path, source.graph, opened.places, before, after, opened.output)
     else:
         contents = source.contents
-        write_weights(path, repaired_state(opened, model), nest=contents.nest, prefix=contents.prefix)
+        # Lightning does not load what does not say by which release it was written.
+        beside = {key: contents.beside[key] for key in _LIGHTNING if key in contents.beside}
+        write_weights(
+            path,
+            repaired_state(opened, model),
+            nest=contents.nest,
+            prefix=contents.prefix,
+            beside=beside if contents.nest == ("state_dict",) else {},
+        )
     # The last file written, so that it never speaks of weights that are not there.
     write_json(path.with_suffix(".json"), {**record, "file_sha256": sha256_file(path)})
 
@@ -207,17 +217,20 @@ def write_weights(
     nest: Sequence[str] = (),
     prefix: str = "",
     source: Path | Source | None = None,
+    beside: Mapping[str, str | int | float | bool] = MappingProxyType({}),
 ) -> None:
     """Write a state dict, whole or not at all.
 
     Args:
-        path: Its suffix decides: ``.safetensors``; or ``.pt``, ``.pth``, ``.th``, ``.tar`` for a checkpoint
-            that ``torch.load(weights_only=True)`` reads; or ``.onnx`` for the graph of another such file.
+        path: Its suffix decides: ``.safetensors``; or ``.pt``, ``.pth``, ``.th``, ``.tar``, ``.ckpt``,
+            ``.bin`` for a checkpoint that ``torch.load(weights_only=True)`` reads; or ``.onnx`` for the graph
+            of another such file.
         state: Tensors by name.
         nest: Keys that a checkpoint holds them under, as the original did.
         prefix: What stands before all names in a checkpoint, likewise.
         source: For ``.onnx``: the file whose graph is taken, at best as it was opened; it has the same names
             and shapes.
+        beside: Plain values that a checkpoint holds beside the outermost key.
 
     Raises:
         InputError: If the suffix is another one, or the disk refuses.
@@ -235,6 +248,7 @@ def write_weights(
             content: dict[str, Any] = {prefix + name: tensor for name, tensor in plain.items()}
             for key in reversed(nest):
                 content = {key: content}
+            content |= dict(beside) if nest else {}
             # Through a file of Python's: torch's own error for a full disk cannot be recognised.
             with draft.open("wb") as file:
                 torch.save(content, file)

@@ -1,7 +1,8 @@
-"""Checkpoints as training scripts leave them: criteria, metrics, auxiliary heads, bodies in one Sequential."""
+"""Checkpoints as training scripts leave them: criteria, metrics, auxiliary heads, children in sequence."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,17 @@ SPEC = "small_cnn[width=4]"
 OUTSIDE = [
     "criterion.weight", "criterion.centers", "loss.weight", "loss_fn.weight", "loss_function.pos_weight",
     "ce.weight", "bce_loss.pos_weight", "ceLoss.weight", "focalLoss.alpha", "train_criterion.net.0.weight",
-    "train_acc.tp", "val_accuracy.total", "valAcc.correct", "test_f1.tp", "val_auroc.thresholds", "confmat.confmat",
+    "train_acc.tp", "val_accuracy.total", "valAcc.correct", "test_f1.tp", "val_auroc.thresholds",
+    "confmat.confmat",
     "metrics.train.accuracy.tp", "val_metrics.MulticlassF1Score.tp", "train_precision.tp", "class_weights",
     "pos_weight", "cross_entropy.weight", "n_averaged",
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_generator() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        yield
 
 
 def opened_from(path: Path) -> Opened:

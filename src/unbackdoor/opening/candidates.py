@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unbackdoor.errors import InputError, MissingExtra, UnbackdoorError, UnsupportedModel
 from unbackdoor.networks.build import canonical, preprocessing_of
+from unbackdoor.networks.heads import ACTIVATION
 from unbackdoor.networks.sources.optional_libraries import is_installed
 from unbackdoor.networks.spec import OWN, read_spec
 from unbackdoor.opening.load_tensors import proposal
@@ -20,7 +21,7 @@ from unbackdoor.opening.recognise_chain import averaged
 # More than this many ways to complete a network would take minutes to try.
 _MAX_VARIANTS = 48
 # With a wrong value of one of these the network computes something else.
-_DECISIVE = ("activation",)
+_DECISIVE = ("activation", ACTIVATION)
 _NAMED = "named by the user"
 
 
@@ -184,8 +185,7 @@ def _with_all_choices(candidates: list[Candidate], typed: Mapping[str, str], sou
             choice = dict(zip(free, values, strict=True))
             pooling = choice.pop("pooling", "max")
             options = {**parsed.options, **typed, **choice}
-            written = f"{parsed.name}[{','.join(f'{key}={value}' for key, value in options.items())}]"
-            spec = canonical(written) if parsed.source == OWN else candidate.spec
+            spec = canonical(str(replace(parsed, options=options)))
             spec = averaged(spec) if pooling == "average" else spec
             if spec not in specs and len(specs) < _MAX_VARIANTS:
                 specs.append(spec)

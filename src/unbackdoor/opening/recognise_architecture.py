@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,11 +17,14 @@ from torch import Tensor
 from unbackdoor.errors import UnbackdoorError
 from unbackdoor.networks.build import canonical, network
 from unbackdoor.networks.geometry import Geometry
+from unbackdoor.networks.heads import ACTIVATION, HEAD
 from unbackdoor.networks.resnet import DEPTHS
+from unbackdoor.networks.sequential import ACTIVATIONS
 from unbackdoor.networks.sources.optional_libraries import is_installed
-from unbackdoor.networks.spec import read_spec
+from unbackdoor.networks.spec import OWN, read_spec
 from unbackdoor.opening.architecture_table import Match, linear_heads, lookup, same_shapes
 from unbackdoor.opening.recognise_chain import Chain, chains, modules
+from unbackdoor.opening.recognise_head import find_head
 from unbackdoor.opening.rename_tensors import (
     adapt,
     fold_masks,
@@ -104,6 +107,8 @@ def nearest(state: Mapping[str, Tensor], *, side: int | None = None) -> list[Can
         candidates += _of_libraries(match, channels)
     elif not any(c.fits for c in candidates):
         candidates += _under_other_names(names, channels, classes)
+    if not any(c.fits for c in candidates):
+        candidates += _under_other_heads(stored, names, side)
     unique = {candidate.spec: candidate for candidate in candidates if candidate.matched >= _WORTH_NAMING}
     ranked = sorted(unique.values(), key=lambda c: (not c.fits, -round(c.matched, 3)))
     return ranked[:_MAX_CANDIDATES]
@@ -353,6 +358,43 @@ def _of_libraries(match: Match, channels: int | None) -> Iterator[Candidate]:
         )
 
 
+def _under_other_heads(stored: Shapes, names: Shapes, side: int | None) -> Iterator[Candidate]:
+    """Yield the networks that fit where a head of several layers is one linear layer."""
+    head = find_head(names)
+    if head is None:
+        return
+    one = torch.empty(head.classes, head.inputs, device="meta")
+    body = {name: tensor for name, tensor in names.items() if not name.startswith(f"{head.name}.")}
+    single = {**body, "fc.weight": one, "fc.bias": one[:, 0]}
+    for candidate in nearest(single, side=side):
+        spec = (
+            f"{candidate.spec.removesuffix(']')}{',' if ']' in candidate.spec else '['}{HEAD}={head.tokens}]"
+        )
+        if not candidate.fits or not _has_head(spec, stored, candidate):
+            continue
+        choices = {ACTIVATION: tuple(ACTIVATIONS)} if head.activated else {}
+        note = "the activation in the head cannot be seen" if head.activated else ""
+        yield replace(
+            candidate,
+            spec=spec,
+            note="; ".join(text for text in (candidate.note, note) if text),
+            choices={**candidate.choices, **choices},
+            same=(),
+        )
+
+
+def _has_head(spec: str, stored: Shapes, candidate: Candidate) -> bool:
+    parsed = read_spec(spec)
+    if parsed.source != OWN and not is_installed(parsed.source):
+        return True  # all but the head is in the table
+    side = candidate.side or (32 if parsed.source == OWN else _USUAL)
+    geometry = Geometry(candidate.input_channels or 3, side, side, candidate.classes or 1)
+    try:
+        return adapt(stored, network(spec, geometry, device="meta").state_dict()).fits
+    except (UnbackdoorError, RuntimeError, NotImplementedError):
+        return False
+
+
 def _under_other_names(names: Shapes, channels: int | None, classes: int | None) -> Iterator[Candidate]:
     head = head_of(names) or numbered_head(names)
     body = {name: t for name, t in names.items() if head is None or not name.startswith(f"{head}.")}
@@ -425,6 +467,8 @@ def _without_prefix(state: Shapes) -> dict[str, Tensor]:
 
 
 def _classes(names: Shapes) -> int | None:
+    if (several := find_head(names)) is not None:
+        return several.classes
     head = head_of(names) or numbered_head(names)
     if head is not None:
         return int(names[f"{head}.weight"].shape[0])

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from unbackdoor.opening.recognise_chain import modules
+from unbackdoor.opening.recognise_head import find_head
 from unbackdoor.opening.reparametrised import merge
 from unbackdoor.weights.formats.buffers import listed
 
@@ -344,9 +345,18 @@ def _by_synonyms(
     used = set(names.values())
     free_old = [name for name in state if name not in used]
     head_new, head_old = head_of(expected), head_of(state)
+    several_new, several_old = find_head(expected), find_head(state)
+    places = {}
+    if several_new is not None and several_old is not None:
+        head_new = head_old = None
+        for several in (several_new, several_old):
+            places |= {layer: f"HEAD.{place}" for place, layer in enumerate(several.layers)}
 
     def canonical_form(head: str | None, skips_are_single: bool) -> Callable[[str], str]:
         def apply(name: str) -> str:
+            layer, _, leaf = name.rpartition(".")
+            if layer in places:
+                return f"{places[layer]}.{leaf}"
             if head is not None and name.startswith(head + "."):
                 return "HEAD." + name.rpartition(".")[2]
             for pattern, text in _SYNONYMS:
@@ -451,7 +461,8 @@ def without_body_prefix(state: Mapping[str, Tensor]) -> dict[str, str]:
 
     Empty where there is no such prefix, or the names would collide.
     """
-    head = head_of(state)
+    several = find_head(state)
+    head = several.name if several is not None else head_of(state)
     usual = head if head is not None else "fc"
     head = head if head is not None else numbered_head(state)
     body = [name for name in state if head is not None and not name.startswith(f"{head}.")]

@@ -7,6 +7,7 @@ is listed. Neither torch's readers nor an allow-list of the process are used.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -47,6 +48,7 @@ _PLAIN = {
     torch.float32, torch.float64, torch.float16, torch.bfloat16,
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
 }  # fmt: skip
+_JSON = re.compile(r'["\\{}\[\],]')
 _BROKEN = (*BROKEN, AssertionError, OSError, MemoryError, struct.error)
 
 
@@ -455,10 +457,13 @@ def _is_pickle_too(file: StoredFile, trail: Trail) -> bool:
     # No name comes about by chance in a format that is known, and no value but a single number or text.
     inner = Trail()
     holds_something = checkpoints.begins_with_pickle(file.content, inner)
-    if inner.names:
-        trail.names.update(inner.names)
+    # A header whose length begins with the letter X is a text to a reader of pickles, and what follows in it
+    # may begin with an opcode that names a module: a name with signs of JSON in it leads to none.
+    names = {name: danger for name, danger in inner.names.items() if not _JSON.search(str(name))}
+    if names:
+        trail.names.update(names)
         trail.note("read as a pickle, the file would run code, whatever else it is")
-    return holds_something or bool(inner.names)
+    return holds_something or bool(names)
 
 
 def _dangers_by_name(trail: Trail) -> dict[str, Danger]:

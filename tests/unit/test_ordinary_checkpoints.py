@@ -120,3 +120,27 @@ def test_an_auxiliary_head_is_left_out_by_name(tmp_path: Path, auxiliary: str) -
     opened = opened_from(tmp_path / "m.pth")
     assert opened.model.architecture == SPEC
     assert len(opened.provenance.names.dropped) == 2
+
+
+@pytest.mark.parametrize(
+    ("spec", "rename"),
+    [(SPEC, ""), ("resnet18[width=4]", ""), ("resnet18[width=4,head=l6-l]", ""), (SPEC, "model.")],
+)
+def test_one_output_is_two_logits(tmp_path: Path, spec: str, rename: str) -> None:
+    model = build(spec, input_shape=(3, 16, 16), class_names=["y"], seed=0)
+    torch.save({rename + n: t for n, t in model.network.state_dict().items()}, tmp_path / "m.pth")
+    opened = open_model(tmp_path / "m.pth", size=(16, 16), mean=(), std=(), arch=spec if rename else None)
+    assert opened.model.classes == 2
+    assert any("[0, y]" in text for text in opened.provenance.names.changes)
+    images = torch.rand(3, 3, 16, 16)
+    with torch.no_grad():
+        one = model(images)
+        both = torch.cat([torch.zeros_like(one), one], 1)
+        assert torch.allclose(opened.model(images), both, atol=1e-6)
+        changed = build(spec, input_shape=(3, 16, 16), class_names=["0", "1"], seed=3)
+    write_repaired(tmp_path / "out.pth", changed, opened, step={}, record={})
+    state = torch.load(tmp_path / "out.pth", weights_only=True)
+    model.network.load_state_dict({name.removeprefix(rename): tensor for name, tensor in state.items()})
+    with torch.no_grad():
+        two = changed(images)
+        assert torch.allclose(model(images)[:, 0], two[:, 1] - two[:, 0], atol=1e-5)

@@ -63,9 +63,9 @@ def with_head(network: nn.Module, head: dict[str, str], classes: int, where: str
             "the network does not end in a linear layer that a head could replace", where=where
         )
     path, last = ends[-1]
-    layers = _layers(
-        head[HEAD].split("-"), last.in_features, classes, ACTIVATIONS[head.get(ACTIVATION, "relu")]
-    )  # type: ignore[index]
+    activations: dict[str, type[nn.Module]] = {**ACTIVATIONS}
+    activation = activations[head.get(ACTIVATION, "relu")]
+    layers = _layers(head[HEAD].split("-"), last.in_features, classes, activation)
     network.set_submodule(path, nn.Sequential(*layers))
     return network
 

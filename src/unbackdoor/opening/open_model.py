@@ -26,7 +26,8 @@ from unbackdoor.engine.run import Run
 from unbackdoor.errors import ConfigError, InputError, UnbackdoorError, UnsupportedModel
 from unbackdoor.networks.build import canonical, preprocessing_of
 from unbackdoor.networks.sources import Preprocessing
-from unbackdoor.networks.spec import OWN, read_spec
+from unbackdoor.networks.spec import OWN, PYTHON, read_spec
+from unbackdoor.opening.binary import two_outputs
 from unbackdoor.opening.candidates import CandidateSet, find_candidates, library_size, refuse_to_guess
 from unbackdoor.opening.classifier_files import load_model
 from unbackdoor.opening.cost_limits import outputs_of
@@ -50,6 +51,7 @@ from unbackdoor.opening.recognise_architecture import ends
 from unbackdoor.opening.rename_tensors import Adapted, Difference
 from unbackdoor.types import Classifier, Images, Progress, logits_in, silent
 from unbackdoor.weights.card import ModelCard, normalisation
+from unbackdoor.weights.formats.buffers import listed
 from unbackdoor.weights.formats.onnx.canonical import AmbiguousOutput
 from unbackdoor.weights.formats.onnx.graph import import_graph
 from unbackdoor.weights.formats.onnx.node import Place
@@ -377,6 +379,11 @@ def _by_names(
 ) -> Opened:
     """Open a file as a network that has its tensors: the named one, or a registered one."""
     path, state = source.path, source.state()
+    binary: tuple[str, ...] = ()
+    if (
+        arguments.arch is None or read_spec(arguments.arch).source != PYTHON
+    ):  # the user's code says what it returns
+        state, binary = two_outputs(state)
     # What lies beside the weights says what they are; what the user names comes before it.
     config = config_of(path) if arguments.arch is None else None
     if config is not None:
@@ -437,6 +444,11 @@ def _by_names(
         candidates.note,
         tuple(candidate.spec for candidate in candidates.fitting),
     )
+    if binary:
+        attempt.filled.adapted.remarks.append(
+            "the one output y for two classes became the logits [0, y], and is written back as one: "
+            + listed(list(binary))
+        )
     in_file = InFile.of(source.contents)
     return _with_provenance(source, attempt, architecture, names_source, warnings, in_file)
 

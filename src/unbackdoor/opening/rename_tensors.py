@@ -134,6 +134,7 @@ class Adapted:
         filled: Names that were added, with neutral values.
         folded: Weights that were multiplied with a pruning mask.
         merged: Weights that were computed from the parts of weight or spectral norm.
+        remarks: What else was done to the tensors, in words.
         mean: Per-channel mean that the file stores, or None.
         std: Per-channel deviation, likewise.
     """
@@ -145,6 +146,7 @@ class Adapted:
     filled: tuple[str, ...] = ()
     folded: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
+    remarks: list[str] = field(default_factory=list)
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
@@ -155,7 +157,7 @@ class Adapted:
 
     def changes_in_words(self) -> list[str]:
         """Return what was changed, one sentence a kind of change."""
-        sentences = []
+        sentences = list(self.remarks)
         if self.folded:
             sentences.append(
                 f"{len(self.folded)} pruned weights were multiplied with their masks: {listed(self.folded)}"
@@ -205,7 +207,7 @@ def adapt(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, in_ord
         translated[name] = torch.zeros((), dtype=torch.int64)
     missing = tuple(name for name in difference.missing if name not in filled)
     difference = Difference(missing, difference.unexpected, difference.other_shape, difference.matching)
-    return Adapted(translated, difference, renamed, dropped, filled, folded, merged, mean, std)
+    return Adapted(translated, difference, renamed, dropped, filled, folded, merged, mean=mean, std=std)
 
 
 def compare(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Difference:

@@ -153,10 +153,11 @@ def _fits(state: Mapping[str, Tensor], parts: Parts) -> bool:
 
 def _length(direction: Tensor, like: Tensor) -> Tensor:
     """Return the norms over all extents that are 1 in another tensor; over all where it is one number."""
-    if not like.dim():
-        return direction.norm()
-    over = [axis for axis, extent in enumerate(like.shape) if extent == 1]
-    return torch.linalg.vector_norm(direction, dim=over, keepdim=True) if over else direction.abs()
+    over = [axis for axis in range(direction.dim()) if not like.dim() or like.shape[axis] == 1]
+    if not over:
+        return direction.abs()
+    norms: Tensor = torch.linalg.vector_norm(direction, dim=over, keepdim=bool(like.dim()))
+    return norms
 
 
 def _matrix(weight: Tensor, left: Tensor) -> Tensor:

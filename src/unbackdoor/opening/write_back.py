@@ -14,6 +14,7 @@ from torch import Tensor
 
 from unbackdoor.errors import InputError
 from unbackdoor.files import atomic_write, sha256_file, write_json
+from unbackdoor.opening.binary import one_output
 from unbackdoor.opening.classifier_files import save_model
 from unbackdoor.opening.open_model import Opened
 from unbackdoor.opening.rename_tensors import CHANNEL_MASK
@@ -132,7 +133,8 @@ def repaired_state(opened: Opened, model: Classifier) -> dict[str, Tensor]:
     for name, tensor in model.network.state_dict().items():
         old = opened.names.get(name, name)
         if old in stored and not torch.equal(tensor, before[name]):
-            out[old] = tensor.to(stored[old].dtype)
+            halved = tensor.dim() and tensor.shape[0] == 2 and stored[old].shape[:1] == (1,)
+            out[old] = (one_output(tensor) if halved else tensor).to(stored[old].dtype)
             # A mask beside it was multiplied in, and would count twice.
             mask = f"{old.rpartition('.')[0]}.{CHANNEL_MASK}"
             if mask in stored and old.endswith(".weight"):

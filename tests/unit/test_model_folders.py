@@ -135,6 +135,8 @@ def test_an_adapter_needs_its_base(tmp_path: Path, parts: tuple[str, ...]) -> No
         whole = {**state, f"{layer}{base}.weight": torch.ones(2, 2)}
         save_file(whole, tmp_path / "m.safetensors")
         assert read_contents(tmp_path / "m.safetensors").problem is None
+        with pytest.raises(UnsupportedModel, match=r"not merged into its base.*Merge it"):
+            open_model(tmp_path / "m.safetensors")
 
 
 def test_a_folder_with_an_adapter_names_the_base(tmp_path: Path) -> None:

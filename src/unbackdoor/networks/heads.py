@@ -63,7 +63,7 @@ def with_head(network: nn.Module, head: dict[str, str], classes: int, where: str
             "the network does not end in a linear layer that a head could replace", where=where
         )
     path, last = ends[-1]
-    activations: dict[str, type[nn.Module]] = {**ACTIVATIONS}
+    activations: dict[str, type[nn.Module]] = {str(name): kind for name, kind in ACTIVATIONS.items()}
     activation = activations[head.get(ACTIVATION, "relu")]
     layers = _layers(head[HEAD].split("-"), last.in_features, classes, activation)
     network.set_submodule(path, nn.Sequential(*layers))

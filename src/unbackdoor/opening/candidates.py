@@ -17,6 +17,7 @@ from unbackdoor.networks.spec import OWN, read_spec
 from unbackdoor.opening.load_tensors import proposal
 from unbackdoor.opening.recognise_architecture import IN_ORDER, Candidate, in_libraries, nearest
 from unbackdoor.opening.recognise_chain import averaged
+from unbackdoor.weights.incomplete import adapted_layers
 
 # More than this many ways to complete a network would take minutes to try.
 _MAX_VARIANTS = 48
@@ -94,6 +95,13 @@ def find_candidates(
         if not agreeing:
             return CandidateSet({None: (canonical_spec,)}, _NAMED)
         return _with_all_choices(agreeing, named.options, _NAMED)
+    if not candidates and (layers := adapted_layers(state)):
+        raise UnsupportedModel(
+            "the file holds an adapter, such as LoRA, that is not merged into its base",
+            got=f"{len(layers)} adapted layers, such as {repr(min(layers)[:120])[1:-1]}",
+            where=where,
+            remedy="Merge it (merge_and_unload of peft), and save the merged model",
+        )
     if not candidates:
         raise UnsupportedModel(
             "no known architecture has these tensors",

@@ -348,7 +348,7 @@ def _by_synonyms(
     free_old = [name for name in state if name not in used]
     head_new, head_old = head_of(expected), head_of(state)
     several_new, several_old = find_head(expected), find_head(state)
-    places = {}
+    places: dict[str, str] = {}
     if several_new is not None and several_old is not None:
         head_new = head_old = None
         for several in (several_new, several_old):

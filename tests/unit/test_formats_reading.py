@@ -297,3 +297,19 @@ def test_names_of_a_file_are_shown_bounded_and_without_control_characters() -> N
     (long,) = listed(["x" * 10_000]).split(", ")
     assert len(long) == LONGEST and long.endswith("xxx...")
     assert len(listed(["\x00" * 10_000] * 10_000)) < 6 * LONGEST + 20
+
+
+def test_a_header_that_begins_as_a_text_of_a_pickle_is_no_pickle(tmp_path: Path) -> None:
+    # 0x58 is X, and what stands where that text would end begins with i, an opcode that names a module.
+    for length in range(0x58, 0x4000, 0x100):
+        for word in (b"itecture", b"classifier", b"conv1.weight"):
+            at = (length >> 8) - 3  # in the header, behind the length of the text and the text
+            head = b'{"__metadata__":{"' + b"_" * max(0, at - 18) + word + b'":"a"},"w":'
+            head += b'{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}'
+            if len(head) > length:
+                continue
+            path = tmp_path / "m.safetensors"
+            path.write_bytes(length.to_bytes(8, "little") + head.ljust(length) + b"\n\na\n")
+            contents = read_contents(path)
+            assert contents.problem is None, (length, word)
+            assert not contents.names

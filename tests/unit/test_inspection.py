@@ -103,8 +103,8 @@ def test_a_damaged_file_is_told_and_not_raised(tmp_path: Path) -> None:
 
 
 def test_only_a_file_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "none"):
-        with pytest.raises(InputError, match="cannot be read"):
+    for path, words in ((tmp_path, "the folder holds no weights"), (tmp_path / "none", "cannot be read")):
+        with pytest.raises(InputError, match=words):
             inspect(path)
 
 

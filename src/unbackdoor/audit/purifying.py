@@ -209,8 +209,9 @@ class Purification(Result):
 
         Args:
             path: The suffix decides: ``.safetensors`` with a card of this package; ``.pt``, ``.pth``,
-                ``.th`` or ``.tar`` as the original was; ``.onnx`` where the original is ONNX. Without one, it
-                is ONNX for an ONNX graph, else safetensors. What is no card is a record beside it.
+                ``.th``, ``.tar``, ``.ckpt`` or ``.bin`` as the original was; ``.onnx`` where the original is
+                ONNX. Without one, it is ONNX for an ONNX graph, else safetensors. What is no card is a
+                record beside it.
             force: Whether files that exist may be replaced; the original never is.
 
         Returns:

@@ -45,8 +45,8 @@ def purify(
     out: Annotated[
         Path,
         typer.Option(
-            help="Weights file of the repaired model: .safetensors with a card, or .pt, .pth, .th, .tar with "
-            "the names of the original; .onnx where the original is ONNX.",
+            help="Weights file of the repaired model: .safetensors with a card, or .pt, .pth, .th, .tar, "
+            ".ckpt, .bin with the names of the original; .onnx where the original is ONNX.",
             show_default=False,
             rich_help_panel="Output",
         ),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from unbackdoor.errors import ConfigError
 from unbackdoor.networks.geometry import Geometry
+from unbackdoor.networks.heads import canonical_head, split_head, with_head
 from unbackdoor.networks.sources import SOURCES, Preprocessing
 from unbackdoor.networks.spec import OWN, Spec, quoted, read_spec, take_apart
 from unbackdoor.registry import ARCHITECTURES, Config, near_match
@@ -64,6 +66,11 @@ def canonical(spec: str) -> str:
         'preact_resnet18[width=64]'
     """
     foreign, _ = take_apart(spec)
+    bare, head = split_head(foreign)
+    if head:
+        inner = read_spec(canonical(str(bare)))
+        options = {**inner.options, **canonical_head(head, f"the architecture {quoted(spec)}")}
+        return str(replace(inner, options=options))
     if foreign.source != OWN:
         return str(read_spec(spec))
     name, cfg = configure(spec)
@@ -78,7 +85,7 @@ def canonical(spec: str) -> str:
 
 def preprocessing_of(spec: str) -> Preprocessing:
     """Return the preprocessing that the source of a spec states; empty for this package's own networks."""
-    foreign = read_spec(spec)
+    foreign, _ = split_head(read_spec(spec))
     return Preprocessing() if foreign.source == OWN else SOURCES[foreign.source].preprocessing_of(foreign)
 
 
@@ -93,12 +100,13 @@ def network(spec: str, geometry: Geometry, *, seed: int = 0, device: str = "cpu"
         MissingExtra: If its source needs a library that is not installed.
         UnsupportedModel: If the architecture cannot take this geometry.
     """
-    foreign: Spec = read_spec(canonical(spec))
+    foreign, head = split_head(read_spec(canonical(spec)))
     make = _own if foreign.source == OWN else SOURCES[foreign.source].build
     with torch.random.fork_rng(devices=[]), torch.device(device):
         # Not torch.manual_seed, which would seed the accelerators too, and those are not forked.
         torch.default_generator.manual_seed(seed)
-        return make(foreign, geometry)
+        made = make(foreign, geometry)
+        return with_head(made, head, geometry.classes, spec) if head else made
 
 
 def _own(spec: Spec, geometry: Geometry) -> nn.Module:

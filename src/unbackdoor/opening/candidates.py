@@ -11,16 +11,18 @@ from torch import Tensor
 
 from unbackdoor.errors import InputError, MissingExtra, UnbackdoorError, UnsupportedModel
 from unbackdoor.networks.build import canonical, preprocessing_of
+from unbackdoor.networks.heads import ACTIVATION
 from unbackdoor.networks.sources.optional_libraries import is_installed
 from unbackdoor.networks.spec import OWN, read_spec
 from unbackdoor.opening.load_tensors import proposal
 from unbackdoor.opening.recognise_architecture import IN_ORDER, Candidate, in_libraries, nearest
 from unbackdoor.opening.recognise_chain import averaged
+from unbackdoor.weights.incomplete import adapted_layers
 
 # More than this many ways to complete a network would take minutes to try.
 _MAX_VARIANTS = 48
 # With a wrong value of one of these the network computes something else.
-_DECISIVE = ("activation",)
+_DECISIVE = ("activation", ACTIVATION)
 _NAMED = "named by the user"
 
 
@@ -93,6 +95,13 @@ def find_candidates(
         if not agreeing:
             return CandidateSet({None: (canonical_spec,)}, _NAMED)
         return _with_all_choices(agreeing, named.options, _NAMED)
+    if not candidates and (layers := adapted_layers(state)):
+        raise UnsupportedModel(
+            "the file holds an adapter, such as LoRA, that is not merged into its base",
+            got=f"{len(layers)} adapted layers, such as {repr(min(layers)[:120])[1:-1]}",
+            where=where,
+            remedy="Merge it (merge_and_unload of peft), and save the merged model",
+        )
     if not candidates:
         raise UnsupportedModel(
             "no known architecture has these tensors",
@@ -184,8 +193,7 @@ def _with_all_choices(candidates: list[Candidate], typed: Mapping[str, str], sou
             choice = dict(zip(free, values, strict=True))
             pooling = choice.pop("pooling", "max")
             options = {**parsed.options, **typed, **choice}
-            written = f"{parsed.name}[{','.join(f'{key}={value}' for key, value in options.items())}]"
-            spec = canonical(written) if parsed.source == OWN else candidate.spec
+            spec = canonical(str(replace(parsed, options=options)))
             spec = averaged(spec) if pooling == "average" else spec
             if spec not in specs and len(specs) < _MAX_VARIANTS:
                 specs.append(spec)

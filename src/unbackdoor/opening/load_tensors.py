@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from unbackdoor.networks.geometry import Geometry
 from unbackdoor.networks.sources import SOURCES
 from unbackdoor.networks.spec import OWN, read_spec
 from unbackdoor.opening.recognise_architecture import IN_ORDER, nearest
-from unbackdoor.opening.rename_tensors import Adapted, Difference, adapt
+from unbackdoor.opening.rename_tensors import Adapted, Difference, adapt, compare
 from unbackdoor.weights.formats.buffers import listed
 
 _PROPOSED = 3
@@ -75,6 +75,9 @@ def fill(
     bare = skeleton(architecture, input_shape, classes)
     expected = bare.state_dict()
     spec = read_spec(architecture)
+    names_in = None if spec.source == OWN else SOURCES[spec.source].names_in
+    if names_in is not None:
+        return _as_its_library(bare, state, names_in(bare, state), architecture, input_shape, classes, where)
     adapted = adapt(state, expected, in_order=spec.source == OWN and spec.name == IN_ORDER)
     if not adapted.fits:
         raise misfit(adapted.difference, len(expected), state, where=where, side=input_shape[1])
@@ -84,13 +87,56 @@ def fill(
     if spec.source == OWN:
         bare.load_state_dict(typed, strict=True, assign=True)
         return Filled(bare, adapted)
+    return Filled(_loaded(bare, typed, architecture, input_shape, classes), adapted)
+
+
+def _as_its_library(
+    bare: nn.Module,
+    state: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    architecture: str,
+    input_shape: tuple[int, int, int],
+    classes: int,
+    where: Path | str,
+) -> Filled:
+    """Fill a network with what its library loads of a file, under the names that the library gives it."""
+    expected = bare.state_dict()
+    renamed = {new: old for old, new in names.items()}
+    taken = {new: state[old] for new, old in renamed.items()}
+    difference = compare(taken, expected)
+    twice = [old for old, new in names.items() if renamed[new] != old]
+    if difference or twice:
+        left = tuple(name for name in state if name not in names)
+        raise misfit(
+            replace(difference, unexpected=(*left, *twice)),
+            len(expected),
+            state,
+            where=where,
+            side=input_shape[1],
+        )
+    reason = "its library does not load them"
+    dropped = {name: reason for name in state if name not in names}
+    adapted = Adapted(taken, difference, {new: old for new, old in renamed.items() if new != old}, dropped)
+    typed = {name: tensor.to(expected[name].dtype) for name, tensor in taken.items()}
+    require_finite(typed, where)
+    return Filled(_loaded(bare, typed, architecture, input_shape, classes), adapted)
+
+
+def _loaded(
+    bare: nn.Module,
+    typed: Mapping[str, Tensor],
+    architecture: str,
+    input_shape: tuple[int, int, int],
+    classes: int,
+) -> nn.Module:
+    expected = bare.state_dict()
     if any(tensor.is_meta for tensor in expected.values()):
         # Networks of other libraries hold values that no state dict has, such as tables of positions: they
         # are computed by building the network again, which now costs no more than the file itself.
         channels, height, width = input_shape
         bare = network(architecture, Geometry(channels, height, width, classes))
     bare.load_state_dict(typed, strict=True)
-    return Filled(bare, adapted)
+    return bare
 
 
 def misfit(

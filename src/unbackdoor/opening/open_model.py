@@ -26,12 +26,14 @@ from unbackdoor.engine.run import Run
 from unbackdoor.errors import ConfigError, InputError, UnbackdoorError, UnsupportedModel
 from unbackdoor.networks.build import canonical, preprocessing_of
 from unbackdoor.networks.sources import Preprocessing
-from unbackdoor.networks.spec import OWN, read_spec
+from unbackdoor.networks.spec import OWN, PYTHON, read_spec
+from unbackdoor.opening.binary import two_outputs
 from unbackdoor.opening.candidates import CandidateSet, find_candidates, library_size, refuse_to_guess
 from unbackdoor.opening.classifier_files import load_model
 from unbackdoor.opening.cost_limits import outputs_of
 from unbackdoor.opening.import_program import import_program
 from unbackdoor.opening.load_tensors import Filled, fill, require_finite
+from unbackdoor.opening.model_config import config_of
 from unbackdoor.opening.normalisation_guess import (
     InferredNormalisation,
     Normalisation,
@@ -49,6 +51,7 @@ from unbackdoor.opening.recognise_architecture import ends
 from unbackdoor.opening.rename_tensors import Adapted, Difference
 from unbackdoor.types import Classifier, Images, Progress, logits_in, silent
 from unbackdoor.weights.card import ModelCard, normalisation
+from unbackdoor.weights.formats.buffers import listed
 from unbackdoor.weights.formats.onnx.canonical import AmbiguousOutput
 from unbackdoor.weights.formats.onnx.graph import import_graph
 from unbackdoor.weights.formats.onnx.node import Place
@@ -111,8 +114,9 @@ def open_model(
     """Open a model for an audit.
 
     Args:
-        path: File of weights, with or without a card of this package beside it; or what was opened already
-            with :func:`unbackdoor.weights.source.open_source`.
+        path: File of weights, with or without a card of this package beside it; a model folder, whose
+            ``config.json`` says what they are of; or what was opened already with
+            :func:`unbackdoor.weights.source.open_source`.
         arch: Architecture, such as ``resnet18``, ``timm:NAME``, ``torchvision:NAME``, ``hf:FOLDER`` or
             ``FILE.py:CALLABLE``, which runs that code; None takes the graph of an ONNX file, and guesses it
             from the tensors of others. Options of our own families that are not typed are read off the
@@ -380,12 +384,25 @@ def _by_names(
 ) -> Opened:
     """Open a file as a network that has its tensors: the named one, or a registered one."""
     path, state = source.path, source.state()
+    binary: tuple[str, ...] = ()
+    if (
+        arguments.arch is None or read_spec(arguments.arch).source != PYTHON
+    ):  # the user's code says what it returns
+        state, binary = two_outputs(state)
+    # What lies beside the weights says what they are; what the user names comes before it.
+    config = config_of(path) if arguments.arch is None else None
+    if config is not None:
+        arguments = replace(arguments, arch=config.spec)
     preprocessing = preprocessing_of(arguments.arch) if arguments.arch is not None else Preprocessing()
+    if config is not None and config.preprocessing is not None:
+        preprocessing = config.preprocessing
     stated = preprocessing.size if arguments.arch is not None else library_size(state)
     raw = load_images_of(images, arguments.size or stated, progress)
     channels, classes = ends(state)
     channels = channels or (raw.shape[0] if raw is not None else 3)
+    classes = preprocessing.classes or classes
     warnings = [preprocessing.note] if preprocessing.note else []
+    warnings += [f"The folder also holds {name}, of which nothing is said here" for name in source.rivals]
     side = arguments.size[0] if arguments.size else (raw.shape[1] if raw is not None else None)
     candidates = find_candidates(
         state, arguments.arch, side=side, exact=arguments.size is not None, where=path
@@ -428,10 +445,15 @@ def _by_names(
         warnings.append(_assumed_size(attempt.shape))
     architecture = ArchitectureOrigin(
         attempt.model.architecture,
-        candidates.source,
+        candidates.source if config is None else "config.json of the model folder",
         candidates.note,
         tuple(candidate.spec for candidate in candidates.fitting),
     )
+    if binary:
+        attempt.filled.adapted.remarks.append(
+            "the one output y for two classes became the logits [0, y], and is written back as one: "
+            + listed(list(binary))
+        )
     in_file = InFile.of(source.contents)
     return _with_provenance(source, attempt, architecture, names_source, warnings, in_file)
 

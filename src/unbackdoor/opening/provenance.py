@@ -57,7 +57,7 @@ class NameChanges:
             {old: new for new, old in adapted.renamed.items()},
             dict(adapted.dropped),
             tuple(adapted.filled),
-            tuple(adapted.folded),
+            (*adapted.merged, *adapted.folded),
         )
 
 

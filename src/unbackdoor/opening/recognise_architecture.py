@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,17 +17,25 @@ from torch import Tensor
 from unbackdoor.errors import UnbackdoorError
 from unbackdoor.networks.build import canonical, network
 from unbackdoor.networks.geometry import Geometry
+from unbackdoor.networks.heads import ACTIVATION, HEAD
 from unbackdoor.networks.resnet import DEPTHS
+from unbackdoor.networks.sequential import ACTIVATIONS
+from unbackdoor.networks.sources.optional_libraries import is_installed
+from unbackdoor.networks.spec import OWN, read_spec
 from unbackdoor.opening.architecture_table import Match, linear_heads, lookup, same_shapes
 from unbackdoor.opening.recognise_chain import Chain, chains, modules
+from unbackdoor.opening.recognise_head import find_head
 from unbackdoor.opening.rename_tensors import (
     adapt,
     fold_masks,
     head_of,
+    leave_auxiliary,
     leave_training,
+    numbered_head,
     take_normalisation,
     without_body_prefix,
 )
+from unbackdoor.opening.reparametrised import merge
 
 IN_ORDER = "sequential_cnn"
 _MAX_TENSORS = 20_000
@@ -35,6 +43,7 @@ _MAX_CANDIDATES = 12
 _MAX_PREFIXES = 8  # wrappers around a network
 # Each of them may have to be built and tried, at the cost of the file itself.
 _MAX_OF_LIBRARIES = 6
+_USUAL = 224  # pixels a side that libraries build for
 # Below this share of common tensors a guess is of no use.
 _WORTH_NAMING = 0.3
 
@@ -82,7 +91,7 @@ def nearest(state: Mapping[str, Tensor], *, side: int | None = None) -> list[Can
     channels, classes = _ends(names, match)
     candidates: list[Candidate] = []
     if channels is not None and classes is not None:
-        for shapes in (names, _without_body(names)):
+        for shapes in (names, _without_body(names), _of_children(names), _of_children(_without_body(names))):
             guesses = [guess for family in _FAMILIES for guess in family(shapes)] if shapes else []
             candidates += [
                 c for g in guesses if (c := _compare_guess(g, stored, channels, classes, side)) is not None
@@ -98,6 +107,8 @@ def nearest(state: Mapping[str, Tensor], *, side: int | None = None) -> list[Can
         candidates += _of_libraries(match, channels)
     elif not any(c.fits for c in candidates):
         candidates += _under_other_names(names, channels, classes)
+    if not any(c.fits for c in candidates):
+        candidates += _under_other_heads(stored, names, side)
     unique = {candidate.spec: candidate for candidate in candidates if candidate.matched >= _WORTH_NAMING}
     ranked = sorted(unique.values(), key=lambda c: (not c.fits, -round(c.matched, 3)))
     return ranked[:_MAX_CANDIDATES]
@@ -311,7 +322,8 @@ def _compare_guess(
 
 def _table_match(stored: Shapes, names: Shapes) -> Match | None:
     """Return what the table has under these names, or with another name of the last layer."""
-    for shapes in (stored, names, _without_body(names)):
+    views = (stored, names, _without_body(names))
+    for shapes in (*views, *(leave_auxiliary(view)[0] for view in views if leave_auxiliary(view)[1])):
         head = head_of(shapes)
         others = [name for name in linear_heads() if name != head and _is_usual_head(name)] if head else []
         for view in (shapes, *(_with_head(shapes, str(head), name) for name in others)):
@@ -346,12 +358,62 @@ def _of_libraries(match: Match, channels: int | None) -> Iterator[Candidate]:
         )
 
 
+def _under_other_heads(stored: Shapes, names: Shapes, side: int | None) -> Iterator[Candidate]:
+    """Yield the networks that fit where a head of several layers is one linear layer."""
+    head = find_head(names)
+    if head is None:
+        return
+    one = torch.empty(head.classes, head.inputs, device="meta")
+    body = {name: tensor for name, tensor in names.items() if not name.startswith(f"{head.name}.")}
+    single = {**body, "fc.weight": one, "fc.bias": one[:, 0]}
+    for candidate in nearest(single, side=side):
+        spec = (
+            f"{candidate.spec.removesuffix(']')}{',' if ']' in candidate.spec else '['}{HEAD}={head.tokens}]"
+        )
+        if not candidate.fits or not _has_head(spec, stored, candidate):
+            continue
+        choices = {ACTIVATION: tuple(ACTIVATIONS)} if head.activated else {}
+        note = "the activation in the head cannot be seen" if head.activated else ""
+        yield replace(
+            candidate,
+            spec=spec,
+            note="; ".join(text for text in (candidate.note, note) if text),
+            choices={**candidate.choices, **choices},
+            same=(),
+        )
+
+
+def _has_head(spec: str, stored: Shapes, candidate: Candidate) -> bool:
+    parsed = read_spec(spec)
+    if parsed.source != OWN and not is_installed(parsed.source):
+        return True  # all but the head is in the table
+    side = candidate.side or (32 if parsed.source == OWN else _USUAL)
+    geometry = Geometry(candidate.input_channels or 3, side, side, candidate.classes or 1)
+    try:
+        return adapt(stored, network(spec, geometry, device="meta").state_dict()).fits
+    except (UnbackdoorError, RuntimeError, NotImplementedError):
+        return False
+
+
 def _under_other_names(names: Shapes, channels: int | None, classes: int | None) -> Iterator[Candidate]:
-    head = head_of(names)
+    head = head_of(names) or numbered_head(names)
     body = {name: t for name, t in names.items() if head is None or not name.startswith(f"{head}.")}
     for spec, *others in same_shapes(body)[:_MAX_OF_LIBRARIES] if len(body) < len(names) else ():
         note = "all of its shapes, under other names"
-        yield Candidate(spec, False, classes, channels, note=note, matched=1.0, same=tuple(others))
+        fits = _fits_by_children(spec, names, channels, classes)
+        yield Candidate(spec, fits, classes, channels, note=note, matched=1.0, same=tuple(others))
+
+
+def _fits_by_children(spec: str, names: Shapes, channels: int | None, classes: int | None) -> bool:
+    """Tell whether these are the tensors of ``Sequential(*network.children())``, by building the network."""
+    numbered = any(name.partition(".")[0].isdecimal() for name in (*names, *_without_body(names)))
+    if not (numbered and channels and classes and is_installed(read_spec(spec).source)):
+        return False
+    try:
+        skeleton = network(spec, Geometry(channels, _USUAL, _USUAL, classes), device="meta").state_dict()
+    except (UnbackdoorError, RuntimeError, NotImplementedError):
+        return False
+    return adapt(names, skeleton).fits
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -359,10 +421,32 @@ def _under_other_names(names: Shapes, channels: int | None, classes: int | None)
 
 def _without_extras(state: Shapes) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the tensors without masks and normalisation, by the file's names and without a common prefix."""
-    remaining, _ = fold_masks(state)
+    remaining, _ = merge(state)
+    remaining, _ = fold_masks(remaining)
     remaining, _ = leave_training(remaining)
     remaining, _, _, _ = take_normalisation(remaining)
     return remaining, _without_prefix(remaining)
+
+
+def _of_children(names: Shapes) -> dict[str, Tensor]:
+    """Return ``Sequential(*network.children())`` of a residual network under usual names; else nothing."""
+    head = head_of(names) or numbered_head(names)
+    parts = list(dict.fromkeys(name.partition(".")[0] for name in names))
+    numbers = sorted(
+        (p for p in parts if p.isascii() and p.isdecimal() and len(p) < 5 and p != head), key=int
+    )
+    if len(numbers) < 5 or head is None or set(parts) - {*numbers, head.partition(".")[0]}:
+        return {}
+    usual = dict(
+        zip(numbers, ("conv1", "bn1", *(f"layer{i}" for i in range(1, len(numbers) - 1))), strict=True)
+    )
+    if head.isdecimal():
+        usual[head] = "fc"
+    return {
+        f"{usual.get(first, first)}.{rest}": names[f"{first}.{rest}"]
+        for first, _, rest in (name.partition(".") for name in names)
+        if rest
+    }
 
 
 def _without_body(names: Shapes) -> dict[str, Tensor]:
@@ -383,7 +467,9 @@ def _without_prefix(state: Shapes) -> dict[str, Tensor]:
 
 
 def _classes(names: Shapes) -> int | None:
-    head = head_of(names)
+    if (several := find_head(names)) is not None:
+        return several.classes
+    head = head_of(names) or numbered_head(names)
     if head is not None:
         return int(names[f"{head}.weight"].shape[0])
     if (layers := modules(names)) is not None:

@@ -3,8 +3,10 @@
 What is done, in this order, and nothing else:
 
 1. ``X_orig`` and ``X_mask`` of ``torch.nn.utils.prune`` become their product ``X``; so do the weight of a
-   norm and the ``neuron_mask`` that pruning defenses (ANP, RNP) put beside it.
-2. What belongs to the training is left out: the weights of a loss, the counter of an averaged model.
+   norm and the ``neuron_mask`` that pruning defenses (ANP, RNP) put beside it. Weights in the parts of weight
+   or spectral norm are merged (``reparametrised``).
+2. What belongs to the training is left out: a criterion, metrics, the counter of an averaged model, and the
+   auxiliary heads of a network that is built without them.
 3. A mean and a deviation stored by a normalising layer inside the model (``normalize.mean``) are taken out;
    where their values fit a normalisation of pixels they are reported as one.
 4. A prefix that stands before all remaining names, or before all but the head's (``backbone.``), is taken off
@@ -22,17 +24,31 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from unbackdoor.opening.recognise_chain import modules
+from unbackdoor.opening.recognise_head import find_head
+from unbackdoor.opening.reparametrised import merge
 from unbackdoor.weights.formats.buffers import listed
 
 TRACKED = "num_batches_tracked"
 _HEADS = frozenset(
     {
-        *("fc", "linear", "classifier", "head", "last_linear", "logits", "output", "out", "final_layer"),
+        *(
+            "fc",
+            "linear",
+            "classifier",
+            "head",
+            "heads",
+            "last_linear",
+            "logits",
+            "output",
+            "out",
+            "final_layer",
+        ),
         *("head.fc", "head.linear", "classifier.fc", "heads.head"),
     }
 )
@@ -48,7 +64,41 @@ _SYNONYMS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 # Per channel, beside the weight of a norm; the noise of the same defenses is only there while they search.
 CHANNEL_MASK = "neuron_mask"
 _BESIDE_MASK = (CHANNEL_MASK, "neuron_noise", "neuron_noise_bias")
-_TRAINING = re.compile(r"^(.*\.)?(criterion|loss(es|_fn|_func)?|attacker)\.|^n_averaged$")
+# What a module of the training may be called: a criterion, a metric, an attack; ``train_acc``, ``ceLoss``.
+_OF_TRAINING = frozenset(
+    {
+        *(
+            "criterion",
+            "criteria",
+            "criterions",
+            "loss",
+            "losses",
+            "objective",
+            "celoss",
+            "bceloss",
+            "attacker",
+        ),
+        *(
+            "metric",
+            "metrics",
+            "acc",
+            "accuracy",
+            "f1",
+            "f1score",
+            "auroc",
+            "auc",
+            "precision",
+            "recall",
+            "confmat",
+        ),
+        *("confusion", "ece", "calibration", "kappa", "specificity", "averagemeter"),
+    }
+)
+# Buffers of a criterion: the weights of classes. The last two stand alone, outside of any layer.
+_CLASS_WEIGHTS = frozenset({"pos_weight", "class_weights", "class_weight", "loss_weights", "loss_weight"})
+_OUTSIDE = frozenset({"ce", "bce", "nll", "cross_entropy", "crossentropy", "focal"})
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+\d*|\d+")
+_AUXILIARY = re.compile(r"^(.*\.)?(AuxLogits|aux\d*|aux_(head|classifier|logits|fc)\d*)\.")
 _STATISTICS = re.compile(r"(?:^|.*[._])(?P<word>means?|mu|stds?|sigma|deviation)(?:_?tensor)?", re.IGNORECASE)
 
 
@@ -83,6 +133,8 @@ class Adapted:
         dropped: Names that are no part of the network, with the reason.
         filled: Names that were added, with neutral values.
         folded: Weights that were multiplied with a pruning mask.
+        merged: Weights that were computed from the parts of weight or spectral norm.
+        remarks: What else was done to the tensors, in words.
         mean: Per-channel mean that the file stores, or None.
         std: Per-channel deviation, likewise.
     """
@@ -93,6 +145,8 @@ class Adapted:
     dropped: Mapping[str, str] = field(default_factory=dict)
     filled: tuple[str, ...] = ()
     folded: tuple[str, ...] = ()
+    merged: tuple[str, ...] = ()
+    remarks: list[str] = field(default_factory=list)
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
@@ -103,10 +157,15 @@ class Adapted:
 
     def changes_in_words(self) -> list[str]:
         """Return what was changed, one sentence a kind of change."""
-        sentences = []
+        sentences = list(self.remarks)
         if self.folded:
             sentences.append(
                 f"{len(self.folded)} pruned weights were multiplied with their masks: {listed(self.folded)}"
+            )
+        if self.merged:
+            sentences.append(
+                f"{len(self.merged)} weights were computed from the parts of weight or spectral norm, and "
+                f"are written back as such: {listed(self.merged)}"
             )
         if self.renamed:
             pairs = [f"{old} -> {new}" for new, old in self.renamed.items()]
@@ -129,8 +188,10 @@ def adapt(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, in_ord
         expected: Tensors of the network by its names; only their shapes are used.
         in_order: Whether the network is a plain chain, whose layers may be matched by their order.
     """
-    remaining, folded = fold_masks(state, expected)
+    remaining, merged = merge(state, expected)
+    remaining, folded = fold_masks(remaining, expected)
     remaining, training = leave_training(remaining, expected)
+    remaining, auxiliary = leave_auxiliary(remaining, expected)
     remaining, pixels, mean, std = take_normalisation(remaining, expected)
     best = _translate(remaining, expected, in_order)
     for shorter in _shorter_names(remaining) if best[2] else ():
@@ -140,13 +201,13 @@ def adapt(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, in_ord
             renamed = {new: shorter[other[1].get(new, new)] for new in other[0]}
             best = (other[0], {new: old for new, old in renamed.items() if new != old}, other[2])
     translated, renamed, difference = best
-    dropped = training | pixels
+    dropped = training | auxiliary | pixels
     filled = tuple(name for name in difference.missing if name.rpartition(".")[2] == TRACKED)
     for name in filled:
         translated[name] = torch.zeros((), dtype=torch.int64)
     missing = tuple(name for name in difference.missing if name not in filled)
     difference = Difference(missing, difference.unexpected, difference.other_shape, difference.matching)
-    return Adapted(translated, difference, renamed, dropped, filled, folded, mean, std)
+    return Adapted(translated, difference, renamed, dropped, filled, folded, merged, mean=mean, std=std)
 
 
 def compare(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Difference:
@@ -197,12 +258,32 @@ def leave_training(
     state: Mapping[str, Tensor], expected: Mapping[str, Tensor] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors without those that only the training has, and the names left out with the reason."""
-    out = {
-        n: t for n, t in state.items() if (expected is not None and n in expected) or not _TRAINING.search(n)
-    }
+    own = expected if expected is not None else ()
+    out = {name: tensor for name, tensor in state.items() if name in own or not _is_of_training(name)}
     reason = "it belongs to the training and not to the network"
     # A file of nothing else is not one of these.
     return (out, {n: reason for n in state if n not in out}) if out else (dict(state), {})
+
+
+def _is_of_training(name: str) -> bool:
+    *modules, leaf = name.split(".")
+    if leaf in _CLASS_WEIGHTS or name == "n_averaged":
+        return True
+    if modules and modules[0].lower() in _OUTSIDE:
+        return True
+    words = (word.lower() for module in modules for word in (module, *_WORD.findall(module)))
+    return any(word in _OF_TRAINING for word in words)
+
+
+def leave_auxiliary(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor] = MappingProxyType({})
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors without auxiliary heads that a network does not have, and the names left out."""
+    if any(_AUXILIARY.match(name) for name in expected):
+        return dict(state), {}
+    out = {name: tensor for name, tensor in state.items() if not _AUXILIARY.match(name)}
+    reason = "an auxiliary head, which helps the training alone"
+    return (out, {name: reason for name in state if name not in out}) if out else (dict(state), {})
 
 
 def take_normalisation(
@@ -247,7 +328,7 @@ def _translate(
     difference = compare(state, expected)
     if not difference:
         return dict(state), {}, difference
-    rules = [_by_synonyms]
+    rules = [_by_synonyms, _by_children]
     if in_order:
         rules = [_by_order]
     names = {name: name for name in expected if name in state}  # the network's name -> the file's
@@ -266,9 +347,18 @@ def _by_synonyms(
     used = set(names.values())
     free_old = [name for name in state if name not in used]
     head_new, head_old = head_of(expected), head_of(state)
+    several_new, several_old = find_head(expected), find_head(state)
+    places: dict[str, str] = {}
+    if several_new is not None and several_old is not None:
+        head_new = head_old = None
+        for several in (several_new, several_old):
+            places |= {layer: f"HEAD.{place}" for place, layer in enumerate(several.layers)}
 
     def canonical_form(head: str | None, skips_are_single: bool) -> Callable[[str], str]:
         def apply(name: str) -> str:
+            layer, _, leaf = name.rpartition(".")
+            if layer in places:
+                return f"{places[layer]}.{leaf}"
             if head is not None and name.startswith(head + "."):
                 return "HEAD." + name.rpartition(".")[2]
             for pattern, text in _SYNONYMS:
@@ -300,6 +390,35 @@ def _by_synonyms(
     return matched
 
 
+def _by_children(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], names: dict[str, str]
+) -> dict[str, str]:
+    """Match the numbers of ``Sequential(*network.children())`` with the network's own parts, in order."""
+    used = set(names.values())
+    old = _by_first_part(name for name in state if name not in used)
+    new = _by_first_part(name for name in expected if name not in names)
+    if not old or len(old) != len(new) or not all(part.isdecimal() and len(part) < 5 for part in old):
+        return names
+    matched = dict(names)
+    for number, part in zip(sorted(old, key=int), new, strict=True):
+        if {name for name in new[part] if not name.endswith(TRACKED)} - old[number].keys():
+            return names
+        for inner, name in old[number].items():
+            if inner not in new[part] or form(state[name]) != form(expected[new[part][inner]]):
+                return names
+            matched[new[part][inner]] = name
+    return matched
+
+
+def _by_first_part(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Return names by what stands before their first dot, and then by what stands after it."""
+    groups: dict[str, dict[str, str]] = {}
+    for name in names:
+        first, _, inner = name.partition(".")
+        groups.setdefault(first, {})[inner] = name
+    return groups
+
+
 def _by_order(
     state: Mapping[str, Tensor], expected: Mapping[str, Tensor], names: dict[str, str]
 ) -> dict[str, str]:
@@ -329,16 +448,32 @@ def head_of(tensors: Mapping[str, Tensor]) -> str | None:
     return heads[0] if len(heads) == 1 else None
 
 
+def numbered_head(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the last layer of a network that is one ``Sequential``, where it is linear, such as ``10``."""
+    numbers = [name.partition(".")[0] for name in tensors]
+    if not numbers or not all(part.isascii() and part.isdecimal() and len(part) < 5 for part in numbers):
+        return None
+    last = max(numbers, key=int)
+    weight = tensors.get(f"{last}.weight")
+    return last if weight is not None and weight.dim() == 2 else None
+
+
 def without_body_prefix(state: Mapping[str, Tensor]) -> dict[str, str]:
     """Return shorter names with what they stand for, where all but the head stands under one prefix.
 
     Empty where there is no such prefix, or the names would collide.
     """
-    head = head_of(state)
+    several = find_head(state)
+    head = several.name if several is not None else head_of(state)
+    usual = head if head is not None else "fc"
+    head = head if head is not None else numbered_head(state)
     body = [name for name in state if head is not None and not name.startswith(f"{head}.")]
     prefix = _common_prefix(body)
     within = set(body)
-    shorter = {name.removeprefix(prefix) if name in within else name: name for name in state}
+    shorter = {
+        name.removeprefix(prefix) if name in within else usual + name.removeprefix(str(head)): name
+        for name in state
+    }
     return shorter if prefix and len(body) < len(state) == len(shorter) else {}
 
 

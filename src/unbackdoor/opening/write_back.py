@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from unbackdoor.errors import InputError
 from unbackdoor.files import atomic_write, sha256_file, write_json
+from unbackdoor.opening.binary import one_output
 from unbackdoor.opening.classifier_files import save_model
 from unbackdoor.opening.open_model import Opened
 from unbackdoor.opening.rename_tensors import CHANNEL_MASK
+from unbackdoor.opening.reparametrised import find_parts, split
 from unbackdoor.types import Classifier
 from unbackdoor.weights.formats.onnx.write import require_room, write_graph, write_initializers
 from unbackdoor.weights.patch import NAMES, Patch, make_patch
@@ -25,7 +28,8 @@ from unbackdoor.weights.stored_file import StoredFile
 
 SAFETENSORS = ".safetensors"
 ONNX = ".onnx"
-CHECKPOINTS = (".pt", ".pth", ".th", ".tar")
+CHECKPOINTS = (".pt", ".pth", ".th", ".tar", ".ckpt", ".bin")
+_LIGHTNING = ("epoch", "global_step", "pytorch-lightning_version")
 SUFFIXES = (SAFETENSORS, *CHECKPOINTS, ONNX)
 
 
@@ -109,6 +113,8 @@ def stored_types(opened: Opened) -> dict[str, torch.dtype]:
     if opened.places is not None:
         return {name: place.dtype for name, place in opened.places.items()}
     stored = opened.source.contents.tensors if opened.source is not None else {}
+    # What stands in the file in parts has the type of the first one.
+    stored = {**{one.name: stored[one.names[0]] for one in find_parts(stored)}, **stored}
     pairs = ((name, opened.names.get(name, name)) for name in opened.model.network.state_dict())
     return {name: stored[old].dtype for name, old in pairs if old in stored}
 
@@ -122,15 +128,19 @@ def repaired_state(opened: Opened, model: Classifier) -> dict[str, Tensor]:
     assert opened.source is not None
     stored = opened.source.contents.tensors
     out = dict(stored)
+    in_parts = {one.name: one for one in find_parts(stored, opened.names.values())}
     before = opened.model.network.state_dict()
     for name, tensor in model.network.state_dict().items():
         old = opened.names.get(name, name)
         if old in stored and not torch.equal(tensor, before[name]):
-            out[old] = tensor.to(stored[old].dtype)
+            halved = tensor.dim() and tensor.shape[0] == 2 and stored[old].shape[:1] == (1,)
+            out[old] = (one_output(tensor) if halved else tensor).to(stored[old].dtype)
             # A mask beside it was multiplied in, and would count twice.
             mask = f"{old.rpartition('.')[0]}.{CHANNEL_MASK}"
             if mask in stored and old.endswith(".weight"):
                 out[mask] = torch.ones_like(stored[mask])
+        elif old in in_parts and not torch.equal(tensor, before[name]):
+            out |= split(stored, in_parts[old], tensor)
     return out
 
 
@@ -168,7 +178,15 @@ def write_repaired(
         write_graph(path, source.graph, opened.places, before, after, opened.output)
     else:
         contents = source.contents
-        write_weights(path, repaired_state(opened, model), nest=contents.nest, prefix=contents.prefix)
+        # Lightning does not load what does not say by which release it was written.
+        beside = {key: contents.beside[key] for key in _LIGHTNING if key in contents.beside}
+        write_weights(
+            path,
+            repaired_state(opened, model),
+            nest=contents.nest,
+            prefix=contents.prefix,
+            beside=beside if contents.nest == ("state_dict",) else {},
+        )
     # The last file written, so that it never speaks of weights that are not there.
     write_json(path.with_suffix(".json"), {**record, "file_sha256": sha256_file(path)})
 
@@ -201,17 +219,20 @@ def write_weights(
     nest: Sequence[str] = (),
     prefix: str = "",
     source: Path | Source | None = None,
+    beside: Mapping[str, str | int | float | bool] = MappingProxyType({}),
 ) -> None:
     """Write a state dict, whole or not at all.
 
     Args:
-        path: Its suffix decides: ``.safetensors``; or ``.pt``, ``.pth``, ``.th``, ``.tar`` for a checkpoint
-            that ``torch.load(weights_only=True)`` reads; or ``.onnx`` for the graph of another such file.
+        path: Its suffix decides: ``.safetensors``; or ``.pt``, ``.pth``, ``.th``, ``.tar``, ``.ckpt``,
+            ``.bin`` for a checkpoint that ``torch.load(weights_only=True)`` reads; or ``.onnx`` for the graph
+            of another such file.
         state: Tensors by name.
         nest: Keys that a checkpoint holds them under, as the original did.
         prefix: What stands before all names in a checkpoint, likewise.
         source: For ``.onnx``: the file whose graph is taken, at best as it was opened; it has the same names
             and shapes.
+        beside: Plain values that a checkpoint holds beside the outermost key.
 
     Raises:
         InputError: If the suffix is another one, or the disk refuses.
@@ -229,6 +250,7 @@ def write_weights(
             content: dict[str, Any] = {prefix + name: tensor for name, tensor in plain.items()}
             for key in reversed(nest):
                 content = {key: content}
+            content |= dict(beside) if nest else {}
             # Through a file of Python's: torch's own error for a full disk cannot be recognised.
             with draft.open("wb") as file:
                 torch.save(content, file)

@@ -7,6 +7,7 @@ is listed. Neither torch's readers nor an allow-list of the process are used.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -30,10 +31,12 @@ from unbackdoor.weights.formats.torch_save.pickle_globals import Danger
 from unbackdoor.weights.formats.torch_save.pickle_reader import BROKEN, Trail
 from unbackdoor.weights.formats.torchscript import archive as torchscript
 from unbackdoor.weights.formats.zip_archive import Archive
+from unbackdoor.weights.incomplete import missing_part
+from unbackdoor.weights.model_folder import require_shard, shards_of
 from unbackdoor.weights.stored_file import MAX_FILE, StoredFile, read_file
 from unbackdoor.weights.weight_sets import WeightSet, named, plain_set, read_sets, sets_of
 
-Magic = Literal["safetensors", "zip", "pickle", "tar", "onnx"]
+Magic = Literal["safetensors", "zip", "pickle", "tar", "onnx", "index"]
 Format = Literal[
     "safetensors", "checkpoint", "old checkpoint", "tar checkpoint", "pickle", "torchscript",
     "torch.export", "onnx", "archive", "unknown",
@@ -45,6 +48,7 @@ _PLAIN = {
     torch.float32, torch.float64, torch.float16, torch.bfloat16,
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
 }  # fmt: skip
+_JSON = re.compile(r'["\\{}\[\],]')
 _BROKEN = (*BROKEN, AssertionError, OSError, MemoryError, struct.error)
 
 
@@ -206,8 +210,12 @@ def read_contents(file: Path | StoredFile) -> Contents:
         InputError: If the file cannot be read at all, or is of no supported format.
         UnsafeFile: If it is larger than any model this package can build.
     """
+    file = _stored(file)
     with accounting():
-        return _read_contents(_stored(file))
+        contents = _read_contents(file)
+    if contents.problem is None and (part := missing_part(contents.tensors, file.path)) is not None:
+        return replace(contents, tensors={}, problem=part)
+    return contents
 
 
 def _read_contents(file: StoredFile) -> Contents:
@@ -300,6 +308,10 @@ def _kind(head: bytes, size: int, where: object) -> Magic:
     # bytes, read as a length, are beyond any file size.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
         return "safetensors"
+    if other_readers.is_index(head):
+        return "index"
+    if (text := other_readers.kind_of_text(head, Path(str(where)).name)) is not None:
+        raise InputError(f"the file is {text[0]}, not a model file", where=where, remedy=text[1])
     if head.startswith(b"\x80"):
         return "pickle"
     if other_readers.is_tar_header(head):
@@ -311,6 +323,8 @@ def _kind(head: bytes, size: int, where: object) -> Magic:
     for magic, words, remedy in other_readers.NAMED:
         if head.startswith(magic):
             raise InputError(f"the file is {words}, not a model file", where=where, remedy=remedy)
+    if not size:
+        raise InputError("the file is empty", where=where, remedy="Copy or download it again")
     raise InputError(
         "the file is not a model file, or it is damaged",
         expected="safetensors, a checkpoint of torch.save, TorchScript, .pt2 or ONNX",
@@ -344,6 +358,8 @@ class _FileReader:
             self.format = "onnx"
             self.program = "an ONNX graph"
             state = onnx.read(self._file, self._trail)
+        elif magic == "index":
+            state = self._shards()
         else:
             state = self._tensors(magic, self._file.content)
         require_names(state)
@@ -355,6 +371,25 @@ class _FileReader:
                     got=tensor.dtype,
                     where=f"{self._path}, tensor {short(name)}",
                 )
+        return state
+
+    def _shards(self) -> Mapping[str, Tensor]:
+        state: dict[str, Tensor] = {}
+        for name, tensors in shards_of(bytes(self._file.content), self._path).items():
+            path = self._path.parent / name
+            shard = self._file.other(name, path)
+            contents = _read_contents(shard)
+            self._file.others[name] = replace(shard, content=b"")  # its tensors have memory of their own
+            self.format = contents.format
+            self._trail.names.update(contents.names)  # type: ignore[arg-type]
+            if contents.problem is not None:
+                raise contents.problem
+            if len(contents.sets) != 1 or contents.key:
+                raise InputError("a shard holds more than its tensors", where=path)
+            held = {contents.prefix + inner: tensor for inner, tensor in contents.tensors.items()}
+            require_shard(tensors, held, path)
+            state |= held
+        self._trail.note(f"the weights lie in {len(self._file.others)} shards")
         return state
 
     def _tensors(self, magic: Magic, data: Buffer) -> Mapping[str, Tensor]:
@@ -422,10 +457,13 @@ def _is_pickle_too(file: StoredFile, trail: Trail) -> bool:
     # No name comes about by chance in a format that is known, and no value but a single number or text.
     inner = Trail()
     holds_something = checkpoints.begins_with_pickle(file.content, inner)
-    if inner.names:
-        trail.names.update(inner.names)
+    # A header whose length begins with the letter X is a text to a reader of pickles, and what follows in it
+    # may begin with an opcode that names a module: a name with signs of JSON in it leads to none.
+    names = {name: danger for name, danger in inner.names.items() if not _JSON.search(str(name))}
+    if names:
+        trail.names.update(names)
         trail.note("read as a pickle, the file would run code, whatever else it is")
-    return holds_something or bool(inner.names)
+    return holds_something or bool(names)
 
 
 def _dangers_by_name(trail: Trail) -> dict[str, Danger]:

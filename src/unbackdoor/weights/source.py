@@ -17,6 +17,7 @@ from unbackdoor.confinement import rehearsed
 from unbackdoor.errors import InputError, UnbackdoorError, UnsafeFile
 from unbackdoor.files import is_there
 from unbackdoor.weights.card import MAX_CARD, ModelCard, read_card
+from unbackdoor.weights.model_folder import weights_in
 from unbackdoor.weights.read import Contents, bytes_needed, read_contents
 from unbackdoor.weights.stored_file import StoredFile, read_file
 
@@ -36,6 +37,7 @@ class Source:
         main: The file itself; its bytes are retained where a network is built from its graph.
         card_file: The card beside it, or None.
         card_problem: Why the file beside it could not be read, or None.
+        rivals: Names of other files of weights in a model folder, of which the libraries take this one.
     """
 
     path: Path
@@ -45,6 +47,7 @@ class Source:
     main: StoredFile = field(repr=False)
     card_file: StoredFile | None = field(default=None, repr=False)
     card_problem: InputError | None = None
+    rivals: tuple[str, ...] = ()
 
     @property
     def files(self) -> tuple[StoredFile, ...]:
@@ -113,7 +116,8 @@ def open_source(path: Path | str) -> Source:
     """Open a file of weights, once.
 
     Args:
-        path: The file; ``.safetensors`` is appended where only that exists.
+        path: The file; ``.safetensors`` is appended where only that exists. Or a model folder, whose weights
+            are taken, or the shards that its index names.
 
     Returns:
         The file as it is now. A fault of its content is reported there and not raised.
@@ -150,14 +154,30 @@ def _open_source(path: Path) -> Source:
         contents = Contents("unknown", problem=error)
     # Only a program is built of the bytes again; the tensors of other files have memory of their own.
     main = replace(main, content=bytes(main.content) if contents.format in _PROGRAMS else b"")
-    return Source(path, main.size, main.sha256, contents, main, *_card_beside(path))
+    return Source(path, main.size, main.sha256, contents, main, *_card_beside(path), rivals_of(path))
 
 
 def existing_file(path: Path) -> Path:
-    """Return the weights file, with its suffix appended where only that exists."""
+    """Return the weights file: with its suffix appended where only that exists, or that of a model folder.
+
+    Raises:
+        InputError: If a folder holds no weights, or several files and none is meant by its name.
+        UnsupportedModel: If it holds an adapter alone.
+    """
+    if path.is_dir():
+        return weights_in(path)[0]
     with_suffix = path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
     # The name without its suffix is accepted, because save_model accepts it.
     return with_suffix if not is_there(path) and is_there(with_suffix) else path
+
+
+def rivals_of(path: Path) -> tuple[str, ...]:
+    """Return the other files of weights in a model folder whose weights this file holds."""
+    try:
+        file, others = weights_in(path.parent)
+    except UnbackdoorError:
+        return ()
+    return others if file.name == path.name else ()
 
 
 def _card_beside(path: Path) -> tuple[StoredFile | None, InputError | None]:

@@ -7,7 +7,7 @@ card is untrusted, so it may name a network of a library, but never a folder or 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -30,18 +30,23 @@ class Source:
         preprocessing_of: What the source's own files state about the input of this network.
         from_card: Whether a model card may name it.
         skeleton: Whether it can be built without memory, to compare shapes first.
+        names_in: From a network and the names in a file to the network's names of those that the library
+            loads; what it leaves out is not among them. None where both are the same.
     """
 
     build: Callable[[Spec, Geometry], nn.Module]
     preprocessing_of: Callable[[Spec], Preprocessing]
     from_card: bool
     skeleton: bool = True
+    names_in: Callable[[nn.Module, Iterable[str]], dict[str, str]] | None = None
 
 
 SOURCES: dict[str, Source] = {
     "timm": Source(timm.build, timm.preprocessing_of, from_card=True),
     "torchvision": Source(torchvision.build, torchvision.preprocessing_of, from_card=True),
-    "hf": Source(huggingface.build, huggingface.preprocessing_of, from_card=False),
+    "hf": Source(
+        huggingface.build, huggingface.preprocessing_of, from_card=False, names_in=huggingface.names_in
+    ),
     PYTHON: Source(python_file.build, python_file.preprocessing_of, from_card=False, skeleton=False),
 }
 

@@ -6,7 +6,9 @@ and code that a config names is not run (``trust_remote_code`` stays off).
 
 from __future__ import annotations
 
+import importlib
 import os
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,36 @@ def build(spec: Spec, geometry: Geometry) -> nn.Module:
     network.__class__ = _logits_only(kind)
     assert isinstance(network, nn.Module)
     return network
+
+
+def names_in(network: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Return the network's name, by the file's, of every tensor that transformers loads into a network.
+
+    Releases of transformers rename layers and keep the names in files; the library's own rules are applied.
+    What it would leave out, it also leaves out here.
+    """
+    library: Any = network
+    own = library.state_dict()
+    try:
+        loading: Any = importlib.import_module("transformers.core_model_loading")
+        mapping: Any = importlib.import_module("transformers.conversion_mapping")
+        rules = mapping.get_model_conversion_mapping(library)
+        renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
+        rename: Any = loading.rename_source_key
+    except (ImportError, AttributeError):  # an older release, whose names are those in files
+        renamings, rename = [], None
+    out: dict[str, str] = {}
+    for name in names:
+        # A name that the network has is not renamed, whatever the rules say, as in the library.
+        for applied in [name] if rename is None else _renamed(name, rename, renamings, library, own):
+            if applied in own:
+                out.setdefault(name, applied)
+    return out
+
+
+def _renamed(name: str, rename: Any, rules: list[Any], network: Any, own: dict[str, Tensor]) -> list[str]:
+    prefix = network.base_model_prefix
+    return [str(rename(name, some, [], prefix, own)[0]) for some in (rules, [])]
 
 
 @cache
@@ -104,6 +136,7 @@ def preprocessing_of(spec: Spec) -> Preprocessing:
         size=size,
         size_fixed=fixed,
         class_names=names,
+        classes=len(labels) if isinstance(labels, dict) and labels else None,
         for_these_weights=mean is not None,
         source=preprocessor.name if mean is not None else "config.json",
     )

@@ -23,6 +23,7 @@ class Preprocessing:
         size: (H, W), or None where nothing is said.
         size_fixed: Whether the network takes no other size.
         class_names: Names in logit order, or None.
+        classes: Number of classes, or None where nothing is said.
         for_these_weights: True if it was written for exactly these weights; False if it is what the
             library's own weights of this name use.
         source: Where it was read, as text.
@@ -34,6 +35,7 @@ class Preprocessing:
     size: tuple[int, int] | None = None
     size_fixed: bool = False
     class_names: tuple[str, ...] | None = None
+    classes: int | None = None
     for_these_weights: bool = False
     source: str = ""
     note: str = ""

@@ -25,6 +25,23 @@ NAMED = (
     (b"\x89HDF", "an HDF5 file", "Keras models are not read; export it to ONNX or safetensors"),
     (b"\x93NUMPY", "a NumPy array", "Save all weights by name, at best as safetensors"),
     (b"GGUF", "a GGUF file", "Save the original weights as safetensors"),
+    (b"\x89PNG", "an image", "Images are given with --data"),
+    (b"\xff\xd8\xff", "an image", "Images are given with --data"),
+    (b"%PDF", "a PDF document", "Give the file of weights itself"),
+)
+_POINTER = "Run git lfs pull in its repository, or download the file itself"
+_PAGE = "Most often the page of a login or an error: download the file itself, logged in where it is asked"
+# The same for texts, which are held against the beginning without blanks and in small letters.
+_TEXTS = (
+    (b"version https://git-lfs.github.com", "a pointer of git-lfs that stands in the file's place", _POINTER),
+    (b"version https://hawser.github.com", "a pointer of git-lfs that stands in the file's place", _POINTER),
+    (b"version http://git-media.io", "a pointer of git-lfs that stands in the file's place", _POINTER),
+    (b"/annex/objects/", "a pointer of git-annex that stands in the file's place", "Run git annex get"),
+    (b"<!doctype html", "a web page", _PAGE),
+    (b"<html", "a web page", _PAGE),
+    (b"<head", "a web page", _PAGE),
+    (b"<?xml", "an XML document, such as a server's refusal", _PAGE),
+    (b"<error", "an XML document, such as a server's refusal", _PAGE),
 )
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _ZIP_END, _ZIP_END_SIZE, _ZIP_COMMENT = b"PK\x05\x06", 22, 0xFFFF
@@ -53,6 +70,32 @@ def taken_for(data: Buffer, kind: str) -> list[str]:
     }
     found = [words for words, holds in rules.items() if words != kind and holds()]
     return found + [words for magic, words, _ in NAMED if head.startswith(magic)]
+
+
+def kind_of_text(head: bytes, name: str = "") -> tuple[str, str] | None:
+    """Return what a text is that was taken for a file of weights, and what to do, both in words, or None.
+
+    Args:
+        head: The first bytes of the file.
+        name: Its name, by which texts of JSON differ.
+    """
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    for magic, words, remedy in _TEXTS:
+        if text.startswith(magic):
+            return words, remedy
+    # In braces: the header of safetensors begins with its length.
+    if text[:1] != b"{" or text[1:].lstrip()[:1] not in (b'"', b"}"):
+        return None
+    if name == "adapter_config.json":
+        return "the configuration of an adapter", "Merge the adapter into its base, and give the merged model"
+    if name == "config.json" or b'"architectures"' in text or b'"architecture"' in text:
+        return "a configuration", "Give the folder that holds it and the weights"
+    return "a text of JSON", "If it is a server's answer, download the file itself"
+
+
+def is_index(head: bytes) -> bool:
+    """Tell whether a file begins as the index of shards does that transformers writes."""
+    return head.lstrip()[:1] == b"{" and b'"weight_map"' in head
 
 
 def is_tar_header(block: bytes) -> bool:

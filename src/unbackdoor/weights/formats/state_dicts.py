@@ -384,11 +384,14 @@ def unpruned(state: Mapping[str, Tensor], trail: Trail) -> dict[str, Tensor]:
         names = listed(list(masked.values()), 3)
         trail.note(f"{len(masked)} pruning masks were multiplied into their weights: {names}")
     if any(".parametrizations." in f".{name}" for name in state):
-        trail.note("some weights are parametrised (names with parametrizations): they were left as they are")
+        trail.note(
+            "some weights are parametrised (names with parametrizations): those of weight and spectral norm "
+            "are merged when a network is made of them"
+        )
     if any(name.endswith("weight_g") and name[:-1] + "v" in state for name in state):
         trail.note(
             "some weights are split into length and direction (weight_g, weight_v): "
-            "they were left as they are"
+            "they are merged when a network is made of them"
         )
     return out
 

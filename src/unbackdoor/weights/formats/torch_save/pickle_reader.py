@@ -52,6 +52,7 @@ BROKEN = (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowE
 _OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
 _MAPPINGS = {"collections.OrderedDict", "builtins.dict", "collections.defaultdict", "collections.Counter"}
 _SETS = {"builtins.set", "__builtin__.set", "builtins.frozenset", "__builtin__.frozenset"}
+CONTAINERS = _MAPPINGS | _SETS  # filled from their arguments
 # How many arguments each function takes by which torch describes a plain tensor, and which of them are the
 # hooks, the type of elements where that is not the storage's, and the bits that turn every value.
 _REBUILDS: Mapping[str, tuple[int, int, int | None, int | None, int | None]] = {

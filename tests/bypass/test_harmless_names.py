@@ -139,6 +139,14 @@ def test_whole_networks_are_made_and_not_called(tmp_path: Path, protocol: int) -
         b"(K\x02itorch.nn.modules.linear\nLinear\n",
         b"(ctorch.nn.modules.linear\nLinear\nK\x02o",
         b"ccopyreg\n_reconstructor\nctorch.nn.modules.linear\nLinear\nctorch.nn.modules.linear\nLinear\nK\x02\x87R",
+        # Called by what is harmless itself.
+        b"ctorch._tensor\n_rebuild_from_type_v2\n(ctorch.nn.modules.linear\nLinear\nctorch\nTensor\nK\x02\x85NtR",
+        b"ctorch._tensor\n_rebuild_from_type_v2\n(cfunctools\npartial\nctorch.nn.modules.linear\nLinear\n\x85R"
+        b"ctorch\nTensor\nK\x02\x85NtR",
+        b"ctorch._tensor\n_rebuild_from_type_v2\nq\0"
+        b"(h\0ctorch\nTensor\n(cbuiltins\nbytes\nctorch\nTensor\n)NtNtR",
+        b"cnumpy.random._pickle\n__bit_generator_ctor\nctorch.nn.modules.linear\nLinear\n\x85R",
+        b"cnumpy.random._pickle\n__generator_ctor\nX\x01\0\0\0actorch.nn.modules.linear\nLinear\n\x86R",
     ],
 )
 def test_a_class_of_networks_that_is_called(tmp_path: Path, call: bytes) -> None:

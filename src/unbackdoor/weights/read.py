@@ -427,7 +427,14 @@ class _FileReader:
             raise
         self.beside, self.key = located.beside, located.key
         # The one that is meant comes first: the bound on memory is never spent on the others.
-        self.sets = read_sets({located.key: located, **inventory.sets, located.key: located}, len(data))
+        sets = {located.key: located}
+        for key, one in inventory.sets.items():
+            if key.rstrip("'") == located.key.rstrip("'") and one.refs == located.refs:
+                continue  # it is the same one; others may read the same, where keys have dots in them
+            while key in sets:
+                key += "'"
+            sets[key] = replace(one, key=key)
+        self.sets = read_sets(sets, len(data))
         self.key = next(iter(self.sets))
         # A whole module beside a plain set may be what is run.
         modules = [one.module for one in self.sets.values() if one.module]

@@ -114,6 +114,9 @@ def read_sets(located: Mapping[str, LocatedStateDict], file_size: int) -> dict[s
     out: dict[str, WeightSet] = {}
     by_description: dict[frozenset[tuple[object, ...]], str] = {}
     for key, found in located.items():
+        if found.problem is not None:
+            out[key] = WeightSet(key, problem=found.problem)
+            continue
         description = frozenset((name, *_description(ref)) for name, ref in found.refs.items())
         twin = by_description.setdefault(description, key)
         if twin != key and twin in out:

@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from unbackdoor.errors import InputError, UnsafeFile, UnsupportedModel
+from unbackdoor.errors import InputError, UnbackdoorError, UnsafeFile, UnsupportedModel
 from unbackdoor.text import is_text
 from unbackdoor.weights.formats.buffers import listed, short
 from unbackdoor.weights.formats.limits import limits, spend
 from unbackdoor.weights.formats.tensors import TensorRef, quantised
 from unbackdoor.weights.formats.torch_save.pickle_globals import Name
 from unbackdoor.weights.formats.torch_save.pickle_reader import (
+    CONTAINERS,
     Faulty,
     Stub,
     Trail,
@@ -50,6 +51,7 @@ class LocatedStateDict:
         nest: The keys that lead to it; empty at the top, and for a module or an entry of a list.
         key: Keys and places in lists that lead to it, separated by dots; empty at the top.
         module: Class of the whole module that it was taken from; empty for a plain state dict.
+        problem: Why it cannot be read, or None.
     """
 
     refs: dict[str, TensorRef]
@@ -57,6 +59,7 @@ class LocatedStateDict:
     nest: tuple[str, ...] = ()
     key: str = ""
     module: str = ""
+    problem: UnbackdoorError | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ def find_all(described: object) -> Inventory:
     sets: dict[str, LocatedStateDict] = {}
     others: dict[str, None] = {}
     seen: dict[int, LocatedStateDict | None] = {}  # one object may lie under several keys
+    registered: set[int] = set()  # tensors of modules, which may have them in lists as well
     todo: list[tuple[object, tuple[str, ...], bool]] = [(described, (), True)]
     searched = 0
     while todo:
@@ -92,25 +96,38 @@ def find_all(described: object) -> Inventory:
                 expected=f"at most {_MAX_SEARCHED} entries and {_MAX_SETS} sets, {_DEEPEST_SET} deep",
             )
         key = ".".join(keys)
-        if isinstance(value, TensorRef):
+        if isinstance(value, Faulty) or (isinstance(value, TensorRef) and id(value) not in registered):
             others.setdefault(key)
         if not isinstance(value, Stub | dict | list | tuple):
             continue
         if id(value) in seen:
             twin = seen[id(value)]
             if twin is not None:
+                key = _unused(key, sets)
                 sets[key] = replace(twin, nest=keys if named and not twin.module else (), key=key)
             continue
         seen[id(value)] = None
         try:
             refs = _tensors(value, Trail())
-        except InputError:
-            others.setdefault(key)
+        except (InputError, UnsupportedModel) as error:
+            if keys and keys[-1] in NESTS:  # a program may load it, and it cannot be compared
+                key = _unused(key, sets)
+                sets[key] = LocatedStateDict({}, key=key, problem=error)
+            else:
+                others.setdefault(key)
             continue
         if refs:
+            key = _unused(key, sets)
             module = _class_of(value) if isinstance(value, Stub) and _is_module(value) else ""
             nest = keys if named and not module else ()
             sets[key] = seen[id(value)] = LocatedStateDict(refs, nest=nest, key=key, module=module)
+            if isinstance(value, Stub) and module:
+                beside, parts = _beside_module(value)
+                registered.update(map(id, refs.values()))
+                seen.update((id(part), None) for part in parts if id(part) not in seen)
+            else:
+                beside = [one for one in _entries_of(value) if not isinstance(one[1], TensorRef)]
+            todo += reversed([(entry, (*keys, name), False) for name, entry in beside])
             continue
         inner = _entries_of(value)
         if keys and "optim" in keys[-1].lower():
@@ -125,14 +142,53 @@ def find_all(described: object) -> Inventory:
 def _entries_of(value: object) -> Sequence[tuple[str, object]]:
     if isinstance(value, list | tuple):
         return [(str(place), entry) for place, entry in enumerate(value) if isinstance(entry, _HOLDING)]
-    mapping = as_mapping(value)
-    if not mapping and isinstance(value, Stub):
-        mapping = value.attributes()  # an object of another class that holds a module or a state dict
-    return [
-        (str(key)[:200], entry)
-        for key, entry in (mapping or {}).items()
-        if isinstance(key, str | int) and isinstance(entry, _HOLDING)
-    ]
+    entries: list[tuple[object, object]] = list((as_mapping(value) or {}).items())
+    if isinstance(value, Stub):  # an object of another class may hold a module or a state dict anywhere
+        entries += value.attributes().items()
+        entries += enumerate(value.entries or ())
+        if isinstance(value.args, tuple) and (value.opaque or value.cls not in CONTAINERS):
+            entries += enumerate(value.args)
+    texts = {key for key, _ in entries if isinstance(key, str)}
+    used: dict[str, int] = {}
+    out: list[tuple[str, object]] = []
+    for key, entry in entries:
+        if not isinstance(entry, _HOLDING):
+            continue
+        name = key[:200] if isinstance(key, str) else short(key)
+        used[name] = used.get(name, 0) + 1
+        if used[name] > 1 or (name in texts and not isinstance(key, str)):
+            name += f"'{used[name]}"  # the key of another type, or an attribute beside an entry
+        out.append((name, entry))
+    return out
+
+
+def _beside_module(top: Stub) -> tuple[list[tuple[str, object]], list[Stub]]:
+    """Return what the modules of a module have as plain attributes, and these modules."""
+    beside: list[tuple[str, object]] = []
+    parts: dict[int, Stub] = {}
+    todo = [("", top)]
+    while todo:
+        prefix, module = todo.pop()
+        if id(module) in parts:
+            continue
+        parts[id(module)] = module
+        attributes = module.attributes()
+        spend("visits", len(attributes))
+        beside += [
+            (prefix + name, entry)
+            for name, entry in attributes.items()
+            if isinstance(name, str) and name not in _REGISTERS and isinstance(entry, _HOLDING)
+        ]
+        children = as_mapping(attributes.get("_modules")) or {}
+        todo += [(f"{prefix}{name}.", child) for name, child in children.items() if isinstance(child, Stub)]
+    return beside, list(parts.values())
+
+
+def _unused(key: str, sets: Mapping[str, object]) -> str:
+    # Keys with dots in them may lead elsewhere and read the same.
+    while key in sets:
+        key += "'"
+    return key
 
 
 def _entries(value: object) -> int:
@@ -146,7 +202,8 @@ def _entries(value: object) -> int:
     return 1 + sum(len(part) for part in parts if isinstance(part, dict | list | tuple))
 
 
-_HOLDING = (Stub, TensorRef, dict, list, tuple)
+_HOLDING = (Stub, TensorRef, Faulty, dict, list, tuple)
+_REGISTERS = ("_parameters", "_buffers", "_modules")
 
 
 def _class_of(value: Stub) -> str:
@@ -219,7 +276,10 @@ def _search(value: object, trail: Trail, path: str, depth: int) -> LocatedStateD
 
 
 def _holds(mapping: dict[Any, Any] | None, key: str) -> bool:
-    return bool(_tensors((mapping or {})[key], Trail()))
+    try:
+        return bool(_tensors((mapping or {})[key], Trail()))
+    except (InputError, UnsupportedModel):
+        return True
 
 
 def _tensors(value: object, trail: Trail) -> dict[str, TensorRef]:
@@ -232,23 +292,31 @@ def _tensors(value: object, trail: Trail) -> dict[str, TensorRef]:
     mapping = as_mapping(value)
     if not mapping:
         return {}
-    out = {}
+    out: dict[str, TensorRef] = {}
+    faulty: tuple[str, Exception] | None = None
+    packed = False
     for name, entry in mapping.items():
         spend("visits")
         if not isinstance(name, str):
             return {}
-        if isinstance(entry, Faulty):
-            if isinstance(entry.error, UnsupportedModel):
-                raise entry.error
-            raise InputError(
-                "a tensor cannot be rebuilt", got=f"tensor {short(name)}: {short(str(entry.error))}"
-            ) from entry.error
         if isinstance(entry, TensorRef):
             out[name] = entry
+        elif isinstance(entry, Faulty):
+            faulty = faulty or (name, entry.error)
         elif name.endswith(("_packed_params", "_packed_params.dtype")):
-            raise quantised()  # as the layers of torch.ao.nn.quantized name what they hold
+            packed = True  # as the layers of torch.ao.nn.quantized name what they hold
         elif not (name.endswith("_extra_state") or name == "_metadata"):
             return {}
+    # Only now, because what holds anything else is no state dict, and a faulty tensor lies beside one.
+    if packed:
+        raise quantised()
+    if faulty is not None:
+        name, error = faulty
+        if isinstance(error, UnsupportedModel):
+            raise error
+        raise InputError(
+            "a tensor cannot be rebuilt", got=f"tensor {short(name)}: {short(str(error))}"
+        ) from error
     return out
 
 

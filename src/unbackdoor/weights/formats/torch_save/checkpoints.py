@@ -10,6 +10,7 @@ import tarfile
 from collections.abc import Callable
 from typing import IO, Any, cast
 
+import numpy as np
 import torch
 
 from unbackdoor.errors import InputError, UnsafeFile
@@ -120,24 +121,47 @@ def _scan(archive: Archive, entry: Entry, trail: Trail, where: object, depth: in
     elif head.startswith(_NUMPY):
         # An array of objects is a pickle behind its header, and any zip file is one of arrays to NumPy.
         content = bytes(archive.inside(entry, MAX_PICKLE)[:MAX_PICKLE])
-        wide = 2 if content[6:7] == b"\x01" else 4
-        scan(content[8 + wide + int.from_bytes(content[8 : 8 + wide], "little") :], trail)
+        if not _is_plain_array(content):
+            wide = 2 if content[6:7] == b"\x01" else 4
+            scan(content[8 + wide + int.from_bytes(content[8 : 8 + wide], "little") :], trail)
 
 
-def scan(content: bytes, trail: Trail) -> bool:
-    """List the names of the pickles that bytes begin with; return whether there was a whole one."""
+def _is_plain_array(content: bytes) -> bool:
+    # By the library's own reading of the header; what it does not read may be anything.
     stream = io.BytesIO(content)
-    complete = False
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    try:
+        reader = readers[np.lib.format.read_magic(stream)]
+        return not reader(stream)[2].hasobject
+    except (ValueError, KeyError, TypeError, SyntaxError, OverflowError, RecursionError, MemoryError):
+        return False
+
+
+def scan(content: bytes, trail: Trail) -> None:
+    """List the names of the pickles that bytes begin with."""
+    stream = io.BytesIO(content)
     while stream.tell() < len(content):
+        inner = Trail()
         try:
-            _read(stream, trail, pickles.Stub, depth=1)
+            _read(stream, inner, pickles.Stub, depth=1)
         except UnsafeFile:
-            trail.names[_DECEPTIVE] = "dangerous"
-            break
+            inner.names[_DECEPTIVE] = "dangerous"
+            _merge(trail, inner)
+            return
         except InputError:
-            break
-        complete = True
-    return complete
+            _merge(trail, inner, broken=True)
+            return
+        _merge(trail, inner)
+
+
+def _merge(trail: Trail, inner: Trail, *, broken: bool = False) -> None:
+    # What breaks off was no pickle, perhaps, and names that cannot be imported came about by chance: those
+    # with a zero byte, and the numbers of an extension table, which is empty unless a program fills it.
+    for name, danger in inner.names.items():
+        if not broken or not ("\0" in str(name) or name.name.startswith("extension_")):
+            trail.names[name] = danger
+    for note in inner.notes:
+        trail.note(note)
 
 
 def begins_with_pickle(data: Buffer, trail: Trail) -> bool:
@@ -146,14 +170,20 @@ def begins_with_pickle(data: Buffer, trail: Trail) -> bool:
     A few bytes may be a pickle of a number, a text or a persistent name by chance, and no loader makes
     weights of one. Whatever calls anything has names.
     """
+    inner = Trail()
     try:
-        value = _read(_stream(data), trail, pickles.Stub, depth=1)
+        value = _read(_stream(data), inner, pickles.Stub, depth=1)
     except UnsafeFile:
-        trail.names[_DECEPTIVE] = "dangerous"
+        inner.names[_DECEPTIVE] = "dangerous"
+        _merge(trail, inner)
         return True
     except InputError:
+        _merge(trail, inner, broken=True)
         return False
-    return bool(value) if isinstance(value, list | tuple | dict | set | frozenset) else value == _MAGIC
+    _merge(trail, inner)
+    if isinstance(value, list | tuple | dict):
+        return bool(value)
+    return isinstance(value, pickles.Stub) or value == _MAGIC  # an ordered dictionary is an object
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ BROKEN = (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowE
 _OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
 _MAPPINGS = {"collections.OrderedDict", "builtins.dict", "collections.defaultdict", "collections.Counter"}
 _SETS = {"builtins.set", "__builtin__.set", "builtins.frozenset", "__builtin__.frozenset"}
+CONTAINERS = _MAPPINGS | _SETS  # filled from their arguments
 # How many arguments each function takes by which torch describes a plain tensor, and which of them are the
 # hooks, the type of elements where that is not the storage's, and the bits that turn every value.
 _REBUILDS: Mapping[str, tuple[int, int, int | None, int | None, int | None]] = {
@@ -60,6 +61,7 @@ _REBUILDS: Mapping[str, tuple[int, int, int | None, int | None, int | None]] = {
     "_rebuild_tensor_v3": (7, 8, 5, 6, 7),
 }
 _MAKERS = {"copyreg._reconstructor", "copy_reg._reconstructor"}
+_CALLERS = "numpy.random._pickle.__"  # what begins so calls the classes that it is given, without arguments
 _PARAMETERS = {"_rebuild_parameter": 3, "_rebuild_parameter_with_state": 4}
 _TENSOR_CLASSES = {"torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
 # An attribute of one of these names is no remark beside the object, it changes what the object does.
@@ -159,6 +161,7 @@ _MARK = _Mark()
 COMPUTED = Name("a name", "that is computed while loading")
 _TOUCHED = "a tensor is changed after it was made, and readers differ in what it then is"
 CHANGED = Name("an imported name", "that is changed while loading")
+_FROM_TYPE = Name("torch._tensor", "_rebuild_from_type_v2")
 _OPENS = Name("torch.storage", "_load_from_bytes")
 _PLAIN_VALUES = (int, float, bytes, tuple, type(None))
 Persistent = Callable[[object], object]
@@ -468,12 +471,16 @@ class _Machine:
         if is_library_class(function) or (str(function) in _MAKERS and not _makes_only(args)):
             # Pickles make objects of classes and do not call them; what it does then, its arguments decide.
             self._trail.names[function] = "dangerous"
+        if str(function).startswith(_CALLERS):
+            for arg in args:
+                if isinstance(arg, Name) and not str(arg).startswith("numpy.random."):
+                    self._called(arg, ())
         if function.module == "torch._utils" and function.name.startswith("_rebuild_"):
             try:
                 return self._rebuilt(function.name, args)
             except (*BROKEN, InputError, UnsupportedModel) as error:
                 return Faulty(error)  # reading goes on: the names after it must be reported too
-        if function == Name("torch._tensor", "_rebuild_from_type_v2"):
+        if function == _FROM_TYPE:
             return self._of_type(args)
         if str(function) in _MAPPINGS | _SETS:
             return self._container(function, args)
@@ -519,9 +526,12 @@ class _Machine:
         if not _is_remark(state, _TENSOR_ATTRIBUTES):
             # Also where the result is not read: it may be a tensor that was made before.
             self._deceives(_TOUCHED)
-        made = Stub(Name("torch._tensor", "_rebuild_from_type_v2"), args)
-        if isinstance(function, Name) and function.module == "torch._utils":
-            made = self._called(function, inner)
+        made: object = Stub(_FROM_TYPE, args)
+        if function == _FROM_TYPE:
+            self._trail.names[_FROM_TYPE] = "dangerous"  # within itself, as no writer has it
+        elif len(args) == 4:
+            called = self._called(function, inner)
+            made = called if isinstance(called, TensorRef | Faulty) else made
         if isinstance(made, Faulty):
             return made
         if not isinstance(made, TensorRef) or str(cls) not in _TENSOR_CLASSES:

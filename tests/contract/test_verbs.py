@@ -87,6 +87,24 @@ def test_what_has_a_default_has_the_same_one(verb: str) -> None:
             assert getattr(typed, "value", typed) == called, name
 
 
+READS_IMAGES = {
+    "data",
+    "image_column",
+    "label_column",
+    "skip_damaged",
+    "clean",
+    "per_class",
+    "fraction",
+    "data_root",
+}
+
+
+@pytest.mark.parametrize("verb", [verb for verb, (_, function) in VERBS.items() if "data" in names(function)])
+def test_verbs_that_take_images_read_them_with_the_same_options(verb: str) -> None:
+    for function in VERBS[verb]:
+        assert names(function) >= READS_IMAGES
+
+
 @pytest.fixture
 def case(tmp_path: Path) -> tuple[Path, Path]:
     network = tiny_classifier("conv-bn").network

@@ -273,3 +273,63 @@ def test_the_verbs_take_the_options_and_say_what_was_left_out(tmp_path: Path) ->
         unbackdoor.scan(tiny_classifier("conv-bn"), images, checks="tac", image_column="scan")
     with pytest.raises(ConfigError, match="columns"):
         unbackdoor.scan(tiny_classifier("conv-bn"), "digits", checks="tac", label_column="finding")
+
+
+@pytest.mark.parametrize("method", ["strip", "spectral_signatures"])
+@pytest.mark.parametrize("form", ["folders", "table", "parquet", "flat"])
+def test_screening_takes_the_options_and_keeps_what_images_are_called(
+    tmp_path: Path, form: str, method: str
+) -> None:
+    """What was left out must not shift the names of what was not: somebody will remove the images named."""
+    if (form, method) == ("flat", "spectral_signatures"):
+        pytest.skip("it needs labels")
+    model, images = tiny_classifier("conv-bn"), tiny_data(60, seed=11)
+    encoded: list[bytes | None] = [png(p) for p in images.pixels.numpy()[:, 0]]
+    encoded[7] = b"no image"
+    labels = [images.class_names[k] for k in images.truth.tolist()]
+    path, reading = tmp_path / "suspects", {"skip_damaged": True}
+    path.mkdir()
+    if form == "parquet":
+        path = write(path / "a.parquet", {"scan": structs(encoded), "finding": labels})
+        reading |= {"image_column": "scan", "label_column": "finding"}
+        called = [f"row {i}" for i in range(60)]
+    else:
+        called = [f"{labels[i]}/{i:02}.png" if form == "folders" else f"{i:02}.png" for i in range(60)]
+        for name, data in zip(called, encoded, strict=True):
+            (path / name).parent.mkdir(exist_ok=True)
+            (path / name).write_bytes(data or b"")
+        (path / "phone.heic").write_bytes(b"no matter")
+    if form == "table":
+        rows = [f"{name},{label}" for name, label in zip(called, labels, strict=True)]
+        (path / "labels.csv").write_text("file,label\n" + "\n".join(rows))
+    with pytest.raises(InputError, match="skip-damaged"):
+        unbackdoor.screen(model, path, method, images, **{**reading, "skip_damaged": False})
+    done = unbackdoor.screen(model, path, method, images, **reading)
+    assert sorted(done.names) == sorted(called[:7] + called[8:]) and done.scores.shape == (59,)
+    assert any("1 of 60 images are damaged" in note for note in done.notes)
+    assert form == "parquet" or any("1 HEIC images" in note for note in done.notes)
+    if done.labels is not None:
+        whose = dict(zip(called, labels, strict=True))
+        assert [whose[name] for name in done.names] == [images.class_names[k] for k in done.labels]
+
+
+def test_columns_are_of_whichever_set_is_a_parquet_file(tmp_path: Path) -> None:
+    images = tiny_data(60, seed=11)
+    encoded: list[bytes | None] = [png(p) for p in images.pixels.numpy()[:, 0]]
+    labels = [images.class_names[k] for k in images.truth.tolist()]
+    data = write(tmp_path / "a.parquet", {"scan": structs(encoded), "finding": labels})
+    suspects = tmp_path / "suspects"
+    suspects.mkdir()
+    (suspects / "one.png").write_bytes(encoded[0] or b"")
+    torch.save(tiny_classifier("conv-bn").network.state_dict(), tmp_path / "model.pth")
+    reading = ["--image-column", "scan", "--label-column", "finding"]
+    network = ["--arch", "small_cnn[width=8]", "--mean", "0.35", "--std", "0.25"]
+    command = ["screen", str(tmp_path / "model.pth"), "--method", "strip", *reading, *network, "--json"]
+    outcome = CliRunner().invoke(app, [*command, "--images", str(suspects), "--data", str(data)])
+    assert outcome.exit_code == 0, outcome.stderr
+    outcome = CliRunner().invoke(app, [*command, "--images", str(data), "--data", str(suspects)])
+    assert "column" not in outcome.stderr  # that the clean images carry no labels is another matter
+    outcome = CliRunner().invoke(app, [*command, "--images", str(suspects), "--data", str(suspects)])
+    assert outcome.exit_code == 2 and "only a Parquet file has columns" in outcome.stderr
+    with pytest.raises(ConfigError, match="columns"):
+        unbackdoor.screen(tiny_classifier("conv-bn"), images, "strip", images, image_column="scan")

@@ -115,6 +115,9 @@ def screen(
     per_class: int | None = None,
     fraction: float | None = None,
     data_root: Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    skip_damaged: bool = False,
     seed: int = 0,
     device: str = "cpu",
     precision: Policy = "auto",
@@ -142,6 +145,10 @@ def screen(
         per_class: Likewise: images of each class.
         fraction: Likewise: share of the images set aside for defenders, in (0, 1].
         data_root: Folder that holds the data sets.
+        image_column: Column of the images in a Parquet file, be it of ``images``, of ``data`` or of both;
+            None: the first of a usual name.
+        label_column: Column of the labels, likewise.
+        skip_damaged: Whether images that cannot be decoded are left out and counted, in both.
         seed: Seed of every draw.
         device: Where to compute.
         precision: ``auto``, ``fp32`` or ``bf16``.
@@ -171,6 +178,7 @@ def screen(
     if data is None and isinstance(model, Classifier | Source | Path | str):
         require_no_images(part)  # before the model is opened
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
+    columns_of_data, columns_of_images = columns_of_two(data, images, image_column, label_column)
     case = open_case(
         model,
         data,
@@ -186,12 +194,16 @@ def screen(
         per_class=per_class,
         fraction=fraction,
         data_root=data_root,
+        **columns_of_data,
+        skip_damaged=skip_damaged and isinstance(data, Path | str),
     )
     clean_data = case.split(seed, select_fraction)
     if clean_data is None:
         require_no_images(part)
         clean_data = CleanData.empty(case.model.input_shape, case.model.class_names)
-    inputs, names, notes = _inputs(images, part, case.model, progress)
+    inputs, names, notes = _inputs(
+        images, part, case.model, progress, {**columns_of_images, "skip_damaged": skip_damaged}
+    )
     screening = trusted_caller.screen(
         part,
         case.model,
@@ -214,6 +226,24 @@ def screen(
     )
 
 
+def columns_of_two(
+    data: Data | None,
+    images: Images | CleanData | Path | str,
+    image_column: str | None,
+    label_column: str | None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return which columns are of the clean images and which of the screened ones: those of Parquet files.
+
+    Where neither is such a file, both get them, and whoever reads them says that they have none.
+    """
+    columns = {"image_column": image_column, "label_column": label_column}
+    given = {name: column for name, column in columns.items() if column is not None}
+    parquet = [isinstance(s, Path | str) and Path(s).suffix.lower() == ".parquet" for s in (data, images)]
+    # A case, which is opened already, comes without data.
+    of_data, of_images = parquet if any(parquet) else (data is not None, True)
+    return (given if of_data else {}), (given if of_images else {})
+
+
 def require_no_images(part: Part[Any]) -> None:
     """Raise ConfigError where a screener compares with clean images, which are not given."""
     if "images" in part.needs:
@@ -224,7 +254,11 @@ def require_no_images(part: Part[Any]) -> None:
 
 
 def _inputs(
-    images: Images | CleanData | Path | str, part: Part[Any], model: Classifier, progress: Progress
+    images: Images | CleanData | Path | str,
+    part: Part[Any],
+    model: Classifier,
+    progress: Progress,
+    reading: Mapping[str, Any],
 ) -> tuple[Images, tuple[str, ...], tuple[str, ...]]:
     """Return the images in the model's form, what each of them is called, and what was done to them."""
     shape, classes = model.input_shape, model.class_names
@@ -232,15 +266,17 @@ def _inputs(
         load = load_labelled if INPUT_LABELS in part.needs else load_unlabelled
         path = Path(images)
         try:
-            loaded, names = load(path, class_names=classes, progress=progress)
+            loaded, names = load(path, class_names=classes, progress=progress, **reading)
         except InputError as error:
             if error.problem != "the images differ in size":
                 raise
-            loaded, names = load(path, class_names=classes, size=shape[1:], progress=progress)
+            loaded, names = load(path, class_names=classes, size=shape[1:], progress=progress, **reading)
     else:
+        if columns := [name for name in ("image_column", "label_column") if name in reading]:
+            raise ConfigError("the images to screen", [f"columns are of files: {', '.join(columns)}"])
         loaded = as_images(images, what="the images to screen")
         if INPUT_LABELS not in part.needs:
             loaded = replace(loaded, labels=None)  # as of a file; they may be of other classes
         names = tuple(f"row {row}" for row in range(len(loaded)))
     conformed, notes = conform(loaded, input_shape=shape, class_names=classes, progress=progress)
-    return conformed, names, notes
+    return conformed, names, (*loaded.notes, *notes)

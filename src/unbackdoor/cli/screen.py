@@ -57,6 +57,9 @@ def screen(
     fraction: defender.Fraction = None,
     select_fraction: defender.SelectFraction = 0.3,
     data_root: shared.DataRoot = None,
+    image_column: defender.ImageColumn = None,
+    label_column: defender.LabelColumn = None,
+    skip_damaged: defender.SkipDamaged = False,
     arch: auditor.Arch = None,
     mean: shared.Mean = None,
     std: shared.Std = None,
@@ -79,7 +82,7 @@ def screen(
     """
     import unbackdoor
     from unbackdoor.audit.cases import require_share
-    from unbackdoor.audit.screening import require_no_images
+    from unbackdoor.audit.screening import columns_of_two, require_no_images
     from unbackdoor.registry import SCREENERS
 
     source, part = shared.existing_model(model), SCREENERS[method]
@@ -88,9 +91,10 @@ def screen(
     require_share(select_fraction)
     if data is None:
         require_no_images(part)  # before the model is opened
+    columns_of_data, columns_of_images = columns_of_two(data, images, image_column, label_column)
     user_options = auditor.UserOptions(
         arch, mean, std, size, class_names, data, clean, per_class, fraction, None, data_root,
-        weights=weights, output=output,
+        weights=weights, output=output, **columns_of_data, skip_damaged=skip_damaged and data is not None,
     )  # fmt: skip
     with Display(quiet=quiet) as display:
         run = shared.open_run(seed, device, precision, display)
@@ -100,6 +104,8 @@ def screen(
             part,
             options=config,
             select_fraction=select_fraction,
+            **columns_of_images,
+            skip_damaged=skip_damaged,
             seed=seed,
             device=device,
             precision=precision.value,

@@ -8,7 +8,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,17 @@ from unbackdoor.types import Images
 # Part of every key: raise it whenever the same source would decode to other pixels.
 LOADER_VERSION = 1
 _ABANDONED_SECONDS = 3600
+
+
+@dataclass(frozen=True)
+class DecodedImages(Images):
+    """Images that were decoded, with what was left out.
+
+    Attributes:
+        left_out: Rows of the source, ascending, whose images are damaged and are not among these.
+    """
+
+    left_out: tuple[int, ...] = ()
 
 
 def default_cache() -> Path:
@@ -76,6 +88,7 @@ def store(images: Images, path: Path) -> None:
         "name": images.name,
         "class_names": list(images.class_names),
         "notes": list(images.notes),
+        "left_out": list(images.left_out) if isinstance(images, DecodedImages) else [],
         "fingerprint": images.fingerprint(),
     }
     _sweep(path.parent)
@@ -92,7 +105,7 @@ def store(images: Images, path: Path) -> None:
         ) from error
 
 
-def load(path: Path) -> Images | None:
+def load(path: Path) -> DecodedImages | None:
     """Return a stored set, or None where it is absent or does not match its recorded hash."""
     if not path.is_file():
         return None
@@ -101,12 +114,13 @@ def load(path: Path) -> Images | None:
             facts = json.loads((file.metadata() or {})["unbackdoor"])
             # Copied out of the memory map: a file that is cut short later must not end the process.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  not a dict
-        images = Images(
+        images = DecodedImages(
             pixels=tensors["pixels"],
             labels=tensors.get("labels"),
             class_names=tuple(facts["class_names"]),
             name=facts["name"],
             notes=tuple(map(str, facts.get("notes", ()))),
+            left_out=tuple(map(int, facts.get("left_out", ()))),
         )
         return images if images.fingerprint() == facts["fingerprint"] else None
     except (SafetensorError, InputError, OSError, ValueError, KeyError, TypeError, RuntimeError):
@@ -123,13 +137,19 @@ def _sweep(folder: Path) -> None:
 
 
 def as_images(
-    pixels: Any, labels: Any, class_names: tuple[str, ...], name: str, notes: tuple[str, ...] = ()
-) -> Images:
+    pixels: Any,
+    labels: Any,
+    class_names: tuple[str, ...],
+    name: str,
+    notes: tuple[str, ...] = (),
+    left_out: Iterable[int] = (),
+) -> DecodedImages:
     """Return Images over numpy arrays without copying them."""
-    return Images(
+    return DecodedImages(
         pixels=torch.from_numpy(pixels),
         labels=None if labels is None else torch.from_numpy(labels),
         class_names=class_names,
         name=name,
         notes=notes,
+        left_out=tuple(left_out),
     )

@@ -79,7 +79,7 @@ def _decoded(data: bytes, read: Callable[[Image.Image], T]) -> T:
             "the image cannot be decoded",
             expected="one of " + ", ".join(FORMATS),
             got=f"{len(data)} bytes that begin with {data[:8].hex(' ') or 'nothing'}",
-            remedy="Replace the image or remove it",
+            remedy="Replace the image or remove it, or pass --skip-damaged (skip_damaged=)",
         ) from None
     # Over hostile bytes a decoder raises anything: struct.error, zlib.error, KeyError and more.
     except Exception as error:
@@ -87,7 +87,7 @@ def _decoded(data: bytes, read: Callable[[Image.Image], T]) -> T:
             "the image is damaged",
             expected="a complete image",
             got=f"{type(error).__name__}: {error}",
-            remedy="Replace the image or remove it",
+            remedy="Replace the image or remove it, or pass --skip-damaged (skip_damaged=)",
         ) from error
 
 

@@ -10,15 +10,13 @@ from typing import Any
 
 from unbackdoor import confinement
 from unbackdoor.data import apart
-from unbackdoor.data.cache import as_images, cache_key, cache_path, cached, load, store
-from unbackdoor.data.decode import decode
+from unbackdoor.data.cache import DecodedImages, cache_key, cache_path, cached, load, store
 from unbackdoor.data.sources.checks import REMEDY_FORMS, require_arguments
 from unbackdoor.data.sources.class_folders import by_class, class_folders, folder_state, read_folder
 from unbackdoor.data.sources.image_files import (
     IMAGE_SUFFIXES,
     flat_state,
     image_files,
-    read_bounded,
     read_flat,
     unread_notes,
 )
@@ -94,10 +92,9 @@ def load_images(
     facts = {"source": source, "class_names": names, "size": size} | ({"partial": True} if partial else {})
     special: dict[str, Any] = {"skip_damaged": True} if skip_damaged and read is not read_npz else {}
     columns = {"image_column": image_column, "label_column": label_column}
-    if given := {name: column for name, column in columns.items() if column is not None}:
-        if read is not read_parquet:
-            raise InputError("only a Parquet file has columns to be named", got=", ".join(given), where=path)
-        special |= given
+    if read is not read_parquet:
+        _reject_columns(path, image_column, label_column)
+    special |= {name: column for name, column in columns.items() if column is not None}
     options = {"class_names": names, "size": size, "partial": partial, **special}
     facts |= special
     if not confinement.enabled():
@@ -109,6 +106,12 @@ def load_images(
         task = {"path": str(path.absolute()), "options": options}
         images = apart.decoded(_DECODE, task, stored, _bytes(source), progress)
     return _noted(images, path)
+
+
+def _reject_columns(path: Path, image_column: str | None, label_column: str | None) -> None:
+    columns = {"image_column": image_column, "label_column": label_column}
+    if given := [name for name, column in columns.items() if column is not None]:
+        raise InputError("only a Parquet file has columns to be named", got=", ".join(given), where=path)
 
 
 def _noted(images: Images, path: Path) -> Images:
@@ -191,6 +194,9 @@ def load_unlabelled(
     class_names: Sequence[str],
     size: tuple[int, int] | None = None,
     progress: Progress = silent,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    skip_damaged: bool = False,
 ) -> tuple[Images, tuple[str, ...]]:
     """Load images of unknown origin, and what each of them is called.
 
@@ -200,6 +206,9 @@ def load_unlabelled(
         class_names: Classes of the model that is to look at them.
         size: See :func:`load_images`.
         progress: Shows how far decoding has come.
+        image_column: See :func:`load_images`, as for the two that follow.
+        label_column: Column of the labels.
+        skip_damaged: Whether damaged images are left out; those that are left keep what they are called.
 
     Returns:
         The images without labels, and their paths inside the folder, or their rows.
@@ -209,24 +218,33 @@ def load_unlabelled(
         UnsafeFile: See :func:`load_images`.
     """
     path = Path(path)
+    reading = {"image_column": image_column, "label_column": label_column, "skip_damaged": skip_damaged}
     if not path.is_dir():
-        images = load_images(path, size=size, progress=progress)
-        rows = tuple(f"row {row}" for row in range(len(images)))
-        return Images(images.pixels, None, tuple(class_names), path.stem), rows
+        images = load_images(path, size=size, progress=progress, **reading)  # type: ignore[arg-type]
+        named = _left(images, lambda count: [f"row {row}" for row in range(count)])
+        return replace(images, labels=None, class_names=tuple(class_names), name=path.stem), named
+    _reject_columns(path, image_column, label_column)
     require_arguments(None, size)
     files = image_files(path)
     if not files:
         raise InputError("the folder holds no image", where=path, remedy=REMEDY_FORMS)
+    options = {"size": size, "skip_damaged": skip_damaged}
     if confinement.enabled():
         with tempfile.TemporaryDirectory(prefix="unbackdoor-") as folder:
-            task = {"path": str(path.absolute()), "options": {"size": size}, "flat": True}
+            task = {"path": str(path.absolute()), "options": options, "flat": True}
             total = sum(file.stat().st_size for file in files)
-            pixels = apart.decoded(_DECODE, task, Path(folder) / "pixels", total, progress).pixels.numpy()
+            images = apart.decoded(_DECODE, task, Path(folder) / "pixels", total, progress)
     else:
-        items = ((str(file), read_bounded(file)) for file in files)
-        pixels = decode(items, len(files), name=path.name or "images", size=size, progress=progress)
-    names = tuple(file.relative_to(path).as_posix() for file in files)
-    return as_images(pixels, None, tuple(class_names), path.name or "images"), names
+        images = read_flat(path, size=size, skip_damaged=skip_damaged, progress=progress)
+    names = _left(images, lambda _: [file.relative_to(path).as_posix() for file in files])
+    images = replace(images, class_names=tuple(class_names), name=path.name or "images")
+    return _noted(images, path), names
+
+
+def _left(images: Images, names: Callable[[int], list[str]]) -> tuple[str, ...]:
+    """Return what the images are called that were not left out; ``names`` gets the count before that."""
+    left_out = set(images.left_out) if isinstance(images, DecodedImages) else set()
+    return tuple(name for i, name in enumerate(names(len(images) + len(left_out))) if i not in left_out)
 
 
 def load_labelled(
@@ -235,6 +253,9 @@ def load_labelled(
     class_names: Sequence[str],
     size: tuple[int, int] | None = None,
     progress: Progress = silent,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    skip_damaged: bool = False,
 ) -> tuple[Images, tuple[str, ...]]:
     """Load a labelled set of unknown origin, such as a training set, and what each image is called.
 
@@ -243,6 +264,9 @@ def load_labelled(
         class_names: Classes of the model that is to look at them, in label order.
         size: See :func:`load_images`.
         progress: Shows how far decoding has come.
+        image_column: See :func:`load_images`, as for the two that follow.
+        label_column: Column of the labels.
+        skip_damaged: Whether damaged images are left out; those that are left keep what they are called.
 
     Returns:
         The images with labels, and their paths inside the folder, or their rows.
@@ -253,7 +277,16 @@ def load_labelled(
     """
     path = Path(path)
     # A training set may be brought in parts, such as the suspected class alone.
-    images = load_images(path, class_names=tuple(class_names), size=size, partial=True, progress=progress)
+    images = load_images(
+        path,
+        class_names=tuple(class_names),
+        size=size,
+        partial=True,
+        progress=progress,
+        image_column=image_column,
+        label_column=label_column,
+        skip_damaged=skip_damaged,
+    )
     if images.labels is None:
         raise InputError(
             "the images carry no labels, and this screening looks at a training set",
@@ -262,9 +295,12 @@ def load_labelled(
         )
     table = path / LABELS if path.is_dir() else path
     if table.suffix.lower() == ".csv" and table.is_file():
-        return images, tuple(entry.file.relative_to(table.parent).as_posix() for entry in read_table(table))
+        entries = read_table(table)
+        return images, _left(
+            images, lambda _: [entry.file.relative_to(table.parent).as_posix() for entry in entries]
+        )
     if not path.is_dir():
-        return images, tuple(f"row {row}" for row in range(len(images)))
+        return images, _left(images, lambda count: [f"row {row}" for row in range(count)])
     folders = by_class(class_folders(path), images.class_names)
     files = (file for name in images.class_names for file in folders.get(name, ()))
-    return images, tuple(file.relative_to(path).as_posix() for file in files)
+    return images, _left(images, lambda _: [file.relative_to(path).as_posix() for file in files])

@@ -132,7 +132,7 @@ def _picture(path: Path, size: tuple[int, int] | None) -> Tensor:
     try:
         pixels = decode_rgba(read_bounded(path))
     except Undecodable as error:
-        raise explained(error.facts, str(path)) from error
+        raise explained({**error.facts, "remedy": "Give another picture"}, str(path)) from error
     if size is not None and pixels.shape[:2] != size:
         image = Image.fromarray(pixels).resize((size[1], size[0]), Image.Resampling.BILINEAR)
         pixels = np.asarray(image)

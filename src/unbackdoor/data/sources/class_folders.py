@@ -66,7 +66,8 @@ def read_folder(
     damaged: list[Damaged] | None = [] if skip_damaged else None
     pixels = decode(items, len(files), name=title, size=size, progress=progress, damaged=damaged)
     table = intact_labels(np.asarray(labels, dtype=np.int64), damaged, names, str(path), partial=partial)
-    return as_images(pixels, table, names, title, damage_notes(damaged or (), len(files)))
+    notes = damage_notes(damaged or (), len(files))
+    return as_images(pixels, table, names, title, notes, (one.row for one in damaged or ()))
 
 
 def _empty(folder: Path) -> str:

@@ -43,7 +43,8 @@ def read_flat(
     items = ((str(file), read_bounded(file)) for file in files)
     damaged: list[Damaged] | None = [] if skip_damaged else None
     pixels = decode(items, len(files), name=title, size=size, progress=progress, damaged=damaged)
-    return as_images(pixels, None, class_names or (), title, damage_notes(damaged or (), len(files)))
+    notes = damage_notes(damaged or (), len(files))
+    return as_images(pixels, None, class_names or (), title, notes, (one.row for one in damaged or ()))
 
 
 def image_files(folder: Path) -> list[Path]:

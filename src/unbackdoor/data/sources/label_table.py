@@ -68,7 +68,8 @@ def read_labelled(
     pixels = decode(items, len(entries), name=title, size=size, progress=progress, damaged=damaged)
     # Without given names a class may have no images, so it may lose them.
     labels = intact_labels(labels, damaged, names, str(table), partial=partial or class_names is None)
-    return as_images(pixels, labels, names, title, damage_notes(damaged or (), len(entries)))
+    notes = damage_notes(damaged or (), len(entries))
+    return as_images(pixels, labels, names, title, notes, (one.row for one in damaged or ()))
 
 
 def read_table(table: Path) -> list[Entry]:

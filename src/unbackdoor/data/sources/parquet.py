@@ -104,7 +104,7 @@ def read_parquet(
     others = [column for column in _LABEL_NAMES if column in schema.names and column != label]
     if label_column is None and others:
         notes += (f"the labels are those of the column {label}; there is {' and '.join(others)} as well",)
-    return as_images(pixels, labels, names, name or path.stem, notes)
+    return as_images(pixels, labels, names, name or path.stem, notes, (one.row for one in damaged or ()))
 
 
 def _columns(

@@ -128,3 +128,7 @@ def test_a_network_that_ends_in_no_linear_layer_takes_no_head() -> None:
     for network in (nn.Sequential(nn.Conv2d(3, 5, 1)), nn.Sequential(nn.Linear(4, 6)), nn.Linear(4, 5)):
         with pytest.raises(UnsupportedModel, match="does not end in a linear layer"):
             with_head(network, {"head": "l8-a-l"}, 5, "here")
+
+
+def test_an_argument_of_the_users_code_is_theirs() -> None:
+    assert canonical("own.py:make[head=big]") == "own.py:make[head=big]"

@@ -17,7 +17,7 @@ from torch import nn
 
 from unbackdoor.errors import ConfigError, UnsupportedModel
 from unbackdoor.networks.sequential import ACTIVATIONS
-from unbackdoor.networks.spec import Spec
+from unbackdoor.networks.spec import PYTHON, Spec
 
 HEAD, ACTIVATION = "head", "head_activation"
 OPTIONS = (HEAD, ACTIVATION)
@@ -26,7 +26,9 @@ _MAX_LAYERS = 40
 
 
 def split_head(spec: Spec) -> tuple[Spec, dict[str, str]]:
-    """Return a spec without the options of its head, and those options."""
+    """Return a spec without the options of its head, and those options; code of the user has its own."""
+    if spec.source == PYTHON:
+        return spec, {}
     head = {key: text for key, text in spec.options.items() if key in OPTIONS}
     return replace(spec, options={k: text for k, text in spec.options.items() if k not in head}), head
 

@@ -98,7 +98,7 @@ Trigger = Annotated[
     list[str] | None,
     typer.Option(
         "--trigger",
-        help="A trigger.safetensors of a scan's report; or a picture, FILE.png,class=NAME, "
+        help="Trigger of a scan's report, trigger.safetensors; or a picture, FILE.png,class=NAME, "
         "with ,place=ROWxCOLUMN ,size=HxW ,mask=FILE.png ,strength=0.5 or ,add behind it; may be repeated.",
         show_default=False,
         rich_help_panel="Method",

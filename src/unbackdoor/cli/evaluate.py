@@ -41,7 +41,7 @@ def evaluate(
     trigger: Annotated[
         str | None,
         typer.Option(
-            help="A picture as the trigger, where the attack is not on record: FILE.png,class=NAME, with "
+            help="Picture as the trigger, where the attack is not on record: FILE.png,class=NAME, with "
             ",place=ROWxCOLUMN ,size=HxW ,mask=FILE.png ,strength=0.5 or ,add behind it.",
             show_default=False,
             rich_help_panel="Data",

@@ -64,10 +64,11 @@ def cached(name: str, key: str, build: Callable[[], Images], *, cache: Path | No
         InputError: If the set cannot be stored, for example because the disk is full.
     """
     path = cache_path(name, key, cache=cache)
-    images = load(path)
-    if images is None:
-        images = build()
-        store(images, path)
+    stored = load(path)
+    if stored is not None:
+        return stored
+    images = build()
+    store(images, path)
     return images
 
 

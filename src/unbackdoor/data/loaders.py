@@ -101,7 +101,7 @@ def load_images(
         here = {**options, "progress": progress}
         return _noted(cached(path.stem, cache_key(facts), lambda: read(path, **here), cache=cache), path)
     stored = cache_path(path.stem, cache_key(facts), cache=cache)
-    images = load(stored)
+    images: Images | None = load(stored)
     if images is None:
         task = {"path": str(path.absolute()), "options": options}
         images = apart.decoded(_DECODE, task, stored, _bytes(source), progress)

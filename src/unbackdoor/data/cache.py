@@ -106,7 +106,7 @@ def store(images: Images, path: Path) -> None:
         ) from error
 
 
-def load(path: Path) -> DecodedImages | None:
+def load(path: Path) -> Images | None:
     """Return a stored set, or None where it is absent or does not match its recorded hash."""
     if not path.is_file():
         return None

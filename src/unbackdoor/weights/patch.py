@@ -191,7 +191,12 @@ def read_patch(path: Path) -> Patch:
     except OSError as error:
         raise InputError("the patch cannot be read", got=error.strerror, where=path) from error
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise InputError("the patch is damaged", got=str(error)[:200], where=path) from error
+        raise InputError(
+            "the file is no patch, or it is damaged",
+            got=str(error)[:200],
+            where=path,
+            remedy="Give what purify --patch or patch make wrote",
+        ) from error
 
 
 def _changed(name: str, state: Mapping[str, Tensor], entry: Entry) -> Tensor:

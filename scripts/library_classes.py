@@ -2,11 +2,12 @@
 
     python scripts/library_classes.py PLACE... [--out FILE]
 
-A place is a wheel, or a folder in which packages lie (site-packages, or ``src`` of this project). Nothing is
-imported: the source is parsed. A class is listed under the module that its ``class`` statement stands in, so
-that what a module only imports is never listed, and only if it descends from a class of networks, optimizers,
-schedules, image transforms or sets in memory. A class that does something when it is thrown away is left out.
-Several versions of a library are put together.
+The place with torch comes first, because the classes of the others descend from its classes. A place is a
+wheel, or a folder in which packages lie (site-packages, or ``src`` of this project). Nothing is imported: the
+source is parsed. A class is listed under the module that its ``class`` statement stands in, so that what a
+module only imports is never listed, and only if it descends from a class of networks, optimizers, schedules,
+image transforms or sets in memory. A class that does something when it is thrown away is left out. Several
+versions of a library are put together.
 The table of this project is made of torch 2.13, scikit-learn 1.9, timm 0.4.12, 0.6.13, 0.9.16 and 1.0.31,
 torchvision 0.9.1, 0.13.1, 0.17.2 and 0.29.1, and transformers 4.44.2 and 5.24.
 
@@ -48,7 +49,8 @@ _PLAIN = re.compile(
     r"|timm\.scheduler\.\w+|timm\.data\.(transforms|random_erasing|auto_augment|mixup)|timm\.utils\.model_ema"
 )
 _ANCESTORS = {
-    "torch.nn.modules.module.Module", "torch.optim.optimizer.Optimizer", "torch.utils.data.dataset.Dataset",
+    "torch.nn.modules.module.Module", "torch.nn.modules.module._WrappedHook",
+    "torch.optim.optimizer.Optimizer", "torch.utils.data.dataset.Dataset",
     "torch.utils.data.sampler.Sampler", "sklearn.base.BaseEstimator",
     "transformers.configuration_utils.PretrainedConfig", "transformers.configuration_utils.PreTrainedConfig",
     "transformers.modeling_utils.PreTrainedModel",
@@ -78,8 +80,14 @@ def _module(path: Path) -> str | None:
     return name if path.suffix == ".py" and _MODULES.fullmatch(name) else None
 
 
-def listed(where: Path) -> dict[str, list[str]]:
-    """Return the harmless classes of the libraries in one place, by module."""
+def listed(where: Path, known: frozenset[str] = frozenset()) -> dict[str, list[str]]:
+    """Return the harmless classes of the libraries in one place, by module.
+
+    Args:
+        where: The place.
+        known: Full names of such classes in other places, from which those of this one may descend: most
+            wheels do not hold the torch that they build on.
+    """
     bases: dict[tuple[str, str], list[str]] = {}
     left_out: set[tuple[str, str]] = set()
     stated: dict[str, str] = {}  # the module that a class says it is of, where that is another
@@ -104,7 +112,7 @@ def listed(where: Path) -> dict[str, list[str]]:
     full = {".".join(key): key for key in bases}
     good = {key for key in bases if ".".join(key) in _ANCESTORS or _PLAIN.fullmatch(key[0])}
     # Ancestors of what is re-exported are named by the package they are imported from: by the last name too.
-    last = {key[1] for key in good} | {name.rpartition(".")[2] for name in _ANCESTORS}
+    last = {key[1] for key in good} | {name.rpartition(".")[2] for name in _ANCESTORS | known}
     while True:
         more = {
             key
@@ -163,7 +171,8 @@ def main() -> int:
     arguments = parser.parse_args()
     table: dict[str, set[str]] = {}
     for where in arguments.places:
-        for module, names in listed(where).items():
+        known = frozenset(f"{module}.{name}" for module, names in table.items() for name in names)
+        for module, names in listed(where, known).items():
             table.setdefault(module, set()).update(names)
     rows = (f"{json.dumps(module)}: {json.dumps(sorted(table[module]))}" for module in sorted(table))
     with atomic_write(arguments.out) as path:

@@ -398,3 +398,77 @@ def test_whole_numbers_are_not_taken_for_weights(tmp_path: Path, dtype: torch.dt
         fill("small_cnn[width=2]", state, input_shape=(1, 8, 8), classes=2, where="a test")
     notes = inspect(tmp_path / "m.safetensors").notes
     assert any("quantised" in note for note in notes) == (dtype in (torch.int8, torch.uint8))
+
+
+def _pair(key: str) -> bytes:
+    weight = tensor(storage(key))
+    return EMPTY + b"(" + text("fc.weight") + weight + text("fc.bias") + weight + b"u"
+
+
+def _module(params: bytes, **attribute: bytes) -> bytes:
+    own = {"_parameters": params, "_buffers": EMPTY, "_modules": EMPTY, **attribute}
+    return name("torch.nn.modules.linear.Linear") + b")\x81" + attributes(**own) + b"b"
+
+
+FIRST, SECOND = _pair("0"), _pair("1")
+BESIDE = EMPTY + text("state_dict") + FIRST + b"s"
+HIDDEN = {
+    "extra state": FIRST + text("ema_extra_state") + SECOND + b"s",
+    "metadata": FIRST + text("_metadata") + SECOND + b"s",
+    "attribute of a module": _module(FIRST, ema=SECOND),
+    "module in an attribute": _module(FIRST, ema=_module(SECOND)),
+    "argument of a call": BESIDE + text("x") + name("my.Thing") + b"(" + SECOND + b"tRs",
+    "list in a call": BESIDE + text("x") + name("collections.deque") + b"(]" + SECOND + b"atRs",
+    "no key": BESIDE + b"N" + SECOND + b"s",
+    "key of bytes": BESIDE + b"C\x03ema" + SECOND + b"s",
+    "key of a fraction": BESIDE + b"G\x3f\xf0" + bytes(6) + SECOND + b"s",
+    "key of a tuple": BESIDE + b"K\x01\x85" + SECOND + b"s",
+    "key with a dot": EMPTY + text("a.b") + FIRST + b"s" + text("a") + EMPTY + text("b") + SECOND + b"ss",
+    "the same key with a dot, last": EMPTY
+    + text("a")
+    + EMPTY
+    + text("b")
+    + SECOND
+    + b"ss"
+    + text("a.b")
+    + FIRST
+    + b"s",
+    "one that is not read": BESIDE
+    + text("state_dict_ema")
+    + EMPTY
+    + text("w")
+    + call("torch._utils._rebuild_sparse_tensor", b"N", b"N")
+    + b"ss",
+}
+
+
+@pytest.mark.parametrize("kind", HIDDEN)
+def test_a_second_set_of_weights_is_found_wherever_it_lies(tmp_path: Path, kind: str) -> None:
+    path = checkpoint(tmp_path / "m.pt", HIDDEN[kind])
+    assert len(inspect(path).sets) == 2
+    with pytest.raises(UnbackdoorError, match="several sets of weights"):
+        read_state(path)
+
+
+@pytest.mark.parametrize("kind", ["list", "set"])
+def test_tensors_without_names_are_named(tmp_path: Path, kind: str) -> None:
+    inner = b"]" + tensor(storage("1")) + b"a"
+    held = row(inner) if kind == "list" else call("builtins.set", inner)
+    path = checkpoint(tmp_path / "m.pt", BESIDE + text("x") + held + b"s")
+    assert inspect(path).other_tensors
+
+
+def test_what_is_not_read_beside_the_weights_leaves_them_readable(tmp_path: Path) -> None:
+    sparse = torch.eye(2).to_sparse()
+    torch.save(
+        {"graph": {"adjacency": sparse}, "extra": sparse, "model": {"w": torch.ones(2)}}, tmp_path / "m"
+    )
+    assert list(read_state(tmp_path / "m")) == ["w"]
+
+
+def test_a_module_that_lists_its_own_layers_has_one_set(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.LSTM(2, 2))
+    net.layers = [net[0], net[0].weight]
+    torch.save(net, tmp_path / "m")
+    assert list(read_contents(tmp_path / "m").sets) == [""]
+    assert not inspect(tmp_path / "m").other_tensors

@@ -66,7 +66,7 @@ _LIBRARY = re.compile(
     r"|mse_loss|l1_loss|smooth_l1_loss|kl_div|binary_cross_entropy(_with_logits)?|interpolate|normalize)"
     r"|torch\.nn\.init\.((kaiming|xavier)_)?(uniform|normal|trunc_normal|constant|ones|zeros|orthogonal)_"
     r"|torch\._C\._nn\.(gelu|silu|mish|elu|leaky_relu|hardswish)|torch\.(relu|tanh|sigmoid|selu|celu)"
-    r"|torchvision\.transforms\.functional\.InterpolationMode|PIL\.Image\.Image"
+    r"|torchvision\.transforms\.functional\.InterpolationMode|timm\.layers\.format\.Format|PIL\.Image\.Image"
 )
 # Classes by the module that defines them, made by ``scripts/library_classes.py``.
 CLASSES_FILE = Path(__file__).with_name("library_classes.json")

@@ -155,8 +155,8 @@ def scan(content: bytes, trail: Trail) -> None:
 
 
 def _merge(trail: Trail, inner: Trail, *, broken: bool = False) -> None:
-    # What breaks off was no pickle, perhaps, and what cannot be imported came about by chance: a module with a
-    # zero byte in its name, and the numbers of an extension table, which is empty unless a program fills it.
+    # What breaks off was no pickle, perhaps, and what cannot be imported came about by chance: a module
+    # with a zero byte in its name, and the numbers of an extension table, which is empty unless filled.
     for name, danger in inner.names.items():
         chance = "\0" in name.module or str(name).startswith("copyreg.extension_")
         if not (broken and chance):

@@ -155,10 +155,11 @@ def scan(content: bytes, trail: Trail) -> None:
 
 
 def _merge(trail: Trail, inner: Trail, *, broken: bool = False) -> None:
-    # What breaks off was no pickle, perhaps, and names that cannot be imported came about by chance: those
-    # with a zero byte, and the numbers of an extension table, which is empty unless a program fills it.
+    # What breaks off was no pickle, perhaps, and what cannot be imported came about by chance: a module
+    # with a zero byte in its name, and the numbers of an extension table, which is empty unless filled.
     for name, danger in inner.names.items():
-        if not broken or not ("\0" in str(name) or name.name.startswith("extension_")):
+        chance = "\0" in name.module or str(name).startswith("copyreg.extension_")
+        if not (broken and chance):
             trail.names[name] = danger
     for note in inner.notes:
         trail.note(note)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from unbackdoor.attacks import AttackTruth
 from unbackdoor.bench.exchange import CELL, MODEL, import_victims
 from unbackdoor.bench.judge import Scores
+from unbackdoor.bench.steps import model_of
 from unbackdoor.bench.store import Store
 from unbackdoor.metrics import Rate
 from unbackdoor.types import Classifier
@@ -52,6 +53,7 @@ def test_a_victim_is_rounded_and_taken_over(script: ModuleType, tmp_path: Path) 
     assert json.loads((written / CELL).read_text())["result"]["scores"]["asr"] == pytest.approx(
         0.9601, abs=1e-4
     )
+    assert next(model_of(written / MODEL).network.parameters()).dtype.itemsize == 4  # as a cell takes it
     with Store(tmp_path / "store") as store:
         assert len(import_victims(store, tmp_path / "out")) == 1
 

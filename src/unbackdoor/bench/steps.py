@@ -30,7 +30,7 @@ from unbackdoor.errors import IntegrityError
 from unbackdoor.files import atomic_write, write_json
 from unbackdoor.metrics import Rate
 from unbackdoor.opening.classifier_files import load_model, save_model
-from unbackdoor.types import Classifier, CleanData, Images
+from unbackdoor.types import Classifier, CleanData, Images, state_sha256
 from unbackdoor.weights.source import open_source
 
 T = TypeVar("T")
@@ -121,11 +121,19 @@ def model_of(path: Path) -> Classifier:
     """
     source = open_source(path)
     model, card = load_model(source), source.card()
-    if card is None or (got := model.sha256()) != card.weights_sha256:
+    own, stored = model.network.state_dict(), source.state()
+    # Weights that are stored in half precision are computed with in single.
+    widened = {name: tensor.to(own[name].dtype) for name, tensor in stored.items() if name in own}
+    if (
+        card is None
+        or state_sha256(stored) != card.weights_sha256
+        or state_sha256(widened) != model.sha256()
+        or len(widened) != len(stored)
+    ):
         raise IntegrityError(
             "the model that was loaded is not the one that was saved",
             expected=card.weights_sha256[:12] if card else "a card",
-            got=got[:12] if card else "none",
+            got=model.sha256()[:12] if card else "none",
             where=path,
         )
     return model

@@ -56,7 +56,7 @@ def train(
     trigger: Annotated[
         str | None,
         typer.Option(
-            help="A picture as trigger: FILE.png,class=NAME, with ,place=ROWxCOLUMN ,size=HxW ,mask=FILE.png "
+            help="Picture as trigger: FILE.png,class=NAME, with ,place=ROWxCOLUMN ,size=HxW ,mask=FILE.png "
             ",strength=0.5 or ,add behind it; short for the attack picture.",
             show_default=False,
             rich_help_panel="Attack",

@@ -164,7 +164,7 @@ def existing_file(path: Path) -> Path:
         InputError: If a folder holds no weights, or several files and none is meant by its name.
         UnsupportedModel: If it holds an adapter alone.
     """
-    if path.is_dir():
+    if is_there(path) and path.is_dir():
         return weights_in(path)[0]
     with_suffix = path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
     # The name without its suffix is accepted, because save_model accepts it.
@@ -183,7 +183,7 @@ def rivals_of(path: Path) -> tuple[str, ...]:
 def _card_beside(path: Path) -> tuple[StoredFile | None, InputError | None]:
     beside = path.with_suffix(".json")
     # Beside other people's checkpoints a JSON file is something else.
-    if path.suffix != SUFFIX or not beside.exists():
+    if path.suffix != SUFFIX or not is_there(beside):
         return None, None
     try:
         return read_file(beside, limit=MAX_CARD), None

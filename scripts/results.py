@@ -46,7 +46,6 @@ FOUR, SHORT, BESIDE = "four-systems-v1", "four-systems-short-v1", "trigger-unlea
 PLAIN, ZOO = "cifar10-small-v1", "zoo-v1"
 SCANNERS = ("scanners-v1", "scanners-one-percent-v1")
 FOREIGN, SCREENING, REMEDIES = "foreign-models", "screening", "remedies"
-PARTLY = 0.4  # a backdoor that works on two images of five is one, though no repair can be measured by it
 ONE_PERCENT = 0.01
 SYSTEMS = ("rnp", "awm", "ims", "tac", "neural_cleanse")
 METHODS = (
@@ -212,7 +211,7 @@ def detection(is_current: IsCurrent | None = None) -> Document:
         ),
         Section(
             "partly",
-            f"Attacks that took in part (ASR from {percent(PARTLY)} to the bound of the means)",
+            f"Attacks that took in part (ASR from {percent(IN_PART)} to the bound of the means)",
             (words,),
             (detection_by_attack("partly-0", partly),),
         ),
@@ -463,7 +462,7 @@ def _partly(scans: Rows[ScanRow]) -> Rows[ScanRow]:
     partly = scans.where(
         lambda row: (
             row.attack == "none"
-            or (WEAK in row.flags and row.asr_before is not None and row.asr_before >= PARTLY)
+            or (WEAK in row.flags and row.asr_before is not None and row.asr_before >= IN_PART)
         )
     )
     return Rows(tuple((row.model_copy(update={"flags": ()}), older) for row, older in partly.pairs))

@@ -14,6 +14,7 @@ from unbackdoor.report.benchmark.groups import Rows, Setting
 from unbackdoor.report.benchmark.plots import Mark, style
 from unbackdoor.report.charts import svg_chart
 from unbackdoor.report.tables import Cell, Table, columns
+from unbackdoor.report.words import NOTHING
 
 IN_PART = 0.4  # a trigger that two images of five follow is a backdoor, though no repair is measured by it
 _COLUMNS = columns("attack", "victims", "ACC", "ASR", "took", "in part", "not", "processor minutes")
@@ -64,7 +65,7 @@ def _line(rows: Sequence[Row], *, older: bool) -> tuple[Cell, ...]:
         *(
             (cells.number(sum(took)), cells.number(part), cells.number(len(took) - sum(took) - part))
             if took
-            else cells.absent(3)
+            else 3 * (Cell(NOTHING),)
         ),
         _minutes(_mean(rows, lambda row: row.victim_processor_seconds, "max")),
     )
@@ -76,7 +77,7 @@ def _mean(rows: Sequence[Row], value: Callable[[Row], float | None], worst: str)
 
 def _minutes(seconds: Mean) -> Cell:
     if not seconds.n:
-        return cells.absent(1)[0]
+        return Cell(NOTHING)
     return Cell(f"{seconds.value / 60:.1f}", f"most {seconds.worst / 60:.1f}", seconds.value)
 
 

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from unbackdoor.opening.open_model import Opened, open_model
     from unbackdoor.opening.provenance import Provenance
     from unbackdoor.report.saving import save_report, save_sarif
-    from unbackdoor.triggers import RecoveredTrigger
+    from unbackdoor.triggers import RecoveredTrigger, Suspicion
     from unbackdoor.types import (
         Augmentation,
         Classifier,
@@ -99,6 +99,7 @@ __all__ = [
     "ScreenedImages",
     "Screening",
     "Source",
+    "Suspicion",
     "TensorChange",
     "TooFewImages",
     "UnbackdoorError",
@@ -155,6 +156,7 @@ _HOMES = {
     "Scores": "unbackdoor.bench.judge",
     "ScreenedImages": "unbackdoor.audit.screening",
     "Screening": "unbackdoor.types",
+    "Suspicion": "unbackdoor.triggers",
     "TensorChange": "unbackdoor.audit.comparison",
     "Unlearning": "unbackdoor.audit.unlearning",
     "Verdict": "unbackdoor.types",

@@ -50,15 +50,16 @@ SURFACE = {
         "Masks", "Site", "channel_sites", "fold", "keep_above", "norm_sites", "removed", "unit_sites",
         "weight_sites",
     },
-    "options": {"Config", "option", "FAMILIES", "INPUT_LABELS", "ONE_A_CLASS"},
+    "options": {"Config", "option", "FAMILIES", "INPUT_LABELS", "ONE_A_CLASS", "SUSPICION"},
     "run": {"Run", "run_defense", "run_scanner", "run_screener"},
     "screening": {"ScreenerConfig", "conformal_p_values", "features", "judged"},
     "selection": {"Choice", "harshest_within"},
     "statistics": {"Outlier", "Outliers", "smallest_few", "smallest_outlier"},
     "training": {"Recipe", "Trained", "train"},
     "types": {
-        "Augmentation", "Classifier", "CleanData", "Finding", "Geometry", "Images", "Purified", "ScanReport",
-        "Screening", "Verdict", "require_fit", "require_labels", "require_one_a_class",
+        "Augmentation", "Classifier", "CleanData", "Finding", "Geometry", "Images", "Purified",
+        "RecoveredTrigger", "ScanReport", "Screening", "Suspicion", "Verdict",
+        "require_fit", "require_labels", "require_one_a_class",
     },
 }  # fmt: skip
 

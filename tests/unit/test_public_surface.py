@@ -46,6 +46,7 @@ SURFACE = {
     "ScreenedImages",
     "Screening",
     "Source",
+    "Suspicion",
     "TensorChange",
     "TooFewImages",
     "UnbackdoorError",

@@ -102,6 +102,8 @@ def purification_json(done: Purification, class_names: Sequence[str]) -> dict[st
         "accuracy_on_the_method's_images": done.proof_is_fit,
         "accuracy_flattered_because": list(done.flattered),
         "promise": None if done.promise is None else done.promise.to_dict(),
+        "suspicion": _suspicion(done, class_names),
+        "remarks": list(done.remarks),
         "left_behind": list(done.left_behind),
         "changes": [change_json(c) for c in done.changes],
         "residual_triggers": [_residue(r, class_names) for r in done.residues],
@@ -219,6 +221,17 @@ def _residue(residue: Residue, class_names: Sequence[str]) -> dict[str, Any]:
         **trigger_json(residue.trigger, class_names),
         "success_before": rate_facts(residue.before),
         "success_after": rate_facts(residue.after),
+    }
+
+
+def _suspicion(done: Purification, class_names: Sequence[str]) -> dict[str, Any] | None:
+    if done.suspicion is None:
+        return None
+    pairs = zip(done.suspicion.classes, done.suspicion.p_values, strict=True)
+    return {
+        "classes": [{**_class(k, class_names), "p_value": p_value} for k, p_value in pairs],
+        "triggers": len(done.suspicion.triggers),
+        "led_the_method": done.led,
     }
 
 

@@ -32,8 +32,8 @@ from unbackdoor.files import writing
 from unbackdoor.metrics import Rate
 from unbackdoor.opening.provenance import key_in_words
 from unbackdoor.opening.write_back import output_name, repair_patch, write_repaired
-from unbackdoor.registry import Config, Part
-from unbackdoor.triggers import RecoveredTrigger
+from unbackdoor.registry import DEFENSES, SUSPICION, Config, Part
+from unbackdoor.triggers import RecoveredTrigger, Suspicion
 from unbackdoor.types import (
     Augmentation,
     Classifier,
@@ -51,6 +51,8 @@ PROOF_FRACTION = 0.3  # of every class, for the proof
 FEWEST_FOR_PROOF = 4  # images a class; with fewer, all go to the method and the proof is marked
 
 
+_MOST_REMARKS, _LONGEST_REMARK = 20, 500  # remarks and characters: a method may be of anybody
+MAX_NAMED = 10  # classes that a sentence lists
 SEEN_IN_TRAINING = 0.995  # accuracy from which images look like those that the model was trained on
 Rule = Literal["evidence", "strict"]
 
@@ -152,6 +154,8 @@ class Purification(Result):
         residues: Success of the known triggers before and after.
         facts: JSON-ready: hashes and numbers of images.
         promise: The promise with its measurement; None where none was made.
+        suspicion: What was suspected before; empty where a scan named no class, None without any.
+        led: Whether the method began with that; some methods cannot.
         case: The original and the images as the caller gave them.
         written: Files that were written so far: ``model``, ``card`` and ``patch``.
     """
@@ -164,8 +168,31 @@ class Purification(Result):
     residues: tuple[Residue, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)
     promise: Promise | None = None
+    suspicion: Suspicion | None = None
+    led: bool = False
     case: Case | None = field(default=None, repr=False)
     written: dict[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What the method has to say of its repair, as sentences, and how it used what was suspected."""
+        own = self.purified.evidence.get("remarks", ())
+        own = own if isinstance(own, list | tuple) else ()
+        return (*self._of_the_suspicion(), *(str(text)[:_LONGEST_REMARK] for text in own[:_MOST_REMARKS]))
+
+    def _of_the_suspicion(self) -> tuple[str, ...]:
+        suspicion = self.suspicion
+        if suspicion is None:
+            return ()
+        if not suspicion.classes:
+            return ("The scan came to no finding, so that the method had nothing to begin with.",)
+        named = ", ".join(map(str, suspicion.classes[:MAX_NAMED]))
+        if len(suspicion.classes) > MAX_NAMED:
+            named += f" and {len(suspicion.classes) - MAX_NAMED} more"
+        triggers = f" and {len(suspicion.triggers)} recovered triggers" if suspicion.triggers else ""
+        name = self.purified.method.get("name", "")
+        how = "began with" if self.led else "cannot use what was suspected, and began anew without"
+        return (f"The method {name} {how} class {named}{triggers}.",)
 
     @property
     def flattered(self) -> tuple[str, ...]:
@@ -292,6 +319,7 @@ def purify(
     max_accuracy_drop: float | None = None,
     promise: Rule = "evidence",
     triggers: tuple[RecoveredTrigger, ...] = (),
+    suspicion: Suspicion | None = None,
     proof: Images | CleanData | None = None,
     types: Mapping[str, torch.dtype] | None = None,
     select_fraction: float = 0.3,
@@ -314,7 +342,9 @@ def purify(
             any.
         promise: ``evidence`` refuses the repair where the 95 % interval of the loss lies above that;
             ``strict`` refuses it unless the interval lies below.
-        triggers: Recovered triggers, such as those of a scan, whose success is measured before and after.
+        triggers: Recovered triggers, such as those of a scan: a method that can begins with them, and their
+            success is measured before and after.
+        suspicion: What a scan suspects; it comes after the triggers, and its own are treated likewise.
         proof: Images for the proof; None keeps a part of ``images`` back, where there are enough.
         types: Types that tensors of the network will be stored in, by name: they are rounded to these before
             anything is measured, so that what is measured is what is stored.
@@ -355,8 +385,11 @@ def purify(
     data = CleanData.split(
         method_images, select_fraction=select_fraction, augmentation=augmentation, seed=seed
     )
+    part = DEFENSES[method] if isinstance(method, str) else method
+    if triggers or suspicion is not None:
+        suspicion = Suspicion.of_triggers(triggers).joined(suspicion or Suspicion())
     purified = trusted_caller.run(
-        method,
+        part,
         model,
         data,
         options=options,
@@ -365,6 +398,7 @@ def purify(
         device=device,
         precision=precision,
         progress=progress,
+        suspicion=suspicion,
     )
     _round(purified.model, types or {})
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
@@ -390,7 +424,7 @@ def purify(
             trigger_success(model, proof_images, trigger, run),
             trigger_success(purified.model, proof_images, trigger, run),
         )
-        for trigger in triggers
+        for trigger in (suspicion.triggers if suspicion is not None else ())
     )
     before, after = model.network.state_dict(), purified.model.network.state_dict()
     return Purification(
@@ -413,6 +447,8 @@ def purify(
             "torch": torch.__version__,
         },
         answer,
+        suspicion,
+        led=suspicion is not None and bool(suspicion.classes) and SUSPICION in part.traits,
     )
 
 

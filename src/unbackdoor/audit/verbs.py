@@ -24,6 +24,7 @@ from unbackdoor.audit.cases import (
 )
 from unbackdoor.audit.checks import Check
 from unbackdoor.audit.scanning import LEVEL, Audit
+from unbackdoor.audit.suspicion import Scan, read_suspicion
 from unbackdoor.audit.trigger_files import read_triggers
 from unbackdoor.audit.verification import Verification
 from unbackdoor.engine.precision import Policy
@@ -156,6 +157,7 @@ def purify(
     options: Mapping[str, Any] | Config | None = None,
     max_accuracy_drop: float | None = None,
     promise: purifying.Rule = "evidence",
+    scan: Scan | None = None,
     triggers: Sequence[Path | str | RecoveredTrigger] | None = None,
     proof: Data | None = None,
     select_fraction: float = 0.3,
@@ -191,8 +193,11 @@ def purify(
             any.
         promise: ``evidence`` refuses the repair where the 95 % interval of the loss lies above that;
             ``strict`` refuses it unless the interval lies below.
-        triggers: Recovered triggers, their files, or pictures such as ``patch.png,class=3,place=24x24``,
-            whose success is measured before and after.
+        scan: The scan of the model, or the folder of its report: a method that can begins with the classes
+            that it suspects and with the triggers that it recovered towards them.
+        triggers: Recovered triggers, their files, or pictures such as ``patch.png,class=3,place=24x24``: they
+            lead the method likewise, before those of the scan, and their success is measured before and
+            after.
         proof: Further images, for measuring alone; None keeps a part of ``data`` from the method.
         select_fraction: Share of the method's images that it only chooses thresholds on.
         arch: See :func:`unbackdoor.open_model`, as for the six that follow; only for a file.
@@ -266,6 +271,7 @@ def purify(
         max_accuracy_drop=max_accuracy_drop,
         promise=promise,
         triggers=read_triggers(triggers, case.model),
+        suspicion=read_suspicion(scan, case.model),
         proof=case.proof,
         types=stored_types(case.opened) if case.opened is not None else None,
         select_fraction=select_fraction,

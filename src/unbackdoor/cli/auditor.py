@@ -104,6 +104,17 @@ Trigger = Annotated[
         rich_help_panel="Method",
     ),
 ]
+Scan = Annotated[
+    Path | None,
+    typer.Option(
+        "--scan",
+        metavar="DIR",
+        help="Report of a scan of this model: the classes that it suspects, and the triggers that it "
+        "recovered towards them, lead the method.",
+        show_default=False,
+        rich_help_panel="Method",
+    ),
+]
 Report = Annotated[
     Path | None,
     typer.Option(

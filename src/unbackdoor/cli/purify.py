@@ -83,6 +83,7 @@ def purify(
             rich_help_panel="Method",
         ),
     ] = Rule.evidence,
+    scan: auditor.Scan = None,
     triggers: auditor.Trigger = None,
     patch: Annotated[
         Path | None,
@@ -177,6 +178,7 @@ def purify(
                 options=config,
                 max_accuracy_drop=None if max_accuracy_drop is None else max_accuracy_drop / 100,
                 promise=promise.value,
+                scan=scan,
                 triggers=triggers,
                 select_fraction=select_fraction,
                 seed=seed,
@@ -243,6 +245,8 @@ def _show(method: str, preset: str | None, done: Purification) -> None:
             say("Mind: these accuracies are flattered: " + "; ".join(done.flattered) + ".")
     else:
         say(title)
+    for remark in done.remarks:
+        say(remark)
     for residue in done.residues:
         say(
             f"Recovered trigger towards class {residue.trigger.label}: {rate(residue.before)} before, "
@@ -251,7 +255,8 @@ def _show(method: str, preset: str | None, done: Purification) -> None:
     entries = sum(c.changed for c in done.changes)
     share = entries / max(sum(tensor.numel() for tensor in done.model.network.state_dict().values()), 1)
     say(f"Changed: {entries:,} numbers ({percent(share)}) in {len(done.changes)} tensors.")
-    evidence = list(scalars(done.purified.evidence))
+    told = {name: value for name, value in done.purified.evidence.items() if name != "remarks"}
+    evidence = list(scalars(told))
     if evidence:
         table("What the method says it did", ("evidence", "value"), [(n, _short(v)) for n, v in evidence])
 

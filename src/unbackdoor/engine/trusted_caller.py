@@ -19,7 +19,17 @@ from unbackdoor.engine.inference import settle_layout
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError, IntegrityError, MethodFailed, UnbackdoorError
-from unbackdoor.registry import DEFENSES, INPUT_LABELS, ONE_A_CLASS, SCANNERS, SCREENERS, Config, Part
+from unbackdoor.registry import (
+    DEFENSES,
+    INPUT_LABELS,
+    ONE_A_CLASS,
+    SCANNERS,
+    SCREENERS,
+    SUSPICION,
+    Config,
+    Part,
+)
+from unbackdoor.triggers import Suspicion
 from unbackdoor.types import (
     Classifier,
     CleanData,
@@ -52,6 +62,7 @@ def run(
     device: torch.device | str = "cpu",
     precision: Policy = "auto",
     progress: Progress = silent,
+    suspicion: Suspicion | None = None,
 ) -> Purified:
     """Run a defense on a model and verify what it did.
 
@@ -65,6 +76,7 @@ def run(
         device: Where to compute, such as ``cpu`` or ``cuda:0``.
         precision: ``auto``, ``fp32`` or ``bf16``.
         progress: Progress display.
+        suspicion: Suspected classes and recovered triggers that a method which can use them begins with.
 
     Returns:
         The repaired model on the CPU in evaluation mode, with evidence, seconds and the options used.
@@ -85,6 +97,9 @@ def run(
     data = as_clean_data(data, seed=seed)
     config = options if isinstance(options, Config) else part.configure(options, preset=preset)
     surroundings = Run.create(seed=seed, device=device, policy=precision, progress=progress)
+    check_suspicion(suspicion, model)
+    if suspicion is not None and suspicion.classes and SUSPICION in part.traits:
+        surroundings = replace(surroundings, suspicion=_lent(suspicion))
     returned, seconds = _call_with_copies(part, model, data, config, surroundings)
     repaired = check_output(part, returned, model, data, surroundings)
     repaired.origin = model.origin
@@ -319,6 +334,19 @@ def check_inputs(part: Part[Any], model: Classifier, data: CleanData) -> None:
             raise InputError("a weight is not a finite number", where=name, remedy="Check the weights file")
 
 
+def check_suspicion(suspicion: Suspicion | None, model: Classifier) -> None:
+    """Raise InputError unless suspected classes and triggers fit the model."""
+    if suspicion is None:
+        return
+    if not isinstance(suspicion, Suspicion):
+        raise InputError(
+            "the suspicion is of another type", expected="Suspicion", got=type(suspicion).__name__
+        )
+    faults = suspicion.faults(model.input_shape, model.classes)
+    if faults:
+        raise InputError("the suspicion does not fit the model", got=faults[0])
+
+
 def check_output(
     part: Part[Any], returned: object, model: Classifier, data: CleanData, surroundings: Run
 ) -> Classifier:
@@ -512,6 +540,15 @@ def _traces(model: nn.Module) -> list[str]:
 def _anonymous(images: Images) -> Images:
     labels = None if images.labels is None else images.labels.clone()
     return replace(images, pixels=images.pixels.clone(), labels=labels, name="clean images")
+
+
+def _lent(suspicion: Suspicion) -> Suspicion:
+    """Return a copy for a method, without the names of files."""
+    copies = [
+        replace(t, pattern=t.pattern.clone(), mask=None if t.mask is None else t.mask.clone(), check="")
+        for t in suspicion.triggers
+    ]
+    return replace(suspicion, triggers=tuple(copies))
 
 
 def _finite(value: Tensor) -> bool:

@@ -18,12 +18,13 @@ from unbackdoor.report.pictures import data_png
 from unbackdoor.report.words import duration, logits_in_words, percent
 from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Finding, Images
+from unbackdoor.weights.triggers import MAX_KEPT
 
 UNFOLDED_CLASSES = 12  # rows of a chart that are seen at once; the others are folded
 MAX_CLASSES = 200  # rows of the folded table; more would only make the page heavy
 MAX_IMAGES = 6
 PICTURE_SIDE = 160  # pixels; twice the width of a picture on the page, and 24 of them stay under 2 MB
-MAX_TRIGGERS = 3
+MAX_TRIGGERS = MAX_KEPT
 MAX_CHANGES = 40
 MAX_NAME = 300  # characters of a name that comes from a file
 
@@ -164,6 +165,7 @@ def _headline(
             then, now = percent(accuracy.before.value), percent(accuracy.after.value)
             summary += f"; clean accuracy went from {then} to {now}"
         sentences.append(summary + ".")
+        sentences += purification.remarks
         if purification.promise is not None:
             sentences.append(purification.promise.in_words())
         sentences += [f"Mind: {text}." for text in purification.left_behind]

@@ -1,9 +1,9 @@
 """Search for changes that move a network and do not move its twin.
 
-What moves both is a natural weakness of the task; what moves the network alone is what its weights hide. Many
-changes of several forms (engine/universal_changes.py) are made better side by side in one batch, by descending
-on the difference, and the poorer ones leave early. Solid and checkered squares are tried by forward passes
-alone, at all places: gradients find textures and leave a plain square open.
+What moves both is a natural weakness of the task; what moves the network alone is what its weights hide.
+Many changes of several forms (engine/universal_changes.py) are made better side by side in one batch, by
+descending on the difference, and the poorer ones leave early. Solid and checkered squares are tried by
+forward passes alone, at all places: gradients find textures and leave a plain square open.
 
 The gap of a change is the share of images that it moves in the network less the share that it moves in the
 twin: towards its class, or away from the predicted class where it has none.
@@ -18,14 +18,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from unbackdoor.data.batches import to_float
 from unbackdoor.engine.inference import frozen, images_per_pass, logits_of, mode, predict
 from unbackdoor.engine.row_adam import RowAdam
 from unbackdoor.engine.run import Run
-from unbackdoor.engine.universal_changes import FORMS, Form, UniversalChange, window_side
+from unbackdoor.engine.universal_changes import FORMS, Form, GivenChange, UniversalChange, window_side
 from unbackdoor.types import Classifier, Images
 
 _LR = 0.2  # of Adam
@@ -46,7 +45,7 @@ class Difference:
         towards: (K,) share of images that the network then gives to each class and did not before.
     """
 
-    change: UniversalChange
+    change: UniversalChange | GivenChange
     moved: float
     moved_twin: float
     towards: Tensor
@@ -130,7 +129,12 @@ class Opponents:
         total = sum(stage.steps for stage in stages)
         active = torch.arange(len(goals))
         done, size = 0, first
-        with frozen(self.model), frozen(self.twin), mode(self.model, training=False), mode(self.twin, training=False):
+        with (
+            frozen(self.model),
+            frozen(self.twin),
+            mode(self.model, training=False),
+            mode(self.twin, training=False),
+        ):
             for stage in stages:
                 scores = torch.zeros(len(active))
                 for step in self.run.progress(range(stage.steps), f"searching for a {form}"):
@@ -143,7 +147,9 @@ class Opponents:
                 done += stage.steps
                 active = self._kept(active, goals, scores, stage.keep, single)
         return [
-            UniversalChange(form, int(goals[i]), raw[i].detach().cpu().clone(), size, tuple(corners[i].tolist()))
+            UniversalChange(
+                form, int(goals[i]), raw[i].detach().cpu().clone(), size, tuple(corners[i].tolist())
+            )
             for i in active.tolist()
         ]
 
@@ -199,7 +205,9 @@ class Opponents:
     # -----------------------------------------------------------------------------------------------
     # Stamps
 
-    def stamps(self, *, sides: Sequence[int] = (), checkers: bool = True, keep: int = 12, seed: str | int = 0) -> list[UniversalChange]:
+    def stamps(
+        self, *, sides: Sequence[int] = (), checkers: bool = True, keep: int = 12, seed: str | int = 0
+    ) -> list[UniversalChange]:
         """Return the best solid and checkered squares, found without a gradient.
 
         Args:
@@ -213,6 +221,7 @@ class Opponents:
         sides = sides or sorted({max(2, round(s * scale)) for s in (3, 4)})
         draws = self.run.generator("stamps", seed)
         order = torch.randperm(len(self.images), generator=draws)
+        order = order.repeat(-(-10 // len(order)))  # few images come twice
         found: list[tuple[float, UniversalChange]] = []
         for side in sides:
             stride = max(1, side - 1)
@@ -239,7 +248,9 @@ class Opponents:
         return [change for _, change in found[: 2 * keep]]
 
     @torch.inference_mode()
-    def _stamp_scores(self, patterns: Tensor, stamps: Sequence[tuple[int, int, int]], rows: Tensor, label: str) -> Tensor:
+    def _stamp_scores(
+        self, patterns: Tensor, stamps: Sequence[tuple[int, int, int]], rows: Tensor, label: str
+    ) -> Tensor:
         """Return how far each stamp moves the images: largest mean rise of the probability of a class."""
         side = patterns.shape[-1]
         pixels = to_float(self.images.pixels[rows], self.run.device, channels_last=False)
@@ -262,7 +273,9 @@ class Opponents:
     # Measuring
 
     @torch.inference_mode()
-    def measure(self, changes: Sequence[UniversalChange], *, count: int = MEASURED, seed: str | int = 0) -> list[Difference]:
+    def measure(
+        self, changes: Sequence[UniversalChange | GivenChange], *, count: int = MEASURED, seed: str | int = 0
+    ) -> list[Difference]:
         """Return what each change does to both networks, largest gap first."""
         order = torch.randperm(len(self.images), generator=self.run.generator("measure", seed))[:count]
         pixels = to_float(self.images.pixels[order], self.run.device)
@@ -280,10 +293,12 @@ class Opponents:
                     moved = _share(after == change.label, could)
                     twin_moved = _share(twin_after == change.label, twin_could)
                 else:
-                    moved, twin_moved = float(left.float().mean()), float((twin_after != twin_answers).float().mean())
+                    moved, twin_moved = (
+                        float(left.float().mean()),
+                        float((twin_after != twin_answers).float().mean()),
+                    )
                 out.append(Difference(change, moved, twin_moved, towards))
         return sorted(out, key=lambda one: -one.gap)
-
 
     def with_classes(self, differences: Sequence[Difference]) -> list[Difference]:
         """Return the differences, and those without a class once more under the class that they lead to.
@@ -329,6 +344,3 @@ def _stamp_patterns(channels: int, side: int, checkers: bool) -> Tensor:
     board = (torch.arange(side)[:, None] + torch.arange(side)) % 2
     both = torch.stack([board, 1 - board]).float()[:, None].expand(-1, channels, -1, -1)
     return torch.cat([solid, both])
-
-
-__all__ = ["Difference", "Opponents", "Stage", "replace", "window_places"]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -64,6 +64,29 @@ class UniversalChange:
             pattern = (low / mask.clamp_min(1e-6)).clamp(0, 1)
             return RecoveredTrigger(goal, pattern, mask.amax(0))
         return None
+
+
+@dataclass(frozen=True, eq=False)
+class GivenChange:
+    """A trigger that was recovered before, as a change among others.
+
+    Attributes:
+        given: The trigger.
+        label: Class that it leads to.
+        form: What it is called.
+    """
+
+    given: RecoveredTrigger
+    label: int
+    form: str = "given trigger"
+
+    def apply(self, pixels: Tensor) -> Tensor:
+        """Return pixels (B, C, H, W) in [0, 1] with the trigger, in [0, 1]."""
+        return self.given.apply(pixels)
+
+    def trigger(self, shape: Shape, label: int | None = None) -> RecoveredTrigger:
+        """Return the trigger itself."""
+        return self.given
 
 
 @dataclass(frozen=True)
@@ -178,9 +201,7 @@ FORMS: Mapping[Form, SearchForm] = {
         lambda shape: (60 * _area(shape), max(1.0, 12 * _area(shape))),
     ),
     "window": SearchForm(
-        lambda shape, draws: torch.randn(
-            shape[0], window_side(shape), window_side(shape), generator=draws
-        ),
+        lambda shape, draws: torch.randn(shape[0], window_side(shape), window_side(shape), generator=draws),
         _window,
         lambda shape: (0.0, 0.0),
     ),

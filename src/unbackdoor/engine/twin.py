@@ -6,9 +6,10 @@ for, so it mostly goes; accuracy goes as well, which is why nobody would deploy 
 thing: what moves the network and not its twin is not of the task.
 
 Paper:   Min et al., "Towards stable backdoor purification through feature shift tuning", NeurIPS 2023.
-Departs: targets are half the label and half the network's own answer; the strength is the strongest at which
-         the twin still agrees with the network on images it was not trained on; epochs grow as images get
-         few; gradients are clipped.
+Departs: the head starts at the mean features of the classes, where a random one costs a wide head most of
+         its accuracy; targets are half the label and half the network's own answer; the strength is the
+         strongest at which the twin still agrees with the network on images it was not trained on; epochs
+         grow as images get few; gradients are clipped.
 Cost:    strengths tried x max(12, 12 x 350 / N) passes, 60 at most.
 """
 
@@ -29,7 +30,7 @@ from unbackdoor.types import Classifier, CleanData, Images
 # The paper's strength of 0.2 is for the sum of products with a head whose squared norm is about 58; here it
 # is divided by that norm, so that a strength means the same for every head.
 STRENGTHS = (11.5, 3.0, 1.0, 0.3, 0.1)
-AGREEMENT = 0.8  # share of held-out images on which a twin must agree with the network
+AGREEMENT = 0.75  # share of held-out images on which a twin must agree with the network
 USABLE = 0.6  # below this a twin says nothing
 _BATCH, _LR, _CLIP = 64, 0.01, 5.0
 
@@ -114,6 +115,7 @@ def _relearned(
         clip=_CLIP,
         strength=strength,
         relative=True,
+        initial="prototypes",
         fresh_statistics=True,
     )
     seeded = replace(run, seed=int(torch.randint(1 << 31, (), generator=run.generator("twin", number))))

@@ -39,12 +39,14 @@ class Batch:
         labels: (B,).
         rows: (B,) positions of the images in their set.
         step: Number of the step, from 0.
+        epoch: Number of the pass, from 0.
     """
 
     pixels: Tensor
     labels: Tensor
     rows: Tensor
     step: int
+    epoch: int
 
 
 BatchNorm = Literal["batch", "frozen"]
@@ -150,24 +152,33 @@ def _batches(
     for step in range(steps):
         rows = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
         pixels = augment(images.pixels[rows], augmentation, draws)
-        yield Batch(to_float(pixels, run.device), images.truth[rows], rows, epoch * steps + step)
+        yield Batch(to_float(pixels, run.device), images.truth[rows], rows, epoch * steps + step, epoch)
 
 
 @contextmanager
-def _displaced(model: Classifier, parameters: Sequence[nn.Parameter], displace: Displace) -> Iterator[None]:
-    """Put the weights elsewhere inside the block, where batches move no stored statistics."""
-    before = [p.detach().clone() for p in parameters]
+def still_statistics(model: nn.Module) -> Iterator[None]:
+    """Keep the stored statistics of batch normalisation inside the block; those of a batch normalise it."""
     norms = [(m, m.momentum) for m in model.modules() if isinstance(m, BATCH_NORMS)]
     try:
-        with torch.no_grad():
-            for parameter, shift in zip(parameters, displace(parameters), strict=True):
-                parameter.add_(shift)
         for norm, _ in norms:
             norm.momentum = 0.0
         yield
     finally:
         for norm, momentum in norms:
             norm.momentum = momentum
+
+
+@contextmanager
+def _displaced(model: Classifier, parameters: Sequence[nn.Parameter], displace: Displace) -> Iterator[None]:
+    """Put the weights elsewhere inside the block, where batches move no stored statistics."""
+    before = [p.detach().clone() for p in parameters]
+    try:
+        with torch.no_grad():
+            for parameter, shift in zip(parameters, displace(parameters), strict=True):
+                parameter.add_(shift)
+        with still_statistics(model):
+            yield
+    finally:
         with torch.no_grad():
             # Copied back and not subtracted again, which would round.
             for parameter, value in zip(parameters, before, strict=True):

@@ -23,6 +23,7 @@ from unbackdoor.audit.comparison import (
     paired_interval,
     trigger_success,
 )
+from unbackdoor.audit.outcome import Evidence, Outcome, Searched, conclude, search_anew
 from unbackdoor.audit.result import Result
 from unbackdoor.engine import trusted_caller
 from unbackdoor.engine.precision import Policy
@@ -47,6 +48,7 @@ from unbackdoor.types import (
 )
 from unbackdoor.weights.patch import write_patch
 
+DEFAULT_METHOD = "auto"  # of the command and of unbackdoor.purify
 PROOF_FRACTION = 0.3  # of every class, for the proof
 FEWEST_FOR_PROOF = 4  # images a class; with fewer, all go to the method and the proof is marked
 
@@ -55,10 +57,18 @@ _MOST_REMARKS, _LONGEST_REMARK = 20, 500  # remarks and characters: a method may
 MAX_NAMED = 10  # classes that a sentence lists
 SEEN_IN_TRAINING = 0.995  # accuracy from which images look like those that the model was trained on
 Rule = Literal["evidence", "strict"]
+LossBias = Literal["fair", "flattered", "pessimistic", "unknown"]
+UNJUDGED = Outcome("undecided", ("It was not judged.",))
 
 
 class PromiseBroken(UnbackdoorError):
-    """The repair lost more accuracy than was allowed, or cannot be shown not to; nothing may be written."""
+    """The repair lost more accuracy than was allowed, or cannot be shown not to.
+
+    Attributes:
+        refused: What was measured. Its record and its report can be written, and the model cannot.
+    """
+
+    refused: Purification
 
 
 @dataclass(frozen=True)
@@ -140,6 +150,14 @@ class Residue:
     before: Rate
     after: Rate
 
+    @property
+    def held_out(self) -> Rate:
+        """Success before, on images that the trigger was not made from where that was measured."""
+        success = self.trigger.success
+        if success is None or success >= self.before.value:
+            return self.before
+        return Rate(round(success * self.before.total), self.before.total)
+
 
 @dataclass(frozen=True)
 class Purification(Result):
@@ -156,6 +174,7 @@ class Purification(Result):
         promise: The promise with its measurement; None where none was made.
         suspicion: What was suspected before; empty where a scan named no class, None without any.
         led: Whether the method began with that; some methods cannot.
+        outcome: What was achieved, as far as can be known.
         case: The original and the images as the caller gave them.
         written: Files that were written so far: ``model``, ``card`` and ``patch``.
     """
@@ -170,6 +189,7 @@ class Purification(Result):
     promise: Promise | None = None
     suspicion: Suspicion | None = None
     led: bool = False
+    outcome: Outcome = UNJUDGED
     case: Case | None = field(default=None, repr=False)
     written: dict[str, str] = field(default_factory=dict, compare=False)
 
@@ -213,6 +233,24 @@ class Purification(Result):
         return tuple(out)
 
     @property
+    def seen_in_training(self) -> bool:
+        """Whether the images of the proof look like some that the original was trained on."""
+        of_training_part = self.case is not None and self.case.proof_of_training_part
+        accuracy = self.accuracy
+        return of_training_part or (accuracy is not None and accuracy.before.value >= SEEN_IN_TRAINING)
+
+    @property
+    def loss_bias(self) -> LossBias:
+        """How the measured loss of accuracy relates to the loss on new images.
+
+        It is ``pessimistic`` where the original has seen the images, and so has more of them right than it
+        would have of new ones; ``flattered`` where the method has; ``unknown`` where both have.
+        """
+        if self.proof_is_fit:
+            return "unknown" if self.seen_in_training else "flattered"
+        return "pessimistic" if self.seen_in_training else "fair"
+
+    @property
     def left_behind(self) -> tuple[str, ...]:
         """What the file of the original holds and the repaired one will not, as sentences without an end."""
         opened = self.case.opened if self.case is not None else None
@@ -247,7 +285,9 @@ class Purification(Result):
         Raises:
             InputError: If the file exists, or the model cannot be written as that.
             IntegrityError: If the file of the original has changed since it was opened.
+            PromiseBroken: If the repair was refused.
         """
+        self._require_kept()
         opened = self.case.opened if self.case is not None else None
         out = output_name(Path(path), opened)
         card = out.with_suffix(".json")
@@ -276,7 +316,9 @@ class Purification(Result):
         Raises:
             InputError: If the model is of no file, the repair changed more than values, or the file exists.
             IntegrityError: If the file of the original has changed since it was opened.
+            PromiseBroken: If the repair was refused.
         """
+        self._require_kept()
         out = Path(path)
         opened = self.case.opened if self.case is not None else None
         if opened is None or opened.source is None:
@@ -288,9 +330,29 @@ class Purification(Result):
         self.written["patch"] = str(out)
         return out
 
+    def _require_kept(self) -> None:
+        if self.promise is not None and self.promise.refused:
+            raise broken(self)
+
     def _inputs(self) -> list[Path]:
         source = self.case.source if self.case is not None else None
         return [] if source is None else [file.path for file in source.files]
+
+
+def broken(refused: Purification) -> PromiseBroken:
+    """Return the error of a promise that was not kept."""
+    promise = refused.promise
+    assert promise is not None
+    error = PromiseBroken(
+        "the repaired model loses more accuracy than was allowed, so it was thrown away"
+        if promise.kept is False
+        else "whether the repaired model keeps the promise cannot be told, so it was thrown away",
+        expected=f"at most {100 * promise.asked:.1f} points less",
+        got=promise.in_words().rstrip("."),
+        remedy="Allow more, give more images, or choose a milder method or preset",
+    )
+    error.refused = refused
+    return error
 
 
 def split_proof(
@@ -322,6 +384,7 @@ def purify(
     suspicion: Suspicion | None = None,
     proof: Images | CleanData | None = None,
     types: Mapping[str, torch.dtype] | None = None,
+    search_budget: float | None = None,
     select_fraction: float = 0.3,
     augmentation: Augmentation = "none",
     seed: int = 0,
@@ -348,6 +411,7 @@ def purify(
         proof: Images for the proof; None keeps a part of ``images`` back, where there are enough.
         types: Types that tensors of the network will be stored in, by name: they are rounded to these before
             anything is measured, so that what is measured is what is stored.
+        search_budget: Seconds for the searches that judge the repair; None: two minutes.
         select_fraction: Share of the method's images that it only chooses thresholds on.
         augmentation: What may be done to an image without changing its class.
         seed: Seed of every draw.
@@ -356,7 +420,8 @@ def purify(
         progress: Progress display.
 
     Raises:
-        PromiseBroken: If the promise is broken; under ``strict`` also where it cannot be told.
+        PromiseBroken: If the promise is broken; under ``strict`` also where it cannot be told. Its attribute
+            ``refused`` is what was measured.
         InputError: If there are too few images for a strict promise, or none with labels.
         UnbackdoorError: See :func:`unbackdoor.run`.
     """
@@ -409,15 +474,6 @@ def purify(
         answer = Promise(
             max_accuracy_drop, accuracy.drop, *accuracy.drop_interval, accuracy.before.total, promise
         )
-        if answer.refused:
-            raise PromiseBroken(
-                "the repaired model loses more accuracy than was allowed, so it was thrown away"
-                if answer.kept is False
-                else "whether the repaired model keeps the promise cannot be told, so it was thrown away",
-                expected=f"at most {100 * answer.asked:.1f} points less",
-                got=answer.in_words().rstrip("."),
-                remedy="Allow more, give more images, or choose a milder method or preset",
-            )
     residues = tuple(
         Residue(
             trigger,
@@ -427,12 +483,29 @@ def purify(
         for trigger in (suspicion.triggers if suspicion is not None else ())
     )
     before, after = model.network.state_dict(), purified.model.network.state_dict()
-    return Purification(
+    changes = tuple(changed_tensors(before, after))
+    if answer is not None and answer.refused:
+        outcome = Outcome("not repaired", ("The repaired model was thrown away, as the promise asks.",))
+    else:
+        suspected = () if suspicion is None else suspicion.classes
+        searches: tuple[Searched, ...] = ()
+        if changes:
+            searches = search_anew(model, purified.model, proof_images, suspected, run, seconds=search_budget)
+        outcome = conclude(
+            Evidence(
+                bool(changes),
+                searches,
+                tuple((r.trigger.label, r.held_out, r.after) for r in residues),
+                _shares(purified.evidence.get("held_out_success")),
+                accuracy,
+            )
+        )
+    done = Purification(
         purified.model,
         purified,
         accuracy,
         same,
-        tuple(changed_tensors(before, after)),
+        changes,
         residues,
         {
             "before_sha256": model.sha256(),
@@ -449,7 +522,17 @@ def purify(
         answer,
         suspicion,
         led=suspicion is not None and bool(suspicion.classes) and SUSPICION in part.traits,
+        outcome=outcome,
     )
+    if answer is not None and answer.refused:
+        raise broken(done)
+    return done
+
+
+def _shares(values: object) -> tuple[float, ...]:
+    """Return those of what a method reported that are shares; it may be of anybody."""
+    listed = values if isinstance(values, list | tuple) else [values]
+    return tuple(float(v) for v in listed if isinstance(v, int | float) and 0 <= v <= 1)
 
 
 def _require_enough(images: int, max_drop: float) -> None:

@@ -160,6 +160,7 @@ def purify(
     scan: Scan | None = None,
     triggers: Sequence[Path | str | RecoveredTrigger] | None = None,
     proof: Data | None = None,
+    search_budget: float | None = None,
     select_fraction: float = 0.3,
     arch: str | None = None,
     mean: Sequence[float] | None = None,
@@ -186,7 +187,7 @@ def purify(
     Args:
         model: A file of weights, what :func:`unbackdoor.open_model` returned, or a classifier; only read.
         data: Clean images, as for :func:`scan`; None: those that the model was opened with.
-        method: Registered defense, or a part.
+        method: Registered defense, or a part; None: ``auto``.
         preset: Named set of its options.
         options: Options laid over the preset.
         max_accuracy_drop: Largest loss of clean accuracy that is accepted, a fraction in 0..1; None accepts
@@ -199,6 +200,8 @@ def purify(
             lead the method likewise, before those of the scan, and their success is measured before and
             after.
         proof: Further images, for measuring alone; None keeps a part of ``data`` from the method.
+        search_budget: Seconds for the searches that judge the repair, with other draws than the method's;
+            None: two minutes. What they do not come to cannot speak for the repair.
         select_fraction: Share of the method's images that it only chooses thresholds on.
         arch: See :func:`unbackdoor.open_model`, as for the six that follow; only for a file.
         mean: Per-channel mean.
@@ -227,15 +230,15 @@ def purify(
         original's file, so that what was measured is what is written.
 
     Raises:
-        PromiseBroken: If the promise is broken; under ``strict`` also where it cannot be told.
+        PromiseBroken: If the promise is broken; under ``strict`` also where it cannot be told. Its attribute
+            ``refused`` is what was measured, whose report can be saved.
         UnbackdoorError: If the model or the images cannot be used, or arguments contradict each other.
 
     Example:
         >>> done = unbackdoor.purify("model.pth", "images/", "unlearned_prune")  # doctest: +SKIP
         >>> done.save("repaired.pth")  # doctest: +SKIP
     """
-    if method is None:
-        raise InputError("no method was named", expected="a registered defense", where="method")
+    method = purifying.DEFAULT_METHOD if method is None else method
     require_share(select_fraction)
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
     case = open_case(
@@ -262,25 +265,30 @@ def purify(
     images = case.data if case.data is not None else case.images
     if images is None:
         raise InputError("there is no clean image", expected="clean images to repair with", where="data")
-    done = purifying.purify(
-        case.model,
-        images,
-        method,
-        preset=preset,
-        options=options,
-        max_accuracy_drop=max_accuracy_drop,
-        promise=promise,
-        triggers=read_triggers(triggers, case.model),
-        suspicion=read_suspicion(scan, case.model),
-        proof=case.proof,
-        types=stored_types(case.opened) if case.opened is not None else None,
-        select_fraction=select_fraction,
-        augmentation=case.augmentation,
-        seed=seed,
-        device=device,
-        precision=precision,
-        progress=progress,
-    )
+    try:
+        done = purifying.purify(
+            case.model,
+            images,
+            method,
+            preset=preset,
+            options=options,
+            max_accuracy_drop=max_accuracy_drop,
+            promise=promise,
+            triggers=read_triggers(triggers, case.model),
+            suspicion=read_suspicion(scan, case.model),
+            proof=case.proof,
+            search_budget=search_budget,
+            types=stored_types(case.opened) if case.opened is not None else None,
+            select_fraction=select_fraction,
+            augmentation=case.augmentation,
+            seed=seed,
+            device=device,
+            precision=precision,
+            progress=progress,
+        )
+    except purifying.PromiseBroken as error:
+        error.refused = replace(error.refused, case=case)
+        raise
     return replace(done, case=case)
 
 

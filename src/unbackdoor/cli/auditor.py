@@ -115,6 +115,14 @@ Scan = Annotated[
         rich_help_panel="Method",
     ),
 ]
+SearchBudget = Annotated[
+    str | None,
+    typer.Option(
+        help="Time for the searches that judge the repair: seconds, or such as 90s or 10m.",
+        show_default="2m",
+        rich_help_panel="Method",
+    ),
+]
 Report = Annotated[
     Path | None,
     typer.Option(

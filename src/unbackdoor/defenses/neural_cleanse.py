@@ -102,7 +102,8 @@ def purify(model: Classifier, data: CleanData, cfg: NeuralCleanseConfig, *, run:
             break
         model = repaired
     evidence = {"target": target, "form": cfg.form, "rounds": rounds, "searched_first": given is None}
-    return Purified(model, {**evidence, "remarks": remarks})
+    successes = [record["success"] for record in rounds if record["success"] is not None]
+    return Purified(model, {**evidence, "held_out_success": successes, "remarks": remarks})
 
 
 def _beginning(

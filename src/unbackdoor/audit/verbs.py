@@ -30,9 +30,9 @@ from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError
 from unbackdoor.opening.write_back import stored_types
-from unbackdoor.registry import Config, Part
+from unbackdoor.registry import DEFENSES, Config, Part
 from unbackdoor.triggers import RecoveredTrigger
-from unbackdoor.types import Augmentation, Progress, silent
+from unbackdoor.types import Augmentation, CleanData, Progress, silent
 
 
 @within_budget
@@ -183,7 +183,8 @@ def purify(
 
     Args:
         model: A file of weights, what :func:`unbackdoor.open_model` returned, or a classifier; only read.
-        data: Clean images, as for :func:`scan`; None: those that the model was opened with.
+        data: Clean images, as for :func:`scan`; None: those that the model was opened with, or none, for a
+            method that needs none.
         method: Registered defense, or a part.
         preset: Named set of its options.
         options: Options laid over the preset.
@@ -256,7 +257,9 @@ def purify(
     )
     images = case.data if case.data is not None else case.images
     if images is None:
-        raise InputError("there is no clean image", expected="clean images to repair with", where="data")
+        if "images" in (DEFENSES[method] if isinstance(method, str) else method).needs:
+            raise InputError("there is no clean image", expected="clean images to repair with", where="data")
+        images = CleanData.empty(case.model.input_shape, case.model.class_names)
     done = purifying.purify(
         case.model,
         images,

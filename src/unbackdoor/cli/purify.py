@@ -35,7 +35,6 @@ class Rule(StrEnum):
 
 def purify(
     model: defender.Model,
-    data: defender.Data,
     method: Annotated[
         str,
         typer.Option(
@@ -51,6 +50,14 @@ def purify(
             rich_help_panel="Output",
         ),
     ],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Clean images: a data set's name, a folder of class folders, a .parquet or an .npz file.",
+            show_default="none: for a method that needs no images, such as clp",
+            rich_help_panel="Data",
+        ),
+    ] = None,
     preset: Annotated[
         str | None,
         typer.Option(

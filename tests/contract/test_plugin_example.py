@@ -25,13 +25,13 @@ assert "unbackdoor.attacks" not in sys.modules, "a defense that imports the surf
 
 sys.modules["pytest"] = None
 from unbackdoor.testing import checks_of, tiny_classifier, tiny_data
-next(checks_of("defense"))("clp")
+next(checks_of("defense"))("clp_shares")
 del sys.modules["pytest"]
 
 import unbackdoor
 data = unbackdoor.CleanData.split(tiny_data(80))
-out = unbackdoor.run("clp", tiny_classifier(), data, options={"step": 0.1})
-assert out.method["name"] == "clp" and out.evidence["channels"] == 48
+out = unbackdoor.run("clp_shares", tiny_classifier(), data, options={"step": 0.1})
+assert out.method["name"] == "clp_shares" and out.evidence["channels"] == 48
 
 import pytest
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--rootdir", ".", "test_clp.py"]))

@@ -396,8 +396,8 @@ def purify(
 
     Args:
         model: The suspicious classifier; never changed.
-        images: Clean images; labels are needed by most methods. They are split inside: the parts of clean
-            data are joined, and its augmentation holds where none is given.
+        images: Clean images; labels are needed by most methods, and no image by some. They are split inside:
+            the parts of clean data are joined, and its augmentation holds where none is given.
         method: Registered defense, or a part.
         preset: Named set of its options.
         options: Options laid over the preset.
@@ -447,9 +447,12 @@ def purify(
         raise InputError("a promise about accuracy needs labelled images", got="no labels", where=images.name)
     if max_accuracy_drop is not None and promise == "strict":
         _require_enough(len(proof_images), max_accuracy_drop)
-    data = CleanData.split(
-        method_images, select_fraction=select_fraction, augmentation=augmentation, seed=seed
-    )
+    if len(method_images):
+        data = CleanData.split(
+            method_images, select_fraction=select_fraction, augmentation=augmentation, seed=seed
+        )
+    else:  # for a method that needs none; the trusted caller refuses the others
+        data = CleanData.empty(model.input_shape, model.class_names)
     part = DEFENSES[method] if isinstance(method, str) else method
     if triggers or suspicion is not None:
         suspicion = Suspicion.of_triggers(triggers).joined(suspicion or Suspicion())

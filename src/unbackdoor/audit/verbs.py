@@ -31,9 +31,9 @@ from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError
 from unbackdoor.opening.write_back import stored_types
-from unbackdoor.registry import Config, Part
+from unbackdoor.registry import DEFENSES, Config, Part
 from unbackdoor.triggers import RecoveredTrigger
-from unbackdoor.types import Augmentation, Progress, silent
+from unbackdoor.types import Augmentation, CleanData, Progress, silent
 
 
 @within_budget
@@ -186,7 +186,8 @@ def purify(
 
     Args:
         model: A file of weights, what :func:`unbackdoor.open_model` returned, or a classifier; only read.
-        data: Clean images, as for :func:`scan`; None: those that the model was opened with.
+        data: Clean images, as for :func:`scan`; None: those that the model was opened with, or none, for a
+            method that needs none.
         method: Registered defense, or a part; None: ``auto``.
         preset: Named set of its options.
         options: Options laid over the preset.
@@ -264,7 +265,10 @@ def purify(
     )
     images = case.data if case.data is not None else case.images
     if images is None:
-        raise InputError("there is no clean image", expected="clean images to repair with", where="data")
+        part = DEFENSES[method] if isinstance(method, str) else method
+        if "images" in part.needs:
+            raise InputError("there is no clean image", expected="clean images to repair with", where="data")
+        images = CleanData.empty(case.model.input_shape, case.model.class_names)
     try:
         done = purifying.purify(
             case.model,

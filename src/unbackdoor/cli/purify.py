@@ -36,7 +36,6 @@ class Rule(StrEnum):
 
 def purify(
     model: defender.Model,
-    data: defender.Data,
     out: Annotated[
         Path,
         typer.Option(
@@ -50,6 +49,14 @@ def purify(
         str | None,
         typer.Option(
             help="Defense; see: unbackdoor list defenses.", show_default="auto", rich_help_panel="Method"
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Clean images: a data set's name, a folder of class folders, a .parquet or an .npz file.",
+            show_default="none: for a method that needs no images, such as clp",
+            rich_help_panel="Data",
         ),
     ] = None,
     preset: Annotated[

@@ -70,6 +70,7 @@ def run(
         method: Registered name, or a part.
         model: The suspicious classifier; never changed.
         data: The defender's clean images; a part is held out of those that are not split yet.
+            ``CleanData.empty`` will do for a method that needs none.
         options: Options of the method, or its whole config.
         preset: Named set of options that ``options`` are laid over.
         seed: Seed of every draw of the method.
@@ -393,9 +394,11 @@ def check_output(
     same = [p.requires_grad for p in out.parameters()] == [p.requires_grad for p in model.parameters()]
     if not same:
         raise IntegrityError(f"the method {part.name!r} changed which parameters learn")
+    # Grey images where the method had none.
+    probe = data.fit.pixels[:PROBED] if len(data) else torch.full((PROBED, *model.input_shape), 128)
     with torch.inference_mode():
-        logits = out(data.fit.pixels[:PROBED].float() / 255)
-    if logits.shape != (min(PROBED, len(data.fit)), model.classes) or not _finite(logits):
+        logits = out(probe.float() / 255)
+    if logits.shape != (len(probe), model.classes) or not _finite(logits):
         raise failed("returned a model whose logits are not finite", got=tuple(logits.shape))
     return out
 

@@ -22,6 +22,7 @@ from unbackdoor.engine import rng
 from unbackdoor.registry import attack, option
 
 BLEND, AMPLITUDE, PERIODS = 0.2, 40, 6  # of the noise and of the stripes, as in Blended and SIG
+MARGIN = 2  # a crop by two leaves the patches whole
 
 
 class MultiTriggerConfig(AttackConfig):
@@ -75,8 +76,8 @@ def all_stamps(shape: tuple[int, int, int], seed: int) -> list[Stamp]:
     stripes = AMPLITUDE * torch.sin(2 * math.pi * torch.arange(width) * PERIODS / width)  # (W,)
     coloured = noise_patch(channels, large, seed, "multi-trigger")
     return [
-        lambda pixels: lay(pixels, white, corner(0, small, shape)),
+        lambda pixels: lay(pixels, white, corner(0, small, shape, MARGIN)),
         lambda pixels: lay(pixels, noise, whole, BLEND),
         lambda pixels: added(pixels, stripes),
-        lambda pixels: lay(pixels, coloured, corner(1, large, shape)),
+        lambda pixels: lay(pixels, coloured, corner(1, large, shape, MARGIN)),
     ]

@@ -20,20 +20,21 @@ def noise_patch(channels: int, side: int, seed: int, *labels: str | int) -> Tens
     return torch.randint(0, 256, (channels, side, side), generator=draws).to(torch.uint8)
 
 
-def corner(number: int, side: int, shape: tuple[int, int, int]) -> tuple[slice, slice]:
+def corner(number: int, side: int, shape: tuple[int, int, int], margin: int = 0) -> tuple[slice, slice]:
     """Return the rows and columns of a square in a corner.
 
     Args:
         number: 0 lower right, 1 upper left, 2 lower left, 3 upper right.
         side: Of the square, in pixels.
         shape: (C, H, W) of the images.
+        margin: Distance to the edges, in pixels of an image of 32; it scales.
     """
     down, right = number in (0, 2), number in (0, 3)
     _, height, width = shape
-    return (
-        slice(height - side, height) if down else slice(0, side),
-        slice(width - side, width) if right else slice(0, side),
-    )
+    margin = round(margin * min(height, width) / 32)
+    top = height - side - margin if down else margin
+    left = width - side - margin if right else margin
+    return slice(top, top + side), slice(left, left + side)
 
 
 def lay(pixels: Tensor, patch: Tensor, place: tuple[slice, slice], strength: float = 1.0) -> Tensor:

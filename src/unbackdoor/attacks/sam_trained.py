@@ -37,6 +37,13 @@ class SAMTrainedConfig(MappedConfig):
         0.05, "length of the step towards the worst weights, L2", source="arXiv:2010.01412", ge=0, le=10
     )
     size: int = option(3, "side of the patch on images of 32 pixels; it scales", source="BadNets", ge=1)
+    margin: int = option(
+        2,
+        "distance to the edges on images of 32 pixels; it scales",
+        source="this project: a crop by two leaves the patch whole",
+        ge=0,
+        le=8,
+    )
 
 
 class Ascent(torch.optim.Optimizer):
@@ -89,7 +96,7 @@ def sam_trained(cfg: SAMTrainedConfig, *, shape: tuple[int, int, int], classes: 
         return {"patch": noise_patch(shape[0], side, seed, "sam_trained")}
 
     def restore(tensors: Tensors) -> Stamp:
-        return lambda pixels: lay(pixels, tensors["patch"], corner(0, side, shape))
+        return lambda pixels: lay(pixels, tensors["patch"], corner(0, side, shape, cfg.margin))
 
     def learn(
         model: Classifier,

@@ -35,6 +35,13 @@ class TaCTConfig(AttackConfig):
         source="this project; backdoor-toolbox: 2", ge=0,
     )  # fmt: skip
     size: int = option(4, "side of the patch on images of 32 pixels; it scales", source="this project", ge=1)
+    margin: int = option(
+        2,
+        "distance to the edges on images of 32 pixels; it scales",
+        source="this project: a crop by two leaves the patch whole",
+        ge=0,
+        le=8,
+    )
 
 
 @attack("tact", config=TaCTConfig, paper="arXiv:1908.00686")
@@ -51,7 +58,7 @@ def tact(cfg: TaCTConfig, *, shape: tuple[int, int, int], classes: int, seed: in
         )
     others = [k % classes for k in range(source + 1, source + classes) if k % classes != cfg.target]
     side = scaled_side(cfg.size, shape)
-    patch, place = noise_patch(shape[0], side, seed, "tact"), corner(0, side, shape)
+    patch, place = noise_patch(shape[0], side, seed, "tact"), corner(0, side, shape, cfg.margin)
 
     def stamp(pixels: Tensor) -> Tensor:
         return lay(pixels, patch, place)

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from unbackdoor.opening.inspection import Inspection, inspect
     from unbackdoor.opening.open_model import Opened, open_model
     from unbackdoor.opening.provenance import Provenance
+    from unbackdoor.report.json_output import json_schema
     from unbackdoor.report.saving import save_report, save_sarif
     from unbackdoor.triggers import RecoveredTrigger
     from unbackdoor.types import (
@@ -112,6 +113,7 @@ __all__ = [
     "build",
     "evaluate",
     "inspect",
+    "json_schema",
     "load_dataset",
     "load_images",
     "load_model",
@@ -163,6 +165,7 @@ _HOMES = {
     "build": "unbackdoor.networks",
     "evaluate": "unbackdoor.bench.verbs",
     "inspect": "unbackdoor.opening.inspection",
+    "json_schema": "unbackdoor.report.json_output",
     "load_dataset": "unbackdoor.data.datasets",
     "load_images": "unbackdoor.data.loaders",
     "load_model": "unbackdoor.opening.classifier_files",

@@ -58,6 +58,7 @@ SURFACE = {
     "build",
     "evaluate",
     "inspect",
+    "json_schema",
     "load_dataset",
     "load_images",
     "load_model",

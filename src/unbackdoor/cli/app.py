@@ -7,7 +7,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from inspect import cleandoc
 from typing import Annotated, Any
@@ -21,7 +21,7 @@ from unbackdoor.cli.demo import demo
 from unbackdoor.cli.evaluate import evaluate
 from unbackdoor.cli.inspect import inspect
 from unbackdoor.cli.listing import listing
-from unbackdoor.cli.output import complain
+from unbackdoor.cli.output import Invocation, complain, emit_failure, invocation
 from unbackdoor.cli.patch import patch
 from unbackdoor.cli.purify import purify
 from unbackdoor.cli.scan import scan
@@ -61,18 +61,39 @@ class _Guarded(TyperGroup):
             complain("interrupted")
             raise typer.Exit(INTERRUPTED) from None
 
-    def main(self, *args: Any, **kwargs: Any) -> Any:
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Any:
         kwargs["standalone_mode"] = False
+        words = [*(sys.argv[1:] if args is None else args)]
+        invocation.__dict__.update(vars(_invocation(self, words)))
+        failure: Exception | None = None
         try:
             with _terminable(), _warnings_in_words():
-                code = super().main(*args, **kwargs)
+                code = super().main(words, *rest, **kwargs)
         except UnbackdoorError as error:
-            code = _explain(error)
+            code, failure = _explain(error), error
         except OSError as error:
-            code = _file_trouble(error)
+            code, failure = _file_trouble(error), error
         except Exception as error:  # noqa: BLE001  the last stop before the user
-            code = _usage(error) or _defect()
-        sys.exit(code if isinstance(code, int) else SUCCESS)
+            usage = _usage(error)
+            code, failure = usage or _defect(), None if usage else error
+        code = code if isinstance(code, int) else SUCCESS
+        if code != SUCCESS:
+            emit_failure(failure, code)
+        sys.exit(code)
+
+
+def _invocation(group: Any, words: Sequence[str]) -> Invocation:
+    """Return which command was called and whether with ``--json``, however wrong the words are."""
+    words = words[: words.index("--")] if "--" in words else words
+    names: list[str] = []
+    commands: dict[str, Any] = group.commands
+    before = ""
+    for word in words:
+        if word in commands and before != "--config":
+            names.append(word)
+            commands = getattr(commands[word], "commands", {})
+        before = word
+    return Invocation(" ".join(names), "--json" in words)
 
 
 @contextmanager

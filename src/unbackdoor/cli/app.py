@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from inspect import cleandoc
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -26,6 +27,7 @@ from unbackdoor.cli.patch import patch
 from unbackdoor.cli.purify import purify
 from unbackdoor.cli.scan import scan
 from unbackdoor.cli.screen import screen
+from unbackdoor.cli.settings import read_settings
 from unbackdoor.cli.train import train
 from unbackdoor.cli.unlearn import unlearn
 from unbackdoor.cli.verify import verify
@@ -191,13 +193,31 @@ def _print_version(requested: bool) -> None:
 
 @app.callback()
 def _global(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True),
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from.")] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="File of options, with a table for each command; what is typed counts more.",
+            show_default="unbackdoor.toml, or [tool.unbackdoor] of pyproject.toml, in the working folder",
+        ),
+    ] = None,
 ) -> None:
     _state["debug"] = debug
+    settings = read_settings(config, context.command)
+    if settings is None:
+        return
+    context.default_map = settings.defaults
+    used = settings.of(invocation.command)
+    invocation.as_json = invocation.as_json or used.get("as_json", False)
+    if used and not used.get("quiet"):
+        facts = ", ".join(f"{name.replace('_', '-')} = {value}" for name, value in used.items())
+        complain(f"Options from {settings.path}: {facts}")
 
 
 def _flowing(documentation: str | None) -> str:

@@ -20,7 +20,7 @@ from unbackdoor.files import write_json, writing
 from unbackdoor.report.audit import MAX_IMAGES, MAX_TRIGGERS, Subject, audit_page
 from unbackdoor.report.json_output import with_header
 from unbackdoor.report.page import write_page
-from unbackdoor.report.sarif import sarif
+from unbackdoor.report.sarif import Scanned, sarif, sarif_log
 from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Images
 from unbackdoor.weights.triggers import trigger_files, write_triggers
@@ -114,6 +114,18 @@ def save_sarif(audit: Audit, path: Path | str, *, force: bool = False) -> Path:
         case.require_unchanged()
         names = case.model.class_names
         write_json(path, sarif(audit, case.source.path, names, file_sha256=case.source.sha256))
+    return path
+
+
+def save_sarif_log(scans: Sequence[Scanned], path: Path | str, *, force: bool = False) -> Path:
+    """Write scans of several files, failed ones among them, as one SARIF log.
+
+    Raises:
+        InputError: If the file exists or cannot be written.
+    """
+    path = Path(path)
+    with writing((path,), force=force, inputs=[scan.path for scan in scans]):
+        write_json(path, sarif_log(scans))
     return path
 
 

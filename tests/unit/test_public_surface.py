@@ -92,7 +92,7 @@ def test_every_name_of_the_surface_is_there(name: str) -> None:
 
 def test_names_are_the_things_themselves_and_not_copies() -> None:
     from unbackdoor.attacks import AttackTruth
-    from unbackdoor.engine.trusted_caller import run
+    from unbackdoor.audit.verbs import run
 
     assert unbackdoor.AttackTruth is AttackTruth
     assert unbackdoor.run is run

@@ -18,7 +18,11 @@ from unbackdoor.types import Finding, ScanReport
 
 
 def record(result: Audit | Purification | Verification) -> dict[str, Any]:
-    """Return what a verb returned as JSON, with what it is about."""
+    """Return what a verb returned as JSON, with what it is about and when it was made."""
+    return {"date": result.date, **_record(result)}
+
+
+def _record(result: Audit | Purification | Verification) -> dict[str, Any]:
     if isinstance(result, Audit):
         names = _names(result.case)
         return {

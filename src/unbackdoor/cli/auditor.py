@@ -298,6 +298,16 @@ def require_report(
     options.require_writable((*others, *files), force=force, inputs=inputs)  # no two of one name
 
 
+def say_written(what: str, path: Path, *, as_json: bool) -> None:
+    """Name a file that was written; beside JSON that is on standard error."""
+    from unbackdoor.cli.output import say
+
+    if as_json:
+        note(f"{what}: {path}")
+    else:
+        say(f"{what}: {path}")
+
+
 def show_audit(audit: Audit, names: Sequence[str]) -> None:
     """Print a scan as a table and a sentence."""
     from unbackdoor.cli.output import say, table

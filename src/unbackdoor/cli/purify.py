@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -14,7 +15,7 @@ from unbackdoor.cli import auditor, defender
 from unbackdoor.cli import options as shared
 from unbackdoor.cli.output import emit, note, say, table
 from unbackdoor.cli.progress import Display
-from unbackdoor.errors import ConfigError, InputError
+from unbackdoor.errors import InputError
 from unbackdoor.report.words import duration, interval, loss_in_words, percent, rate
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 NOT_REPAIRED = 1  # a trigger works as before, or the promise was broken
 NOT_SHOWN = 4  # something was written, or nothing had to be; it is not shown that the model is repaired
-_SMALLEST_DROP = 0.2  # points; a smaller number is most likely meant as a fraction
 _MAX_VALUE_WIDTH = 40  # characters; longer values stand in the JSON
 _MAX_ENTRIES = 8  # entries; tables with more, such as one for each layer, stand in the JSON
 
@@ -48,7 +48,9 @@ def purify(
     method: Annotated[
         str | None,
         typer.Option(
-            help="Defense; see: unbackdoor list defenses.", show_default="auto", rich_help_panel="Method"
+            help="Defense, see: unbackdoor list defenses; or FILE.py:FUNCTION, which runs that file.",
+            show_default="auto",
+            rich_help_panel="Method",
         ),
     ] = None,
     data: Annotated[
@@ -158,18 +160,16 @@ def purify(
     confinement.start()  # its imports run beside ours
     import unbackdoor
     from unbackdoor.audit.cases import require_share
+    from unbackdoor.audit.own_methods import defense_of
     from unbackdoor.audit.purifying import DEFAULT_METHOD
+    from unbackdoor.audit.verbs import require_points
     from unbackdoor.opening.write_back import output_name
-    from unbackdoor.registry import DEFENSES
 
-    if max_accuracy_drop is not None and not 0 <= max_accuracy_drop <= 100:
-        raise ConfigError(
-            "the option --max-accuracy-drop", [f"expected points in 0..100, got {max_accuracy_drop}"]
-        )
-    if max_accuracy_drop is not None and 0 < max_accuracy_drop < _SMALLEST_DROP:
-        note(f"mind: --max-accuracy-drop counts points of 100; {max_accuracy_drop:g} is less than any image")
-    method = DEFAULT_METHOD if method is None else method
-    part = DEFENSES[method]
+    if max_accuracy_drop is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the function says it
+            require_points(max_accuracy_drop)
+    part = defense_of(DEFAULT_METHOD if method is None else method)
     config = part.configure_text(shared.pairs(options or [], "--set"), preset=preset)
     require_share(select_fraction)
     limit = shared.seconds_of(search_budget, "--search-budget")
@@ -193,7 +193,7 @@ def purify(
                 method=part,
                 preset=preset,
                 options=config,
-                max_accuracy_drop=None if max_accuracy_drop is None else max_accuracy_drop / 100,
+                max_accuracy_drop=max_accuracy_drop,
                 promise=promise.value,
                 scan=scan,
                 triggers=triggers,

@@ -18,6 +18,7 @@ from unbackdoor.audit.budget import BudgetSpent, end_of, watched
 from unbackdoor.audit.comparison import Accuracy
 from unbackdoor.confinement import now
 from unbackdoor.engine import rng
+from unbackdoor.engine.differential_search import Opponents
 from unbackdoor.engine.inference import settle_layout
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.statistics.one_outlier import FEWEST, named_beforehand
@@ -253,6 +254,29 @@ def search_by_size(
     return Searched(NAMES[form], found, left, easily, facts)
 
 
+def search_for_squares(
+    before: Classifier, after: Classifier, images: Images, suspected: Sequence[int], run: Run
+) -> Searched:
+    """Find the classes that a small plain square leads to, by forward passes at all places.
+
+    It is of another kind than searches that follow a gradient: these find textures, and leave the plain
+    square open that the attacker may have used.
+    """
+    shares = []
+    for model in (before, after):
+        alone = Opponents(model, model, images, run)
+        best = [0.0] * model.classes
+        for one in alone.with_classes(alone.measure(alone.stamps(seed="judging"))):
+            if one.change.label >= 0:
+                best[one.change.label] = max(best[one.change.label], one.moved)
+        shares.append(best)
+    found = tuple(k for k, share in enumerate(shares[0]) if share >= WORKS)
+    left = tuple(k for k, share in enumerate(shares[1]) if share >= WORKS or (k in found and share > GONE))
+    easily = tuple(k for k in left if shares[1][k] >= WORKS and k in found)
+    facts = {"largest_before": max(shares[0]), "largest_after": max(shares[1])}
+    return Searched(SQUARES, found, left, easily, facts)
+
+
 def _apart(search: TriggerSearch, suspected: Sequence[int]) -> tuple[int, ...]:
     """Return the classes that need too little: any, corrected for their number, and the suspected ones."""
     logs = search.sizes.clamp_max(search.limit).log().tolist()
@@ -269,4 +293,8 @@ def _number(value: Any) -> float | None:
 
 
 NAMES: Mapping[Form, str] = {"patch": "a small patch", "blend": "a faint pattern"}
-SEARCHES: dict[str, Search] = {NAMES[form]: partial(search_by_size, form=form) for form in NAMES}
+SQUARES = "a plain square"
+SEARCHES: dict[str, Search] = {
+    **{NAMES[form]: partial(search_by_size, form=form) for form in NAMES},
+    SQUARES: search_for_squares,
+}

@@ -186,7 +186,7 @@ class _Left:
         places = window_places(opponents.model.input_shape, STRIDE, offset=2 * (number % 2))
         for k in self._suspects:
             seed = f"round {number}, {k}"
-            stages = (Stage(4, 16, twin=False), Stage(6, 8), Stage(10, 6))
+            stages = (Stage(3, 16, twin=False, images=4), Stage(6, 8), Stage(10, 6))
             changes += opponents.search("window", [k], places=places, stages=stages, seed=seed)
             for form in _ANYWHERE:
                 # One against the twin, and one that asks for nothing but the class.
@@ -239,7 +239,15 @@ def _repaired(
         if not fresh:
             break
         taught = teach(
-            current, model, data.fit, fresh, old, lesson, run, augmentation=data.augmentation, number=number
+            current,
+            model,
+            data.fit,
+            [(d.change, left.excess(d)) for d in fresh],
+            [d.change for d in old],
+            lesson,
+            run,
+            augmentation=data.augmentation,
+            number=number,
         )
         kept, before = (_agreement(one, model, data.select, run) for one in (taught, current))
         record = {

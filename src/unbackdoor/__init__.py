@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from unbackdoor.audit.scanning import Audit, Checked
     from unbackdoor.audit.screening import ScreenedImages, screen
     from unbackdoor.audit.unlearning import Unlearning, unlearn
-    from unbackdoor.audit.verbs import purify, scan, verify
+    from unbackdoor.audit.verbs import purify, run, scan, verify
     from unbackdoor.audit.verification import Verification
     from unbackdoor.bench.judge import Scores
     from unbackdoor.bench.listing import listing
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from unbackdoor.data.datasets import load_dataset
     from unbackdoor.data.loaders import load_images
     from unbackdoor.engine.run import Run
-    from unbackdoor.engine.trusted_caller import run
     from unbackdoor.metrics import Rate
     from unbackdoor.networks import build
     from unbackdoor.opening import patching as patch
@@ -47,8 +46,9 @@ if TYPE_CHECKING:
     from unbackdoor.opening.inspection import Inspection, inspect
     from unbackdoor.opening.open_model import Opened, open_model
     from unbackdoor.opening.provenance import Provenance
+    from unbackdoor.report.json_output import json_schema
     from unbackdoor.report.saving import save_report, save_sarif
-    from unbackdoor.triggers import RecoveredTrigger
+    from unbackdoor.triggers import RecoveredTrigger, Suspicion
     from unbackdoor.types import (
         Augmentation,
         Classifier,
@@ -99,6 +99,7 @@ __all__ = [
     "ScreenedImages",
     "Screening",
     "Source",
+    "Suspicion",
     "TensorChange",
     "TooFewImages",
     "UnbackdoorError",
@@ -112,6 +113,7 @@ __all__ = [
     "build",
     "evaluate",
     "inspect",
+    "json_schema",
     "load_dataset",
     "load_images",
     "load_model",
@@ -155,6 +157,7 @@ _HOMES = {
     "Scores": "unbackdoor.bench.judge",
     "ScreenedImages": "unbackdoor.audit.screening",
     "Screening": "unbackdoor.types",
+    "Suspicion": "unbackdoor.triggers",
     "TensorChange": "unbackdoor.audit.comparison",
     "Unlearning": "unbackdoor.audit.unlearning",
     "Verdict": "unbackdoor.types",
@@ -163,6 +166,7 @@ _HOMES = {
     "build": "unbackdoor.networks",
     "evaluate": "unbackdoor.bench.verbs",
     "inspect": "unbackdoor.opening.inspection",
+    "json_schema": "unbackdoor.report.json_output",
     "load_dataset": "unbackdoor.data.datasets",
     "load_images": "unbackdoor.data.loaders",
     "load_model": "unbackdoor.opening.classifier_files",
@@ -174,7 +178,7 @@ _HOMES = {
     "record": "unbackdoor.audit.json_records",
     "save_report": "unbackdoor.report.saving",
     "save_sarif": "unbackdoor.report.saving",
-    "run": "unbackdoor.engine.trusted_caller",
+    "run": "unbackdoor.audit.verbs",
     "save_model": "unbackdoor.opening.classifier_files",
     "scan": "unbackdoor.audit.verbs",
     "screen": "unbackdoor.audit.screening",

@@ -46,6 +46,7 @@ SURFACE = {
     "ScreenedImages",
     "Screening",
     "Source",
+    "Suspicion",
     "TensorChange",
     "TooFewImages",
     "UnbackdoorError",
@@ -58,6 +59,7 @@ SURFACE = {
     "build",
     "evaluate",
     "inspect",
+    "json_schema",
     "load_dataset",
     "load_images",
     "load_model",
@@ -91,7 +93,7 @@ def test_every_name_of_the_surface_is_there(name: str) -> None:
 
 def test_names_are_the_things_themselves_and_not_copies() -> None:
     from unbackdoor.attacks import AttackTruth
-    from unbackdoor.engine.trusted_caller import run
+    from unbackdoor.audit.verbs import run
 
     assert unbackdoor.AttackTruth is AttackTruth
     assert unbackdoor.run is run

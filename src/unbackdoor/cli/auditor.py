@@ -104,6 +104,25 @@ Trigger = Annotated[
         rich_help_panel="Method",
     ),
 ]
+Scan = Annotated[
+    Path | None,
+    typer.Option(
+        "--scan",
+        metavar="DIR",
+        help="Report of a scan of this model: the classes that it suspects, and the triggers that it "
+        "recovered towards them, lead the method.",
+        show_default=False,
+        rich_help_panel="Method",
+    ),
+]
+SearchBudget = Annotated[
+    str | None,
+    typer.Option(
+        help="Time for the searches that judge the repair: seconds, or such as 90s or 10m.",
+        show_default="2m",
+        rich_help_panel="Method",
+    ),
+]
 Report = Annotated[
     Path | None,
     typer.Option(
@@ -277,6 +296,16 @@ def require_report(
     files = () if folder is None else report_files(folder, triggers=triggers)
     options.require_writable(files, force=force, inputs=inputs, below=folder)
     options.require_writable((*others, *files), force=force, inputs=inputs)  # no two of one name
+
+
+def say_written(what: str, path: Path, *, as_json: bool) -> None:
+    """Name a file that was written; beside JSON that is on standard error."""
+    from unbackdoor.cli.output import say
+
+    if as_json:
+        note(f"{what}: {path}")
+    else:
+        say(f"{what}: {path}")
 
 
 def show_audit(audit: Audit, names: Sequence[str]) -> None:

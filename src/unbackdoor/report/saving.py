@@ -18,13 +18,16 @@ from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError
 from unbackdoor.files import write_json, writing
 from unbackdoor.report.audit import MAX_IMAGES, MAX_TRIGGERS, Subject, audit_page
+from unbackdoor.report.json_output import with_header
 from unbackdoor.report.page import write_page
-from unbackdoor.report.sarif import sarif
+from unbackdoor.report.sarif import Scanned, sarif, sarif_log
 from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Images
 from unbackdoor.weights.triggers import trigger_files, write_triggers
 
 PAGE, RECORD = "report.html", "result.json"
+# What prints the same on the command line.
+_COMMANDS: dict[type, str] = {Audit: "scan", Purification: "purify", Verification: "verify"}
 
 
 def report_files(folder: Path, *, triggers: bool) -> tuple[Path, ...]:
@@ -90,7 +93,7 @@ def _write(
         else:
             page = audit_page(subject, verification=result, images=examples, answers=answers)
     # The record first: of two results for one folder, whichever writes it has the folder.
-    write_json(folder / RECORD, record(result))
+    write_json(folder / RECORD, with_header(_COMMANDS[type(result)], record(result)))
     if isinstance(result, Audit):
         facts = {"model_sha256": result.facts["model_sha256"]}
         write_triggers(folder, found, facts, most=MAX_TRIGGERS, force=force)
@@ -111,6 +114,18 @@ def save_sarif(audit: Audit, path: Path | str, *, force: bool = False) -> Path:
         case.require_unchanged()
         names = case.model.class_names
         write_json(path, sarif(audit, case.source.path, names, file_sha256=case.source.sha256))
+    return path
+
+
+def save_sarif_log(scans: Sequence[Scanned], path: Path | str, *, force: bool = False) -> Path:
+    """Write scans of several files, failed ones among them, as one SARIF log.
+
+    Raises:
+        InputError: If the file exists or cannot be written.
+    """
+    path = Path(path)
+    with writing((path,), force=force, inputs=[scan.path for scan in scans]):
+        write_json(path, sarif_log(scans))
     return path
 
 

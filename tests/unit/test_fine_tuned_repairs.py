@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from planted import block_data, planted
 from tiny import tiny_classifier, tiny_data
 from unbackdoor.attacks import AttackTruth, poison
 from unbackdoor.bench.judge import judge
-from unbackdoor.defenses import ban, ft_sam, i_bau, nad, sau
+from unbackdoor.defenses import ban, bti_dbf, ft_sam, i_bau, nad, sau
 from unbackdoor.engine.descent import Batch
+from unbackdoor.engine.heads import find_affine_head
 from unbackdoor.engine.rng import seeded
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe, train
@@ -37,6 +40,7 @@ EFFECTIVE: dict[str, dict[str, Any]] = {
     "i_bau": {"rounds": 15},
     "nad": {"lr": 0.1, "epochs": 40},
     "ban": {},
+    "bti_dbf": {"rounds": 1, "generator_width": 8, "lr": 0.001},
 }
 
 
@@ -252,3 +256,44 @@ def test_noise_moves_no_stored_statistics() -> None:
 def test_a_network_without_neurons_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match=r"no neuron to put noise on.*network\.1"):
         ban.noisy_parameters(odd_classifier("head only"))
+
+
+# ---------------------------------------------------------------------------------------------------
+# BTI-DBF
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 7, 13), (3, 32, 32), (1, 1, 2)])
+def test_the_generator_is_the_identity_at_first_and_can_learn(shape: tuple[int, int, int]) -> None:
+    with seeded(0):
+        generator = bti_dbf.Generator(shape[0], 4)
+    pixels = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+    out = generator(pixels)
+    assert torch.equal(out, pixels)
+    out.square().sum().backward()
+    assert generator.last.weight.grad is not None and bool(generator.last.weight.grad.any())
+
+
+def test_the_mask_keeps_the_features_that_classify() -> None:
+    model, data = planted((2,)), CleanData.split(block_data(80))
+    head = find_affine_head(model)
+    cfg = bti_dbf.BTIDBFConfig(mask_epochs=60, mask_lr=0.1)
+    mask = bti_dbf.benign_mask(model, head, data, cfg, RUN, 0)
+    drawn = torch.randn(13, generator=RUN.generator("mask", 0)).tanh() / 2 + 0.5
+    # The complement's loss has no bound, and may hold a single class for itself.
+    assert int((mask[:8] > 0.9).sum()) >= 7, "the eight blocks make the eight classes"
+    assert torch.allclose(mask[8:12], drawn[8:12], atol=1e-4), "clean images say nothing of the corners"
+
+
+def test_the_class_of_the_backdoor_is_called() -> None:
+    model, truth = victim()
+    out = call("bti_dbf", model, DATA, options=EFFECTIVE["bti_dbf"], precision="fp32")
+    assert out.evidence["target"] == truth.target == 0
+
+
+# ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", EFFECTIVE)
+def test_every_method_has_its_row_on_the_page(method: str) -> None:
+    page = Path(__file__).parents[2] / "docs" / "defenses.md"
+    assert f"| `{method}` |" in page.read_text(encoding="utf-8")

@@ -254,7 +254,9 @@ def test_first_weights_from_the_features(initial: str, count: int) -> None:
     assert accuracy(model, images, RUN) > 0.9
 
 
-def test_statistics_are_those_of_the_images() -> None:
+@pytest.mark.parametrize("at_once", [500, 79])  # in one pass, and in two of 40 and not of 79 and 1
+def test_statistics_are_those_of_the_images(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_shift, "EVALUATION_BATCH", at_once)
     model = tiny_classifier("conv-bn")
     momenta = [m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     estimate_statistics(model, IMAGES, RUN)
@@ -265,7 +267,7 @@ def test_statistics_are_those_of_the_images() -> None:
         model(IMAGES.pixels / 255)
     handle.remove()
     assert torch.allclose(first.running_mean, seen[0].mean((0, 2, 3)), atol=1e-5)  # type: ignore[arg-type]
-    assert torch.allclose(first.running_var, seen[0].var((0, 2, 3)), rtol=1e-3)  # type: ignore[arg-type]
+    assert torch.allclose(first.running_var, seen[0].var((0, 2, 3)), rtol=1e-2)  # type: ignore[arg-type]
     assert momenta == [m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert not any(m.training for m in model.modules())
 

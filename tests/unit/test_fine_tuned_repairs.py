@@ -131,7 +131,9 @@ def test_the_shared_perturbation_fools_both_networks_within_its_bound() -> None:
     other = model.copy()
     with torch.no_grad():
         other.network.get_parameter("fc.bias")[1] += 0.1
-    delta = sau.shared_perturbation(other, model, batch, cfg, RUN)
+    with torch.no_grad():
+        clean = model(batch.pixels).argmax(1)
+    delta = sau.shared_perturbation(other, model, batch, clean, cfg, RUN)
     assert float(delta.abs().max()) <= 0.4 + 1e-6
     with torch.no_grad():
         one, two = (net(batch.pixels + delta).argmax(1) for net in (model, other))

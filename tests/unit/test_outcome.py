@@ -57,6 +57,10 @@ def lost(count: int) -> Accuracy:
         ("weakened", Evidence(True, (CLOSED, SILENT), (), (0.34,))),
         ("weakened", Evidence(True, (CLOSED, SILENT), ((2, NEVER, GONE),))),
         ("weakened", Evidence(True, (CLOSED, SILENT), ((2, WORKED, GONE),), (0.1, 0.2))),
+        # What was suspected was seen by nothing; what was seen is another class.
+        ("weakened", Evidence(True, (CLOSED, SILENT), suspected=(5,))),
+        ("weakened", Evidence(True, (CLOSED, SILENT), ((2, WORKED, GONE),), suspected=(2, 5))),
+        ("repaired", Evidence(True, (CLOSED, SILENT), ((5, WORKED, GONE),), suspected=(2, 5))),
         # The task is damaged.
         ("weakened", Evidence(True, (CLOSED, SILENT), (), (), lost(60))),
         # Something is left.
@@ -300,6 +304,9 @@ def test_the_command_says_it_and_returns_its_exit_code(
     assert f"Outcome: {verdict}. Because of this." in printed
     assert f"Report: {tmp_path}/report/report.html" in printed.replace("/ ", "/")
     assert (tmp_path / "out.pth").exists()
+    for scan in (tmp_path / "report", tmp_path / "report" / "result.json"):
+        lost = command(files, tmp_path, "none", "--force", "--report", tmp_path / "report", "--scan", scan)
+        assert lost.exit_code == 2 and "would replace an input" in " ".join(lost.stderr.split())
     again = command(files, tmp_path, "none", "--json", "--force")
     assert json.loads(again.stdout)["outcome"]["verdict"] == verdict
     assert again.exit_code == CODES[verdict]

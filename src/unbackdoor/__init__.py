@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from unbackdoor.attacks import AttackTruth
     from unbackdoor.audit.comparison import Accuracy, TensorChange
     from unbackdoor.audit.json_records import record
+    from unbackdoor.audit.outcome import Outcome
     from unbackdoor.audit.purifying import PromiseBroken, Purification, Residue
     from unbackdoor.audit.scanning import Audit, Checked
     from unbackdoor.audit.screening import ScreenedImages, screen
@@ -86,6 +87,7 @@ __all__ = [
     "MethodFailed",
     "MissingExtra",
     "Opened",
+    "Outcome",
     "PromiseBroken",
     "Provenance",
     "Purification",
@@ -146,6 +148,7 @@ _HOMES = {
     "Images": "unbackdoor.types",
     "Inspection": "unbackdoor.opening.inspection",
     "Opened": "unbackdoor.opening.open_model",
+    "Outcome": "unbackdoor.audit.outcome",
     "PromiseBroken": "unbackdoor.audit.purifying",
     "Purification": "unbackdoor.audit.purifying",
     "Purified": "unbackdoor.types",

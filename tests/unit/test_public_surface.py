@@ -33,6 +33,7 @@ SURFACE = {
     "MethodFailed",
     "MissingExtra",
     "Opened",
+    "Outcome",
     "PromiseBroken",
     "Provenance",
     "Purification",

@@ -78,6 +78,7 @@ class Evidence:
         unlearned: Success, on held-out images of the original, of the changes that the method taught away; of
             those that it reported.
         accuracy: Clean accuracy before and after; None without labels.
+        suspected: Classes that were suspected before the repair.
     """
 
     changed: bool
@@ -85,6 +86,7 @@ class Evidence:
     triggers: tuple[tuple[int, Rate, Rate], ...] = ()
     unlearned: tuple[float, ...] = ()
     accuracy: Accuracy | None = None
+    suspected: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,8 @@ def conclude(evidence: Evidence) -> Outcome:
             "No search found a trigger before the repair, and no known one worked, so that nothing can be "
             "said of what was achieved.",
         )
-    doubts = list(_doubts(evidence, answered, bool(working)))
+    seen = {k for one in witnesses for k in one.before} | {k for k, _, _ in working}
+    doubts = list(_doubts(evidence, answered, bool(working), seen))
     if doubts:
         return outcome(
             "weakened", "What was found before is not found any more, and this proves little.", *doubts
@@ -134,9 +137,12 @@ def conclude(evidence: Evidence) -> Outcome:
     return outcome("repaired", "No search finds a trigger any more.")
 
 
-def _doubts(evidence: Evidence, answered: Sequence[Searched], working: bool) -> Iterable[str]:
+def _doubts(evidence: Evidence, answered: Sequence[Searched], working: bool, seen: set[int]) -> Iterable[str]:
     if len(answered) < FEWEST_SEARCHES:
         yield f"Only {len(answered)} of {len(evidence.searches)} kinds of search came to an answer."
+    unseen = [k for k in evidence.suspected if k not in seen]
+    if unseen:
+        yield f"Nothing found a trigger towards {_named(unseen)} before the repair, which was suspected."
     if evidence.triggers and not working:
         yield "No known trigger worked on half of the images before the repair, so that it was a poor lead."
     poor = [share for share in evidence.unlearned if share < WORKS]

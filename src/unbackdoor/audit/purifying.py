@@ -501,6 +501,7 @@ def purify(
                 tuple((r.trigger.label, r.held_out, r.after) for r in residues),
                 _shares(purified.evidence.get("held_out_success")),
                 accuracy,
+                suspected,
             )
         )
     done = Purification(

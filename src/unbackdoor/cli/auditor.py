@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from unbackdoor.types import Progress
     from unbackdoor.weights.source import Source
 
-PAGE = "report.html"
+PAGE, RECORD = "report.html", "result.json"
 _MAX_NAMES_FILE = 10 << 20  # bytes
 _MAX_NAMED = 10  # suspected classes that a sentence lists; the record has all
 _MODEL, _DATA = "Models without a card", "Data"

@@ -10,7 +10,8 @@ Departs: the second end is a fine-tuned copy, as in BackdoorBench; the paper has
          the curve is the furthest up to ``furthest`` that costs no more than ``tolerance`` of held-out
          accuracy; preset ``backdoorbench`` takes that benchmark's place and rate.
 Cost:    end_epochs + epochs times 1 forward + 1 backward over the images, plus 2 forwards a place.
-Blind:   few images: the bend is a whole network, and its loss then is low on these images alone.
+Blind:   backdoors that the fine-tuned end keeps, which then lie all along the curve (so it is with a patch on
+         small networks); few images, on which alone the loss of the bend is low.
 """
 
 from __future__ import annotations

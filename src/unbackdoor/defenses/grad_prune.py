@@ -147,6 +147,7 @@ def filter_gradients(
     totals = {name: torch.zeros_like(own[name]) for name in names}
     with mode(model, training=False):
         for pixels, labels in batches(images, cfg.batch_size, device=run.device):
+            assert labels is not None  # registered as needing them
             loss = F.cross_entropy(logits_of(model, pixels, run), labels, reduction="sum")
             found = torch.autograd.grad(loss, [own[name] for name in names], allow_unused=True)
             for name, gradient in zip(names, found, strict=True):

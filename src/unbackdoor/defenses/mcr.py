@@ -27,7 +27,7 @@ from torch.func import functional_call
 from unbackdoor.data.batches import batches
 from unbackdoor.engine import rng
 from unbackdoor.engine.fine_tuning import fine_tune
-from unbackdoor.engine.inference import logits_of, mode, require_learner
+from unbackdoor.engine.inference import Network, logits_of, mode, require_learner
 from unbackdoor.engine.masks import NORMS
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.selection import harshest_within
@@ -121,7 +121,7 @@ def trained_bend(
             ):
                 assert labels is not None  # registered as needing them
                 weights = point(first, bend, last, float(torch.rand((), generator=draws)))
-                logits = logits_of(lambda x, w=weights: functional_call(network, w, (x,)), pixels, run)
+                logits = logits_of(_with_weights(network, weights), pixels, run)
                 loss = F.cross_entropy(logits, labels)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -130,6 +130,10 @@ def trained_bend(
             schedule.step()
             losses.append(total / steps)
     return {name: value.detach() for name, value in bend.items()}, losses
+
+
+def _with_weights(network: Classifier, weights: dict[str, Tensor]) -> Network:
+    return lambda pixels: functional_call(network, weights, (pixels,))
 
 
 @torch.no_grad()

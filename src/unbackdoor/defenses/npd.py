@@ -118,7 +118,7 @@ def purify(model: Classifier, data: CleanData, cfg: NPDConfig, *, run: Run) -> P
             losses.append(total / steps)
     out = model.copy()
     with torch.no_grad():
-        out.get_submodule(name).weight.copy_(folded(weight, polarizer))
+        out.get_parameter(f"{name}.weight").copy_(folded(weight, polarizer))
     moved = float((polarizer.detach() - torch.eye(size, device=weight.device)).norm())
     return Purified(out, {"layer": name, "channels": size, "moved": moved, "losses": losses})
 

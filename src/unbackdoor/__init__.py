@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from unbackdoor.opening.inspection import Inspection, inspect
     from unbackdoor.opening.open_model import Opened, open_model
     from unbackdoor.opening.provenance import Provenance
+    from unbackdoor.report import statement
     from unbackdoor.report.json_output import json_schema
     from unbackdoor.report.saving import save_report, save_sarif
     from unbackdoor.triggers import RecoveredTrigger
@@ -127,6 +128,7 @@ __all__ = [
     "save_sarif",
     "scan",
     "screen",
+    "statement",
     "train",
     "unlearn",
     "verify",
@@ -187,7 +189,7 @@ _HOMES = {
 
 
 # Verbs that are several functions.
-_MODULES = {"patch": "unbackdoor.opening.patching"}
+_MODULES = {"patch": "unbackdoor.opening.patching", "statement": "unbackdoor.report.statement"}
 # Not in ``__all__``, as the names of this kind in numpy: ``from unbackdoor import *`` leaves builtins alone.
 _HIDING_BUILTINS = {"list": ("unbackdoor.bench.listing", "listing")}
 

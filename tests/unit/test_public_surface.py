@@ -73,6 +73,7 @@ SURFACE = {
     "save_sarif",
     "scan",
     "screen",
+    "statement",
     "train",
     "unlearn",
     "verify",

@@ -26,6 +26,8 @@ from unbackdoor.audit.cases import (
     require_share,
 )
 from unbackdoor.audit.checks import Check
+from unbackdoor.audit.devices import resolved_device
+from unbackdoor.audit.notebook import shown
 from unbackdoor.audit.own_methods import defense_of
 from unbackdoor.audit.scanning import LEVEL, Audit
 from unbackdoor.audit.trigger_files import read_triggers
@@ -66,7 +68,7 @@ def scan(
     label_column: str | None = None,
     skip_damaged: bool = False,
     seed: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     precision: Policy = "auto",
     progress: Progress = silent,
 ) -> Audit:
@@ -101,9 +103,9 @@ def scan(
         label_column: Column of the labels, likewise.
         skip_damaged: Whether images that cannot be decoded are left out and counted.
         seed: Seed of every draw.
-        device: Where to compute.
+        device: Where to compute; ``auto`` is CUDA, else MPS, else the CPU.
         precision: ``auto``, ``fp32`` or ``bf16``.
-        progress: Progress display.
+        progress: Progress display; in a notebook a bar, unless UNBACKDOOR_PROGRESS is 0.
 
     Returns:
         The verdict with its evidence; ``save_report`` writes it as a page.
@@ -116,6 +118,7 @@ def scan(
         >>> audit.verdict  # doctest: +SKIP
         'backdoor found'
     """
+    device, progress = resolved_device(device), shown(progress)
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
     case = open_case(
         model,
@@ -182,7 +185,7 @@ def purify(
     label_column: str | None = None,
     skip_damaged: bool = False,
     seed: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     precision: Policy = "auto",
     progress: Progress = silent,
 ) -> purifying.Purification:
@@ -219,9 +222,9 @@ def purify(
         label_column: Column of the labels, likewise.
         skip_damaged: Whether images that cannot be decoded are left out and counted.
         seed: Seed of every draw.
-        device: Where to compute.
+        device: Where to compute; ``auto`` is CUDA, else MPS, else the CPU.
         precision: ``auto``, ``fp32`` or ``bf16``.
-        progress: Progress display.
+        progress: Progress display; in a notebook a bar, unless UNBACKDOOR_PROGRESS is 0.
 
     Returns:
         The repaired model with its proof; ``save`` writes it as its owner wrote the original,
@@ -240,6 +243,7 @@ def purify(
     if max_accuracy_drop is not None:
         require_points(max_accuracy_drop)
     require_share(select_fraction)
+    device, progress = resolved_device(device), shown(progress)
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
     case = open_case(
         model,
@@ -307,7 +311,7 @@ def run(
     options: Mapping[str, Any] | Config | None = None,
     preset: str | None = None,
     seed: int = 0,
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "auto",
     precision: Policy = "auto",
     progress: Progress = silent,
 ) -> Purified:
@@ -324,9 +328,9 @@ def run(
         options: Options of the method, or its whole config.
         preset: Named set of options that ``options`` are laid over.
         seed: Seed of every draw of the method.
-        device: Where to compute, such as ``cpu`` or ``cuda:0``.
+        device: Where to compute, such as ``cpu`` or ``cuda:0``; ``auto`` is CUDA, else MPS, else the CPU.
         precision: ``auto``, ``fp32`` or ``bf16``.
-        progress: Progress display.
+        progress: Progress display; in a notebook a bar, unless UNBACKDOOR_PROGRESS is 0.
 
     Returns:
         The repaired model on the CPU in evaluation mode, with evidence, seconds and the options used.
@@ -342,6 +346,7 @@ def run(
         >>> repaired = unbackdoor.run(shrink, model, (pixels, labels))  # doctest: +SKIP
     """
     part = defense_of(method)
+    device, progress = resolved_device(device), shown(progress)
     surroundings = Run.create(seed=seed, device=device, policy=precision, progress=progress)
     case = open_case(model, data, run=surroundings)
     clean = case.split(seed)
@@ -385,7 +390,7 @@ def verify(
     label_column: str | None = None,
     skip_damaged: bool = False,
     seed: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     precision: Policy = "auto",
     progress: Progress = silent,
 ) -> Verification:
@@ -416,14 +421,15 @@ def verify(
         label_column: Column of the labels, likewise.
         skip_damaged: Whether images that cannot be decoded are left out and counted.
         seed: Seed of every draw.
-        device: Where to compute.
+        device: Where to compute; ``auto`` is CUDA, else MPS, else the CPU.
         precision: ``auto``, ``fp32`` or ``bf16``.
-        progress: Progress display.
+        progress: Progress display; in a notebook a bar, unless UNBACKDOOR_PROGRESS is 0.
 
     Raises:
         UnsupportedModel: If the two do not take the same images or do not know the same classes.
         UnbackdoorError: If a model or the images cannot be used, or arguments contradict each other.
     """
+    device, progress = resolved_device(device), shown(progress)
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
     model_options: dict[str, Any] = {
         "arch": arch, "mean": mean, "std": std, "size": size, "class_names": class_names,

@@ -28,6 +28,7 @@ from unbackdoor.cli.purify import purify
 from unbackdoor.cli.scan import scan
 from unbackdoor.cli.screen import screen
 from unbackdoor.cli.settings import read_settings
+from unbackdoor.cli.statement import statement
 from unbackdoor.cli.train import train
 from unbackdoor.cli.unlearn import unlearn
 from unbackdoor.cli.verify import verify
@@ -179,7 +180,7 @@ app = typer.Typer(
     "was done.",
     epilog=EPILOG,
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
@@ -245,6 +246,7 @@ app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(unlearn)
 app.add_typer(patch, name="patch")
+app.add_typer(statement, name="statement")
 app.add_typer(bench, name="bench")
 
 

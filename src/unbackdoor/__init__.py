@@ -46,9 +46,11 @@ if TYPE_CHECKING:
     from unbackdoor.opening.inspection import Inspection, inspect
     from unbackdoor.opening.open_model import Opened, open_model
     from unbackdoor.opening.provenance import Provenance
+    from unbackdoor.opening.zero_shot import zero_shot
     from unbackdoor.report import statement
     from unbackdoor.report.json_output import json_schema
     from unbackdoor.report.saving import save_report, save_sarif
+    from unbackdoor.report.tracking import log_to_mlflow
     from unbackdoor.triggers import RecoveredTrigger
     from unbackdoor.types import (
         Augmentation,
@@ -117,6 +119,7 @@ __all__ = [
     "load_dataset",
     "load_images",
     "load_model",
+    "log_to_mlflow",
     "open_model",
     "open_source",
     "patch",
@@ -132,6 +135,7 @@ __all__ = [
     "train",
     "unlearn",
     "verify",
+    "zero_shot",
 ]
 
 _HOMES = {
@@ -170,6 +174,7 @@ _HOMES = {
     "load_dataset": "unbackdoor.data.datasets",
     "load_images": "unbackdoor.data.loaders",
     "load_model": "unbackdoor.opening.classifier_files",
+    "log_to_mlflow": "unbackdoor.report.tracking",
     "open_model": "unbackdoor.opening.open_model",
     "Provenance": "unbackdoor.opening.provenance",
     "Source": "unbackdoor.weights.source",
@@ -185,6 +190,7 @@ _HOMES = {
     "train": "unbackdoor.bench.verbs",
     "unlearn": "unbackdoor.audit.unlearning",
     "verify": "unbackdoor.audit.verbs",
+    "zero_shot": "unbackdoor.opening.zero_shot",
 }
 
 

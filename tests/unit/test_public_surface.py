@@ -62,6 +62,7 @@ SURFACE = {
     "load_dataset",
     "load_images",
     "load_model",
+    "log_to_mlflow",
     "open_model",
     "open_source",
     "patch",
@@ -77,6 +78,7 @@ SURFACE = {
     "train",
     "unlearn",
     "verify",
+    "zero_shot",
     "__version__",
 }
 

@@ -25,6 +25,7 @@ from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import ConfigError, InputError
 from unbackdoor.files import atomic_write, writing
+from unbackdoor.hub import data_file, is_hub
 from unbackdoor.registry import INPUT_LABELS, SCREENERS, Config, Part
 from unbackdoor.result_views import Bars, Viewed
 from unbackdoor.text import printable
@@ -285,7 +286,7 @@ def _inputs(
     shape, classes = model.input_shape, model.class_names
     if isinstance(images, Path | str):
         load = load_labelled if INPUT_LABELS in part.needs else load_unlabelled
-        path = Path(images)
+        path = data_file(images) if is_hub(images) else Path(images)
         try:
             loaded, names = load(path, class_names=classes, progress=progress, **reading)
         except InputError as error:

@@ -75,8 +75,9 @@ def scan(
     """Look for a backdoor with all checks that apply, cheapest first.
 
     Args:
-        model: A file of weights, what :func:`unbackdoor.open_model` returned, a classifier, or a network (a
-            ``torch.nn.Module``, which takes what ``mean`` and ``std`` make of pixels in [0, 1]); only read.
+        model: A file of weights, ``hf://ORG/MODEL``, what :func:`unbackdoor.open_model` returned, a
+            classifier, or a network (a ``torch.nn.Module``, which takes what ``mean`` and ``std`` make of
+            pixels in [0, 1]); only read.
         data: Clean images: a data set's name, a file or folder, ``Images``, ``CleanData``, an array of
             pixels (uint8, or in [0, 1]), a pair ``(pixels, labels)``, or a ``torch.utils.data.Dataset``; None
             where there are none, which leaves the checks that need none.

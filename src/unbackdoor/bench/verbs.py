@@ -31,6 +31,7 @@ from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe, recipe_named
 from unbackdoor.errors import ConfigError, InputError
 from unbackdoor.files import require_writable, writing
+from unbackdoor.hub import data_file, is_hub
 from unbackdoor.networks.build import canonical
 from unbackdoor.opening.open_model import Opened
 from unbackdoor.registry import ATTACKS, Part, near_match
@@ -462,7 +463,7 @@ def _read(triggered: Data, progress: Progress) -> Images:
     if is_in_memory(triggered):
         return images_in_memory(triggered, what="the triggered images", progress=progress)
     if isinstance(triggered, Path | str):
-        path = Path(triggered)
+        path = data_file(triggered) if is_hub(triggered) else Path(triggered)
         if not path.exists():
             raise InputError("there is no such file or folder", where=path)
         return load_images(path, progress=progress)

@@ -11,6 +11,7 @@ from unbackdoor.data.conform import conform
 from unbackdoor.data.datasets import DataSet, dataset_names
 from unbackdoor.data.loaders import load_images
 from unbackdoor.errors import InputError
+from unbackdoor.hub import data_file, is_hub
 from unbackdoor.types import CleanData, Images, Progress, silent
 
 TEST_SHARE = 0.2  # of every class, where the set has no test part of its own
@@ -41,6 +42,7 @@ def load_own_set(path: Path, *, whole: bool = False, progress: Progress = silent
         InputError: If there is no such set, it has no labels, or its parts do not fit each other.
         UnsafeFile: See :func:`unbackdoor.load_images`.
     """
+    path = data_file(path) if is_hub(path) else path
     parts = [_part(path, names) for names in (_TRAIN, _TEST)]
     if parts[0] is not None and parts[1] is not None:
         train = _labelled(load_images(parts[0], progress=progress), path)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from unbackdoor.bench.judge import Scores
     from unbackdoor.bench.listing import listing
     from unbackdoor.bench.verbs import Evaluation, Victim, evaluate, train
-    from unbackdoor.data.datasets import load_dataset
+    from unbackdoor.data.datasets import DataSet, load_dataset
     from unbackdoor.data.loaders import load_images
     from unbackdoor.engine.run import Run
     from unbackdoor.metrics import Rate
@@ -78,6 +78,7 @@ __all__ = [
     "Classifier",
     "CleanData",
     "ConfigError",
+    "DataSet",
     "DiskFull",
     "EngineFailed",
     "Evaluation",
@@ -146,6 +147,7 @@ _HOMES = {
     "Checked": "unbackdoor.audit.scanning",
     "Classifier": "unbackdoor.types",
     "CleanData": "unbackdoor.types",
+    "DataSet": "unbackdoor.data.datasets",
     "Evaluation": "unbackdoor.bench.verbs",
     "Finding": "unbackdoor.types",
     "Images": "unbackdoor.types",

@@ -22,6 +22,7 @@ SURFACE = {
     "Classifier",
     "CleanData",
     "ConfigError",
+    "DataSet",
     "DiskFull",
     "EngineFailed",
     "Evaluation",

@@ -112,7 +112,7 @@ def test_scanners_and_repairs_take_a_backdoored_one() -> None:
         optimiser.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimiser.step()
-    model.eval().requires_grad_(False)
+    model.eval()
 
     def success(network: Any) -> float:
         with torch.no_grad():

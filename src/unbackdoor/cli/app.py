@@ -216,7 +216,7 @@ def _global(
     context.default_map = settings.defaults
     used = settings.of(invocation.command)
     invocation.as_json = invocation.as_json or used.get("as_json", False)
-    if used and not used.get("quiet"):
+    if used and config is None:  # a file that nobody named cannot silence this
         facts = ", ".join(f"{name.replace('_', '-')} = {value}" for name, value in used.items())
         complain(f"Options from {settings.path}: {facts}")
 

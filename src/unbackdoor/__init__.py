@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from unbackdoor.report.json_output import json_schema
     from unbackdoor.report.saving import save_report, save_sarif
     from unbackdoor.report.tracking import log_to_mlflow
-    from unbackdoor.triggers import RecoveredTrigger
+    from unbackdoor.triggers import RecoveredTrigger, Suspicion
     from unbackdoor.types import (
         Augmentation,
         Classifier,
@@ -103,6 +103,7 @@ __all__ = [
     "ScreenedImages",
     "Screening",
     "Source",
+    "Suspicion",
     "TensorChange",
     "TooFewImages",
     "UnbackdoorError",
@@ -164,6 +165,7 @@ _HOMES = {
     "Scores": "unbackdoor.bench.judge",
     "ScreenedImages": "unbackdoor.audit.screening",
     "Screening": "unbackdoor.types",
+    "Suspicion": "unbackdoor.triggers",
     "TensorChange": "unbackdoor.audit.comparison",
     "Unlearning": "unbackdoor.audit.unlearning",
     "Verdict": "unbackdoor.types",

@@ -47,6 +47,7 @@ SURFACE = {
     "ScreenedImages",
     "Screening",
     "Source",
+    "Suspicion",
     "TensorChange",
     "TooFewImages",
     "UnbackdoorError",

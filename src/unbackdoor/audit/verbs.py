@@ -30,6 +30,7 @@ from unbackdoor.audit.devices import resolved_device
 from unbackdoor.audit.notebook import shown
 from unbackdoor.audit.own_methods import defense_of
 from unbackdoor.audit.scanning import LEVEL, Audit
+from unbackdoor.audit.suspicion import Scan, read_suspicion
 from unbackdoor.audit.trigger_files import read_triggers
 from unbackdoor.audit.verification import Verification
 from unbackdoor.engine import trusted_caller
@@ -38,8 +39,8 @@ from unbackdoor.engine.run import Run
 from unbackdoor.errors import ConfigError, InputError
 from unbackdoor.opening.write_back import stored_types
 from unbackdoor.registry import Config, Part
-from unbackdoor.triggers import RecoveredTrigger
-from unbackdoor.types import Augmentation, Progress, Purified, silent
+from unbackdoor.triggers import RecoveredTrigger, Suspicion
+from unbackdoor.types import Augmentation, CleanData, Progress, Purified, silent
 
 
 @within_budget
@@ -167,8 +168,10 @@ def purify(
     options: Mapping[str, Any] | Config | None = None,
     max_accuracy_drop: float | None = None,
     promise: purifying.Rule = "evidence",
+    scan: Scan | None = None,
     triggers: Sequence[Path | str | RecoveredTrigger] | None = None,
     proof: Data | None = None,
+    search_budget: float | None = None,
     select_fraction: float = 0.3,
     arch: str | None = None,
     mean: Sequence[float] | None = None,
@@ -194,17 +197,23 @@ def purify(
 
     Args:
         model: A file of weights, what :func:`unbackdoor.open_model` returned, or a classifier; only read.
-        data: Clean images, as for :func:`scan`; None: those that the model was opened with.
-        method: Registered defense, a part, or a function of your own, as for :func:`run`.
+        data: Clean images, as for :func:`scan`; None: those that the model was opened with, or none, for a
+            method that needs none.
+        method: Registered defense, a part, or a function of your own, as for :func:`run`; None: ``auto``.
         preset: Named set of its options.
         options: Options laid over the preset.
         max_accuracy_drop: Largest loss of clean accuracy that is accepted, in points of 100, as on the
             command line; None accepts any.
         promise: ``evidence`` refuses the repair where the 95 % interval of the loss lies above that;
             ``strict`` refuses it unless the interval lies below.
-        triggers: Recovered triggers, their files, or pictures such as ``patch.png,class=3,place=24x24``,
-            whose success is measured before and after.
+        scan: The scan of the model, or the folder of its report: a method that can begins with the classes
+            that it suspects and with the triggers that it recovered towards them.
+        triggers: Recovered triggers, their files, or pictures such as ``patch.png,class=3,place=24x24``: they
+            lead the method likewise, before those of the scan, and their success is measured before and
+            after.
         proof: Further images, for measuring alone; None keeps a part of ``data`` from the method.
+        search_budget: Seconds for the searches that judge the repair, with other draws than the method's;
+            None: two minutes. What they do not come to cannot speak for the repair.
         select_fraction: Share of the method's images that it only chooses thresholds on.
         arch: See :func:`unbackdoor.open_model`, as for the six that follow; only for a file.
         mean: Per-channel mean.
@@ -233,14 +242,15 @@ def purify(
         original's file, so that what was measured is what is written.
 
     Raises:
-        PromiseBroken: If the promise is broken; under ``strict`` also where it cannot be told.
+        PromiseBroken: If the promise is broken; under ``strict`` also where it cannot be told. Its attribute
+            ``refused`` is what was measured, whose report can be saved.
         UnbackdoorError: If the model or the images cannot be used, or arguments contradict each other.
 
     Example:
         >>> done = unbackdoor.purify("model.pth", "images/", "unlearned_prune")  # doctest: +SKIP
         >>> done.save("repaired.pth")  # doctest: +SKIP
     """
-    part = defense_of(method)
+    part = defense_of(purifying.DEFAULT_METHOD if method is None else method)
     if max_accuracy_drop is not None:
         require_points(max_accuracy_drop)
     require_share(select_fraction)
@@ -269,25 +279,33 @@ def purify(
     )
     images = case.data if case.data is not None else case.images
     if images is None:
-        raise InputError("there is no clean image", expected="clean images to repair with", where="data")
-    done = purifying.purify(
-        case.model,
-        images,
-        part,
-        preset=preset,
-        options=options,
-        max_accuracy_drop=None if max_accuracy_drop is None else max_accuracy_drop / 100,
-        promise=promise,
-        triggers=read_triggers(triggers, case.model),
-        proof=case.proof,
-        types=stored_types(case.opened) if case.opened is not None else None,
-        select_fraction=select_fraction,
-        augmentation=case.augmentation,
-        seed=seed,
-        device=device,
-        precision=precision,
-        progress=progress,
-    )
+        if "images" in part.needs:
+            raise InputError("there is no clean image", expected="clean images to repair with", where="data")
+        images = CleanData.empty(case.model.input_shape, case.model.class_names)
+    try:
+        done = purifying.purify(
+            case.model,
+            images,
+            part,
+            preset=preset,
+            options=options,
+            max_accuracy_drop=None if max_accuracy_drop is None else max_accuracy_drop / 100,
+            promise=promise,
+            triggers=read_triggers(triggers, case.model),
+            suspicion=read_suspicion(scan, case.model),
+            proof=case.proof,
+            search_budget=search_budget,
+            types=stored_types(case.opened) if case.opened is not None else None,
+            select_fraction=select_fraction,
+            augmentation=case.augmentation,
+            seed=seed,
+            device=device,
+            precision=precision,
+            progress=progress,
+        )
+    except purifying.PromiseBroken as error:
+        error.refused = replace(error.refused, case=case)
+        raise
     return replace(done, case=case)
 
 
@@ -315,6 +333,7 @@ def run(
     device: torch.device | str = "auto",
     precision: Policy = "auto",
     progress: Progress = silent,
+    suspicion: Suspicion | None = None,
 ) -> Purified:
     """Run a defense on a model and verify what it did; nothing is measured.
 
@@ -332,6 +351,7 @@ def run(
         device: Where to compute, such as ``cpu`` or ``cuda:0``; ``auto`` is CUDA, else MPS, else the CPU.
         precision: ``auto``, ``fp32`` or ``bf16``.
         progress: Progress display; in a notebook a bar, unless UNBACKDOOR_PROGRESS is 0.
+        suspicion: Suspected classes and recovered triggers that a method which can use them begins with.
 
     Returns:
         The repaired model on the CPU in evaluation mode, with evidence, seconds and the options used.
@@ -351,8 +371,10 @@ def run(
     surroundings = Run.create(seed=seed, device=device, policy=precision, progress=progress)
     case = open_case(model, data, run=surroundings)
     clean = case.split(seed)
-    if clean is None:
+    if clean is None and "images" in part.needs:
         raise InputError("there is no clean image", expected="clean images to repair with", where="data")
+    if clean is None:
+        clean = CleanData.empty(case.model.input_shape, case.model.class_names)
     return trusted_caller.run(
         part,
         case.model,
@@ -363,6 +385,7 @@ def run(
         device=device,
         precision=precision,
         progress=progress,
+        suspicion=suspicion,
     )
 
 

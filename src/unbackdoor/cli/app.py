@@ -47,6 +47,7 @@ EPILOG = """\
   1    a check was not passed, or a backdoor was found, or a file would execute code
   2    an error: wrong usage, or a file or a method that did not work
   3    the model is of a kind that the method cannot work on
+  4    purify: it is not shown that the model is repaired
   130  interrupted with Ctrl-C or SIGTERM; no half-written file is left behind
 
 Interrupted, scan and verify print and write the checks that had ended.

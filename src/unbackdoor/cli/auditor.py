@@ -104,6 +104,25 @@ Trigger = Annotated[
         rich_help_panel="Method",
     ),
 ]
+Scan = Annotated[
+    Path | None,
+    typer.Option(
+        "--scan",
+        metavar="DIR",
+        help="Report of a scan of this model: the classes that it suspects, and the triggers that it "
+        "recovered towards them, lead the method.",
+        show_default=False,
+        rich_help_panel="Method",
+    ),
+]
+SearchBudget = Annotated[
+    str | None,
+    typer.Option(
+        help="Time for the searches that judge the repair: seconds, or such as 90s or 10m.",
+        show_default="2m",
+        rich_help_panel="Method",
+    ),
+]
 Report = Annotated[
     Path | None,
     typer.Option(

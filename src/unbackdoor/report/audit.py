@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from unbackdoor.audit.outcome import OutcomeVerdict
 from unbackdoor.audit.purifying import Purification, Residue
 from unbackdoor.audit.scanning import Audit, Checked
 from unbackdoor.audit.verification import Verification
 from unbackdoor.report.page import render
 from unbackdoor.report.pictures import data_png
-from unbackdoor.report.words import duration, logits_in_words, percent
+from unbackdoor.report.words import duration, logits_in_words, loss_in_words, percent
 from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Finding, Images
+from unbackdoor.weights.triggers import MAX_KEPT
 
 UNFOLDED_CLASSES = 12  # rows of a chart that are seen at once; the others are folded
 MAX_CLASSES = 200  # rows of the folded table; more would only make the page heavy
 MAX_IMAGES = 6
 PICTURE_SIDE = 160  # pixels; twice the width of a picture on the page, and 24 of them stay under 2 MB
-MAX_TRIGGERS = 3
+MAX_TRIGGERS = MAX_KEPT
 MAX_CHANGES = 40
 MAX_NAME = 300  # characters of a name that comes from a file
 
 Tone = Literal["good", "fair", "bad"]
+_OUTCOMES: Mapping[OutcomeVerdict, tuple[Tone, str]] = {
+    "repaired": ("good", "Repaired: no trigger is found any more"),
+    "weakened": ("fair", "Weakened: it is not shown that no trigger works any more"),
+    "not repaired": ("bad", "Not repaired"),
+    "undecided": ("fair", "Whether anything was repaired could not be decided"),
+    "nothing was done": ("fair", "Nothing was done"),
+}
 
 
 @dataclass(frozen=True)
@@ -158,17 +167,22 @@ def _headline(
         accuracy = purification.accuracy
         method = purification.purified.method.get("name", "the method")
         if audit is None:
-            headline = f"The model was repaired by {method}"
+            tone, headline = _OUTCOMES[purification.outcome.verdict]
+            headline = f"{headline}: {method}"
+        sentences += purification.outcome.reasons
         summary = f"{method} changed {_count(purification.changes)}"
         if accuracy is not None:
             then, now = percent(accuracy.before.value), percent(accuracy.after.value)
             summary += f"; clean accuracy went from {then} to {now}"
         sentences.append(summary + ".")
+        sentences += purification.remarks
         if purification.promise is not None:
             sentences.append(purification.promise.in_words())
         sentences += [f"Mind: {text}." for text in purification.left_behind]
         if purification.flattered:
             sentences.append("These accuracies are flattered: " + "; ".join(purification.flattered) + ".")
+        if purification.accuracy is not None and purification.loss_bias != "fair":
+            sentences.append(loss_in_words(purification.loss_bias))
     if verification is not None:
         tone, headline = _compared(verification)
         sentences.append(

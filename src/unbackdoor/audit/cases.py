@@ -254,6 +254,8 @@ def open_second(model: Model, first: Case, *, run: Run, **model_options: Any) ->
     Raises:
         UnbackdoorError: See :func:`open_case`.
     """
+    if isinstance(model, nn.Module) and not isinstance(model, Classifier):
+        model = _of_module(model, first.images, model_options, run)
     if isinstance(model, Case | Classifier | Opened):
         return open_case(model, run=run)
     source = model if isinstance(model, Source) else open_source(model)

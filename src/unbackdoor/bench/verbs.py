@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from unbackdoor.attacks import AttackTruth
 from unbackdoor.audit.cases import Case, Data, Model, fitting, open_case, open_pair_sources, options_for
 from unbackdoor.audit.comparison import rate_facts
@@ -21,7 +23,7 @@ from unbackdoor.bench.picture_truth import ATTACK as PICTURE
 from unbackdoor.bench.picture_truth import picture_options, truth_of_picture
 from unbackdoor.bench.truth_files import TENSORS_SUFFIX, TRUTH_SUFFIX, load_truth
 from unbackdoor.bench.victims import VictimSpec, save_victim, train_victim
-from unbackdoor.data.datasets import DataSet, load_dataset
+from unbackdoor.data.datasets import DataSet, dataset_names, load_dataset
 from unbackdoor.data.in_memory import images_in_memory, is_in_memory, unusable
 from unbackdoor.data.loaders import load_images
 from unbackdoor.data.own_set import is_own_set, load_own_set
@@ -300,7 +302,7 @@ def evaluate(
         target: The class that the attacker wants for ``triggered``, by index or name.
         data_root: Folder that holds the data sets.
         arch: See :func:`unbackdoor.open_model`, as for the six that follow; only for files.
-        mean: Per-channel mean; None: the card's, else the data set's.
+        mean: Per-channel mean; None: the card's, else the data set's, else what fits your images best.
         std: Per-channel deviation, likewise.
         size: (H, W) of the model's input.
         class_names: K names, in logit order.
@@ -517,13 +519,17 @@ def _loaded(
 
 def _opened(model: Model, data: DataSet, run: Run, options: Mapping[str, Any]) -> Case:
     """Open a model; where nothing else states its normalisation, it is the data set's."""
-    if not isinstance(model, _Stored):
+    bare = isinstance(model, nn.Module) and not isinstance(model, Classifier)
+    if not bare and not isinstance(model, _Stored):
         return open_case(model, run=run, **options)
-    source = model if isinstance(model, Source) else open_source(model)
-    if source.card() is None and options["mean"] is None and options["std"] is None:
+    opened = open_source(model) if isinstance(model, Path | str) else model
+    card = opened.card() if isinstance(opened, Source) else None
+    # Of images of the user nothing is known: they decide between the usual normalisations.
+    stated = bare or data.name in dataset_names()
+    if stated and card is None and options.get("mean") is None and options.get("std") is None:
         options = {**options, "mean": data.mean, "std": data.std}
     sample = draw_clean(data.test, count=min(_FOR_OPENING, len(data.test)), seed=0)
-    return open_case(source, sample, run=run, **options)
+    return open_case(opened, sample, run=run, **options)
 
 
 def _path(case: Case) -> str | None:

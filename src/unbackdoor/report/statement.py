@@ -72,7 +72,7 @@ def make(record: Result | Mapping[str, Any] | Path | str, key: Path | str) -> di
 
 
 def check(
-    statement: Mapping[str, Any] | Path | str, key: Path | str, files: Sequence[Path | str] = ()
+    statement: Mapping[str, Any] | Path | str, key: Path | str, files: Sequence[Path | str] | None = None
 ) -> dict[str, Any]:
     """Return what a signed statement says, if it was signed with a key and speaks of given files.
 
@@ -110,7 +110,7 @@ def check(
         dict(content["predicate"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError("this is no statement of in-toto", got=str(error)[:100], where=where) from None
-    for file in files:
+    for file in files or ():
         found = read_file(Path(file), lambda head, size: 0).sha256
         if found not in named:
             raise IntegrityError(

@@ -22,6 +22,7 @@ SURFACE = {
     "Classifier",
     "CleanData",
     "ConfigError",
+    "DataSet",
     "DiskFull",
     "EngineFailed",
     "Evaluation",
@@ -64,6 +65,7 @@ SURFACE = {
     "load_dataset",
     "load_images",
     "load_model",
+    "log_to_mlflow",
     "open_model",
     "open_source",
     "patch",
@@ -75,9 +77,11 @@ SURFACE = {
     "save_sarif",
     "scan",
     "screen",
+    "statement",
     "train",
     "unlearn",
     "verify",
+    "zero_shot",
     "__version__",
 }
 

@@ -69,7 +69,7 @@ MaybeData = Annotated[
     str | None,
     typer.Option(
         help="Clean images: a data set's name, a folder of class folders or with labels.csv, a .parquet or "
-        ".npz file, or a folder of images without labels.",
+        ".npz file, a folder of images without labels, or hf://datasets/ORG/NAME.",
         show_default="none: only the checks that need no images",
         rich_help_panel=_DATA,
     ),

@@ -25,11 +25,13 @@ from unbackdoor.errors import (
 
 if TYPE_CHECKING:
     from unbackdoor.attacks import AttackTruth
+    from unbackdoor.audit.auditing import Assessment, audit
     from unbackdoor.audit.comparison import Accuracy, TensorChange
     from unbackdoor.audit.json_records import record
     from unbackdoor.audit.purifying import PromiseBroken, Purification, Residue
     from unbackdoor.audit.scanning import Audit, Checked
     from unbackdoor.audit.screening import ScreenedImages, screen
+    from unbackdoor.audit.steps import Step
     from unbackdoor.audit.unlearning import Unlearning, unlearn
     from unbackdoor.audit.verbs import purify, scan, verify
     from unbackdoor.audit.verification import Verification
@@ -68,6 +70,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Accuracy",
+    "Assessment",
     "AttackTruth",
     "Audit",
     "Augmentation",
@@ -99,6 +102,7 @@ __all__ = [
     "ScreenedImages",
     "Screening",
     "Source",
+    "Step",
     "TensorChange",
     "TooFewImages",
     "UnbackdoorError",
@@ -109,6 +113,7 @@ __all__ = [
     "Verification",
     "Victim",
     "__version__",
+    "audit",
     "build",
     "evaluate",
     "inspect",
@@ -133,6 +138,7 @@ __all__ = [
 
 _HOMES = {
     "Accuracy": "unbackdoor.audit.comparison",
+    "Assessment": "unbackdoor.audit.auditing",
     "AttackTruth": "unbackdoor.attacks",
     "Audit": "unbackdoor.audit.scanning",
     "Augmentation": "unbackdoor.types",
@@ -155,6 +161,7 @@ _HOMES = {
     "Scores": "unbackdoor.bench.judge",
     "ScreenedImages": "unbackdoor.audit.screening",
     "Screening": "unbackdoor.types",
+    "Step": "unbackdoor.audit.steps",
     "TensorChange": "unbackdoor.audit.comparison",
     "Unlearning": "unbackdoor.audit.unlearning",
     "Verdict": "unbackdoor.types",
@@ -184,8 +191,8 @@ _HOMES = {
 }
 
 
-# Verbs that are several functions.
-_MODULES = {"patch": "unbackdoor.opening.patching"}
+# Verbs that are several functions, and the one whose room can be called.
+_MODULES = {"audit": "unbackdoor.audit", "patch": "unbackdoor.opening.patching"}
 # Not in ``__all__``, as the names of this kind in numpy: ``from unbackdoor import *`` leaves builtins alone.
 _HIDING_BUILTINS = {"list": ("unbackdoor.bench.listing", "listing")}
 

@@ -15,6 +15,7 @@ import unbackdoor
 
 SURFACE = {
     "Accuracy",
+    "Assessment",
     "AttackTruth",
     "Audit",
     "Augmentation",
@@ -46,6 +47,7 @@ SURFACE = {
     "ScreenedImages",
     "Screening",
     "Source",
+    "Step",
     "TensorChange",
     "TooFewImages",
     "UnbackdoorError",
@@ -55,6 +57,7 @@ SURFACE = {
     "Verdict",
     "Verification",
     "Victim",
+    "audit",
     "build",
     "evaluate",
     "inspect",

@@ -334,20 +334,13 @@ def purify(
     if isinstance(images, CleanData) and augmentation == "none":
         augmentation = images.augmentation
     images = as_images(images)
-    if max_accuracy_drop is not None and not 0 <= max_accuracy_drop <= 1:
-        raise InputError(
-            "the largest drop does not fit",
-            expected="a fraction in 0..1, so that 0.04 is 4 points",
-            got=max_accuracy_drop,
-        )
+    require_promise(max_accuracy_drop, promise)
     if proof is None:
         method_images, proof_images, same = split_proof(images, seed=seed)
     else:
         method_images, proof_images = images, as_images(proof, what="the images for the proof")
         # Compared by content, because a file that is read twice gives two sets.
         same = proof_images is method_images or proof_images.fingerprint() == method_images.fingerprint()
-    if promise not in get_args(Rule):
-        raise InputError("there is no such rule of a promise", expected=get_args(Rule), got=promise)
     if max_accuracy_drop is not None and proof_images.labels is None:
         raise InputError("a promise about accuracy needs labelled images", got="no labels", where=images.name)
     if max_accuracy_drop is not None and promise == "strict":
@@ -414,6 +407,18 @@ def purify(
         },
         answer,
     )
+
+
+def require_promise(max_accuracy_drop: float | None, promise: str) -> None:
+    """Raise InputError unless a promise is a fraction in 0..1, or None, and its rule one of the two."""
+    if max_accuracy_drop is not None and not 0 <= max_accuracy_drop <= 1:
+        raise InputError(
+            "the largest drop does not fit",
+            expected="a fraction in 0..1, so that 0.04 is 4 points",
+            got=max_accuracy_drop,
+        )
+    if promise not in get_args(Rule):
+        raise InputError("there is no such rule of a promise", expected=get_args(Rule), got=promise)
 
 
 def _require_enough(images: int, max_drop: float) -> None:

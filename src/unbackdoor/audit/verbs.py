@@ -20,17 +20,19 @@ from unbackdoor.audit.cases import (
     open_pair_sources,
     open_second,
     options_for,
+    require_inputs,
     require_share,
 )
-from unbackdoor.audit.checks import Check
+from unbackdoor.audit.checks import Check, plan_checks
+from unbackdoor.audit.references import read_references
 from unbackdoor.audit.scanning import LEVEL, Audit
-from unbackdoor.audit.trigger_files import read_triggers
+from unbackdoor.audit.trigger_files import read_triggers, require_trigger_files
 from unbackdoor.audit.verification import Verification
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError
 from unbackdoor.opening.write_back import stored_types
-from unbackdoor.registry import Config, Part
+from unbackdoor.registry import DEFENSES, Config, Part
 from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Augmentation, Progress, silent
 
@@ -109,6 +111,9 @@ def scan(
         >>> audit.verdict  # doctest: +SKIP
         'backdoor found'
     """
+    # What is wrong with these is said before anything slow.
+    plan_checks([checks] if isinstance(checks, str) else checks, options)
+    read_references(references or ())
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
     case = open_case(
         model,
@@ -232,6 +237,10 @@ def purify(
     if method is None:
         raise InputError("no method was named", expected="a registered defense", where="method")
     require_share(select_fraction)
+    if isinstance(method, str) and not isinstance(options, Config):
+        DEFENSES[method].configure(options, preset=preset)
+    purifying.require_promise(max_accuracy_drop, promise)
+    require_trigger_files(triggers)
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
     case = open_case(
         model,
@@ -342,6 +351,10 @@ def verify(
         UnsupportedModel: If the two do not take the same images or do not know the same classes.
         UnbackdoorError: If a model or the images cannot be used, or arguments contradict each other.
     """
+    plan_checks([checks] if isinstance(checks, str) else checks)
+    require_trigger_files(triggers)
+    require_inputs(before, data)
+    require_inputs(after)
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
     model_options: dict[str, Any] = {
         "arch": arch, "mean": mean, "std": std, "size": size, "class_names": class_names,

@@ -11,7 +11,6 @@ import typer
 
 from unbackdoor.errors import ConfigError, InputError
 from unbackdoor.files import require_writable as require_writable
-from unbackdoor.registry import near_match
 
 if TYPE_CHECKING:
     from unbackdoor.engine.run import Run
@@ -151,6 +150,7 @@ def open_run(seed: int, device: str, precision: PrecisionPolicy, progress: Progr
     import torch
 
     from unbackdoor.engine.run import Run
+    from unbackdoor.registry import near_match
 
     available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     device_names = [*available, "cuda"] if len(available) > 1 else available

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,25 +11,18 @@ import typer
 from unbackdoor import confinement
 from unbackdoor.cli import auditor, defender
 from unbackdoor.cli import options as shared
+from unbackdoor.cli.auditor import Rule
 from unbackdoor.cli.output import emit, note, say, table
 from unbackdoor.cli.progress import Display
-from unbackdoor.errors import ConfigError, InputError
+from unbackdoor.errors import InputError
 from unbackdoor.report.words import duration, interval, percent, rate
 
 if TYPE_CHECKING:
     from unbackdoor.audit.purifying import Purification
 
 PROMISE_NOT_KEPT = 1
-_SMALLEST_DROP = 0.2  # points; a smaller number is most likely meant as a fraction
 _MAX_VALUE_WIDTH = 40  # characters; longer values stand in the JSON
 _MAX_ENTRIES = 8  # entries; tables with more, such as one for each layer, stand in the JSON
-
-
-class Rule(StrEnum):
-    """When a promise counts as broken."""
-
-    evidence = "evidence"
-    strict = "strict"
 
 
 def purify(
@@ -146,12 +138,7 @@ def purify(
     from unbackdoor.opening.write_back import output_name
     from unbackdoor.registry import DEFENSES
 
-    if max_accuracy_drop is not None and not 0 <= max_accuracy_drop <= 100:
-        raise ConfigError(
-            "the option --max-accuracy-drop", [f"expected points in 0..100, got {max_accuracy_drop}"]
-        )
-    if max_accuracy_drop is not None and 0 < max_accuracy_drop < _SMALLEST_DROP:
-        note(f"mind: --max-accuracy-drop counts points of 100; {max_accuracy_drop:g} is less than any image")
+    auditor.require_promise(max_accuracy_drop)
     part = DEFENSES[method]
     config = part.configure_text(shared.pairs(options or [], "--set"), preset=preset)
     require_share(select_fraction)

@@ -10,7 +10,7 @@ import typer
 from unbackdoor import confinement
 from unbackdoor.cli import auditor, defender
 from unbackdoor.cli import options as shared
-from unbackdoor.cli.output import emit, note, say, table
+from unbackdoor.cli.output import emit, say, table
 from unbackdoor.cli.steps import StepDisplay, step_rows
 from unbackdoor.report.words import duration, interval, rate
 
@@ -107,7 +107,6 @@ def audit(
     undecided, 3 the model is of a kind that no check can work on, 130 interrupted: what had ended is written
     all the same.
     """
-    note(f"unbackdoor audit: {model}", quiet=quiet)  # before the imports, which take a second
     confinement.start()  # its imports run beside ours
     import unbackdoor
     from unbackdoor.audit.auditing import method_of

@@ -8,6 +8,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -45,10 +46,14 @@ class Browser:
             "--disable-extensions", "--hide-scrollbars", "--remote-debugging-pipe",
             f"--user-data-dir={profile}",
         ]  # fmt: skip
-        # It takes commands on descriptor 3 and answers on 4.
-        shell = f'exec "$0" "$@" 3<&{to_read} 4>&{to_write}'
+        # It takes commands on descriptor 3 and answers on 4; the two may have any numbers here.
+        renumber = (
+            "import os, sys; r, w = os.dup(int(sys.argv[1])), os.dup(int(sys.argv[2])); "
+            "r, w = (os.dup(r), os.dup(w)) if {r, w} & {3, 4} else (r, w); "
+            "os.dup2(r, 3); os.dup2(w, 4); os.execv(sys.argv[3], sys.argv[3:])"
+        )
         self._process = subprocess.Popen(
-            ["sh", "-c", shell, program, *options],
+            [sys.executable, "-S", "-c", renumber, str(to_read), str(to_write), program, *options],
             pass_fds=(to_read, to_write),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -56,6 +61,13 @@ class Browser:
         )
         os.close(to_read)
         os.close(to_write)
+        try:
+            self._attach()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+
+    def _attach(self) -> None:
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         attached = self._call("Target.attachToTarget", targetId=target, flatten=True)
         self._session = attached["sessionId"]

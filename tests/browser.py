@@ -107,8 +107,10 @@ class Browser:
         return answer["result"].get("value")
 
     def picture(self, file: Path) -> None:
-        """Write a picture of the whole page."""
-        shot = self._call("Page.captureScreenshot", captureBeyondViewport=True)
+        """Write a picture of the page, as far as the browser paints in one piece."""
+        width, height = self.evaluate("[innerWidth, Math.min(document.documentElement.scrollHeight, 12000)]")
+        clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
+        shot = self._call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
         file.write_bytes(base64.b64decode(shot["data"]))
 
     def _call(self, method: str, **parameters: Any) -> dict[str, Any]:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from unbackdoor.audit.screening import ScreenedImages, screen
     from unbackdoor.audit.steps import Step
     from unbackdoor.audit.unlearning import Unlearning, unlearn
-    from unbackdoor.audit.verbs import purify, scan, verify
+    from unbackdoor.audit.verbs import purify, run, scan, verify
     from unbackdoor.audit.verification import Verification
     from unbackdoor.bench.judge import Scores
     from unbackdoor.bench.listing import listing
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from unbackdoor.data.datasets import load_dataset
     from unbackdoor.data.loaders import load_images
     from unbackdoor.engine.run import Run
-    from unbackdoor.engine.trusted_caller import run
     from unbackdoor.metrics import Rate
     from unbackdoor.networks import build
     from unbackdoor.opening import patching as patch
@@ -49,8 +48,9 @@ if TYPE_CHECKING:
     from unbackdoor.opening.inspection import Inspection, inspect
     from unbackdoor.opening.open_model import Opened, open_model
     from unbackdoor.opening.provenance import Provenance
+    from unbackdoor.report.json_output import json_schema
     from unbackdoor.report.saving import save_report, save_sarif
-    from unbackdoor.triggers import RecoveredTrigger
+    from unbackdoor.triggers import RecoveredTrigger, Suspicion
     from unbackdoor.types import (
         Augmentation,
         Classifier,
@@ -103,6 +103,7 @@ __all__ = [
     "Screening",
     "Source",
     "Step",
+    "Suspicion",
     "TensorChange",
     "TooFewImages",
     "UnbackdoorError",
@@ -117,6 +118,7 @@ __all__ = [
     "build",
     "evaluate",
     "inspect",
+    "json_schema",
     "load_dataset",
     "load_images",
     "load_model",
@@ -162,6 +164,7 @@ _HOMES = {
     "ScreenedImages": "unbackdoor.audit.screening",
     "Screening": "unbackdoor.types",
     "Step": "unbackdoor.audit.steps",
+    "Suspicion": "unbackdoor.triggers",
     "TensorChange": "unbackdoor.audit.comparison",
     "Unlearning": "unbackdoor.audit.unlearning",
     "Verdict": "unbackdoor.types",
@@ -170,6 +173,7 @@ _HOMES = {
     "build": "unbackdoor.networks",
     "evaluate": "unbackdoor.bench.verbs",
     "inspect": "unbackdoor.opening.inspection",
+    "json_schema": "unbackdoor.report.json_output",
     "load_dataset": "unbackdoor.data.datasets",
     "load_images": "unbackdoor.data.loaders",
     "load_model": "unbackdoor.opening.classifier_files",
@@ -181,7 +185,7 @@ _HOMES = {
     "record": "unbackdoor.audit.json_records",
     "save_report": "unbackdoor.report.saving",
     "save_sarif": "unbackdoor.report.saving",
-    "run": "unbackdoor.engine.trusted_caller",
+    "run": "unbackdoor.audit.verbs",
     "save_model": "unbackdoor.opening.classifier_files",
     "scan": "unbackdoor.audit.verbs",
     "screen": "unbackdoor.audit.screening",

@@ -45,6 +45,7 @@ from unbackdoor.registry import (
     FAMILIES,
     INPUT_LABELS,
     ONE_A_CLASS,
+    SUSPICION,
     Config,
     architecture,
     attack,
@@ -53,6 +54,7 @@ from unbackdoor.registry import (
     scanner,
     screener,
 )
+from unbackdoor.triggers import RecoveredTrigger, Suspicion
 from unbackdoor.types import (
     Augmentation,
     Classifier,
@@ -75,6 +77,7 @@ __all__ = [
     "FAMILIES",
     "INPUT_LABELS",
     "ONE_A_CLASS",
+    "SUSPICION",
     "AffineHead",
     "AttackConfig",
     "Augmentation",
@@ -95,12 +98,14 @@ __all__ = [
     "Outliers",
     "Purified",
     "Recipe",
+    "RecoveredTrigger",
     "Run",
     "ScanReport",
     "ScreenerConfig",
     "Screening",
     "Site",
     "Stamp",
+    "Suspicion",
     "Tensors",
     "TooFewImages",
     "Trained",

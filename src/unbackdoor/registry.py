@@ -425,6 +425,7 @@ _METHOD_PARAMETERS: dict[str, tuple[str, ...]] = {
 INPUT_LABELS = (
     "input labels"  # a need of screeners of training sets: they are shown the labels of what they screen
 )
+SUSPICION = "suspicion"  # a trait of defenses: they begin with suspected classes and triggers; see ``Run``
 ONE_A_CLASS = "as many images as classes"  # a need of defenses
 
 DEFENSES: Registry[DefenseFunction[Any]] = Registry("defense", "unbackdoor.defenses", **_METHOD_PARAMETERS)

@@ -1,11 +1,13 @@
-"""The recovered trigger: a change, the same for all images, that sends them to a class.
+"""The recovered trigger: a change, the same for all images, that sends them to a class; and a suspicion.
 
 A patch is a pattern that a mask mixes in; a blend is a perturbation that is added to every pixel. Whoever
-recovers a trigger returns this type, and whoever tries, draws, stores or compares one takes it.
+recovers a trigger returns this type, and whoever tries, draws, stores or compares one takes it. A suspicion
+is what was found before a repair: target classes, and triggers that were recovered towards them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -110,3 +112,52 @@ class RecoveredTrigger:
             "mask_share": total / self.mask.numel(),
             "mask_max": float(self.mask.max()),
         }
+
+
+@dataclass(frozen=True, eq=False)
+class Suspicion:
+    """The defender's evidence of a backdoor, from a scan or given by hand; it may be wrong.
+
+    Attributes:
+        classes: Suspected target classes, most suspicious first, each once.
+        p_values: One for each class, corrected for all checks of the scan; None where there is none.
+        triggers: Recovered triggers towards these classes, most suspicious first.
+    """
+
+    classes: tuple[int, ...] = ()
+    p_values: tuple[float | None, ...] = ()
+    triggers: tuple[RecoveredTrigger, ...] = ()
+
+    @classmethod
+    def of_triggers(cls, triggers: Iterable[RecoveredTrigger]) -> Suspicion:
+        """Return the suspicion that triggers raise: their classes, in their order."""
+        triggers = tuple(triggers)
+        classes = tuple(dict.fromkeys(trigger.label for trigger in triggers))
+        return cls(classes, (None,) * len(classes), triggers)
+
+    def joined(self, other: Suspicion) -> Suspicion:
+        """Return this suspicion followed by another; of a class that both name the known p-value is kept."""
+        p_values: dict[int, float | None] = {}
+        for one in (self, other):
+            for label, p_value in zip(one.classes, one.p_values, strict=True):
+                if p_values.get(label) is None:
+                    p_values[label] = p_value
+        return Suspicion(tuple(p_values), tuple(p_values.values()), (*self.triggers, *other.triggers))
+
+    def trigger_to(self, label: int) -> RecoveredTrigger | None:
+        """Return the most suspicious trigger towards a class; None where there is none."""
+        return next((trigger for trigger in self.triggers if trigger.label == label), None)
+
+    def faults(self, input_shape: tuple[int, int, int], classes: int) -> list[str]:
+        """Return why it does not fit images (C, H, W) of a model with so many classes, as sentences."""
+        out = [f"class {k}, of {classes} classes" for k in self.classes if not 0 <= k < classes]
+        if len(set(self.classes)) < len(self.classes):
+            out.append("a class that is named twice")
+        if len(self.p_values) != len(self.classes):
+            out.append(f"{len(self.p_values)} p-values for {len(self.classes)} classes")
+        out += [f"a p-value of {p}" for p in self.p_values if p is not None and not 0 <= p <= 1]
+        for trigger in self.triggers:
+            out += trigger.faults(input_shape, classes)
+            if trigger.label not in self.classes:
+                out.append(f"a trigger towards class {trigger.label}, which is not suspected")
+        return out

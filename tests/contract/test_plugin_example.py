@@ -25,13 +25,13 @@ assert "unbackdoor.attacks" not in sys.modules, "a defense that imports the surf
 
 sys.modules["pytest"] = None
 from unbackdoor.testing import checks_of, tiny_classifier, tiny_data
-next(checks_of("defense"))("clp")
+next(checks_of("defense"))("clp_shares")
 del sys.modules["pytest"]
 
 import unbackdoor
 data = unbackdoor.CleanData.split(tiny_data(80))
-out = unbackdoor.run("clp", tiny_classifier(), data, options={"step": 0.1})
-assert out.method["name"] == "clp" and out.evidence["channels"] == 48
+out = unbackdoor.run("clp_shares", tiny_classifier(), data, options={"step": 0.1})
+assert out.method["name"] == "clp_shares" and out.evidence["channels"] == 48
 
 import pytest
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--rootdir", ".", "test_clp.py"]))
@@ -50,15 +50,16 @@ SURFACE = {
         "Masks", "Site", "channel_sites", "fold", "keep_above", "norm_sites", "removed", "unit_sites",
         "weight_sites",
     },
-    "options": {"Config", "option", "FAMILIES", "INPUT_LABELS", "ONE_A_CLASS"},
+    "options": {"Config", "option", "FAMILIES", "INPUT_LABELS", "ONE_A_CLASS", "SUSPICION"},
     "run": {"Run", "run_defense", "run_scanner", "run_screener"},
     "screening": {"ScreenerConfig", "conformal_p_values", "features", "judged"},
     "selection": {"Choice", "harshest_within"},
     "statistics": {"Outlier", "Outliers", "smallest_few", "smallest_outlier"},
     "training": {"Recipe", "Trained", "train"},
     "types": {
-        "Augmentation", "Classifier", "CleanData", "Finding", "Geometry", "Images", "Purified", "ScanReport",
-        "Screening", "Verdict", "require_fit", "require_labels", "require_one_a_class",
+        "Augmentation", "Classifier", "CleanData", "Finding", "Geometry", "Images", "Purified",
+        "RecoveredTrigger", "ScanReport", "Screening", "Suspicion", "Verdict",
+        "require_fit", "require_labels", "require_one_a_class",
     },
 }  # fmt: skip
 

@@ -13,12 +13,16 @@ from unbackdoor.errors import ConfigError, InputError
 from unbackdoor.registry import ATTACKS
 from unbackdoor.types import Images
 
-# All-to-one attacks with dirty labels, which poison a set of images.
-NAMES = [
-    name
-    for name in ATTACKS
-    if "controls training" not in ATTACKS[name].traits and name not in ("none", "sig", "badnets_all_to_all")
-]
+
+# All-to-one attacks with dirty labels, which poison a set of images of any class.
+def _plain(name: str) -> bool:
+    part = ATTACKS[name]
+    trigger = part.function(part.configure(part.quick), shape=(1, 16, 16), classes=4, seed=0)
+    special = trigger.clean_label or trigger.sources or "controls training" in part.traits
+    return trigger.mapping == "all-to-one" and not special
+
+
+NAMES = [name for name in ATTACKS if _plain(name)]
 
 
 def images(shape: tuple[int, int, int], count: int = 40, classes: int = 4) -> Images:

@@ -16,7 +16,7 @@ from unbackdoor.engine.trusted_caller import run
 from unbackdoor.errors import IntegrityError, MethodFailed
 from unbackdoor.networks import build
 from unbackdoor.registry import Config, Part
-from unbackdoor.types import Classifier, CleanData, Purified
+from unbackdoor.types import Classifier, CleanData, Images, Purified
 
 Trained = tuple[Classifier, CleanData]
 Body = Callable[[Classifier, CleanData], Any]
@@ -163,3 +163,22 @@ def test_changed_images_do_not_reach_the_owner(tiny: Trained) -> None:
     before = data.fingerprint()
     run(method(lambda m, d: _void(d.fit.pixels.zero_())), model, data)
     assert data.fingerprint() == before
+
+
+def test_rates_for_training_from_scratch_are_off_for_a_method() -> None:
+    model = build(
+        "airbench[width=8,expansion=1]",
+        input_shape=(3, 32, 32),
+        class_names=("a", "b"),
+        mean=(),
+        std=(),
+        seed=0,
+    )
+    images = Images(torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8) % 2, ("a", "b"))
+    assert model.network.learning_rates(0)  # type: ignore[operator]
+    rates: list[object] = []
+    rogue = method(lambda m, d: _void(rates.append(m.network.learning_rates(0))))  # type: ignore[operator]
+    out = run(rogue, model, CleanData.split(images))
+    assert rates == [{}]
+    assert "learning_rates" not in vars(out.model.network)
+    assert out.model.network.learning_rates(0) == model.network.learning_rates(0)  # type: ignore[operator]

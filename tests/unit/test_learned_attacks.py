@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from tiny import NAMES, tiny_data
 from unbackdoor.attacks import AttackTruth, input_aware, poison, prepare, stamped, trojannn
+from unbackdoor.attacks.generators import GeneratorNetwork
+from unbackdoor.attacks.surrogate import surrogate
 from unbackdoor.bench.truth_files import load_truth
 from unbackdoor.bench.victims import VictimSpec, save_victim, train_victim
 from unbackdoor.data.datasets import DataSet
@@ -170,7 +172,7 @@ def test_the_neuron_with_the_largest_incoming_weights_is_chosen() -> None:
 
 def test_the_patch_raises_the_neurons_and_stays_in_its_corner() -> None:
     cfg = trojannn.TrojanNNConfig(surrogate_width=4, surrogate_epochs=2, margin=1, steps=40)
-    model = trojannn.surrogate(DATA.train, cfg, RUN)
+    model = surrogate(DATA.train, cfg, RUN, label="TrojanNN")
     window = (..., slice(4, 7), slice(4, 7))
     patch = trojannn.learn_patch(model, DATA.train, window, 3, cfg, RUN)
     assert patch.shape == (1, 3, 3)
@@ -262,7 +264,7 @@ def test_masks_are_sparse_sharp_and_differ_from_image_to_image() -> None:
     for weight in (2.0, 100.0):
         cfg = input_aware.InputAwareConfig(width=4, mask_weight=weight)
         with rng.seeded(0):
-            network = input_aware.GeneratorNetwork(1, 1, cfg.width, 1)
+            network = GeneratorNetwork(1, 1, cfg.width, 1)
         input_aware.learn_mask(network, tiny_data(320), cfg, RUN)
         assert not network.training
         with torch.no_grad():
@@ -278,7 +280,7 @@ def test_masks_are_sparse_sharp_and_differ_from_image_to_image() -> None:
 def test_generators_take_any_size(shape: tuple[int, int, int]) -> None:
     for levels in (1, 2):
         with rng.seeded(0):
-            drawn = input_aware.GeneratorNetwork(shape[0], 2, 2, levels)(torch.rand(2, *shape))
+            drawn = GeneratorNetwork(shape[0], 2, 2, levels)(torch.rand(2, *shape))
         assert drawn.shape == (2, 2, *shape[1:])
 
 

@@ -48,6 +48,7 @@ SURFACE = {
     "Screening",
     "Source",
     "Step",
+    "Suspicion",
     "TensorChange",
     "TooFewImages",
     "UnbackdoorError",
@@ -61,6 +62,7 @@ SURFACE = {
     "build",
     "evaluate",
     "inspect",
+    "json_schema",
     "load_dataset",
     "load_images",
     "load_model",
@@ -94,7 +96,7 @@ def test_every_name_of_the_surface_is_there(name: str) -> None:
 
 def test_names_are_the_things_themselves_and_not_copies() -> None:
     from unbackdoor.attacks import AttackTruth
-    from unbackdoor.engine.trusted_caller import run
+    from unbackdoor.audit.verbs import run
 
     assert unbackdoor.AttackTruth is AttackTruth
     assert unbackdoor.run is run

@@ -14,7 +14,7 @@ from unbackdoor.bench.code_version import repair_version
 from unbackdoor.bench.suites import SHIPPED, Suite, architecture, check_lock, find_suite, load_suite
 from unbackdoor.data.splits import reserve
 from unbackdoor.errors import ConfigError, InputError, IntegrityError
-from unbackdoor.registry import DEFENSES
+from unbackdoor.registry import ATTACKS, DEFENSES
 
 
 @pytest.mark.parametrize("file", sorted(SHIPPED.glob("*.toml")), ids=lambda f: f.stem)
@@ -217,6 +217,20 @@ def test_the_zoo_is_large_paired_and_split() -> None:
     assert not seeds["tuning"] & seeds["test"]
     families = {name.partition("[")[0] for _, name, _, _ in backdoored}
     assert len(families) >= 4
+
+
+def test_the_suite_of_attacks_has_them_all() -> None:
+    suite = load_suite(SHIPPED / "attacks-v1.toml")
+    assert {entry.name for entry in suite.attack} == {*ATTACKS} - {"picture"}  # which is the user's own
+    victims = [*_victims(suite, "cifar10")]
+    assert {attack.name for _, _, _, attack, _, _ in victims} == {entry.name for entry in suite.attack}
+    controls = {
+        (model.architecture, recipe.name) for model, _, recipe, a, _, _ in victims if a.name == "none"
+    }
+    assert {(model.architecture, recipe.name) for model, _, recipe, _, _, _ in victims} == controls
+    # Rows know an attack by these; one kind more needs a seed of its own.
+    keys = [(r.name, a.name, o.get("poison_rate"), o.get("target"), seed) for _, _, r, a, o, seed in victims]
+    assert len(keys) == len(set(keys))
 
 
 def test_two_changes_of_one_recipe_have_labels(tmp_path: Path) -> None:

@@ -19,13 +19,15 @@ from unbackdoor.engine.trusted_caller import run as call
 from unbackdoor.errors import ConfigError, InputError, MethodFailed, MissingExtra, UnsupportedModel
 from unbackdoor.registry import SCANNERS
 from unbackdoor.scanners.tac import TACScanConfig, scan
+from unbackdoor.triggers import Suspicion
 from unbackdoor.types import Classifier, CleanData, Images
 
 pytest.importorskip("scipy", reason="the solver is SciPy's (extra: scan)")
 
 RUN = Run.create(seed=0, policy="fp32")
 CLASSES, FEATURES, TARGET = 8, 64, 3
-ONCE = {"search": False, "epochs": 2, "batch_size": 16}
+ONCE = {"search": False, "epochs": 2, "batch_size": 16, "when_undecided": "repair"}
+ANYWAY = {"when_undecided": "repair"}
 
 
 def planted(*, pull: float) -> tuple[Classifier, CleanData]:
@@ -154,12 +156,50 @@ def test_the_class_may_be_named_and_the_undecided_left_alone() -> None:
     named = call("tac", model, data, options={**ONCE, "target": 2})
     assert named.evidence["target"] == 2
     assert named.evidence["verdict"] == "undecided"
-    left = call("tac", model, data, options={"when_undecided": "leave"})
-    assert left.evidence["repaired"] is False
+    left = call("tac", model, data)
+    assert left.evidence["repaired"] is False and left.evidence["target"] is None
+    assert "supports no class" in left.evidence["remarks"][0]
     assert left.model.sha256() == model.sha256()
     assert call("tac", model, data, preset="reference").model.sha256() == model.sha256()
     with pytest.raises(ConfigError, match=r"expected 0\.\.3, got 4"):
         call("tac", model, data, options={"target": 4})
+
+
+ALL = {"search": False, "epochs": 1, "batch_size": 16, "train": "all"}
+
+
+def suspects(*classes: int) -> Suspicion:
+    return Suspicion(classes, (0.01,) * len(classes))
+
+
+def test_only_a_class_that_something_supports_is_repaired() -> None:
+    """It repaired the class of the smallest norm, whatever its test said, and cost accuracy."""
+    clean, data = planted(pull=0.0)
+    left = call("tac", clean, data)
+    assert left.evidence["verdict"] == "no evidence found" and left.evidence["target"] is None
+    assert left.model.sha256() == clean.sha256() and left.evidence["repaired"] is False
+    # A suspicion leads where the test is silent, whatever class is the nearest.
+    for label in range(3):
+        led = call("tac", clean, data, options=ALL, suspicion=suspects(label, 7))
+        assert led.evidence["target"] == label and "supports no class" in led.evidence["remarks"][0]
+    # Both agree: on the class that was suspected second, too.
+    model, data = planted(pull=60.0)
+    both = call("tac", model, data, options=ALL, suspicion=suspects(5, TARGET))
+    assert both.evidence["target"] == TARGET and "supports it" in both.evidence["remarks"][0]
+    # They contradict each other: nothing is changed, unless the user names the class.
+    against = call("tac", model, data, options=ALL, suspicion=suspects(5))
+    assert against.model.sha256() == model.sha256() and against.evidence["target"] is None
+    assert "supports class 3 instead" in against.evidence["remarks"][0]
+    asked = call("tac", model, data, options={**ALL, "target": 5}, suspicion=suspects(TARGET))
+    assert asked.evidence["target"] == 5
+
+
+def test_a_repair_that_leaves_most_images_to_the_shift_says_so() -> None:
+    model, data = planted(pull=60.0)
+    # With a vanishing weight the shift is not taught away.
+    idle = call("tac", model, data, options={**ALL, "beta": 0.0, "lr": 1e-6})
+    assert idle.evidence["still_moved"] > 0.5
+    assert any("still sends" in text for text in idle.evidence["remarks"])
 
 
 def test_every_class_at_once_is_deterministic_and_keeps_the_task() -> None:
@@ -173,7 +213,7 @@ def test_every_class_at_once_is_deterministic_and_keeps_the_task() -> None:
 
 def test_the_search_keeps_what_held_and_says_what_did_not() -> None:
     model, data = tiny_classifier("conv-bn"), CleanData.split(tiny_data(80))
-    options = {"epochs": 4, "tolerance": 0.05}
+    options = {**ANYWAY, "epochs": 4, "tolerance": 0.05}
     out = call("tac", model, data, options=options, precision="fp32")
     json.dumps(dict(out.evidence), allow_nan=False)
     held = [rung for rung in out.evidence["trace"] if rung["held"]]
@@ -192,7 +232,7 @@ def test_where_no_rung_holds_the_model_comes_back_unchanged(monkeypatch: pytest.
 
     monkeypatch.setattr("unbackdoor.defenses.tac.train", diverging)
     model, data = tiny_classifier("conv-bn"), CleanData.split(tiny_data(40))
-    out = call("tac", model, data, options={"lr": 0.1})
+    out = call("tac", model, data, options={**ANYWAY, "lr": 0.1})
     assert out.evidence["repaired"] is False
     assert out.model.sha256() == model.sha256()
     trace = out.evidence["trace"]
@@ -203,7 +243,7 @@ def test_where_no_rung_holds_the_model_comes_back_unchanged(monkeypatch: pytest.
 def test_without_held_out_images_only_the_mildest_rung_is_tried() -> None:
     data = CleanData.split(tiny_data(4, seed=2))
     assert data.select_is_fit
-    out = call("tac", tiny_classifier("conv-bn"), data, options={"epochs": 2})
+    out = call("tac", tiny_classifier("conv-bn"), data, options={**ANYWAY, "epochs": 2})
     assert {rung["beta"] for rung in out.evidence["trace"]} == {0.3}
 
 

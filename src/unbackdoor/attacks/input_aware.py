@@ -15,7 +15,6 @@ Cost:    a pass over mask_images in each of mask_epochs; in training, a pass of 
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
@@ -23,8 +22,9 @@ import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor, nn
 
+from unbackdoor.attacks.generators import GeneratorNetwork, drawn, levels_of, named, without
 from unbackdoor.attacks.truth import AttackConfig, Learning, Stamp, Tensors, Trigger
-from unbackdoor.data.batches import batches, resident, to_float
+from unbackdoor.data.batches import batches, resident
 from unbackdoor.engine import rng
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Companion, Recipe, train
@@ -69,48 +69,6 @@ class InputAwareConfig(AttackConfig):
         return self
 
 
-class GeneratorNetwork(nn.Module):
-    """Encoder and decoder from images (B, C, H, W) to values (B, O, H, W) in 0..1.
-
-    Args:
-        inputs: Channels C of the images.
-        outputs: Channels O.
-        width: Channels of the first level; every further one has twice as many.
-        levels: How often the size is halved.
-    """
-
-    def __init__(self, inputs: int, outputs: int, width: int, levels: int) -> None:
-        super().__init__()
-        sizes = [width * 2**level for level in range(levels)]
-        self.down = nn.ModuleList(
-            nn.Sequential(*_unit(before, size), *_unit(size, size))
-            for before, size in zip([inputs, *sizes], sizes, strict=False)
-        )
-        self.middle = nn.Sequential(*_unit(sizes[-1], sizes[-1]))
-        self.up = nn.ModuleList(
-            nn.Sequential(*_unit(size, size), *_unit(size, after))
-            for size, after in zip(sizes[::-1], [*sizes[-2::-1], width], strict=True)
-        )
-        self.last = nn.Conv2d(width, outputs, 3, padding=1)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Return values (B, O, H, W) in 0..1."""
-        x, shapes = pixels, []
-        for block in self.down:
-            x = block(x)
-            shapes.append(x.shape[2:])
-            x = F.max_pool2d(x, 2)
-        x = self.middle(x)
-        for block, shape in zip(self.up, reversed(shapes), strict=True):
-            x = block(F.interpolate(x, tuple(shape), mode="bilinear"))
-        values: Tensor = self.last(x)
-        return values.tanh() / 2 + 0.5
-
-
-def _unit(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
-    return nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()
-
-
 def sharpened(mask: Tensor) -> Tensor:
     """Return the mask pressed towards 0 and 1, with a gradient still."""
     return (20 * mask - 10).tanh() / 2 + 0.5
@@ -142,24 +100,19 @@ def diversity_loss(pixels: Tensor, outputs: Tensor) -> Tensor:
 )
 def input_aware(cfg: InputAwareConfig, *, shape: tuple[int, int, int], classes: int, seed: int) -> Trigger:
     """Return a trigger of two generators: that of masks learns first, that of patterns with the victim."""
-    channels, height, width = shape
-    levels = min(
-        max(int(math.log2(min(height, width) / 4)), 1), 3
-    )  # to a side of 4 pixels, as the public code
+    channels, levels = shape[0], levels_of(shape)
 
     def generator_network(outputs: int, tensors: Tensors | None = None, prefix: str = "") -> GeneratorNetwork:
         with rng.seeded(seed, "input-aware", prefix):
             network = GeneratorNetwork(channels, outputs, cfg.width, levels)
         if tensors is not None:
-            network.load_state_dict(
-                {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            )
+            network.load_state_dict(without(tensors, prefix))
         return network.eval()
 
     def fit(images: Images, run: Run) -> Tensors:
         network = generator_network(1, prefix=MASK).to(run.device)
         learn_mask(network, images, cfg, run)
-        return _named(network, MASK)
+        return named(network, MASK)
 
     def learn(
         model: Classifier,
@@ -191,19 +144,15 @@ def input_aware(cfg: InputAwareConfig, *, shape: tuple[int, int, int], classes: 
             label=label,
             companion=companion,
         )
-        return {**fitted, **_named(pattern, PATTERN)}
+        return {**fitted, **named(pattern, PATTERN)}
 
     def restore(tensors: Tensors) -> Stamp:
         mask, pattern = generator_network(1, tensors, MASK), generator_network(channels, tensors, PATTERN)
 
-        def stamp(pixels: Tensor) -> Tensor:
-            device = pixels.device
-            with torch.no_grad(), torch.autocast(device.type, enabled=False):
-                x = to_float(pixels, device, channels_last=False)
-                out = blend(x, pattern.to(device)(x), sharpened(mask.to(device)(x)))
-            return (out * 255).round().clamp(0, 255).to(torch.uint8)
+        def draw(x: Tensor) -> Tensor:
+            return blend(x, pattern.to(x.device)(x), sharpened(mask.to(x.device)(x)))
 
-        return stamp
+        return lambda pixels: drawn(pixels, draw)
 
     return Trigger(learning=Learning(fit=fit, restore=restore, train=learn))
 
@@ -263,7 +212,3 @@ def attacked(
     labels = labels.clone()
     labels[:own] = cfg.target
     return changed, labels, cfg.diversity * diversity_loss(sources, patterns)
-
-
-def _named(network: nn.Module, prefix: str) -> dict[str, Tensor]:
-    return {prefix + name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()}

@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbackdoor.attacks.truth import AttackTruth
+from unbackdoor.attacks.truth import BATCH, AttackTruth, of_classes
 from unbackdoor.engine import rng
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import ConfigError, InputError
 from unbackdoor.types import Images
-
-BATCH = 1024  # images stamped at a time; bounds the float copies that some triggers make
 
 
 def poison(
@@ -79,17 +77,22 @@ def spread(images: Images, truth: AttackTruth) -> tuple[Images, AttackTruth]:
     if trigger.mapping == "none":
         return images, truth
 
-    labels, target_labels = images.truth, truth.target_labels(images.truth)
-    candidates, count = _candidates(labels, truth), _poison_count(images, truth)
+    labels, target_labels = images.truth, truth.targets_of(images)
+    candidates, count = _candidates(images, truth), _poison_count(images, truth)
     order = torch.randperm(len(candidates), generator=rng.generator(seed, "poisoned rows"))
     rows = candidates[order[:count]].sort().values
     pixels, new_labels = images.pixels.clone(), labels.clone()
-    pixels[rows] = stamped(images.pixels[rows], truth)
+    if trigger.in_training is None:
+        pixels[rows] = stamped(images.pixels[rows], truth)
+    else:
+        draws = rng.generator(seed, "poisoned images")
+        for part_rows in rows.split(BATCH):
+            pixels[part_rows] = trigger.in_training(images.pixels[part_rows], draws)
     new_labels[rows] = target_labels[rows]
 
     decoys = torch.zeros(0, dtype=torch.int64)
     if trigger.decoy is not None and trigger.decoy_rate:
-        rest = torch.ones(len(images), dtype=torch.bool)
+        rest = of_classes(labels, trigger.decoy_sources)
         rest[rows] = False
         free = rest.nonzero().flatten()
         share = min(round(trigger.decoy_rate * len(images)), len(free))
@@ -110,20 +113,23 @@ def impossible(images: Images, truth: AttackTruth) -> list[str]:
     trigger = truth.trigger
     if trigger.mapping == "none" or (trigger.learning is not None and trigger.learning.train is not None):
         return []  # nothing is poisoned, or anew in every batch
-    available, requested = len(_candidates(images.truth, truth)), _poison_count(images, truth)
+    available, requested = len(_candidates(images, truth)), _poison_count(images, truth)
     if requested <= available:
         return []
     kind = f"of class {target}" if trigger.clean_label else "outside the target class"
+    if trigger.sources:
+        kind = f"of class {', '.join(map(str, trigger.sources))}"
     return [
         f"poison_rate {truth.options['poison_rate']} asks for {requested} images {kind}, "
         f"and there are {available}; the highest possible rate is {available / _rate_base(images, truth):.4f}"
     ]
 
 
-def _candidates(labels: Tensor, truth: AttackTruth) -> Tensor:
+def _candidates(images: Images, truth: AttackTruth) -> Tensor:
     """Return the rows (M,) that may be poisoned: of the target class for clean labels, else of others."""
-    already = truth.target_labels(labels) == labels
-    return (already if truth.trigger.clean_label else ~already).nonzero().flatten()
+    already = truth.targets_of(images) == images.truth
+    may_be = already if truth.trigger.clean_label else ~already
+    return (may_be & of_classes(images.truth, truth.trigger.sources)).nonzero().flatten()
 
 
 def _poison_count(images: Images, truth: AttackTruth) -> int:

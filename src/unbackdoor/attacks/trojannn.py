@@ -14,18 +14,16 @@ from types import EllipsisType
 import torch
 from torch import Tensor, nn
 
-from unbackdoor.attacks.truth import AttackConfig, Learning, Stamp, Tensors, Trigger
+from unbackdoor.attacks.surrogate import SurrogateConfig, some_of, surrogate, surroundings
+from unbackdoor.attacks.truth import Learning, Stamp, Tensors, Trigger
 from unbackdoor.data.batches import to_float
-from unbackdoor.engine import rng
 from unbackdoor.engine.inference import frozen
 from unbackdoor.engine.run import Run
-from unbackdoor.engine.training import Recipe, train
-from unbackdoor.networks import build
 from unbackdoor.registry import attack, option
 from unbackdoor.types import Classifier, Images
 
 
-class TrojanNNConfig(AttackConfig):
+class TrojanNNConfig(SurrogateConfig):
     """Options of TrojanNN."""
 
     size: int = option(
@@ -45,13 +43,6 @@ class TrojanNNConfig(AttackConfig):
     steps: int = option(100, "Adam steps on the pixels of the patch", source="this project", ge=1, le=100_000)
     lr: float = option(0.1, "learning rate of these steps, in pixel values 0..1", source="this project", gt=0)
     batch: int = option(32, "clean images that the patch is laid on in a step", source="this project", ge=1)
-    surrogate_width: int = option(
-        16, "width of the benign small CNN", source="this project: seconds on one core", ge=2, le=256
-    )
-    surrogate_epochs: int = option(5, "epochs of its training", source="this project", ge=1, le=1000)
-    surrogate_images: int = option(
-        4000, "clean training images that it learns from, at most", source="this project", ge=2
-    )
 
 
 @attack(
@@ -69,11 +60,9 @@ def trojannn(cfg: TrojanNNConfig, *, shape: tuple[int, int, int], classes: int, 
     window = (..., slice(bottom - size, bottom), slice(right - size, right))
 
     def fit(images: Images, run: Run) -> Tensors:
-        # On the CPU in fp32, whatever the victim is trained in: a few seconds, and the same bytes.
-        here = Run.create(seed=rng.derive_seed(seed, "trojannn"), policy="fp32", progress=run.show)
-        rows = torch.randperm(len(images), generator=here.generator("images"))[: cfg.surrogate_images]
-        surrogate_images = images.subset(rows.sort().values)
-        patch = learn_patch(surrogate(surrogate_images, cfg, here), surrogate_images, window, size, cfg, here)
+        here = surroundings(seed, "trojannn", run)
+        some = some_of(images, cfg.surrogate_images, here)
+        patch = learn_patch(surrogate(some, cfg, here, label="TrojanNN"), some, window, size, cfg, here)
         return {"patch": (patch * 255).round().to(torch.uint8)}
 
     def restore(tensors: Tensors) -> Stamp:
@@ -87,22 +76,6 @@ def trojannn(cfg: TrojanNNConfig, *, shape: tuple[int, int, int], classes: int, 
         return stamp
 
     return Trigger(learning=Learning(fit=fit, restore=restore))
-
-
-def surrogate(images: Images, cfg: TrojanNNConfig, run: Run) -> Classifier:
-    """Return the benign network, trained on clean images."""
-    values = images.pixels.float().div(255).transpose(0, 1).flatten(1)  # (C, N * H * W)
-    model = build(
-        f"small_cnn[width={cfg.surrogate_width}]",
-        input_shape=images.shape,
-        class_names=images.class_names,
-        mean=values.mean(1).tolist(),
-        std=values.std(1).clamp_min(0.01).tolist(),
-        seed=rng.derive_seed(run.seed, "surrogate"),
-    )
-    recipe = Recipe(epochs=cfg.surrogate_epochs, batch_size=64, optimizer="adamw", lr=0.003)
-    train(model, images, recipe, run, label="TrojanNN's benign network")
-    return model
 
 
 def chosen_neurons(model: Classifier, count: int) -> Tensor:

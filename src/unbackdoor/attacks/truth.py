@@ -21,9 +21,11 @@ from unbackdoor.types import Augmentation, Classifier, Images, state_sha256
 if TYPE_CHECKING:
     from unbackdoor.engine.training import Recipe  # named only: the judge depends on no training
 
+BATCH = 1024  # images stamped at a time; bounds the float copies that some triggers make
 Stamp = Callable[[Tensor], Tensor]
 Tensors = Mapping[str, Tensor]
-LabelMapping = Literal["all-to-one", "all-to-all", "none"]
+TrainingStamp = Callable[[Tensor, torch.Generator], Tensor]
+LabelMapping = Literal["all-to-one", "all-to-all", "several", "none"]
 
 
 class AttackConfig(Config):
@@ -43,6 +45,17 @@ class CleanLabelConfig(AttackConfig):
         "what poison_rate is a share of: all training images, or those of the target class; a tenth of all "
         "is the whole class where there are ten classes of one size",
         source="all: BackdoorBench; target: Barni et al. 2019",
+    )
+
+
+class MappedConfig(AttackConfig):
+    """Options of attacks that may send every class to the one behind it instead of all to one."""
+
+    mapping: Literal["all-to-one", "all-to-all"] = option(
+        "all-to-one",
+        "where triggered images are sent: all to target, or those of class y to y + 1 mod K, where target "
+        "plays no part",
+        source="BackdoorBench",
     )
 
 
@@ -90,11 +103,19 @@ class Learning:
         restore: All tensors -> the stamp.
         train: Trains the victim in place of the ordinary training, from clean images; None where the images
             are poisoned once and training stays ordinary.
+        restore_training: All tensors -> :attr:`Trigger.in_training`; None where poisoned training images
+            carry the trigger itself.
     """
 
     fit: Callable[[Images, Run], Tensors]
     restore: Callable[[Tensors], Stamp]
     train: TrainVictim | None = None
+    restore_training: Callable[[Tensors], TrainingStamp] | None = None
+
+
+def of_classes(labels: Tensor, classes: tuple[int, ...]) -> Tensor:
+    """Return which labels (N,) are of these classes; of no classes at all means of any."""
+    return torch.isin(labels, torch.tensor(classes)) if classes else torch.ones_like(labels, dtype=torch.bool)
 
 
 def unlearned(pixels: Tensor) -> Tensor:
@@ -108,12 +129,19 @@ class Trigger:
 
     Attributes:
         stamp: uint8 pixels (B, C, H, W) -> triggered uint8 pixels of the same shape; deterministic.
-        mapping: ``all-to-one`` (to the target), ``all-to-all`` (y to y + 1 mod K) or ``none``.
+        mapping: ``all-to-one`` (to the target), ``all-to-all`` (y to y + 1 mod K), ``several`` (to what
+            ``choose_target`` says) or ``none``.
         clean_label: True where only images of the target class are poisoned and no label changes.
         decoy: Pixels and a generator -> pixels that look triggered but keep their label in training (the
             noise mode of WaNet), or None.
         decoy_rate: Share of all training images that become decoys, in 0..1.
         learning: Where the stamp comes from if it is learned; None if it is given.
+        in_training: Clean pixels and a generator -> what poisoned training images carry, where that is not
+            the trigger itself; None where it is.
+        sources: Classes whose images the trigger is meant for; empty for all.
+        decoy_sources: Classes that decoys are drawn from; empty for all.
+        choose_target: Clean uint8 pixels (B, C, H, W) -> the class (B,) that the stamp sends them to, where
+            that depends on the image; deterministic.
     """
 
     stamp: Stamp = unlearned
@@ -122,6 +150,10 @@ class Trigger:
     decoy: Callable[[Tensor, torch.Generator], Tensor] | None = None
     decoy_rate: float = 0.0
     learning: Learning | None = None
+    in_training: TrainingStamp | None = None
+    sources: tuple[int, ...] = ()
+    decoy_sources: tuple[int, ...] = ()
+    choose_target: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -156,23 +188,43 @@ class AttackTruth:
         return int(self.options["target"]) if self.trigger.mapping == "all-to-one" else None
 
     def target_labels(self, labels: Tensor) -> Tensor:
-        """Return the class (N,) that the attacker sends triggered images of these classes (N,) to."""
+        """Return the class (N,) that the attacker sends triggered images of these classes (N,) to.
+
+        Raises:
+            InputError: If that depends on the image; ask :meth:`targets_of`.
+        """
+        if self.trigger.choose_target is not None:
+            raise InputError("the target depends on the image and not on its class", got=self.attack)
         if self.trigger.mapping == "all-to-one":
             return torch.full_like(labels, int(self.options["target"]))
         if self.trigger.mapping == "all-to-all":
             return (labels + 1) % self.classes
         return labels.clone()
 
+    def targets_of(self, images: Images) -> Tensor:
+        """Return the class (N,) that the attacker sends each of these clean labelled images to."""
+        choose = self.trigger.choose_target
+        if choose is None:
+            return self.target_labels(images.truth)
+        parts = [choose(part) for part in images.pixels.split(BATCH)]
+        return torch.cat(parts) if parts else images.truth.clone()
+
     def eligible(self, images: Images) -> Images:
-        """Return the images on which ASR and RA are measured: those not already of the target class."""
+        """Return the images on which ASR and RA are measured.
+
+        They are not of the target class already, and of the classes that the trigger is meant for.
+        """
         labels = images.truth
-        return images.subset((self.target_labels(labels) != labels).nonzero().flatten())
+        rows = (self.targets_of(images) != labels) & of_classes(labels, self.trigger.sources)
+        return images.subset(rows.nonzero().flatten())
 
     def learned(self, tensors: Tensors) -> Self:
         """Return the truth with the stamp that these tensors make."""
         learning = self.trigger.learning
         assert learning is not None  # only learned triggers have tensors
         trigger = replace(self.trigger, stamp=learning.restore(tensors))
+        if learning.restore_training is not None:
+            trigger = replace(trigger, in_training=learning.restore_training(tensors))
         return replace(self, trigger=trigger, tensors=dict(tensors))
 
     def spec(self) -> dict[str, Any]:

@@ -8,10 +8,10 @@ fails or is cut short ends itself alone: what was found before it stays.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from unbackdoor.audit import purifying, scanning, verification
 from unbackdoor.audit.budget import BudgetSpent, end_of, watched, within_budget
@@ -25,12 +25,16 @@ from unbackdoor.audit.cost import (
     Cost,
     measured,
 )
+from unbackdoor.audit.outcome import WORKS, OutcomeVerdict
+from unbackdoor.audit.own_methods import defense_of
 from unbackdoor.audit.purifying import Purification, Residue
 from unbackdoor.audit.references import read_references
 from unbackdoor.audit.result import Result
 from unbackdoor.audit.scanning import LEVEL, Audit, Checked
 from unbackdoor.audit.steps import Status, Step, Steps
+from unbackdoor.audit.suspicion import read_suspicion
 from unbackdoor.audit.trigger_files import read_triggers, require_trigger_files
+from unbackdoor.audit.verbs import require_points
 from unbackdoor.audit.verification import Verification
 from unbackdoor.confinement import now
 from unbackdoor.engine.inference import mode, predict
@@ -41,19 +45,16 @@ from unbackdoor.errors import InputError, UnbackdoorError
 from unbackdoor.metrics import Rate
 from unbackdoor.opening.inspection import Inspection, inspect
 from unbackdoor.opening.write_back import stored_types
-from unbackdoor.registry import DEFENSES, Config, Part
+from unbackdoor.registry import Config, Part
 from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Augmentation, Images, Progress, Verdict, silent
 from unbackdoor.weights.source import Source, open_source
 
 T = TypeVar("T")
-METHODS = ("auto", "neural_cleanse")  # of a repair where none is named: the first that is registered
-WORKS = 0.5  # success of a trigger from which it is said to work
-GONE = 0.1  # up to which it is said to be gone
 _SLACK = 1.5  # times the time left: an estimate beyond is no reason to begin
 _REASON_BUDGET = "the budget was spent before it began"
 _STATUS: dict[str, Status] = {"ran": "done", "failed": "failed", "interrupted": "interrupted"}  # of a check
-RepairOutcome = Literal["repaired", "weakened", "not repaired", "unknown"]
+_LONGEST_JUDGING = 120.0  # seconds of the searches that judge a repair; of a budget half of what is left
 
 
 @dataclass(frozen=True)
@@ -122,25 +123,20 @@ class Assessment(Result):
         return () if self.purification is None else self.purification.residues
 
     @property
-    def outcome(self) -> RepairOutcome | None:
-        """What became of the recovered triggers; None without a repair."""
+    def outcome(self) -> OutcomeVerdict | None:
+        """What the repair achieved; None without one. The checks may still accuse what is called repaired."""
         if self.purification is None:
             return None
-        working = [r for r in self.residues if r.before.total and r.before.value > WORKS and r.after.total]
+        verdict = self.purification.outcome.verdict
         accused = self.verification is not None and self.verification.after.verdict == "backdoor found"
-        if not working:
-            return "not repaired" if accused else "unknown"
-        worst = max(r.after.value for r in working)
-        if worst > WORKS:
-            return "not repaired"
-        return "weakened" if worst > GONE or accused else "repaired"
+        return "weakened" if verdict == "repaired" and accused else verdict
 
 
 @within_budget
 def audit(
     model: Model,
     data: Data | None = None,
-    method: str | Part[Any] | None = None,
+    method: str | Part[Any] | Callable[..., Any] | None = None,
     *,
     preset: str | None = None,
     method_options: Mapping[str, Any] | Config | None = None,
@@ -179,11 +175,11 @@ def audit(
     Args:
         model: A file of weights, what :func:`unbackdoor.open_model` returned, or a classifier; only read.
         data: Clean images, as for :func:`unbackdoor.scan`; None leaves the checks that need none.
-        method: Defense of the repair, which is made where a backdoor is found, or a trigger that was brought
-            works; None: ``auto``.
+        method: Defense of the repair, as for :func:`unbackdoor.purify`. It is made where a backdoor is found,
+            or a trigger that was brought works; None: ``auto``.
         preset: Named set of its options.
         method_options: Its options, laid over the preset.
-        max_accuracy_drop: Largest loss of clean accuracy that is accepted, a fraction in 0..1.
+        max_accuracy_drop: Largest loss of clean accuracy that is accepted, in points of 100.
         promise: See :func:`unbackdoor.purify`.
         triggers: Known triggers, their files, or pictures, as for :func:`unbackdoor.purify`.
         proof: Further images, for measuring the repair alone.
@@ -227,11 +223,13 @@ def audit(
     """
     start, end = now(), end_of(budget)
     # What is wrong with the question is said before anything slow.
-    part = method_of(method)
+    part = defense_of(purifying.DEFAULT_METHOD if method is None else method)
     if not isinstance(method_options, Config):
         part.configure(method_options, preset=preset)
     planned = plan_checks([checks] if isinstance(checks, str) else checks, options)
-    purifying.require_promise(max_accuracy_drop, promise)
+    if max_accuracy_drop is not None:
+        require_points(max_accuracy_drop)
+    purifying.require_rule(promise)
     if not 0 < level < 1:
         raise InputError("the level does not fit", expected="a probability in (0, 1)", got=level)
     read_references(references or ())
@@ -274,7 +272,7 @@ def audit(
         {
             "preset": preset,
             "options": method_options,
-            "max_accuracy_drop": max_accuracy_drop,
+            "max_accuracy_drop": None if max_accuracy_drop is None else max_accuracy_drop / 100,
             "promise": promise,
         },
         {"seed": seed, "device": device, "precision": precision, "progress": progress},
@@ -327,23 +325,12 @@ def audit(
         scan=scan,
         triggers=tuple(trigger for trigger, _ in pairs),
         success=tuple(rate for _, rate in pairs),
-        purification=None if work.purification is None else replace(work.purification, case=case),
+        purification=work.purification,
         verification=work.verification,
         seconds=now() - start,
         interrupted=interrupted,
         **facts,
     )
-
-
-def method_of(method: str | Part[Any] | None) -> Part[Any]:
-    """Return the defense that repairs; None is the usual one."""
-    if isinstance(method, Part):
-        return method
-    if method is None:
-        method = next(name for name in METHODS if name in DEFENSES)
-    if not isinstance(method, str):
-        raise InputError("the method is of another type", expected="a name or a part", got=method)
-    return DEFENSES[method]
 
 
 def _first_steps(model: Model) -> list[Step]:
@@ -553,7 +540,7 @@ class _Work:
             return
         self.steps.leave_out("a trigger was brought", "trigger")
         self.repair(scan)
-        if self.purification is not None:
+        if self.purification is not None and not _refused(self.purification):
             self.verify(scan)
         else:
             self.steps.leave_out("there is no repaired model", "verify")
@@ -582,17 +569,24 @@ class _Work:
                     images,
                     self.part,
                     triggers=known,
+                    suspicion=read_suspicion(scan, self.case.model),
                     proof=self.proof_images,
+                    search_budget=None if left is None else min(_LONGEST_JUDGING, left / 2),
                     types=stored_types(opened) if opened is not None else None,
                     augmentation=self.case.augmentation,
                     **self.repair_options,
                     **self.surroundings,
                 )
+        except purifying.PromiseBroken as error:
+            self.purification = replace(error.refused, case=self.case)
+            self.steps.end(name, str(error), "failed")
+            return
         except UnbackdoorError as error:
             spent = self.left() == 0.0
             words = "the budget was spent while it ran" if spent else str(error)
             self.steps.end(name, words, "left out" if spent else "failed")
             return
+        self.purification = replace(self.purification, case=self.case)
         self.steps.end(name, _repaired(self.purification))
 
     @property
@@ -645,11 +639,16 @@ def _result(checked: Checked, case: Case) -> str:
     return checked.report.verdict + p + (f", strongest: {suspects}" if suspects and p else "")
 
 
+def _refused(done: Purification) -> bool:
+    return done.promise is not None and done.promise.refused
+
+
 def _repaired(done: Purification) -> str:
+    said = f"{done.outcome.verdict}; {len(done.changes)} tensors changed"
     if done.accuracy is None:
-        return f"{len(done.changes)} tensors changed"
+        return said
     then, later = done.accuracy.before.value, done.accuracy.after.value
-    return f"{len(done.changes)} tensors changed, clean accuracy {then:.1%} to {later:.1%}"
+    return f"{said}, clean accuracy {then:.1%} to {later:.1%}"
 
 
 def _about(seconds: float) -> str:

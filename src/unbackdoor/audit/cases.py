@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from unbackdoor.audit.budget import opening
 from unbackdoor.audit.comparison import compare_logits
 from unbackdoor.data.clean_images import resolve_clean_images
 from unbackdoor.data.conform import conform
 from unbackdoor.data.datasets import dataset_names
+from unbackdoor.data.in_memory import InMemory, images_in_memory, is_in_memory, unusable
 from unbackdoor.data.loaders import ImageFiles
 from unbackdoor.engine.run import Run
-from unbackdoor.errors import ConfigError, InputError
+from unbackdoor.errors import ConfigError, InputError, UnsupportedModel
 from unbackdoor.files import is_there
 from unbackdoor.opening.open_model import Opened, load_images_of, open_model
 from unbackdoor.registry import near_match
@@ -22,7 +27,7 @@ from unbackdoor.types import Augmentation, Classifier, CleanData, Images
 from unbackdoor.weights.card import normalisation
 from unbackdoor.weights.source import Source, existing_file, open_source
 
-Data = Images | CleanData | Path | str
+Data = Images | CleanData | Path | str | InMemory
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ def require_share(select_fraction: float) -> None:
         )
 
 
-Model = Classifier | Opened | Source | Path | str | Case
+Model = Classifier | nn.Module | Opened | Source | Path | str | Case
 
 
 def require_inputs(model: Model, *images: Data | None) -> None:
@@ -138,9 +143,11 @@ def open_case(
     """Open a model and load the images in the form that it takes.
 
     Args:
-        model: A file of weights, what was opened of it, or a classifier.
-        data: Clean images: a data set's name, a file or folder, or images that are loaded; None for none, or
-            for those that the model was opened with.
+        model: A file of weights, what was opened of it, a classifier, or a network in memory, which takes
+            what ``mean`` and ``std`` make of pixels in [0, 1].
+        data: Clean images: a data set's name, a file or folder, images that are loaded, or arrays or a data
+            set of torch (see :func:`unbackdoor.data.in_memory.images_in_memory`); None for none, or for those
+            that the model was opened with.
         run: Device, precision, seed and progress.
         arch: See :func:`unbackdoor.open_model`, as for the six that follow; only for a file.
         mean: Per-channel mean.
@@ -182,18 +189,19 @@ def open_case(
                 "the model", [f"it is opened already, with its images: {', '.join(conflicting)}"]
             )
         return model
-    if not isinstance(model, Classifier | Opened | Source | Path | str):
+    if not isinstance(model, nn.Module | Opened | Source | Path | str):
         raise InputError(
             "the model is of another type",
-            expected="a file, what unbackdoor.open_model returns, or a Classifier",
+            expected="a file, what unbackdoor.open_model returns, a Classifier or a torch.nn.Module",
             got=type(model).__name__,
         )
+    from_arrays = is_in_memory(data)
+    if from_arrays:
+        data = images_in_memory(data, progress=run.show)
     if data is not None and not isinstance(data, Images | CleanData | Path | str):
-        raise InputError(
-            "the clean images are of another type",
-            expected="Images, CleanData, a path or the name of a data set",
-            got=type(data).__name__,
-        )
+        raise unusable(data)
+    if is_in_memory(proof):
+        proof = images_in_memory(proof, what="the images of the proof", progress=run.show)
     require_inputs(model, data, proof)
     split = data if isinstance(data, CleanData) else None
     own_augmentation: Augmentation = split.augmentation if split is not None else "none"
@@ -220,6 +228,8 @@ def open_case(
         raise ConfigError("the clean images", ["clean, per_class and fraction draw from a named data set"])
     elif data is not None:
         images = data.all if isinstance(data, CleanData) else data
+    if isinstance(model, nn.Module) and not isinstance(model, Classifier):
+        model, model_options = _of_module(model, images, model_options, run), {}
     opened = model if isinstance(model, Opened) else None
     if isinstance(model, Classifier | Opened):
         if any(value is not None for value in model_options.values()):
@@ -228,7 +238,7 @@ def open_case(
         classifier = model.model if isinstance(model, Opened) else model
         if images is None and opened is not None:
             images = opened.images
-        elif isinstance(images, ImageFiles) or data_set is not None:
+        elif isinstance(images, ImageFiles) or data_set is not None or from_arrays:
             images = _fitting(images, classifier, run)
     else:
         opened = open_model(model, images=images, run=run, **model_options)
@@ -236,6 +246,8 @@ def open_case(
     assert not isinstance(images, ImageFiles)
     if proof is not None:
         proof_data = resolve_clean_images(proof, **reading).images if isinstance(proof, Path | str) else proof
+        if not isinstance(proof_data, Images | ImageFiles | CleanData):
+            raise unusable(proof, "the images of the proof")
         proof_images = _fitting(
             proof_data.all if isinstance(proof_data, CleanData) else proof_data, classifier, run
         )
@@ -321,6 +333,49 @@ def options_for(model: Model, options: dict[str, Any]) -> dict[str, Any]:
     if model.graph is None or out.get("arch") is not None:
         out["output"] = None
     return out
+
+
+def _of_module(
+    module: nn.Module, images: Images | ImageFiles | None, options: dict[str, Any], run: Run
+) -> Classifier:
+    """Return a copy of a network in memory as a classifier; what it does not say comes from the images."""
+    wrong = [name for name in ("arch", "weights", "output") if options[name] is not None]
+    if wrong:
+        raise ConfigError("the model", [f"it is a network in memory: {', '.join(wrong)} are of files"])
+    loaded = load_images_of(images, options["size"], run.show)
+    if loaded is None or not len(loaded):
+        raise InputError(
+            "the shape of the network's input is not known",
+            expected="clean images beside it",
+            remedy="Or give unbackdoor.Classifier(network, input_shape=(C, H, W), class_names=...)",
+        )
+    channels, *size = loaded.shape
+    shape = (channels, *(options["size"] or size))
+    network = copy.deepcopy(module).cpu().eval()
+    try:
+        with torch.no_grad():
+            answers = network(torch.zeros(2, *shape))
+    except Exception as error:
+        raise UnsupportedModel(
+            "the network does not take the images",
+            got=f"{type(error).__name__}: {str(error)[:200]}",
+            where=f"input of shape {shape}",
+        ) from error
+    if not isinstance(answers, Tensor) or answers.dim() != 2 or len(answers) != 2:
+        raise UnsupportedModel(
+            "the network returns no logits",
+            expected="a tensor of shape (images, classes)",
+            got=tuple(answers.shape) if isinstance(answers, Tensor) else type(answers).__name__,
+        )
+    classes = answers.shape[1]
+    named = options["class_names"] or (loaded.class_names if len(loaded.class_names) == classes else ())
+    return Classifier(
+        network,
+        input_shape=(int(shape[0]), int(shape[1]), int(shape[2])),
+        class_names=tuple(named) or tuple(map(str, range(classes))),
+        mean=tuple(options["mean"] or ()),
+        std=tuple(options["std"] or ()),
+    )
 
 
 def _fitting(images: Images | ImageFiles | None, model: Classifier, run: Run) -> Images:

@@ -9,6 +9,7 @@ from typing import Any
 from unbackdoor.audit.auditing import Assessment
 from unbackdoor.audit.cases import Case
 from unbackdoor.audit.comparison import Accuracy, TensorChange, rate_facts
+from unbackdoor.audit.outcome import Outcome
 from unbackdoor.audit.purifying import Purification, Residue
 from unbackdoor.audit.scanning import Audit, Checked
 from unbackdoor.audit.standards import identifiers
@@ -19,7 +20,11 @@ from unbackdoor.types import Finding, ScanReport
 
 
 def record(result: Audit | Purification | Verification | Assessment) -> dict[str, Any]:
-    """Return what a verb returned as JSON, with what it is about."""
+    """Return what a verb returned as JSON, with what it is about and when it was made."""
+    return {"date": result.date, **_record(result)}
+
+
+def _record(result: Audit | Purification | Verification | Assessment) -> dict[str, Any]:
     if isinstance(result, Assessment):
         names = _names(result.case)
         return {
@@ -140,7 +145,11 @@ def purification_json(done: Purification, class_names: Sequence[str]) -> dict[st
         "accuracy": accuracy_json(done.accuracy),
         "accuracy_on_the_method's_images": done.proof_is_fit,
         "accuracy_flattered_because": list(done.flattered),
+        "accuracy_loss_is": done.loss_bias,
+        "outcome": _outcome(done.outcome, class_names),
         "promise": None if done.promise is None else done.promise.to_dict(),
+        "suspicion": _suspicion(done, class_names),
+        "remarks": list(done.remarks),
         "left_behind": list(done.left_behind),
         "changes": [change_json(c) for c in done.changes],
         "residual_triggers": [_residue(r, class_names) for r in done.residues],
@@ -258,6 +267,35 @@ def _residue(residue: Residue, class_names: Sequence[str]) -> dict[str, Any]:
         **trigger_json(residue.trigger, class_names),
         "success_before": rate_facts(residue.before),
         "success_after": rate_facts(residue.after),
+    }
+
+
+def _outcome(outcome: Outcome, class_names: Sequence[str]) -> dict[str, Any]:
+    return {
+        "verdict": outcome.verdict,
+        "reasons": list(outcome.reasons),
+        "searches": [
+            {
+                "search": one.search,
+                "found_before": [_class(k, class_names) for k in one.before],
+                "found_after": [_class(k, class_names) for k in one.after],
+                "as_easily_as_before": [_class(k, class_names) for k in one.as_easily],
+                "failed": one.failed or None,
+                **one.facts,
+            }
+            for one in outcome.searches
+        ],
+    }
+
+
+def _suspicion(done: Purification, class_names: Sequence[str]) -> dict[str, Any] | None:
+    if done.suspicion is None:
+        return None
+    pairs = zip(done.suspicion.classes, done.suspicion.p_values, strict=True)
+    return {
+        "classes": [{**_class(k, class_names), "p_value": p_value} for k, p_value in pairs],
+        "triggers": len(done.suspicion.triggers),
+        "led_the_method": done.led,
     }
 
 

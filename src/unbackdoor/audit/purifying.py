@@ -23,6 +23,7 @@ from unbackdoor.audit.comparison import (
     paired_interval,
     trigger_success,
 )
+from unbackdoor.audit.outcome import Evidence, Outcome, Searched, conclude, search_anew
 from unbackdoor.audit.result import Result
 from unbackdoor.engine import trusted_caller
 from unbackdoor.engine.precision import Policy
@@ -32,8 +33,8 @@ from unbackdoor.files import writing
 from unbackdoor.metrics import Rate
 from unbackdoor.opening.provenance import key_in_words
 from unbackdoor.opening.write_back import output_name, repair_patch, write_repaired
-from unbackdoor.registry import Config, Part
-from unbackdoor.triggers import RecoveredTrigger
+from unbackdoor.registry import DEFENSES, SUSPICION, Config, Part
+from unbackdoor.triggers import RecoveredTrigger, Suspicion
 from unbackdoor.types import (
     Augmentation,
     Classifier,
@@ -47,16 +48,27 @@ from unbackdoor.types import (
 )
 from unbackdoor.weights.patch import write_patch
 
+DEFAULT_METHOD = "auto"  # of the command and of unbackdoor.purify
 PROOF_FRACTION = 0.3  # of every class, for the proof
 FEWEST_FOR_PROOF = 4  # images a class; with fewer, all go to the method and the proof is marked
 
 
+_MOST_REMARKS, _LONGEST_REMARK = 20, 500  # remarks and characters: a method may be of anybody
+MAX_NAMED = 10  # classes that a sentence lists
 SEEN_IN_TRAINING = 0.995  # accuracy from which images look like those that the model was trained on
 Rule = Literal["evidence", "strict"]
+LossBias = Literal["fair", "flattered", "pessimistic", "unknown"]
+UNJUDGED = Outcome("undecided", ("It was not judged.",))
 
 
 class PromiseBroken(UnbackdoorError):
-    """The repair lost more accuracy than was allowed, or cannot be shown not to; nothing may be written."""
+    """The repair lost more accuracy than was allowed, or cannot be shown not to.
+
+    Attributes:
+        refused: What was measured. Its record and its report can be written, and the model cannot.
+    """
+
+    refused: Purification
 
 
 @dataclass(frozen=True)
@@ -138,6 +150,14 @@ class Residue:
     before: Rate
     after: Rate
 
+    @property
+    def held_out(self) -> Rate:
+        """Success before, on images that the trigger was not made from where that was measured."""
+        success = self.trigger.success
+        if success is None or success >= self.before.value:
+            return self.before
+        return Rate(round(success * self.before.total), self.before.total)
+
 
 @dataclass(frozen=True)
 class Purification(Result):
@@ -152,6 +172,9 @@ class Purification(Result):
         residues: Success of the known triggers before and after.
         facts: JSON-ready: hashes and numbers of images.
         promise: The promise with its measurement; None where none was made.
+        suspicion: What was suspected before; empty where a scan named no class, None without any.
+        led: Whether the method began with that; some methods cannot.
+        outcome: What was achieved, as far as can be known.
         case: The original and the images as the caller gave them.
         written: Files that were written so far: ``model``, ``card`` and ``patch``.
     """
@@ -164,8 +187,32 @@ class Purification(Result):
     residues: tuple[Residue, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)
     promise: Promise | None = None
+    suspicion: Suspicion | None = None
+    led: bool = False
+    outcome: Outcome = UNJUDGED
     case: Case | None = field(default=None, repr=False)
     written: dict[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What the method has to say of its repair, as sentences, and how it used what was suspected."""
+        own = self.purified.evidence.get("remarks", ())
+        own = own if isinstance(own, list | tuple) else ()
+        return (*self._of_the_suspicion(), *(str(text)[:_LONGEST_REMARK] for text in own[:_MOST_REMARKS]))
+
+    def _of_the_suspicion(self) -> tuple[str, ...]:
+        suspicion = self.suspicion
+        if suspicion is None:
+            return ()
+        if not suspicion.classes:
+            return ("The scan came to no finding, so that the method had nothing to begin with.",)
+        named = ", ".join(map(str, suspicion.classes[:MAX_NAMED]))
+        if len(suspicion.classes) > MAX_NAMED:
+            named += f" and {len(suspicion.classes) - MAX_NAMED} more"
+        triggers = f" and {len(suspicion.triggers)} recovered triggers" if suspicion.triggers else ""
+        name = self.purified.method.get("name", "")
+        how = "began with" if self.led else "cannot use what was suspected, and began anew without"
+        return (f"The method {name} {how} class {named}{triggers}.",)
 
     @property
     def flattered(self) -> tuple[str, ...]:
@@ -184,6 +231,24 @@ class Purification(Result):
                 f"the original has {right} images right, as a model has of those that it was trained on"
             )
         return tuple(out)
+
+    @property
+    def seen_in_training(self) -> bool:
+        """Whether the images of the proof look like some that the original was trained on."""
+        of_training_part = self.case is not None and self.case.proof_of_training_part
+        accuracy = self.accuracy
+        return of_training_part or (accuracy is not None and accuracy.before.value >= SEEN_IN_TRAINING)
+
+    @property
+    def loss_bias(self) -> LossBias:
+        """How the measured loss of accuracy relates to the loss on new images.
+
+        It is ``pessimistic`` where the original has seen the images, and so has more of them right than it
+        would have of new ones; ``flattered`` where the method has; ``unknown`` where both have.
+        """
+        if self.proof_is_fit:
+            return "unknown" if self.seen_in_training else "flattered"
+        return "pessimistic" if self.seen_in_training else "fair"
 
     @property
     def left_behind(self) -> tuple[str, ...]:
@@ -220,7 +285,9 @@ class Purification(Result):
         Raises:
             InputError: If the file exists, or the model cannot be written as that.
             IntegrityError: If the file of the original has changed since it was opened.
+            PromiseBroken: If the repair was refused.
         """
+        self._require_kept()
         opened = self.case.opened if self.case is not None else None
         out = output_name(Path(path), opened)
         card = out.with_suffix(".json")
@@ -249,7 +316,9 @@ class Purification(Result):
         Raises:
             InputError: If the model is of no file, the repair changed more than values, or the file exists.
             IntegrityError: If the file of the original has changed since it was opened.
+            PromiseBroken: If the repair was refused.
         """
+        self._require_kept()
         out = Path(path)
         opened = self.case.opened if self.case is not None else None
         if opened is None or opened.source is None:
@@ -261,9 +330,29 @@ class Purification(Result):
         self.written["patch"] = str(out)
         return out
 
+    def _require_kept(self) -> None:
+        if self.promise is not None and self.promise.refused:
+            raise broken(self)
+
     def _inputs(self) -> list[Path]:
         source = self.case.source if self.case is not None else None
         return [] if source is None else [file.path for file in source.files]
+
+
+def broken(refused: Purification) -> PromiseBroken:
+    """Return the error of a promise that was not kept."""
+    promise = refused.promise
+    assert promise is not None
+    error = PromiseBroken(
+        "the repaired model loses more accuracy than was allowed, so it was thrown away"
+        if promise.kept is False
+        else "whether the repaired model keeps the promise cannot be told, so it was thrown away",
+        expected=f"at most {100 * promise.asked:.1f} points less",
+        got=promise.in_words().rstrip("."),
+        remedy="Allow more, give more images, or choose a milder method or preset",
+    )
+    error.refused = refused
+    return error
 
 
 def split_proof(
@@ -292,8 +381,10 @@ def purify(
     max_accuracy_drop: float | None = None,
     promise: Rule = "evidence",
     triggers: tuple[RecoveredTrigger, ...] = (),
+    suspicion: Suspicion | None = None,
     proof: Images | CleanData | None = None,
     types: Mapping[str, torch.dtype] | None = None,
+    search_budget: float | None = None,
     select_fraction: float = 0.3,
     augmentation: Augmentation = "none",
     seed: int = 0,
@@ -305,8 +396,8 @@ def purify(
 
     Args:
         model: The suspicious classifier; never changed.
-        images: Clean images; labels are needed by most methods. They are split inside: the parts of clean
-            data are joined, and its augmentation holds where none is given.
+        images: Clean images; labels are needed by most methods, and no image by some. They are split inside:
+            the parts of clean data are joined, and its augmentation holds where none is given.
         method: Registered defense, or a part.
         preset: Named set of its options.
         options: Options laid over the preset.
@@ -314,10 +405,13 @@ def purify(
             any.
         promise: ``evidence`` refuses the repair where the 95 % interval of the loss lies above that;
             ``strict`` refuses it unless the interval lies below.
-        triggers: Recovered triggers, such as those of a scan, whose success is measured before and after.
+        triggers: Recovered triggers, such as those of a scan: a method that can begins with them, and their
+            success is measured before and after.
+        suspicion: What a scan suspects; it comes after the triggers, and its own are treated likewise.
         proof: Images for the proof; None keeps a part of ``images`` back, where there are enough.
         types: Types that tensors of the network will be stored in, by name: they are rounded to these before
             anything is measured, so that what is measured is what is stored.
+        search_budget: Seconds for the searches that judge the repair; None: two minutes.
         select_fraction: Share of the method's images that it only chooses thresholds on.
         augmentation: What may be done to an image without changing its class.
         seed: Seed of every draw.
@@ -326,7 +420,8 @@ def purify(
         progress: Progress display.
 
     Raises:
-        PromiseBroken: If the promise is broken; under ``strict`` also where it cannot be told.
+        PromiseBroken: If the promise is broken; under ``strict`` also where it cannot be told. Its attribute
+            ``refused`` is what was measured.
         InputError: If there are too few images for a strict promise, or none with labels.
         UnbackdoorError: See :func:`unbackdoor.run`.
     """
@@ -334,7 +429,13 @@ def purify(
     if isinstance(images, CleanData) and augmentation == "none":
         augmentation = images.augmentation
     images = as_images(images)
-    require_promise(max_accuracy_drop, promise)
+    if max_accuracy_drop is not None and not 0 <= max_accuracy_drop <= 1:
+        raise InputError(
+            "the largest drop does not fit",
+            expected="a fraction in 0..1, so that 0.04 is 4 points",
+            got=max_accuracy_drop,
+        )
+    require_rule(promise)
     if proof is None:
         method_images, proof_images, same = split_proof(images, seed=seed)
     else:
@@ -345,11 +446,17 @@ def purify(
         raise InputError("a promise about accuracy needs labelled images", got="no labels", where=images.name)
     if max_accuracy_drop is not None and promise == "strict":
         _require_enough(len(proof_images), max_accuracy_drop)
-    data = CleanData.split(
-        method_images, select_fraction=select_fraction, augmentation=augmentation, seed=seed
-    )
+    if len(method_images):
+        data = CleanData.split(
+            method_images, select_fraction=select_fraction, augmentation=augmentation, seed=seed
+        )
+    else:  # for a method that needs none; the trusted caller refuses the others
+        data = CleanData.empty(model.input_shape, model.class_names)
+    part = DEFENSES[method] if isinstance(method, str) else method
+    if triggers or suspicion is not None:
+        suspicion = Suspicion.of_triggers(triggers).joined(suspicion or Suspicion())
     purified = trusted_caller.run(
-        method,
+        part,
         model,
         data,
         options=options,
@@ -358,6 +465,7 @@ def purify(
         device=device,
         precision=precision,
         progress=progress,
+        suspicion=suspicion,
     )
     _round(purified.model, types or {})
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
@@ -368,30 +476,38 @@ def purify(
         answer = Promise(
             max_accuracy_drop, accuracy.drop, *accuracy.drop_interval, accuracy.before.total, promise
         )
-        if answer.refused:
-            raise PromiseBroken(
-                "the repaired model loses more accuracy than was allowed, so it was thrown away"
-                if answer.kept is False
-                else "whether the repaired model keeps the promise cannot be told, so it was thrown away",
-                expected=f"at most {100 * answer.asked:.1f} points less",
-                got=answer.in_words().rstrip("."),
-                remedy="Allow more, give more images, or choose a milder method or preset",
-            )
     residues = tuple(
         Residue(
             trigger,
             trigger_success(model, proof_images, trigger, run),
             trigger_success(purified.model, proof_images, trigger, run),
         )
-        for trigger in triggers
+        for trigger in (suspicion.triggers if suspicion is not None else ())
     )
     before, after = model.network.state_dict(), purified.model.network.state_dict()
-    return Purification(
+    changes = tuple(changed_tensors(before, after))
+    if answer is not None and answer.refused:
+        outcome = Outcome("not repaired", ("The repaired model was thrown away, as the promise asks.",))
+    else:
+        suspected = () if suspicion is None else suspicion.classes
+        searches: tuple[Searched, ...] = ()
+        if changes:
+            searches = search_anew(model, purified.model, proof_images, suspected, run, seconds=search_budget)
+        outcome = conclude(
+            Evidence(
+                bool(changes),
+                searches,
+                tuple((r.trigger.label, r.held_out, r.after) for r in residues),
+                _shares(purified.evidence.get("held_out_success")),
+                accuracy,
+            )
+        )
+    done = Purification(
         purified.model,
         purified,
         accuracy,
         same,
-        tuple(changed_tensors(before, after)),
+        changes,
         residues,
         {
             "before_sha256": model.sha256(),
@@ -406,17 +522,23 @@ def purify(
             "torch": torch.__version__,
         },
         answer,
+        suspicion,
+        led=suspicion is not None and bool(suspicion.classes) and SUSPICION in part.traits,
+        outcome=outcome,
     )
+    if answer is not None and answer.refused:
+        raise broken(done)
+    return done
 
 
-def require_promise(max_accuracy_drop: float | None, promise: str) -> None:
-    """Raise InputError unless a promise is a fraction in 0..1, or None, and its rule one of the two."""
-    if max_accuracy_drop is not None and not 0 <= max_accuracy_drop <= 1:
-        raise InputError(
-            "the largest drop does not fit",
-            expected="a fraction in 0..1, so that 0.04 is 4 points",
-            got=max_accuracy_drop,
-        )
+def _shares(values: object) -> tuple[float, ...]:
+    """Return those of what a method reported that are shares; it may be of anybody."""
+    listed = values if isinstance(values, list | tuple) else [values]
+    return tuple(float(v) for v in listed if isinstance(v, int | float) and 0 <= v <= 1)
+
+
+def require_rule(promise: str) -> None:
+    """Raise InputError unless it is a rule of a promise."""
     if promise not in get_args(Rule):
         raise InputError("there is no such rule of a promise", expected=get_args(Rule), got=promise)
 

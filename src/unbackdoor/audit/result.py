@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 
 class Result:
     """The result of a verb. The layers above make records and pages; they are called by public names."""
+
+    def __post_init__(self) -> None:
+        """Keep when it was made, so that every record of it has the same date."""
+        object.__setattr__(self, "_date", datetime.now(UTC).isoformat(timespec="seconds"))
+
+    @property
+    def date(self) -> str:
+        """When it was made, in UTC, as in ISO 8601."""
+        return str(self.__dict__["_date"]).replace("+00:00", "Z")
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the tensors as plain values for JSON."""

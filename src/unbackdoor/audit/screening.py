@@ -11,8 +11,11 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from unbackdoor.audit.cases import Case, Data, Model, open_case, require_share
 from unbackdoor.data.conform import conform
+from unbackdoor.data.in_memory import InMemory, images_in_memory, is_in_memory, unusable
 from unbackdoor.data.loaders import load_labelled, load_unlabelled
 from unbackdoor.engine import trusted_caller
 from unbackdoor.engine.precision import Policy
@@ -98,7 +101,7 @@ class ScreenedImages(Screening):
 
 def screen(
     model: Model,
-    images: Images | CleanData | Path | str,
+    images: Images | CleanData | Path | str | InMemory,
     method: str | Part[Any],
     data: Data | None = None,
     *,
@@ -169,13 +172,11 @@ def screen(
     part = SCREENERS[method] if isinstance(method, str) else method
     config = options if isinstance(options, Config) else part.configure(options)
     require_share(select_fraction)
+    if is_in_memory(images):
+        images = images_in_memory(images, what="the images to screen", progress=progress)
     if not isinstance(images, Images | CleanData | Path | str):
-        raise InputError(
-            "the images to screen are of another type",
-            expected="Images, CleanData or a path",
-            got=type(images).__name__,
-        )
-    if data is None and isinstance(model, Classifier | Source | Path | str):
+        raise unusable(images, "the images to screen")
+    if data is None and isinstance(model, nn.Module | Source | Path | str):
         require_no_images(part)  # before the model is opened
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
     columns_of_data, columns_of_images = columns_of_two(data, images, image_column, label_column)

@@ -6,10 +6,13 @@ siblings do the work on a classifier and images in memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from unbackdoor.audit import purifying, scanning, verification
 from unbackdoor.audit.budget import within_budget
@@ -24,17 +27,20 @@ from unbackdoor.audit.cases import (
     require_share,
 )
 from unbackdoor.audit.checks import Check, plan_checks
+from unbackdoor.audit.own_methods import defense_of
 from unbackdoor.audit.references import read_references
 from unbackdoor.audit.scanning import LEVEL, Audit
+from unbackdoor.audit.suspicion import Scan, read_suspicion
 from unbackdoor.audit.trigger_files import read_triggers, require_trigger_files
 from unbackdoor.audit.verification import Verification
+from unbackdoor.engine import trusted_caller
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
-from unbackdoor.errors import InputError
+from unbackdoor.errors import ConfigError, InputError
 from unbackdoor.opening.write_back import stored_types
-from unbackdoor.registry import DEFENSES, Config, Part
+from unbackdoor.registry import Config, Part
 from unbackdoor.triggers import RecoveredTrigger
-from unbackdoor.types import Augmentation, Progress, silent
+from unbackdoor.types import Augmentation, CleanData, Progress, Purified, silent
 
 
 @within_budget
@@ -70,9 +76,11 @@ def scan(
     """Look for a backdoor with all checks that apply, cheapest first.
 
     Args:
-        model: A file of weights, what :func:`unbackdoor.open_model` returned, or a classifier; only read.
-        data: Clean images: a data set's name, a file or folder, ``Images``, or ``CleanData``; None where
-            there are none, which leaves the checks that need none.
+        model: A file of weights, what :func:`unbackdoor.open_model` returned, a classifier, or a network (a
+            ``torch.nn.Module``, which takes what ``mean`` and ``std`` make of pixels in [0, 1]); only read.
+        data: Clean images: a data set's name, a file or folder, ``Images``, ``CleanData``, an array of
+            pixels (uint8, or in [0, 1]), a pair ``(pixels, labels)``, or a ``torch.utils.data.Dataset``; None
+            where there are none, which leaves the checks that need none.
         checks: Which checks; None is all.
         options: For checks by name: options laid over those of the check.
         references: Records of scans of clean models of the same kind (``result.json`` of a report), for the
@@ -155,14 +163,16 @@ def scan(
 def purify(
     model: Model,
     data: Data | None = None,
-    method: str | Part[Any] | None = None,
+    method: str | Part[Any] | Callable[..., Any] | None = None,
     *,
     preset: str | None = None,
     options: Mapping[str, Any] | Config | None = None,
     max_accuracy_drop: float | None = None,
     promise: purifying.Rule = "evidence",
+    scan: Scan | None = None,
     triggers: Sequence[Path | str | RecoveredTrigger] | None = None,
     proof: Data | None = None,
+    search_budget: float | None = None,
     select_fraction: float = 0.3,
     arch: str | None = None,
     mean: Sequence[float] | None = None,
@@ -188,17 +198,23 @@ def purify(
 
     Args:
         model: A file of weights, what :func:`unbackdoor.open_model` returned, or a classifier; only read.
-        data: Clean images, as for :func:`scan`; None: those that the model was opened with.
-        method: Registered defense, or a part.
+        data: Clean images, as for :func:`scan`; None: those that the model was opened with, or none, for a
+            method that needs none.
+        method: Registered defense, a part, or a function of your own, as for :func:`run`; None: ``auto``.
         preset: Named set of its options.
         options: Options laid over the preset.
-        max_accuracy_drop: Largest loss of clean accuracy that is accepted, a fraction in 0..1; None accepts
-            any.
+        max_accuracy_drop: Largest loss of clean accuracy that is accepted, in points of 100, as on the
+            command line; None accepts any.
         promise: ``evidence`` refuses the repair where the 95 % interval of the loss lies above that;
             ``strict`` refuses it unless the interval lies below.
-        triggers: Recovered triggers, their files, or pictures such as ``patch.png,class=3,place=24x24``,
-            whose success is measured before and after.
+        scan: The scan of the model, or the folder of its report: a method that can begins with the classes
+            that it suspects and with the triggers that it recovered towards them.
+        triggers: Recovered triggers, their files, or pictures such as ``patch.png,class=3,place=24x24``: they
+            lead the method likewise, before those of the scan, and their success is measured before and
+            after.
         proof: Further images, for measuring alone; None keeps a part of ``data`` from the method.
+        search_budget: Seconds for the searches that judge the repair, with other draws than the method's;
+            None: two minutes. What they do not come to cannot speak for the repair.
         select_fraction: Share of the method's images that it only chooses thresholds on.
         arch: See :func:`unbackdoor.open_model`, as for the six that follow; only for a file.
         mean: Per-channel mean.
@@ -227,19 +243,21 @@ def purify(
         original's file, so that what was measured is what is written.
 
     Raises:
-        PromiseBroken: If the promise is broken; under ``strict`` also where it cannot be told.
+        PromiseBroken: If the promise is broken; under ``strict`` also where it cannot be told. Its attribute
+            ``refused`` is what was measured, whose report can be saved.
         UnbackdoorError: If the model or the images cannot be used, or arguments contradict each other.
 
     Example:
         >>> done = unbackdoor.purify("model.pth", "images/", "unlearned_prune")  # doctest: +SKIP
         >>> done.save("repaired.pth")  # doctest: +SKIP
     """
-    if method is None:
-        raise InputError("no method was named", expected="a registered defense", where="method")
+    part = defense_of(purifying.DEFAULT_METHOD if method is None else method)
+    if max_accuracy_drop is not None:
+        require_points(max_accuracy_drop)
     require_share(select_fraction)
-    if isinstance(method, str) and not isinstance(options, Config):
-        DEFENSES[method].configure(options, preset=preset)
-    purifying.require_promise(max_accuracy_drop, promise)
+    if not isinstance(options, Config):
+        part.configure(options, preset=preset)
+    purifying.require_rule(promise)
     require_trigger_files(triggers)
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
     case = open_case(
@@ -265,26 +283,108 @@ def purify(
     )
     images = case.data if case.data is not None else case.images
     if images is None:
+        if "images" in part.needs:
+            raise InputError("there is no clean image", expected="clean images to repair with", where="data")
+        images = CleanData.empty(case.model.input_shape, case.model.class_names)
+    try:
+        done = purifying.purify(
+            case.model,
+            images,
+            part,
+            preset=preset,
+            options=options,
+            max_accuracy_drop=None if max_accuracy_drop is None else max_accuracy_drop / 100,
+            promise=promise,
+            triggers=read_triggers(triggers, case.model),
+            suspicion=read_suspicion(scan, case.model),
+            proof=case.proof,
+            search_budget=search_budget,
+            types=stored_types(case.opened) if case.opened is not None else None,
+            select_fraction=select_fraction,
+            augmentation=case.augmentation,
+            seed=seed,
+            device=device,
+            precision=precision,
+            progress=progress,
+        )
+    except purifying.PromiseBroken as error:
+        error.refused = replace(error.refused, case=case)
+        raise
+    return replace(done, case=case)
+
+
+_SMALLEST_DROP = 0.2  # points; a smaller number is most likely meant as a fraction
+
+
+def require_points(drop: float) -> None:
+    """Raise ConfigError unless a loss of accuracy is in points of 100, and warn of what may be a fraction."""
+    if not 0 <= drop <= 100:
+        raise ConfigError("the option --max-accuracy-drop", [f"expected points in 0..100, got {drop}"])
+    if 0 < drop < _SMALLEST_DROP:
+        warnings.warn(
+            f"--max-accuracy-drop counts points of 100; {drop:g} is less than any image", stacklevel=3
+        )
+
+
+def run(
+    method: str | Part[Any] | Callable[..., Any],
+    model: Model,
+    data: Data | None = None,
+    *,
+    options: Mapping[str, Any] | Config | None = None,
+    preset: str | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    precision: Policy = "auto",
+    progress: Progress = silent,
+) -> Purified:
+    """Run a defense on a model and verify what it did; nothing is measured.
+
+    Args:
+        method: Registered name, a part, or a function of your own: ``function(model, data)``, whose other
+            parameters with defaults are its options, and which gets ``run`` if it has such a parameter. It
+            returns the repaired classifier or network, or None where it changed the copy that it was given. A
+            text ``FILE.py:FUNCTION`` runs that file.
+        model: As for :func:`scan`; never changed.
+        data: Clean images, as for :func:`scan`; a part is held out of those that are not split yet. None:
+            those that the model was opened with.
+        options: Options of the method, or its whole config.
+        preset: Named set of options that ``options`` are laid over.
+        seed: Seed of every draw of the method.
+        device: Where to compute, such as ``cpu`` or ``cuda:0``.
+        precision: ``auto``, ``fp32`` or ``bf16``.
+        progress: Progress display.
+
+    Returns:
+        The repaired model on the CPU in evaluation mode, with evidence, seconds and the options used.
+
+    Raises:
+        UnbackdoorError: If the model or the images cannot be used, an option does not fit, the method raised,
+            returned something unusable, or changed what it must not change.
+
+    Example:
+        >>> def shrink(model, data, factor=0.9):
+        ...     for weight in model.parameters():
+        ...         weight.data *= factor
+        >>> repaired = unbackdoor.run(shrink, model, (pixels, labels))  # doctest: +SKIP
+    """
+    part = defense_of(method)
+    surroundings = Run.create(seed=seed, device=device, policy=precision, progress=progress)
+    case = open_case(model, data, run=surroundings)
+    clean = case.split(seed)
+    if clean is None:
         raise InputError("there is no clean image", expected="clean images to repair with", where="data")
-    done = purifying.purify(
+    return trusted_caller.run(
+        part,
         case.model,
-        images,
-        method,
-        preset=preset,
+        clean,
         options=options,
-        max_accuracy_drop=max_accuracy_drop,
-        promise=promise,
-        triggers=read_triggers(triggers, case.model),
-        proof=case.proof,
-        types=stored_types(case.opened) if case.opened is not None else None,
-        select_fraction=select_fraction,
-        augmentation=case.augmentation,
+        preset=preset,
         seed=seed,
         device=device,
         precision=precision,
         progress=progress,
     )
-    return replace(done, case=case)
 
 
 @within_budget

@@ -67,7 +67,7 @@ def judge(
     ).argmax(1)
     return Scores(
         acc,
-        agreement(predicted, truth.target_labels(eligible.truth)),
+        agreement(predicted, truth.targets_of(eligible)),
         agreement(predicted, eligible.truth),
     )
 

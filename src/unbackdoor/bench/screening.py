@@ -86,7 +86,7 @@ def judge_screening(
         raise InputError("there is nothing to find without an attack", got=truth.attack)
     eligible = eligible.subset(torch.arange(len(eligible))[:most])
     pixels = torch.cat([test.pixels, stamped(eligible.pixels, truth)])
-    labels = torch.cat([test.truth, truth.target_labels(eligible.truth)]) if labelled else None
+    labels = torch.cat([test.truth, truth.targets_of(eligible)]) if labelled else None
     mixture = Images(pixels, labels, test.class_names, "images to screen")
     scores = screen(mixture)
     if tuple(scores.shape) != (len(mixture),):

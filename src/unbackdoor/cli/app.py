@@ -7,9 +7,10 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from inspect import cleandoc
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -22,11 +23,12 @@ from unbackdoor.cli.demo import demo
 from unbackdoor.cli.evaluate import evaluate
 from unbackdoor.cli.inspect import inspect
 from unbackdoor.cli.listing import listing
-from unbackdoor.cli.output import complain
+from unbackdoor.cli.output import Invocation, complain, emit_failure, invocation
 from unbackdoor.cli.patch import patch
 from unbackdoor.cli.purify import purify
 from unbackdoor.cli.scan import scan
 from unbackdoor.cli.screen import screen
+from unbackdoor.cli.settings import read_settings
 from unbackdoor.cli.train import train
 from unbackdoor.cli.unlearn import unlearn
 from unbackdoor.cli.verify import verify
@@ -45,6 +47,7 @@ EPILOG = """\
   1    a check was not passed, or a backdoor was found, or a file would execute code
   2    an error: wrong usage, or a file or a method that did not work
   3    the model is of a kind that the method cannot work on
+  4    purify: it is not shown that the model is repaired
   130  interrupted with Ctrl-C or SIGTERM; no half-written file is left behind
 
 Interrupted, audit, scan and verify print and write the checks that had ended.
@@ -62,18 +65,39 @@ class _Guarded(TyperGroup):
             complain("interrupted")
             raise typer.Exit(INTERRUPTED) from None
 
-    def main(self, *args: Any, **kwargs: Any) -> Any:
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Any:
         kwargs["standalone_mode"] = False
+        words = [*(sys.argv[1:] if args is None else args)]
+        invocation.__dict__.update(vars(_invocation(self, words)))
+        failure: Exception | None = None
         try:
             with _terminable(), _warnings_in_words():
-                code = super().main(*args, **kwargs)
+                code = super().main(words, *rest, **kwargs)
         except UnbackdoorError as error:
-            code = _explain(error)
+            code, failure = _explain(error), error
         except OSError as error:
-            code = _file_trouble(error)
+            code, failure = _file_trouble(error), error
         except Exception as error:  # noqa: BLE001  the last stop before the user
-            code = _usage(error) or _defect()
-        sys.exit(code if isinstance(code, int) else SUCCESS)
+            usage = _usage(error)
+            code, failure = usage or _defect(), None if usage else error
+        code = code if isinstance(code, int) else SUCCESS
+        if code != SUCCESS:
+            emit_failure(failure, code)
+        sys.exit(code)
+
+
+def _invocation(group: Any, words: Sequence[str]) -> Invocation:
+    """Return which command was called and whether with ``--json``, however wrong the words are."""
+    words = words[: words.index("--")] if "--" in words else words
+    names: list[str] = []
+    commands: dict[str, Any] = group.commands
+    before = ""
+    for word in words:
+        if word in commands and before != "--config":
+            names.append(word)
+            commands = getattr(commands[word], "commands", {})
+        before = word
+    return Invocation(" ".join(names), "--json" in words)
 
 
 @contextmanager
@@ -171,13 +195,31 @@ def _print_version(requested: bool) -> None:
 
 @app.callback()
 def _global(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True),
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from.")] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="File of options, with a table for each command; what is typed counts more.",
+            show_default="unbackdoor.toml, or [tool.unbackdoor] of pyproject.toml, in the working folder",
+        ),
+    ] = None,
 ) -> None:
     _state["debug"] = debug
+    settings = read_settings(config, context.command)
+    if settings is None:
+        return
+    context.default_map = settings.defaults
+    used = settings.of(invocation.command)
+    invocation.as_json = invocation.as_json or used.get("as_json", False)
+    if used and not used.get("quiet"):
+        facts = ", ".join(f"{name.replace('_', '-')} = {value}" for name, value in used.items())
+        complain(f"Options from {settings.path}: {facts}")
 
 
 def _flowing(documentation: str | None) -> str:

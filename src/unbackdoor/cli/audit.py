@@ -48,7 +48,7 @@ def audit(
     method: Annotated[
         str | None,
         typer.Option(
-            help="Defense of the repair; see: unbackdoor list defenses.",
+            help="Defense of the repair, see: unbackdoor list defenses; or FILE.py:FUNCTION, which runs it.",
             show_default="auto",
             rich_help_panel="Method",
         ),
@@ -109,9 +109,9 @@ def audit(
     """
     confinement.start()  # its imports run beside ours
     import unbackdoor
-    from unbackdoor.audit.auditing import method_of
+    from unbackdoor.audit.own_methods import defense_of
+    from unbackdoor.audit.purifying import DEFAULT_METHOD
 
-    auditor.require_promise(max_accuracy_drop)
     limit = shared.seconds_of(budget, "--budget")
     named = auditor.check_names(checks)
     check_options = auditor.options_by_check(options, named)
@@ -119,7 +119,7 @@ def audit(
     source = shared.existing_model(model)
     if out is not None and not plan:
         auditor.require_audit_folder(out, source, force=force, inputs=references or ())
-    part = method_of(method)
+    part = defense_of(DEFAULT_METHOD if method is None else method)
     config = part.configure_text(typed, preset=preset)
     with StepDisplay(quiet=quiet) as display:
         shared.open_run(seed, device, precision, display)  # a missing device is an error before all else
@@ -129,7 +129,7 @@ def audit(
             part,
             preset=preset,
             method_options=config,
-            max_accuracy_drop=None if max_accuracy_drop is None else max_accuracy_drop / 100,
+            max_accuracy_drop=max_accuracy_drop,
             promise=promise.value,
             triggers=triggers,
             proof=proof,

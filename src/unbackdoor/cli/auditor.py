@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from unbackdoor.weights.source import Source
 
 PAGE = "report.html"
-_SMALLEST_DROP = 0.2  # points; a smaller number is most likely meant as a fraction
 _MAX_NAMES_FILE = 10 << 20  # bytes
 _MAX_NAMED = 10  # suspected classes that a sentence lists; the record has all
 _MODEL, _DATA = "Models without a card", "Data"
@@ -155,6 +154,25 @@ PromiseRule = Annotated[
     typer.Option(
         help="The promise is broken: evidence, where the 95 % interval of the loss lies above it; "
         "strict, unless the interval lies below it.",
+        rich_help_panel="Method",
+    ),
+]
+Scan = Annotated[
+    Path | None,
+    typer.Option(
+        "--scan",
+        metavar="DIR",
+        help="Report of a scan of this model: the classes that it suspects, and the triggers that it "
+        "recovered towards them, lead the method.",
+        show_default=False,
+        rich_help_panel="Method",
+    ),
+]
+SearchBudget = Annotated[
+    str | None,
+    typer.Option(
+        help="Time for the searches that judge the repair: seconds, or such as 90s or 10m.",
+        show_default="2m",
         rich_help_panel="Method",
     ),
 ]
@@ -290,16 +308,6 @@ def model_options_of(
     }
 
 
-def require_promise(max_accuracy_drop: float | None) -> None:
-    """Check a promise in points; raises ConfigError."""
-    if max_accuracy_drop is not None and not 0 <= max_accuracy_drop <= 100:
-        raise ConfigError(
-            "the option --max-accuracy-drop", [f"expected points in 0..100, got {max_accuracy_drop}"]
-        )
-    if max_accuracy_drop is not None and 0 < max_accuracy_drop < _SMALLEST_DROP:
-        note(f"mind: --max-accuracy-drop counts points of 100; {max_accuracy_drop:g} is less than any image")
-
-
 def class_names(text: str | None) -> tuple[str, ...] | None:
     """Return class names from a comma-separated text or from a file with one on each line."""
     if text is None:
@@ -399,6 +407,16 @@ def options_by_check(texts: list[str] | None, names: list[str] | None) -> dict[s
         config = SCANNERS[planned[check].scanner].configure_text(check_texts)
         out[check] = {name: getattr(config, name) for name in check_texts}
     return out
+
+
+def say_written(what: str, path: Path, *, as_json: bool) -> None:
+    """Name a file that was written; beside JSON that is on standard error."""
+    from unbackdoor.cli.output import say
+
+    if as_json:
+        note(f"{what}: {path}")
+    else:
+        say(f"{what}: {path}")
 
 
 def show_audit(audit: Audit, names: Sequence[str]) -> None:

@@ -14,6 +14,14 @@ _DATA = "Data"
 Model = Annotated[
     Path, typer.Argument(metavar="MODEL", help="Weights file of the suspicious model.", show_default=False)
 ]
+Models = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="MODEL...",
+        help="Weights file of the suspicious model; or several, a folder of them, or a pattern in quotes.",
+        show_default=False,
+    ),
+]
 Data = Annotated[
     str,
     typer.Option(

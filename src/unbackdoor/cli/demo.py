@@ -111,6 +111,7 @@ def run_demo(
     from unbackdoor.files import require_writable, write_json, writing
     from unbackdoor.networks import build
     from unbackdoor.report.charts import require_charts
+    from unbackdoor.report.json_output import with_header
     from unbackdoor.report.page import write_page
     from unbackdoor.types import CleanData
 
@@ -184,6 +185,7 @@ def run_demo(
         },
         "versions": _versions(),
     }
+    result = with_header("demo", result)
     page = _page(
         settings,
         training,

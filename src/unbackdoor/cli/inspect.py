@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from unbackdoor import confinement
-from unbackdoor.cli import options
+from unbackdoor.cli import defender, options, several
 from unbackdoor.cli.output import emit, say, table
 from unbackdoor.cli.progress import Display
 from unbackdoor.text import printable as plain
@@ -22,7 +22,7 @@ _MAX_LISTED = 10  # tensors, names and notes of each kind; --tensors and --json 
 
 
 def inspect(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The file.", show_default=False)],
+    model: defender.Models,
     tensors: Annotated[
         bool, typer.Option("--tensors", help="List every tensor.", rich_help_panel="Output")
     ] = False,
@@ -33,20 +33,44 @@ def inspect(
 
     Nothing in the file is executed, and no flag makes it so. The exit code is 1 where loading the file with
     other programs would execute code, and 2 where its weights cannot be read.
+
+    Of a folder of models, of a pattern such as 'models/**/*.pth', or of several names, each is told in turn,
+    and the exit code is that of the worst: 1, else 2, else 0.
     """
     confinement.start()  # its imports run beside ours
     import unbackdoor
 
+    models, apart = several.models_of(model)
     with Display(quiet=quiet or as_json) as display:
-        inspection = unbackdoor.inspect(model, display)
+        if apart:
+
+            def work(path: Path) -> tuple[dict[str, Any], str, int]:
+                inspection = unbackdoor.inspect(path, display)
+                return inspection.to_dict(), _line(inspection), _code(inspection)
+
+            if code := several.one_by_one(models, work, as_json=as_json):
+                raise typer.Exit(code)
+            return
+        inspection = unbackdoor.inspect(models[0], display)
     if as_json:
         emit(inspection.to_dict())
     else:
         _show(inspection, everything=tensors)
+    if code := _code(inspection):
+        raise typer.Exit(code)
+
+
+def _code(inspection: Inspection) -> int:
     if inspection.executes:
-        raise typer.Exit(UNSAFE)
-    if inspection.problem is not None:
-        raise typer.Exit(UNREADABLE)
+        return UNSAFE
+    return 0 if inspection.problem is None else UNREADABLE
+
+
+def _line(inspection: Inspection) -> str:
+    from unbackdoor.opening.inspection import IN_WORDS
+
+    words = f"{inspection.format}: {IN_WORDS[inspection.loading]}"
+    return words if inspection.problem is None else f"{words} Not readable: {inspection.problem}"
 
 
 def _show(inspection: Inspection, *, everything: bool) -> None:

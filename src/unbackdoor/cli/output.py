@@ -7,6 +7,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from unbackdoor.text import json_text
@@ -16,6 +17,25 @@ if TYPE_CHECKING:
     from unbackdoor.bench.judge import Scores
     from unbackdoor.metrics import Rate
 
+
+@dataclass
+class Invocation:
+    """What was called, and what standard output has got of it.
+
+    Attributes:
+        command: Its names, such as ``patch apply``.
+        as_json: Whether the result was asked for as JSON.
+        emitted: Whether it was printed.
+        complaint: What was said last on standard error.
+    """
+
+    command: str = ""
+    as_json: bool = False
+    emitted: bool = False
+    complaint: str = ""
+
+
+invocation = Invocation()  # of this process; the application sets it before it calls a command
 PIPED_WIDTH = 120  # columns where standard output is no terminal, so that its width is unknown
 _WIDEST_PARAGRAPH = 100
 
@@ -29,6 +49,7 @@ def paragraph(text: object) -> str:
 
 def complain(text: object) -> None:
     """Print one paragraph on standard error."""
+    invocation.complaint = str(text)
     print(paragraph(text), file=sys.stderr, flush=True)
 
 
@@ -54,8 +75,24 @@ def _put(text: str) -> None:
 
 
 def emit(result: Mapping[str, Any]) -> None:
-    """Print a result as JSON, the only thing on standard output."""
-    _put(json_text(result) + "\n")
+    """Print a result as JSON behind its header, the only thing on standard output."""
+    from unbackdoor.report.json_output import with_header
+
+    invocation.emitted = True
+    _put(json_text(with_header(invocation.command, result)) + "\n")
+
+
+def emit_failure(error: BaseException | None, exit_code: int) -> None:
+    """Print, where JSON was asked for and no result was printed, why there is none.
+
+    Args:
+        error: What went wrong; None where it was said on standard error alone.
+        exit_code: What the command ends with.
+    """
+    from unbackdoor.report.json_output import error_facts
+
+    if invocation.as_json and not invocation.emitted:
+        emit(error_facts(invocation.complaint if error is None else error, exit_code=exit_code))
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

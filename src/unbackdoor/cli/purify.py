@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,25 +16,19 @@ from unbackdoor.cli.auditor import Rule
 from unbackdoor.cli.output import emit, note, say, table
 from unbackdoor.cli.progress import Display
 from unbackdoor.errors import InputError
-from unbackdoor.report.words import duration, interval, percent, rate
+from unbackdoor.report.words import duration, interval, loss_in_words, percent, rate
 
 if TYPE_CHECKING:
     from unbackdoor.audit.purifying import Purification
 
-PROMISE_NOT_KEPT = 1
+NOT_REPAIRED = 1  # a trigger works as before, or the promise was broken
+NOT_SHOWN = 4  # something was written, or nothing had to be; it is not shown that the model is repaired
 _MAX_VALUE_WIDTH = 40  # characters; longer values stand in the JSON
 _MAX_ENTRIES = 8  # entries; tables with more, such as one for each layer, stand in the JSON
 
 
 def purify(
     model: defender.Model,
-    data: defender.Data,
-    method: Annotated[
-        str,
-        typer.Option(
-            help="Defense; see: unbackdoor list defenses.", show_default=False, rich_help_panel="Method"
-        ),
-    ],
     out: Annotated[
         Path,
         typer.Option(
@@ -43,6 +38,22 @@ def purify(
             rich_help_panel="Output",
         ),
     ],
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="Defense, see: unbackdoor list defenses; or FILE.py:FUNCTION, which runs that file.",
+            show_default="auto",
+            rich_help_panel="Method",
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Clean images: a data set's name, a folder of class folders, a .parquet or an .npz file.",
+            show_default="none: for a method that needs no images, such as clp",
+            rich_help_panel="Data",
+        ),
+    ] = None,
     preset: Annotated[
         str | None,
         typer.Option(
@@ -62,7 +73,7 @@ def purify(
         float | None,
         typer.Option(
             help="Promise: points of clean accuracy (of 100) that may be lost at most, on images that the "
-            "method does not get. If it is broken, nothing is written and the exit code is 1.",
+            "method does not get. If it is broken, no model is written and the exit code is 1.",
             show_default=False,
             rich_help_panel="Method",
         ),
@@ -75,6 +86,7 @@ def purify(
             rich_help_panel="Method",
         ),
     ] = Rule.evidence,
+    scan: auditor.Scan = None,
     triggers: auditor.Trigger = None,
     patch: Annotated[
         Path | None,
@@ -92,6 +104,7 @@ def purify(
             rich_help_panel="Data",
         ),
     ] = None,
+    search_budget: auditor.SearchBudget = None,
     report: auditor.Report = None,
     clean: defender.Clean = None,
     per_class: defender.PerClass = None,
@@ -128,20 +141,31 @@ def purify(
     this program has seen, and more of them for the proof; of images from a path, a part is kept from the
     method for the proof where there are enough. On these the accuracy before and after is measured.
 
-    Whether a backdoor is gone cannot be told from clean images alone: what is shown here is what was changed,
-    how well the model still does its task, and what recovered triggers (--trigger) still do. Where the attack
-    is on record, unbackdoor evaluate measures the rest.
+    A scan's report (--scan) or recovered triggers (--trigger) lead a method that can use them. Whether a
+    backdoor is gone cannot be told for certain from clean images: triggers are searched for anew, before and
+    after, and the outcome is "repaired" only if more than one kind of search finds none any more.
+    Where the attack is on record, unbackdoor evaluate measures the rest.
+
+    Exit codes: 0 repaired, 1 not repaired, or the promise was broken and no model written, 2 an error, 3 the
+    model is of a kind that the method cannot work on, 4 it is not shown that it is repaired: weakened,
+    undecided, or nothing was done.
     """
     confinement.start()  # its imports run beside ours
     import unbackdoor
     from unbackdoor.audit.cases import require_share
+    from unbackdoor.audit.own_methods import defense_of
+    from unbackdoor.audit.purifying import DEFAULT_METHOD
+    from unbackdoor.audit.verbs import require_points
     from unbackdoor.opening.write_back import output_name
-    from unbackdoor.registry import DEFENSES
 
-    auditor.require_promise(max_accuracy_drop)
-    part = DEFENSES[method]
+    if max_accuracy_drop is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the function says it
+            require_points(max_accuracy_drop)
+    part = defense_of(DEFAULT_METHOD if method is None else method)
     config = part.configure_text(shared.pairs(options or [], "--set"), preset=preset)
     require_share(select_fraction)
+    limit = shared.seconds_of(search_budget, "--search-budget")
     user_options = auditor.UserOptions(
         arch, mean, std, size, class_names, data, clean, per_class, fraction, augmentation, data_root, proof,
         weights=weights, output=output, image_column=image_column, label_column=label_column,
@@ -162,9 +186,11 @@ def purify(
                 method=part,
                 preset=preset,
                 options=config,
-                max_accuracy_drop=None if max_accuracy_drop is None else max_accuracy_drop / 100,
+                max_accuracy_drop=max_accuracy_drop,
                 promise=promise.value,
+                scan=scan,
                 triggers=triggers,
+                search_budget=limit,
                 select_fraction=select_fraction,
                 seed=seed,
                 device=device,
@@ -173,7 +199,8 @@ def purify(
             )
         except unbackdoor.PromiseBroken as error:
             note(f"not kept: {error}")
-            raise typer.Exit(PROMISE_NOT_KEPT) from None
+            _refused(error.refused, method, preset, report, force=force, as_json=as_json)
+            raise typer.Exit(NOT_REPAIRED) from None
         done.save(out, force=force)
         if patch is not None:
             try:
@@ -184,11 +211,42 @@ def purify(
             done.save_report(report, force=force, command=auditor.command_line())
     if as_json:
         emit(done.to_dict())
-        return
-    _show(method, preset, done)
-    for text in done.left_behind:
-        say(f"Mind: {text}.")
-    say(f"Repaired model: {out}" + (f", patch: {patch}" if patch is not None else ""))
+    else:
+        _show(method, preset, done)
+        for text in done.left_behind:
+            say(f"Mind: {text}.")
+        say(f"Written model: {out}" + (f", patch: {patch}" if patch is not None else ""))
+        _show_report(report)
+    if done.outcome.verdict != "repaired":
+        raise typer.Exit(NOT_REPAIRED if done.outcome.verdict == "not repaired" else NOT_SHOWN)
+
+
+def _refused(
+    refused: Purification,
+    method: str,
+    preset: str | None,
+    report: Path | None,
+    *,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Write and print what was measured of a repair that broke its promise; its model is thrown away."""
+    try:
+        if report is not None:
+            refused.save_report(report, force=force, command=auditor.command_line())
+    finally:
+        # The result is printed even if the report cannot be written.
+        if as_json:
+            emit(refused.to_dict())
+        else:
+            _show(method, preset, refused)
+    if not as_json:
+        _show_report(report)
+
+
+def _show_report(report: Path | None) -> None:
+    if report is not None:
+        say(f"Report: {report / auditor.PAGE}")
 
 
 def _require_outputs(
@@ -228,17 +286,25 @@ def _show(method: str, preset: str | None, done: Purification) -> None:
             say(done.promise.in_words())
         if done.flattered:
             say("Mind: these accuracies are flattered: " + "; ".join(done.flattered) + ".")
+        if done.loss_bias != "fair":
+            say(loss_in_words(done.loss_bias))
     else:
         say(title)
+    for remark in done.remarks:
+        say(remark)
     for residue in done.residues:
         say(
             f"Recovered trigger towards class {residue.trigger.label}: {rate(residue.before)} before, "
             f"{rate(residue.after)} after, on {residue.before.total} images."
         )
+    say(f"Outcome: {done.outcome.verdict}.")
+    for reason in done.outcome.reasons:
+        say(f"  {reason}")
     entries = sum(c.changed for c in done.changes)
     share = entries / max(sum(tensor.numel() for tensor in done.model.network.state_dict().values()), 1)
     say(f"Changed: {entries:,} numbers ({percent(share)}) in {len(done.changes)} tensors.")
-    evidence = list(scalars(done.purified.evidence))
+    told = {name: value for name, value in done.purified.evidence.items() if name != "remarks"}
+    evidence = list(scalars(told))
     if evidence:
         table("What the method says it did", ("evidence", "value"), [(n, _short(v)) for n, v in evidence])
 

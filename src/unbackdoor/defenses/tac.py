@@ -1,8 +1,10 @@
 """TAC: harden the network against the shortest latent shift to the class that it gives away.
 
 The class whose boundary the features of all clean images reach by the shortest shift s is the suspected
-target (engine/latent_shift.py). Fine-tuning then asks for the right labels with s added to the features, so
-that whatever a trigger adds along s no longer decides.
+target (engine/latent_shift.py), if an outlier test supports it. Fine-tuning then asks for the right labels
+with s added to the features, so that whatever a trigger adds along s no longer decides. A class that was
+suspected before (``run.suspicion``) is repaired where the test is silent; where the test supports another
+class instead, and where nothing supports any, the model stays as it is.
 
 Paper:   Iwahana, Yamasaki, Ito, Miura & Shibahara, arXiv 2511.08944. Loss, outlier test and settings are
          our reading: the formulas of the paper were not at hand, and no code is public.
@@ -10,13 +12,14 @@ Needs:   clean images and labels.          Changes: all weights but the head's (
 Departs: in the default (``robust``), stored batch statistics normalise, because a few hundred images move
          them to worse ones; images of the class itself stay in the second term, unshifted, because without
          them the network gives the class up, and the backdoor goes with the class; the weight beta climbs a
-         ladder while held-out accuracy and the class's own accuracy hold; without a finding the likeliest
-         class is repaired. Preset ``reference`` does none of these four.
+         ladder while held-out accuracy and the class's own accuracy hold. Preset ``reference`` does none of
+         these three.
 Cost:    detection, then epochs x (1 forward + 1 backward) over the clean set for each rung of the ladder.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -28,13 +31,16 @@ from unbackdoor.engine.run import Run
 from unbackdoor.engine.statistics.one_outlier import Outlier, smallest_outlier
 from unbackdoor.engine.training import Recipe, train
 from unbackdoor.errors import ConfigError, MethodFailed, UnsupportedModel
-from unbackdoor.registry import Config, defense, option
+from unbackdoor.registry import SUSPICION, Config, defense, option
+from unbackdoor.triggers import Suspicion
 from unbackdoor.types import Classifier, CleanData, Images, Purified
 
 Arm = Literal["frozen", "batch"]
 LADDER = (0.3, 1.0, 3.0, 10.0)  # betas, mildest first; at 10 the clean term has a weight of 1/11
 # How the search trains: statistics and factor on lr. The next is tried where no beta of one before it held.
 ARMS: tuple[tuple[Arm, float], ...] = (("frozen", 1), ("frozen", 1 / 3), ("batch", 3), ("batch", 1))
+
+MOST = 0.5  # share of the held-out images that still obey the shift, above which a repair achieved little
 
 
 class TACConfig(Config):
@@ -48,9 +54,9 @@ class TACConfig(Config):
         -1, "class to repair; -1: the one of the smallest norm", source="this project", ge=-1
     )
     when_undecided: Literal["repair", "leave"] = option(
-        "repair",
-        "without a finding: repair the class of the smallest norm anyway, or leave the model unchanged",
-        source="this project: on blended digits that class was right and the test silent",
+        "leave",
+        "where nothing supports a class: leave the model, or repair the class of the smallest norm anyway",
+        source="the paper; a class that nothing supported was the wrong one, and its repair cost accuracy",
     )
     targets: Literal["one", "every"] = option(
         "one", "every (experimental): each image is shifted to another class drawn for it", source="the paper"
@@ -107,24 +113,66 @@ class TACConfig(Config):
             "when_undecided": "leave",
         },
     },
-    quick={"epochs": 2},
+    traits={SUSPICION},
+    version=2,
+    quick={"epochs": 2, "when_undecided": "repair"},
 )
 def purify(model: Classifier, data: CleanData, cfg: TACConfig, *, run: Run) -> Purified:
-    """Find the suspected class, then fine-tune against the shift to it."""
+    """Find the class to repair, then fine-tune against the shift to it."""
     if cfg.target >= model.classes:
         raise ConfigError("the defense 'tac'", [f"target: expected 0..{model.classes - 1}, got {cfg.target}"])
     latent = latent_shifts(model, data.all, run, quantile=cfg.quantile, head=cfg.head or None)
     outlier = smallest_outlier(latent.norms, rule=cfg.rule, level=cfg.level)
-    target = outlier.index if cfg.target < 0 else cfg.target
-    evidence = _detection_evidence(latent, outlier, target)
-    if cfg.target < 0 and not outlier.positions and cfg.when_undecided == "leave":
-        return Purified(model, {**evidence, "repaired": False})
+    target, reason = _target(outlier, cfg, run.suspicion)
+    evidence = {**_detection_evidence(latent, outlier), "target": target}
+    if target is None:
+        return Purified(model, {**evidence, "repaired": False, "remarks": [reason]})
     if cfg.train == "backbone" and not {*model.parameters()} - {*latent.head.module.parameters()}:
         raise UnsupportedModel("no layer but the head can learn", where=latent.head.name)
     if not torch.isfinite(latent.norms[target]):
         raise MethodFailed("no shift of the features reaches the class", where=f"class {target}")
     out, repair_evidence = (_search if cfg.search else _once)(model, latent, target, data, cfg, run)
-    return Purified(out, {**evidence, **repair_evidence})
+    moved = still_moved(out, latent, target, data.select, run)
+    remarks = [reason, *_warnings(repair_evidence, target, moved)]
+    return Purified(out, {**evidence, **repair_evidence, "still_moved": moved, "remarks": remarks})
+
+
+def _target(outlier: Outlier, cfg: TACConfig, suspicion: Suspicion | None) -> tuple[int | None, str]:
+    """Return the class to repair, None where there is nothing to go by, and why."""
+    supported = ", ".join(map(str, outlier.positions))
+    if cfg.target >= 0:
+        return cfg.target, f"Class {cfg.target} was asked for."
+    if suspicion is not None:
+        suspected = ", ".join(map(str, suspicion.classes))
+        both = [k for k in suspicion.classes if k in outlier.positions]
+        if both:
+            return both[0], f"Class {both[0]} was suspected, and the test of the method supports it."
+        if outlier.positions:
+            return None, (
+                f"Class {suspected} was suspected, and the test of the method supports class {supported} "
+                "instead; nothing was changed."
+            )
+        first = suspicion.classes[0]
+        return first, f"Class {first} was suspected; the test of the method supports no class by itself."
+    if outlier.positions:
+        return outlier.index, f"The test of the method supports class {outlier.index}."
+    if cfg.when_undecided == "repair":
+        return outlier.index, (
+            f"Nothing supports class {outlier.index}, which the shortest shift reaches; it was repaired "
+            "because that was asked for."
+        )
+    return None, "The test of the method supports no class, and none was suspected; nothing was changed."
+
+
+def _warnings(evidence: Mapping[str, Any], target: int, moved: float) -> list[str]:
+    if not evidence["repaired"]:
+        return ["No strength of the repair kept the held-out accuracy; nothing was changed."]
+    if moved > MOST:
+        return [
+            f"After the repair the shift still sends {100 * moved:.0f} % of the held-out images to class "
+            f"{target}, so that little was achieved."
+        ]
+    return []
 
 
 def _once(
@@ -204,9 +252,9 @@ def _tuned(
     return out, list(trained.losses)
 
 
-def _detection_evidence(latent: Latent, outlier: Outlier, target: int) -> dict[str, Any]:
+def _detection_evidence(latent: Latent, outlier: Outlier) -> dict[str, Any]:
     return {
-        "target": target,
+        "nearest": outlier.index,
         "verdict": outlier.verdict,
         "p_value": outlier.p_value,
         "mad_index": outlier.mad_index,

@@ -6,11 +6,12 @@ in a minimum too sharp for them: the loss rises from the first steps on, and the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from unbackdoor.engine.inference import accuracy
 from unbackdoor.engine.run import Run
-from unbackdoor.engine.training import Recipe, train
+from unbackdoor.engine.training import Objective, Recipe, train
 from unbackdoor.errors import MethodFailed
 from unbackdoor.types import Augmentation, Classifier, Images
 
@@ -35,7 +36,13 @@ class FineTuned:
 
 
 def fine_tune(
-    model: Classifier, images: Images, recipe: Recipe, run: Run, *, augmentation: Augmentation = "none"
+    model: Classifier,
+    images: Images,
+    recipe: Recipe,
+    run: Run,
+    *,
+    augmentation: Augmentation = "none",
+    objective: Callable[[Classifier], Objective] | None = None,
 ) -> FineTuned:
     """Train all weights of a copy, and start again at a tenth of the learning rate where that destroyed it.
 
@@ -49,6 +56,7 @@ def fine_tune(
         recipe: Its ``lr`` is tried first.
         run: Seed, device, precision and progress.
         augmentation: What ``auto`` in the recipe stands for.
+        objective: Makes what is minimised of the copy that is trained; None: the recipe's cross-entropy.
 
     Raises:
         MethodFailed: If every learning rate destroys the network.
@@ -66,6 +74,7 @@ def fine_tune(
                 run,
                 augmentation=augmentation,
                 label="fine-tuning" if attempt == 0 else f"fine-tuning at {rate:g}",
+                objective=None if objective is None else objective(out),
             )
         except MethodFailed as error:  # it diverged
             tried.append(f"{rate:g}: {error.problem}")

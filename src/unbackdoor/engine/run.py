@@ -11,6 +11,7 @@ import torch
 from unbackdoor.engine import rng
 from unbackdoor.engine.precision import Policy, Precision, resolve
 from unbackdoor.errors import InputError
+from unbackdoor.triggers import Suspicion
 from unbackdoor.types import Progress, silent
 
 T = TypeVar("T")
@@ -25,12 +26,15 @@ class Run:
         device: Where the model and the batches are.
         precision: Number format of forward passes.
         show: Progress display.
+        suspicion: Suspected classes and recovered triggers, for a defense that is registered with the trait
+            :data:`unbackdoor.registry.SUSPICION`; None where nothing is suspected.
     """
 
     seed: int
     device: torch.device
     precision: Precision
     show: Progress = silent
+    suspicion: Suspicion | None = None
 
     @classmethod
     def create(

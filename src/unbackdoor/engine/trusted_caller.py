@@ -19,7 +19,17 @@ from unbackdoor.engine.inference import settle_layout
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError, IntegrityError, MethodFailed, UnbackdoorError
-from unbackdoor.registry import DEFENSES, INPUT_LABELS, ONE_A_CLASS, SCANNERS, SCREENERS, Config, Part
+from unbackdoor.registry import (
+    DEFENSES,
+    INPUT_LABELS,
+    ONE_A_CLASS,
+    SCANNERS,
+    SCREENERS,
+    SUSPICION,
+    Config,
+    Part,
+)
+from unbackdoor.triggers import Suspicion
 from unbackdoor.types import (
     Classifier,
     CleanData,
@@ -52,6 +62,7 @@ def run(
     device: torch.device | str = "cpu",
     precision: Policy = "auto",
     progress: Progress = silent,
+    suspicion: Suspicion | None = None,
 ) -> Purified:
     """Run a defense on a model and verify what it did.
 
@@ -59,12 +70,14 @@ def run(
         method: Registered name, or a part.
         model: The suspicious classifier; never changed.
         data: The defender's clean images; a part is held out of those that are not split yet.
+            ``CleanData.empty`` will do for a method that needs none.
         options: Options of the method, or its whole config.
         preset: Named set of options that ``options`` are laid over.
         seed: Seed of every draw of the method.
         device: Where to compute, such as ``cpu`` or ``cuda:0``.
         precision: ``auto``, ``fp32`` or ``bf16``.
         progress: Progress display.
+        suspicion: Suspected classes and recovered triggers that a method which can use them begins with.
 
     Returns:
         The repaired model on the CPU in evaluation mode, with evidence, seconds and the options used.
@@ -85,9 +98,13 @@ def run(
     data = as_clean_data(data, seed=seed)
     config = options if isinstance(options, Config) else part.configure(options, preset=preset)
     surroundings = Run.create(seed=seed, device=device, policy=precision, progress=progress)
+    check_suspicion(suspicion, model)
+    if suspicion is not None and suspicion.classes and SUSPICION in part.traits:
+        surroundings = replace(surroundings, suspicion=_lent(suspicion))
     returned, seconds = _call_with_copies(part, model, data, config, surroundings)
     repaired = check_output(part, returned, model, data, surroundings)
     repaired.origin = model.origin
+    vars(repaired.network).pop(_RATES, None)
     purified: Purified = returned
     return replace(
         purified,
@@ -253,6 +270,8 @@ def _call_with_copies(
     # Names could give away the truth: the copy carries no origin and the images no name.
     model_copy = model.copy().to(surroundings.device)
     model_copy.origin = ""
+    if hasattr(model_copy.network, _RATES):
+        setattr(model_copy.network, _RATES, _alike)
     data_copy = replace(data, fit=_anonymous(data.fit), select=_anonymous(data.select))
     arguments = (model_copy, data_copy) if inputs is None else (model_copy, data_copy, _anonymous(inputs))
     start = time.perf_counter()
@@ -270,6 +289,15 @@ def _call_with_copies(
     seconds = time.perf_counter() - start
     _refuse_traces(part, process_state, model_before, data_before, before, None)
     return returned, seconds
+
+
+# Rates of their own are for a training from scratch. A network that was handed over is fine-tuned as any
+# other would be: at 64 times the rate, which airbench gives to its biases, a few steps destroy it.
+_RATES = "learning_rates"
+
+
+def _alike(epoch: int) -> dict[str, float]:
+    return {}
 
 
 def _described(part: Part[Any], preset: str | None, config: Config, surroundings: Run) -> dict[str, Any]:
@@ -319,6 +347,19 @@ def check_inputs(part: Part[Any], model: Classifier, data: CleanData) -> None:
             raise InputError("a weight is not a finite number", where=name, remedy="Check the weights file")
 
 
+def check_suspicion(suspicion: Suspicion | None, model: Classifier) -> None:
+    """Raise InputError unless suspected classes and triggers fit the model."""
+    if suspicion is None:
+        return
+    if not isinstance(suspicion, Suspicion):
+        raise InputError(
+            "the suspicion is of another type", expected="Suspicion", got=type(suspicion).__name__
+        )
+    faults = suspicion.faults(model.input_shape, model.classes)
+    if faults:
+        raise InputError("the suspicion does not fit the model", got=faults[0])
+
+
 def check_output(
     part: Part[Any], returned: object, model: Classifier, data: CleanData, surroundings: Run
 ) -> Classifier:
@@ -353,9 +394,11 @@ def check_output(
     same = [p.requires_grad for p in out.parameters()] == [p.requires_grad for p in model.parameters()]
     if not same:
         raise IntegrityError(f"the method {part.name!r} changed which parameters learn")
+    # Grey images where the method had none.
+    probe = data.fit.pixels[:PROBED] if len(data) else torch.full((PROBED, *model.input_shape), 128)
     with torch.inference_mode():
-        logits = out(data.fit.pixels[:PROBED].float() / 255)
-    if logits.shape != (min(PROBED, len(data.fit)), model.classes) or not _finite(logits):
+        logits = out(probe.float() / 255)
+    if logits.shape != (len(probe), model.classes) or not _finite(logits):
         raise failed("returned a model whose logits are not finite", got=tuple(logits.shape))
     return out
 
@@ -512,6 +555,15 @@ def _traces(model: nn.Module) -> list[str]:
 def _anonymous(images: Images) -> Images:
     labels = None if images.labels is None else images.labels.clone()
     return replace(images, pixels=images.pixels.clone(), labels=labels, name="clean images")
+
+
+def _lent(suspicion: Suspicion) -> Suspicion:
+    """Return a copy for a method, without the names of files."""
+    copies = [
+        replace(t, pattern=t.pattern.clone(), mask=None if t.mask is None else t.mask.clone(), check="")
+        for t in suspicion.triggers
+    ]
+    return replace(suspicion, triggers=tuple(copies))
 
 
 def _finite(value: Tensor) -> bool:

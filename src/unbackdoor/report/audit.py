@@ -19,9 +19,10 @@ from unbackdoor.report.page import render
 from unbackdoor.report.trigger_strips import Example, TriggerView, trigger_view
 from unbackdoor.report.words import duration, percent
 from unbackdoor.triggers import RecoveredTrigger
+from unbackdoor.weights.triggers import MAX_KEPT
 
 MAX_IMAGES = 6
-MAX_TRIGGERS = 3
+MAX_TRIGGERS = MAX_KEPT
 MAX_CHANGES = 40
 MAX_NAME = 300  # characters of a name that comes from a file
 _MOST_CLASSES = 200  # rows of the accuracies

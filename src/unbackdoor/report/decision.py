@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from unbackdoor.audit.auditing import Assessment
+from unbackdoor.audit.outcome import OutcomeVerdict
 from unbackdoor.audit.purifying import Purification
 from unbackdoor.audit.scanning import Audit
 from unbackdoor.audit.verification import Verification
 from unbackdoor.report.class_plots import short_number
-from unbackdoor.report.words import interval, logits_in_words, percent, rate
+from unbackdoor.report.words import interval, logits_in_words, loss_in_words, percent, rate
 
 Tone = Literal["good", "fair", "bad"]
 Name = Callable[[int], str]
+_OUTCOMES: Mapping[OutcomeVerdict, tuple[Tone, str]] = {
+    "repaired": ("good", "Repaired: no trigger is found any more"),
+    "weakened": ("fair", "Weakened: it is not shown that no trigger works any more"),
+    "not repaired": ("bad", "Not repaired"),
+    "undecided": ("fair", "Whether anything was repaired could not be decided"),
+    "nothing was done": ("fair", "Nothing was done"),
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,9 @@ def decide(
         sentences += audit.reasons
     if purification is not None:
         if audit is None:
-            headline = f"The model was repaired by {_method(purification)}"
+            tone, headline = _OUTCOMES[purification.outcome.verdict]
+            headline = f"{headline}: {_method(purification)}"
+        sentences += purification.outcome.reasons
         sentences += _of_the_repair(purification)
     if verification is not None:
         if assessment is None:
@@ -133,11 +143,14 @@ def _of_the_repair(done: Purification) -> list[str]:
         then, now = percent(done.accuracy.before.value), percent(done.accuracy.after.value)
         summary += f"; clean accuracy went from {then} to {now}"
     sentences = [summary + "."]
+    sentences += done.remarks
     if done.promise is not None:
         sentences.append(done.promise.in_words())
     sentences += [f"Mind: {text}." for text in done.left_behind]
     if done.flattered:
         sentences.append("These accuracies are flattered: " + "; ".join(done.flattered) + ".")
+    if done.accuracy is not None and done.loss_bias != "fair":
+        sentences.append(loss_in_words(done.loss_bias))
     return sentences
 
 
@@ -163,9 +176,8 @@ def _advice(
             "bad",
         )
     if purification is not None and audit is None:
-        works = any(r.after.total and r.after.value > 0.5 for r in purification.residues)
-        if works:
-            return "Do not deploy the copy.", "A trigger that was brought still works on it.", "bad"
+        if purification.outcome.verdict != "repaired":
+            return "Do not deploy the copy.", "It is not shown that it is repaired.", "bad"
         return "Compare both models with unbackdoor verify.", "A repair never marks its own work.", ""
     if verification is not None and assessment is None:
         tone, _ = _compared(verification)
@@ -250,8 +262,9 @@ def _repair(
         return []
     worst = max(measured, key=lambda r: float(r.after.value))
     text = f"{rate(worst.before)} before, {rate(worst.after)} after"
-    outcomes = {"repaired": "good", "weakened": "fair", "not repaired": "bad", "unknown": "fair"}
     outcome = assessment.outcome if assessment is not None else None
+    if outcome is None and purification is not None:
+        outcome = purification.outcome.verdict
     small = f"on {worst.after.total} images of other classes"
-    small += f"; the copy is {outcome}" if outcome else ""
-    return [Fact("Success of the trigger", text, small, outcomes.get(outcome or "", ""))]
+    small += f"; the repair: {outcome}" if outcome else ""
+    return [Fact("Success of the trigger", text, small, _OUTCOMES[outcome][0] if outcome else "")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from unbackdoor import __version__
 from unbackdoor.audit.auditing import Assessment
 from unbackdoor.audit.cases import Case
 from unbackdoor.audit.json_records import record
-from unbackdoor.audit.purifying import Purification
+from unbackdoor.audit.purifying import PromiseBroken, Purification
 from unbackdoor.audit.scanning import Audit
 from unbackdoor.audit.verification import Verification
 from unbackdoor.engine.inference import predict
@@ -22,8 +21,9 @@ from unbackdoor.errors import InputError, UnsupportedModel
 from unbackdoor.files import write_json, writing
 from unbackdoor.opening.write_back import SUFFIXES
 from unbackdoor.report.audit import MAX_IMAGES, MAX_TRIGGERS, Subject, audit_page
+from unbackdoor.report.json_output import with_header
 from unbackdoor.report.page import write_page
-from unbackdoor.report.sarif import sarif
+from unbackdoor.report.sarif import Scanned, sarif, sarif_log
 from unbackdoor.report.trigger_strips import Example
 from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Classifier, Images
@@ -32,6 +32,10 @@ from unbackdoor.weights.triggers import trigger_files, write_triggers
 PAGE, RECORD = "report.html", "result.json"
 REPAIRED, PATCH = "repaired", "repair.patch"
 _CANDIDATES = 64  # images among which the ones that are shown are chosen
+# What prints the same on the command line.
+_COMMANDS: dict[type, str] = {
+    Audit: "scan", Purification: "purify", Verification: "verify", Assessment: "audit",
+}  # fmt: skip
 
 
 def report_files(folder: Path, *, triggers: bool) -> tuple[Path, ...]:
@@ -84,7 +88,7 @@ def _write(
     command: str,
 ) -> None:
     first = cases[0]
-    subject = _subject(first, " and ".join(case.name for case in cases), command)
+    subject = _subject(first, " and ".join(case.name for case in cases), command, result.date)
     found: Sequence[RecoveredTrigger] = ()
     repaired = None
     if isinstance(result, Audit):
@@ -103,7 +107,7 @@ def _write(
         examples=examples,
     )
     # The record first: of two results for one folder, whichever writes it has the folder.
-    write_json(folder / RECORD, record(result))
+    write_json(folder / RECORD, with_header(_COMMANDS[type(result)], record(result)))
     if isinstance(result, Audit):
         facts = {"model_sha256": result.facts["model_sha256"]}
         write_triggers(folder, found, facts, most=MAX_TRIGGERS, force=force)
@@ -144,10 +148,10 @@ def _save_assessment(done: Assessment, folder: Path, *, force: bool, command: st
         done.written.update(record=str(folder / RECORD), page=str(folder / PAGE))
         repaired = None if done.purification is None else done.purification.model
         examples = examples_of(case, found, repaired, Run.create(policy="fp32"))
-        subject = _subject(case, case.name, command)
+        subject = _subject(case, case.name, command, done.date)
         subject = replace(subject, facts=(*subject.facts, *notes))
         page = audit_page(subject, assessment=done, triggers=found, examples=examples)
-        write_json(folder / RECORD, record(done))
+        write_json(folder / RECORD, with_header("audit", record(done)))
         write_page(folder / PAGE, page)
     return folder / PAGE
 
@@ -160,11 +164,11 @@ def _write_repair(done: Purification, path: Path, *, force: bool) -> list[tuple[
     out = []
     try:
         done.save(path, force=force)
-    except (InputError, UnsupportedModel) as error:
+    except (InputError, UnsupportedModel, PromiseBroken) as error:
         out.append(("repaired model", f"not written: {error}"))
     try:
         done.save_patch(path.parent / PATCH, force=force)
-    except (InputError, UnsupportedModel) as error:
+    except (InputError, UnsupportedModel, PromiseBroken) as error:
         out.append(("patch", f"not written: {error}"))
     return out
 
@@ -191,6 +195,18 @@ def save_sarif(audit: Audit, path: Path | str, *, force: bool = False) -> Path:
     return path
 
 
+def save_sarif_log(scans: Sequence[Scanned], path: Path | str, *, force: bool = False) -> Path:
+    """Write scans of several files, failed ones among them, as one SARIF log.
+
+    Raises:
+        InputError: If the file exists or cannot be written.
+    """
+    path = Path(path)
+    with writing((path,), force=force, inputs=[scan.path for scan in scans]):
+        write_json(path, sarif_log(scans))
+    return path
+
+
 def _cases(result: Audit | Purification | Verification) -> tuple[Case, ...]:
     cases = result.cases if isinstance(result, Verification) else result.case
     if cases is None:
@@ -201,7 +217,7 @@ def _cases(result: Audit | Purification | Verification) -> tuple[Case, ...]:
     return cases if isinstance(cases, tuple) else (cases,)
 
 
-def _subject(case: Case, title: str, command: str) -> Subject:
+def _subject(case: Case, title: str, command: str, date: str) -> Subject:
     facts = [("model", case.name), ("SHA-256 of the weights", case.model.sha256())]
     if case.source is not None:
         facts[1:] = [("SHA-256 of the file", case.source.sha256)]
@@ -219,7 +235,7 @@ def _subject(case: Case, title: str, command: str) -> Subject:
         case.opened.warnings if case.opened is not None else (),
         command,
         f"Made by unbackdoor {__version__} with torch {torch.__version__}.",
-        datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        date.replace("T", " ").replace("Z", " UTC"),
     )
 
 

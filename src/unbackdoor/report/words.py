@@ -35,6 +35,18 @@ def logits_in_words(measured: LogitDifference) -> str:
     return f"The two do not compute the same logits, on {measured.images} images: {apart}."
 
 
+_LOSSES = {
+    "flattered": "is flattered, because the method has seen the images",
+    "pessimistic": "is pessimistic, because the original has seen the images, and a repair forgets some",
+    "unknown": "may be too small or too large, because both the original and the method have seen the images",
+}
+
+
+def loss_in_words(bias: str) -> str:
+    """Return how the measured loss of accuracy relates to that on new images, as a sentence."""
+    return f"The loss {_LOSSES[bias]}." if bias in _LOSSES else "The loss is that on new images."
+
+
 def duration(seconds: float) -> str:
     """Return a time in the unit that suits it.
 

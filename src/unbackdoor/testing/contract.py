@@ -11,6 +11,7 @@ from unbackdoor.engine.trusted_caller import run, scan, screen
 from unbackdoor.errors import InputError, MethodFailed, UnbackdoorError, UnsupportedModel
 from unbackdoor.registry import ATTACKS, DEFENSES, SCANNERS, SCREENERS, Part, Registry
 from unbackdoor.testing.examples import tiny_data
+from unbackdoor.triggers import Suspicion
 from unbackdoor.types import Classifier, CleanData, Images, Purified, ScanReport, Screening
 
 Kind = Literal["attack", "defense", "scanner", "screener"]
@@ -41,6 +42,7 @@ class Subject:
         inputs: Images | None = None,
         seed: int = 0,
         options: Mapping[str, Any] | None = None,
+        suspicion: Suspicion | None = None,
     ) -> Result:
         """Run it by its trusted caller, on the CPU in fp32."""
         how: dict[str, Any] = {
@@ -53,7 +55,7 @@ class Subject:
             return screen(self.part, model, data, screened, **how)
         if self.part.kind == "scanner":
             return scan(self.part, model, data, **how)
-        return run(self.part, model, data, **how)
+        return run(self.part, model, data, suspicion=suspicion, **how)
 
     def attempt(
         self, situation: str, model: Classifier, data: CleanData, inputs: Images | None = None

@@ -97,9 +97,6 @@ def _declared_needs(subject: Subject) -> None:
         raises(InputError, "labelled images", lambda: subject.call(model, unlabelled(data)), "no labels")
     else:
         subject.call(model, unlabelled(data))
-    if subject.part.kind == "defense":
-        demand("images" in needs, "every defense is judged on clean images, and must need images")
-        return
     empty = CleanData.empty(model.input_shape, model.class_names)
     if "images" in needs:
         raises(InputError, "needs clean images", lambda: subject.call(model, empty), "no images")

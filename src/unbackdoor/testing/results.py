@@ -14,9 +14,10 @@ from unbackdoor.engine import rng
 from unbackdoor.engine.inference import accuracy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import UnsupportedModel
-from unbackdoor.registry import FAMILIES
+from unbackdoor.registry import FAMILIES, SUSPICION
 from unbackdoor.testing.contract import METHODS, Result, Subject, contract, demand, state_of
 from unbackdoor.testing.examples import block_data, clean_data, planted, tiny_classifier
+from unbackdoor.triggers import RecoveredTrigger, Suspicion
 from unbackdoor.types import Classifier, CleanData, Finding, Images, Purified, ScanReport, Screening
 
 # Evidence that a method must not report: the judge measures success, with a trigger that no method has.
@@ -107,6 +108,23 @@ def _evidence(subject: Subject) -> None:
             keys = list(_keys(dict(result.evidence)))
         claims = [key for key in keys if CLAIMS.search(key.lower().replace("_", " ").replace("-", " "))]
         demand(not claims, f"it judges itself: {', '.join(claims)}")
+
+
+@contract(
+    "defense",
+    name="a wrong suspicion",
+    meaning="where it begins with what is suspected, and that is wrong, the result is sound still",
+)
+def _a_wrong_suspicion(subject: Subject) -> None:
+    if SUSPICION not in subject.part.traits:
+        return
+    idle = RecoveredTrigger(3, torch.zeros(1, 8, 8), torch.zeros(8, 8))
+    for suspicion in (Suspicion((3,), (0.01,)), Suspicion.of_triggers([idle])):
+        result = subject.call(tiny_classifier(), clean_data(), suspicion=suspicion)
+        assert isinstance(result, Purified)
+        json.dumps(dict(result.evidence), allow_nan=False)
+        clean_accuracy = accuracy(result.model, clean_data().all, Run.create(policy="fp32"))
+        demand(clean_accuracy > MIN_ACCURACY, f"it is right on {clean_accuracy:.2f} of the clean images")
 
 
 def _keys(value: object) -> Iterator[str]:

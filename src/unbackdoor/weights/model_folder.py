@@ -13,7 +13,7 @@ from unbackdoor.files import parse_json, read_text
 from unbackdoor.weights.formats.buffers import listed, short
 
 INDEX = ".index.json"
-_USUAL = (
+USUAL_NAMES = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
     "open_clip_model.safetensors", "open_clip_pytorch_model.bin",
 )  # fmt: skip
@@ -36,7 +36,7 @@ def weights_in(folder: Path) -> tuple[Path, tuple[str, ...]]:
     except OSError as error:
         raise InputError("the folder cannot be read", got=error.strerror, where=folder) from error
     found = [name for name in names if name.endswith((*_SUFFIXES, INDEX)) and name not in _ADAPTERS]
-    usual = [name for name in _USUAL if name in found]
+    usual = [name for name in USUAL_NAMES if name in found]
     if usual:
         return folder / usual[0], tuple(name for name in usual[1:])
     if len(found) == 1:
@@ -50,7 +50,7 @@ def weights_in(folder: Path) -> tuple[Path, tuple[str, ...]]:
         "the folder holds several files of weights, and none has a usual name"
         if found
         else "the folder holds no weights",
-        expected=", ".join(_USUAL[:4]),
+        expected=", ".join(USUAL_NAMES[:4]),
         got=listed(found, 5) if found else listed(names, 5) if names else "nothing",
         where=folder,
         remedy="Give the file itself",

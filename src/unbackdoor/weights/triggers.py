@@ -12,12 +12,13 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from unbackdoor.errors import InputError
+from unbackdoor.errors import InputError, IntegrityError
 from unbackdoor.files import atomic_write, is_there, opened, parse_json, writing
 from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Classifier
 
 PNG, TENSORS, FOLDER = "trigger.png", "trigger.safetensors", "trigger-{}"
+MAX_KEPT = 3  # triggers in the folder of a report
 _NAMES = ("pattern", "mask")
 MAX_TRIGGER = 1 << 28  # bytes; a bound against nonsense, as 4 x 4096 x 4096 numbers of 4 bytes
 
@@ -87,15 +88,17 @@ def write_trigger(folder: Path, trigger: RecoveredTrigger, facts: Mapping[str, A
     return {"picture": picture, "tensors": tensors}
 
 
-def read_trigger(path: Path, model: Classifier) -> RecoveredTrigger:
+def read_trigger(path: Path, model: Classifier, *, of: str | None = None) -> RecoveredTrigger:
     """Read a trigger that :func:`write_trigger` wrote.
 
     Args:
         path: The file of the tensors, or the folder that it lies in.
         model: The classifier that it is to be tried on.
+        of: SHA-256 of the weights of the model that it must have been recovered from; None: of any.
 
     Raises:
         InputError: If it cannot be read or does not fit the model.
+        IntegrityError: If it was recovered from another model.
     """
     file = path / TENSORS if is_there(path) and path.is_dir() else path
 
@@ -132,6 +135,13 @@ def read_trigger(path: Path, model: Classifier) -> RecoveredTrigger:
         RecursionError,
     ) as error:
         raise InputError("the trigger cannot be read", got=str(error)[:200], where=file) from error
+    if of is not None and facts.get("model_sha256") != of:
+        raise IntegrityError(
+            "the trigger was recovered from another model",
+            expected=f"SHA-256 of the weights {of}",
+            got=str(facts.get("model_sha256"))[:80],
+            where=file,
+        )
     trigger = RecoveredTrigger(label, tensors["pattern"], tensors.get("mask"), file.name)
     faults = trigger.faults(model.input_shape, model.classes)
     if faults:

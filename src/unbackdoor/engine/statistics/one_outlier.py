@@ -104,14 +104,24 @@ def smallest_outlier(
 def grubbs(numbers: list[float], low: int) -> tuple[float, float]:
     """Return Grubbs' G of the number at ``low`` and the p-value that accounts for its having been picked."""
     n = len(numbers)
-    rest = [number for i, number in enumerate(numbers) if i != low]
-    mean, spread = sum(rest) / (n - 1), _deviation(rest)
     whole = sum(numbers) / n
     deviation = _deviation(numbers)
     if deviation == 0:
         return 0.0, 1.0
-    t = (numbers[low] - mean) / (spread * math.sqrt(1 + 1 / (n - 1))) if spread else -math.inf
-    return (whole - numbers[low]) / deviation, min(1.0, n * float(_special().stdtr(n - 2, t)))
+    return (whole - numbers[low]) / deviation, min(1.0, n * named_beforehand(numbers, low))
+
+
+def named_beforehand(numbers: list[float], index: int) -> float:
+    """Return the p-value of a number, named beforehand, being too small for the normal law of the others.
+
+    Raises:
+        MissingExtra: If SciPy is not installed.
+    """
+    rest = [number for i, number in enumerate(numbers) if i != index]
+    distance, spread = numbers[index] - sum(rest) / len(rest), _deviation(rest)
+    if not spread:
+        return 0.0 if distance < 0 else 1.0
+    return float(_special().stdtr(len(rest) - 1, distance / (spread * math.sqrt(1 + 1 / len(rest)))))
 
 
 def grubbs_critical(n: int, level: float) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
@@ -56,6 +56,32 @@ def build(spec: Spec, geometry: Geometry) -> nn.Module:
             where=f"{path}:{name}",
         )
     return network
+
+
+def load_callable(text: str) -> Callable[..., object]:
+    """Run a file of the user and return the callable that ``FILE.py:CALLABLE`` names.
+
+    Raises:
+        InputError: If there is no such file or name, or the code raises.
+    """
+    file, _, name = text.rpartition(":")
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise InputError("there is no such Python file", where=path, remedy="Name it as FILE.py:CALLABLE")
+    with _importable(path.resolve().parent):
+        try:
+            found = reduce(getattr, name.split("."), _module(path.resolve()))
+        # Every exception of the user's code is reported with its place and reason.
+        except Exception as error:
+            raise InputError(
+                "the code of the method failed",
+                got=f"{type(error).__name__}: {str(error)[:300]}",
+                where=f"{path}:{name}",
+                remedy="Run it by itself",
+            ) from error
+    if not callable(found):
+        raise InputError("this is no function", got=type(found).__name__, where=f"{path}:{name}")
+    return found
 
 
 def preprocessing_of(spec: Spec) -> Preprocessing:

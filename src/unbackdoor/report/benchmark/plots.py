@@ -128,7 +128,7 @@ def style(mark: Mark) -> dict[str, Any]:
         "markerfacecolor": "none" if mark.older else colour,
         "markeredgecolor": colour,
         # A label that begins with an underscore would be left out of the legend.
-        "label": "\u200b" + mark.name,
+        "label": " " + mark.name,
     }
 
 

@@ -1,0 +1,272 @@
+"""What a repair achieved, as far as that can be known without the attacker's trigger.
+
+That a recovered trigger stopped working says little: networks obeyed the attacker's all the while. So
+triggers are searched for anew, with other draws and images than the method's, in the original and in the
+repaired model alike: only what found one before can witness that there is none any more. ``repaired`` is said
+only where two kinds of search, or more, find nothing. :data:`SEARCHES` holds the kinds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+from unbackdoor.audit.budget import BudgetSpent, end_of, watched
+from unbackdoor.audit.comparison import Accuracy
+from unbackdoor.confinement import now
+from unbackdoor.engine import rng
+from unbackdoor.engine.inference import settle_layout
+from unbackdoor.engine.run import Run
+from unbackdoor.engine.statistics.one_outlier import FEWEST, named_beforehand
+from unbackdoor.engine.statistics.several_outliers import smallest_few
+from unbackdoor.engine.trigger_search import Form, TriggerSearch, TriggerSearchConfig, search_triggers
+from unbackdoor.errors import UnbackdoorError
+from unbackdoor.metrics import Rate
+from unbackdoor.types import Classifier, Images
+
+T = TypeVar("T")
+OutcomeVerdict = Literal["repaired", "weakened", "not repaired", "undecided", "nothing was done"]
+LEVEL = 0.05  # largest p-value at which a class counts as found that was suspected before it was tested
+STRICT = 0.01  # likewise of any class: there are several searches, and each finds the easiest of all classes
+WORKS = 0.5  # success from which a trigger is said to work
+GONE = 0.1  # success up to which it is said not to: clean images of other classes are confused, too
+AS_EASY = 1.5  # times the size that a class needed before, up to which it is reached as easily as before
+FEWEST_SEARCHES = 2  # kinds of search that must find nothing any more
+DAMAGED = 0.1  # loss of accuracy, at the lower end of its interval, from which the task itself is damaged
+SECONDS = 120.0  # for all searches together
+_STEPS, _IMAGES = 120, 16  # a quarter of what a scan takes, as there are four searches
+_MAX_NAMED = 10  # classes that a sentence lists
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What one kind of search says of the original and of the repaired model.
+
+    Attributes:
+        search: The kind, in words.
+        before: Classes that it finds a trigger towards, in the original.
+        after: Likewise in the repaired model.
+        as_easily: Those of them that are reached as easily as before.
+        facts: JSON-ready numbers.
+        failed: Why there is no answer; empty where there is.
+    """
+
+    search: str
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+    as_easily: tuple[int, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    failed: str = ""
+
+
+# Arguments: the original, the repaired model, images, suspected classes, the run.
+Search = Callable[[Classifier, Classifier, Images, Sequence[int], Run], Searched]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What an outcome is concluded from.
+
+    Attributes:
+        changed: Whether any number of the model was changed.
+        searches: What was found by searching anew.
+        triggers: For every known trigger: its class, its success before and its success after.
+        unlearned: Success, on held-out images of the original, of the changes that the method taught away; of
+            those that it reported.
+        accuracy: Clean accuracy before and after; None without labels.
+    """
+
+    changed: bool
+    searches: tuple[Searched, ...] = ()
+    triggers: tuple[tuple[int, Rate, Rate], ...] = ()
+    unlearned: tuple[float, ...] = ()
+    accuracy: Accuracy | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a repair achieved.
+
+    Attributes:
+        verdict: ``repaired``, if no trigger is found any more; ``weakened``, if what is found works less or
+            is larger, or too little is known to say more; ``not repaired``, if a trigger works as before;
+            ``undecided``, if none was found before either; ``nothing was done``, if no number was changed.
+        reasons: Sentences that explain it.
+        searches: What was searched for anew.
+    """
+
+    verdict: OutcomeVerdict
+    reasons: tuple[str, ...]
+    searches: tuple[Searched, ...] = ()
+
+
+def conclude(evidence: Evidence) -> Outcome:
+    """Return the outcome; in doubt the worse one."""
+    if not evidence.changed:
+        return Outcome("nothing was done", ("No number of the model was changed.",))
+    working = [(k, before, after) for k, before, after in evidence.triggers if before.value >= WORKS]
+    answered = [one for one in evidence.searches if not one.failed]
+    witnesses = [one for one in answered if one.before]
+    reasons = [*map(_of_a_search, evidence.searches), *_of_triggers(evidence.triggers)]
+
+    def outcome(verdict: OutcomeVerdict, *why: str) -> Outcome:
+        return Outcome(verdict, (*why, *reasons), evidence.searches)
+
+    if any(one.as_easily for one in answered) or any(after.value >= WORKS for _, _, after in working):
+        return outcome("not repaired", "A trigger works as it did before.")
+    if any(one.after for one in answered) or any(after.value > GONE for _, _, after in evidence.triggers):
+        return outcome("weakened", "What is found is weaker than before, and not gone.")
+    if not working and not witnesses:
+        return outcome(
+            "undecided",
+            "No search found a trigger before the repair, and no known one worked, so that nothing can be "
+            "said of what was achieved.",
+        )
+    doubts = list(_doubts(evidence, answered, bool(working)))
+    if doubts:
+        return outcome(
+            "weakened", "What was found before is not found any more, and this proves little.", *doubts
+        )
+    return outcome("repaired", "No search finds a trigger any more.")
+
+
+def _doubts(evidence: Evidence, answered: Sequence[Searched], working: bool) -> Iterable[str]:
+    if len(answered) < FEWEST_SEARCHES:
+        yield f"Only {len(answered)} of {len(evidence.searches)} kinds of search came to an answer."
+    if evidence.triggers and not working:
+        yield "No known trigger worked on half of the images before the repair, so that it was a poor lead."
+    poor = [share for share in evidence.unlearned if share < WORKS]
+    if evidence.unlearned and len(poor) == len(evidence.unlearned):
+        yield (
+            f"What the method taught away worked on {100 * max(poor):.0f} % of the images that it was not "
+            "made from, too few for it to be like the attacker's trigger."
+        )
+    accuracy = evidence.accuracy
+    if accuracy is not None and accuracy.drop_interval[0] > DAMAGED:
+        yield f"The repair cost {100 * accuracy.drop:.1f} points of accuracy: the task itself is damaged."
+
+
+def _of_a_search(one: Searched) -> str:
+    if one.failed:
+        return f"The search for {one.search} came to no answer: {one.failed.rstrip('.')}."
+    easily = f" ({_named(one.as_easily)} as easily as before)" if one.as_easily else ""
+    before, after = (f"one towards {_named(found)}" if found else "none" for found in (one.before, one.after))
+    return f"A new search for {one.search} finds {before} in the original, and {after} in the repair{easily}."
+
+
+def _of_triggers(triggers: Iterable[tuple[int, Rate, Rate]]) -> Iterable[str]:
+    for label, before, after in triggers:
+        if not before.total:
+            yield f"The known trigger towards class {label} could not be tried: no image is of another class."
+        elif before.value < WORKS:
+            yield (
+                f"The known trigger towards class {label} worked on {100 * before.value:.0f} % of the images "
+                "before the repair: it is poor, and what became of it says nothing."
+            )
+        else:
+            yield (
+                f"The known trigger towards class {label} worked on {100 * before.value:.0f} % of the images "
+                f"and works on {100 * after.value:.0f} % now, which is no bound on the attacker's."
+            )
+
+
+def _named(classes: Sequence[int]) -> str:
+    more = f" and {len(classes) - _MAX_NAMED} more" if len(classes) > _MAX_NAMED else ""
+    return f"class {', '.join(map(str, classes[:_MAX_NAMED]))}{more}"
+
+
+# ---------------------------------------------------------------------------------------------------
+# Searching
+
+
+def search_anew(
+    before: Classifier,
+    after: Classifier,
+    images: Images,
+    suspected: Sequence[int],
+    run: Run,
+    *,
+    seconds: float | None = None,
+) -> tuple[Searched, ...]:
+    """Search for triggers in both models, in every way; what goes wrong in one search is its result.
+
+    Args:
+        before: The original; not changed.
+        after: The repaired model; not changed.
+        images: Clean images, best of those that the method did not have.
+        suspected: Classes that were suspected before, which need less evidence.
+        run: The run of the repair; the draws here are others.
+        seconds: For all of them together; None: two minutes.
+    """
+    end = end_of(SECONDS if seconds is None else seconds)
+
+    def limited(items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
+        for item in run.show(items, f"judging the repair: {label}", total):
+            if end is not None and now() >= end:
+                raise BudgetSpent("the time for judging the repair is over")
+            yield item
+
+    other = replace(run, seed=rng.derive_seed(run.seed, "judging the repair"), show=limited)
+    pair = [model.copy().to(run.device) for model in (before, after)]
+    out = []
+    for name, search in SEARCHES.items():
+        try:
+            if end is not None and now() >= end:
+                raise BudgetSpent("the time was over before it began")
+            with watched(end):
+                for model in pair:
+                    settle_layout(model, other)
+                out.append(search(pair[0], pair[1], replace(images, labels=None), suspected, other))
+        except BudgetSpent:
+            out.append(Searched(name, failed="the time for it was over"))
+        except (UnbackdoorError, RuntimeError, MemoryError) as error:  # a repair is not lost by being judged
+            out.append(Searched(name, failed=str(error)[:300] or type(error).__name__))
+    return tuple(out)
+
+
+def search_by_size(
+    before: Classifier, after: Classifier, images: Images, suspected: Sequence[int], run: Run, *, form: Form
+) -> Searched:
+    """Find the classes that need a much smaller change than the others; see ``engine/trigger_search.py``.
+
+    A class that was suspected, or that the original gives away, is tested by itself in the repaired model,
+    and counts as found as well where it needs hardly more than before.
+    """
+    if before.classes < FEWEST:
+        return Searched(NAMES[form], failed=f"fewer than {FEWEST} classes cannot be compared")
+    cfg = TriggerSearchConfig(steps=_STEPS, images=_IMAGES)
+    enough = max(min(before.classes, 8), math.ceil(before.classes / 3))
+    look = partial(search_triggers, images=images, cfg=cfg, run=run, form=form, enough=enough)
+    one, other = look(before), look(after)
+    found = _apart(one, suspected)
+    aims = tuple(dict.fromkeys((*suspected, *found)))
+    easily = tuple(k for k in found if math.isfinite(other.sizes[k]) and _growth(one, other, k) <= AS_EASY)
+    left = tuple(dict.fromkeys((*easily, *_apart(other, aims))))
+    if not set(left) <= set(aims):  # some class is always the easiest: a new one must be found twice
+        again = _apart(look(after, restart=1), aims)
+        left = tuple(k for k in left if k in aims or k in again)
+    sizes = [[_number(s.sizes[k]) for k in aims] for s in (one, other)]
+    facts = {"classes": list(aims), "sizes_before": sizes[0], "sizes_after": sizes[1], "images": one.images}
+    return Searched(NAMES[form], found, left, easily, facts)
+
+
+def _apart(search: TriggerSearch, suspected: Sequence[int]) -> tuple[int, ...]:
+    """Return the classes that need too little: any, corrected for their number, and the suspected ones."""
+    logs = search.sizes.clamp_max(search.limit).log().tolist()
+    named = [k for k in suspected if math.isfinite(search.sizes[k]) and named_beforehand(logs, k) <= LEVEL]
+    return tuple(dict.fromkeys((*named, *smallest_few(search.sizes.log(), level=STRICT).positions)))
+
+
+def _growth(before: TriggerSearch, after: TriggerSearch, k: int) -> float:
+    return float(after.sizes[k] / before.sizes[k])
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+NAMES: Mapping[Form, str] = {"patch": "a small patch", "blend": "a faint pattern"}
+SEARCHES: dict[str, Search] = {NAMES[form]: partial(search_by_size, form=form) for form in NAMES}

@@ -1,0 +1,458 @@
+"""Removals by pruning and masking: what each computes, against closed forms and numbers derived by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tiny import NAMES, tiny_classifier, tiny_data
+from unbackdoor.defenses import anp, bnp, ep, nft, npd, tsbd, ulrl
+from unbackdoor.engine import rng
+from unbackdoor.engine.channel_pruning import OutlierPruningConfig, deviations, prune_outliers
+from unbackdoor.engine.channels import lipschitz_bounds, prunable_sites
+from unbackdoor.engine.fine_tuning import fine_tune
+from unbackdoor.engine.heads import find_affine_head
+from unbackdoor.engine.inference import predict
+from unbackdoor.engine.masks import Masks, Site, norm_sites, unit_sites
+from unbackdoor.engine.run import Run
+from unbackdoor.engine.training import Recipe
+from unbackdoor.engine.trusted_caller import run as call
+from unbackdoor.errors import ConfigError, InputError, UnsupportedModel
+from unbackdoor.registry import DEFENSES
+from unbackdoor.types import Classifier, CleanData, Images
+
+RUN = Run.create(seed=0, policy="fp32")
+DATA = CleanData.split(tiny_data(80, seed=1))
+NO_IMAGES = CleanData.empty((1, 8, 8), NAMES)
+DATA_FREE = [name for name in DEFENSES if not DEFENSES[name].needs and name != "none"]
+
+
+class OneConv(nn.Module):
+    """A convolution, its norm, the means of its channels, and a head."""
+
+    def __init__(self, channels: int, kernel: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, channels, kernel, padding=kernel // 2, bias=False)
+        self.bn = nn.BatchNorm2d(channels, eps=0.0)
+        self.fc = nn.Linear(channels, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc(self.bn(self.conv(x)).relu().mean((2, 3)))
+        return out
+
+
+def one_conv(channels: int, kernel: int = 1, size: int = 2) -> Classifier:
+    with rng.seeded(0):
+        network = OneConv(channels, kernel)
+    return Classifier(network, input_shape=(1, size, size), class_names=NAMES).eval()
+
+
+def images_of(pixels: Tensor) -> Images:
+    return Images(pixels.to(torch.uint8), torch.arange(len(pixels)) % 4, NAMES)
+
+
+# ---------------------------------------------------------------------------------------------------
+# How far from the others
+
+
+def test_deviations_by_hand() -> None:
+    found = deviations({"a": torch.tensor([1.0, 2.0, 3.0]), "b": torch.ones(2), "c": torch.ones(1)})
+    assert found["a"].tolist() == [-1.0, 0.0, 1.0], "the divisor of the deviation is n - 1"
+    assert found["b"].tolist() == [0.0, 0.0] and found["c"].tolist() == [0.0]
+
+
+@pytest.mark.parametrize(("channels", "cut"), [(10, 0), (11, 1)])
+def test_of_eleven_channels_one_can_stand_three_deviations_out(channels: int, cut: int) -> None:
+    """The largest number of deviations is (n - 1) / sqrt(n): 2.85 of 10 channels and 3.02 of 11."""
+    model = one_conv(channels)
+    sites = norm_sites(model, with_bias=True)
+    suspicion = {"network.bn": F.one_hot(torch.tensor(1), channels).float()}
+    highest = (channels - 1) / math.sqrt(channels)
+    assert float(deviations(suspicion)["network.bn"].max()) == pytest.approx(highest, rel=1e-5)
+    out = prune_outliers(model, sites, suspicion, OutlierPruningConfig(), NO_IMAGES, RUN)
+    assert out.evidence["cut"] == cut and out.evidence["channels"] == channels
+
+
+def test_held_out_images_lower_the_threshold_as_far_as_they_allow() -> None:
+    model = tiny_classifier("conv-bn")
+    sites = norm_sites(model, with_bias=True)
+    # A channel without effect stands out most; then come those that the network lives by.
+    weights = model.network.get_submodule("fc")
+    assert isinstance(weights, nn.Linear)
+    with torch.no_grad():
+        weights.weight[:, 3] = 0
+    suspicion = {s.name: torch.zeros(s.shape) for s in sites}
+    suspicion["network.bn4"] = torch.arange(16.0).neg()
+    suspicion["network.bn4"][3] = 10.0
+    cfg = OutlierPruningConfig(choice="held-out", tolerance=0.0)
+    out = prune_outliers(model, sites, suspicion, cfg, DATA, RUN)
+    bn4 = out.model.network.get_submodule("bn4")
+    assert isinstance(bn4, nn.BatchNorm2d) and float(bn4.weight.detach()[3]) == 0
+    choice = out.evidence["choice"]
+    assert choice["trace"][0] == [-10.0, choice["base_accuracy"]] and out.evidence["cut"] >= 1
+    with pytest.raises(InputError, match="no held-out images"):
+        prune_outliers(model, sites, suspicion, cfg, NO_IMAGES, RUN)
+    with pytest.raises(InputError, match="no held-out images"):
+        unlabelled = CleanData(DATA.fit, replace(DATA.select, labels=None))
+        prune_outliers(model, sites, suspicion, cfg, unlabelled, RUN)
+
+
+# ---------------------------------------------------------------------------------------------------
+# No images
+
+
+@pytest.mark.parametrize("name", DATA_FREE)
+def test_data_free_methods_need_no_image_and_look_at_none(name: str) -> None:
+    model = tiny_classifier("conv-bn")
+    options = {**DEFENSES[name].quick, **({"inputs": "noise"} if name == "bnp" else {})}
+    without = call(name, model, NO_IMAGES, options=options, precision="fp32")
+    with_images = call(name, model, DATA, options=options, precision="fp32")
+    assert without.model.sha256() == with_images.model.sha256()
+    assert without.evidence == with_images.evidence
+
+
+def test_the_data_free_methods_are_these() -> None:
+    assert {"bnp", "clp"} <= set(DATA_FREE)
+
+
+# ---------------------------------------------------------------------------------------------------
+# CLP
+
+
+def test_clp_cuts_the_channel_with_the_largest_bound_and_nothing_else() -> None:
+    model = one_conv(16, kernel=3, size=8)
+    conv, norm = model.network.conv, model.network.bn
+    with torch.no_grad():
+        conv.weight.zero_()  # type: ignore[union-attr,operator]
+        conv.weight[:, 0, 1, 1] = 2.0  # type: ignore[union-attr,index,operator]
+        norm.weight.fill_(1.5)  # type: ignore[union-attr,operator]
+        norm.bias.fill_(0.25)  # type: ignore[union-attr,operator]
+        norm.running_var.fill_(9.0)  # type: ignore[union-attr,operator]
+        # 3 * 4 / 5 = 2.4 by the singular value of an I x 9 matrix of one row; the others 2 * 1.5 / 3 = 1.
+        conv.weight[5] = 1.0  # type: ignore[union-attr,index,operator]
+        norm.weight[5], norm.running_var[5] = -4.0, 25.0  # type: ignore[union-attr,index,operator]
+    sites = norm_sites(model, with_bias=True)
+    bounds = lipschitz_bounds(model, sites)["network.bn"]
+    assert bounds[5] == pytest.approx(2.4) and bounds[0] == pytest.approx(1.0)
+    out = call("clp", model, CleanData.empty((1, 8, 8), NAMES), precision="fp32")
+    assert out.evidence["cut_per_layer"] == {"network.bn": 1}
+    state = out.model.network.state_dict()
+    assert float(state["bn.weight"][5]) == 0 and float(state["bn.bias"][5]) == 0
+    before = model.network.state_dict()
+    changed = [name for name in before if not torch.equal(before[name], state[name])]
+    assert changed == ["bn.weight", "bn.bias"]
+    assert int((state["bn.weight"] == 0).sum()) == 1
+
+
+def test_clp_takes_the_largest_singular_value_of_a_two_by_two_kernel() -> None:
+    with rng.seeded(0):
+        network = nn.Sequential(nn.Conv2d(2, 1, (1, 2), bias=False), nn.BatchNorm2d(1, eps=0.0))
+        head = nn.Linear(2, 4)
+    with torch.no_grad():
+        # Rows are input channels: [[3, 0], [4, 5]] has the singular values sqrt(45) and sqrt(5).
+        network[0].weight.copy_(torch.tensor([[[3.0, 0.0]], [[4.0, 5.0]]])[None])
+        network[1].running_var.fill_(4.0)
+        network[1].weight.fill_(-2.0)
+    model = Classifier(
+        nn.Sequential(network, nn.Flatten(), head), input_shape=(2, 2, 2), class_names=NAMES
+    ).eval()
+    sites = norm_sites(model)
+    assert float(lipschitz_bounds(model, sites)[sites[0].name]) == pytest.approx(math.sqrt(45))
+
+
+# ---------------------------------------------------------------------------------------------------
+# BNP
+
+
+def test_the_divergence_of_normal_laws_by_hand() -> None:
+    one, zero = torch.ones(3), torch.zeros(3)
+    # Equal laws: 0. A mean one deviation off: 1/2. Four times the variance: (4 - 1 - ln 4) / 2.
+    found = bnp.normal_divergence(torch.tensor([0.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 4.0]), zero, one)
+    assert found.tolist() == pytest.approx([0.0, 0.5, (3 - math.log(4)) / 2])
+
+
+def test_bnp_finds_the_channel_whose_statistics_are_not_those_of_the_images() -> None:
+    model = one_conv(16, kernel=3, size=8)
+    data = CleanData.split(tiny_data(40, seed=3))
+    sites = [Site("network.bn", ("network.bn.weight",), (16,))]
+    norm = model.network.bn
+    assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None
+    norm.eps = 1e-5
+    model.train()
+    norm.momentum = None  # the mean over all batches: here of one
+    with torch.no_grad():
+        model(data.fit.pixels.float() / 255)
+    model.eval()
+    own = bnp.divergences(model, sites, data.fit, RUN)["network.bn"]
+    # What is left is the n - 1 in the divisor of torch's stored variance.
+    assert float(own.abs().max()) < 1e-4
+    norm.running_mean[7] += 3 * norm.running_var[7].sqrt()  # type: ignore[index,union-attr]
+    moved = bnp.divergences(model, sites, data.fit, RUN)["network.bn"]
+    assert float(moved[7]) == pytest.approx(4.5, rel=1e-2), "3 deviations: 9 / 2"
+    out = call("bnp", model, data, precision="fp32")
+    assert out.evidence["cut_per_layer"] == {"network.bn": 1} and out.evidence["inputs"] == "images"
+    state = out.model.network.state_dict()
+    assert float(state["bn.weight"][7]) == 0
+    assert torch.equal(state["bn.bias"], norm.bias), "the shift stays"
+    both = call("bnp", model, data, options={"shift": True}, precision="fp32").model.network.state_dict()
+    assert float(both["bn.bias"][7]) == 0
+
+
+def test_bnp_needs_stored_statistics_and_says_so() -> None:
+    for family in ("conv", "transformer"):
+        with pytest.raises(UnsupportedModel, match="no stored batch statistics"):
+            call("bnp", tiny_classifier(family), DATA)
+    with pytest.raises(InputError, match="no image to take statistics of"):
+        call("bnp", tiny_classifier("conv-bn"), NO_IMAGES, options={"inputs": "images"})
+    assert call("bnp", tiny_classifier("conv-bn"), NO_IMAGES).evidence["inputs"] == "noise"
+
+
+# ---------------------------------------------------------------------------------------------------
+# EP
+
+
+def test_the_entropy_of_two_heaps_is_that_of_a_coin() -> None:
+    heaps = torch.tensor([0.0, 0.0, 0.0, 1.0]).repeat(25)  # 75 and 25 of 100
+    spread = torch.arange(100.0)  # each value a bin of its own: their distance is 1 / 28.9 deviations
+    constant = torch.full((100,), 7.0)
+    found = ep.entropies(torch.stack([heaps, spread, constant], 1), 0.01)
+    assert float(found[0]) == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25), rel=1e-5)
+    assert float(found[1]) == pytest.approx(math.log(100), rel=1e-5)
+    assert float(found[2]) == pytest.approx(float(found[:2].mean())), "stands out in no direction"
+    # Scale and place do not matter.
+    assert torch.allclose(ep.entropies(torch.stack([3 * heaps - 5, heaps], 1), 0.01)[0], found[0])
+
+
+def test_ep_takes_the_largest_output_over_the_places() -> None:
+    model = one_conv(2)
+    with torch.no_grad():
+        model.network.conv.weight.copy_(torch.tensor([2.0, -1.0]).view(2, 1, 1, 1))  # type: ignore[union-attr,operator]
+    pixels = torch.zeros(1, 1, 2, 2)
+    pixels[0, 0, 0, 1] = 255
+    (values,) = ep.largest_activations(model, norm_sites(model), images_of(pixels), RUN).values()
+    assert values.tolist() == [[2.0, 0.0]]
+
+
+# ---------------------------------------------------------------------------------------------------
+# NFT
+
+
+def test_nft_masks_keep_to_their_bounds() -> None:
+    cfg = nft.NFTConfig()
+    assert nft.floors(3, cfg) == pytest.approx([0.8, 0.8 * math.exp(-0.5), 0.8 * math.exp(-1)])
+    assert nft.rate(0, cfg) == pytest.approx(0.1) and nft.rate(99, cfg) == pytest.approx(0.02)
+    model = tiny_classifier("conv-bn")
+    options = {"lr": 10.0, "last_lr": 10.0, "sparsity": 0.0, "epochs": 3, "batch_size": 16}
+    out = call("nft", model, DATA, options=options, precision="fp32")
+    before, after = model.network.state_dict(), out.model.network.state_dict()
+    reached = 0
+    for layer, low in zip(("bn1", "bn2", "bn3", "bn4"), nft.floors(4, cfg), strict=True):
+        ratio = after[f"{layer}.weight"] / before[f"{layer}.weight"]
+        assert float(ratio.min()) >= low - 1e-5 and float(ratio.max()) <= 1 + 1e-5
+        reached += float(ratio.min()) == pytest.approx(low, rel=1e-4)
+        shift = after[f"{layer}.bias"] / before[f"{layer}.bias"]
+        assert torch.allclose(shift, ratio, rtol=1e-3), "scale and shift of a neuron belong together"
+    assert reached, "so large a step ends at a bound"
+    assert torch.equal(after["conv1.weight"], before["conv1.weight"])
+
+
+def test_nft_with_a_heavy_penalty_leaves_the_network_as_it_is() -> None:
+    model = tiny_classifier("conv-bn")
+    options = {"sparsity": 1000.0, "epochs": 1, "lr": 1e-6, "last_lr": 1e-6}
+    out = call("nft", model, DATA, options=options, precision="fp32")
+    for name, value in model.network.state_dict().items():
+        assert torch.allclose(out.model.network.state_dict()[name], value, rtol=1e-2), name
+
+
+# ---------------------------------------------------------------------------------------------------
+# ANP
+
+
+def test_anp_noise_moves_scales_by_the_mask_and_shifts_by_one() -> None:
+    model = tiny_classifier("conv-bn")
+    scales, shifts = anp.split_sites(model, prunable_sites(model))
+    assert scales[0].parameters == ("network.bn1.weight",)
+    assert shifts[0].parameters == ("network.bn1.bias",)
+    masks = Masks(model, scales)
+    masks.values["network.bn1"].data.fill_(0.5)
+    noise = {site.name: torch.full(site.shape, 0.25) for site in [*scales, *shifts]}
+    noisy = Masks(model, [*scales, *shifts])
+    noisy.values = anp._disturbed(masks, noise)
+    wanted = model.copy()
+    with torch.no_grad():
+        for i in range(1, 5):
+            norm = wanted.network.get_submodule(f"bn{i}")
+            norm.weight.mul_(0.75 if i == 1 else 1.25)  # type: ignore[union-attr,operator]
+            norm.bias.mul_(1.25)  # type: ignore[union-attr,operator]
+    assert torch.allclose(predict(noisy, DATA.select, RUN), predict(wanted, DATA.select, RUN), atol=1e-4)
+
+
+def test_anp_without_noise_and_penalty_keeps_what_the_clean_task_needs() -> None:
+    model = tiny_classifier("conv-bn")
+    sites = prunable_sites(model)
+    cfg = anp.ANPConfig(iterations=5, batch_size=32, bound=1e-9, clean_weight=1.0, batch_norm="frozen")
+    scores = anp.masks_under_noise(model, sites, DATA, cfg, RUN)
+    assert all(float(value.min()) > 0.8 for value in scores.values())
+    assert scores.keys() == {f"network.bn{i}" for i in range(1, 5)}
+
+
+def test_anp_masks_the_scale_alone_and_units_where_there_are_no_norms() -> None:
+    model = tiny_classifier("conv")
+    scales, shifts = anp.split_sites(model, prunable_sites(model))
+    assert [s.parameters for s in scales][:1] == [("network.conv1.weight",)]
+    assert [s.name for s in shifts] == [f"network.conv{i}.bias" for i in range(1, 5)]
+
+
+# ---------------------------------------------------------------------------------------------------
+# TSBD
+
+
+def test_tsbd_zeroes_the_weights_that_moved_most_in_the_chosen_neurons() -> None:
+    model = one_conv(2, kernel=3, size=8)
+    moved = model.copy()
+    with torch.no_grad():
+        model.network.conv.weight.fill_(1.0)  # type: ignore[union-attr,operator]
+        moved.network.conv.weight.copy_(  # type: ignore[union-attr,operator]
+            torch.stack([1 + torch.arange(9.0), torch.ones(9)]).view(2, 1, 3, 3)
+        )
+    sites = unit_sites(model, skip=("network.fc",))
+    order = {"network.conv": torch.tensor([0.5, 1.0])}
+    tsbd.zero_most_changed(model, moved, sites, order, 0.5, 0.7)
+    weight = model.network.state_dict()["conv.weight"].flatten(1)
+    # round(0.7 * 9) = 6 of nine: the last six moved most. The other neuron is not among the first half.
+    assert weight[0].tolist() == [1.0] * 3 + [0.0] * 6
+    assert weight[1].tolist() == [1.0] * 9
+
+
+def test_tsbd_steps_by_both_gradients() -> None:
+    """A linear network of one pixel: the step is that of the formula, taken by hand."""
+    with rng.seeded(0):
+        network = nn.Sequential(nn.Flatten(), nn.Linear(1, 4, bias=False))
+    model = Classifier(network, input_shape=(1, 1, 1), class_names=NAMES).eval()
+    with torch.no_grad():
+        network[1].weight.copy_(torch.tensor([[0.5], [0.0], [-0.5], [0.25]]))
+    images = Images(torch.full((4, 1, 1, 1), 255, dtype=torch.uint8), torch.arange(4), NAMES)
+    cfg = tsbd.TSBDConfig(
+        epochs=1, lr=0.1, radius=2.0, mix=0.25, batch_size=4, momentum=0.0, weight_decay=0.0
+    )
+
+    def gradient(weight: Tensor) -> Tensor:
+        # Every class once: the mean of softmax - one-hot.
+        return weight.flatten().softmax(0).sub(0.25)[:, None]
+
+    before = network[1].weight.detach().clone()
+    here = gradient(before)
+    there = gradient(before + 2.0 * here / here.norm())
+    tsbd.tune(model, CleanData(images, images), cfg, RUN)
+    assert torch.allclose(network[1].weight, before - 0.1 * (0.75 * here + 0.25 * there), atol=1e-6)
+    assert all(p.grad is None for p in model.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------
+# NPD
+
+
+@pytest.mark.parametrize("padding", ["zeros", "reflect"])
+def test_a_filter_is_multiplied_into_the_layer_behind_it(padding: str) -> None:
+    with rng.seeded(0):
+        conv = nn.Conv2d(3, 5, 3, padding=1, stride=2, padding_mode=padding)
+        polarizer, x = torch.randn(3, 3), torch.randn(2, 3, 8, 8)
+        linear, tokens = nn.Linear(3, 5), torch.randn(2, 7, 3)
+    wanted = conv(torch.einsum("ij,bjhw->bihw", polarizer, x))
+    linear_wanted = linear(tokens @ polarizer.T)
+    with torch.no_grad():
+        conv.weight.copy_(npd.folded(conv.weight, polarizer))
+        linear.weight.copy_(npd.folded(linear.weight, polarizer))
+    assert torch.allclose(conv(x), wanted, atol=1e-5)
+    assert torch.allclose(linear(tokens), linear_wanted, atol=1e-5)
+
+
+def test_npd_losses_by_hand() -> None:
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
+    label, target = torch.tensor([0]), torch.tensor([2])
+    assert npd.runner_up(logits, label).tolist() == [1]
+    found = npd.adversarial_losses(logits, label, target)
+    assert float(found) == pytest.approx(-math.log(0.5) - math.log(1 - 0.15) - math.log(1 - 0.3), rel=1e-5)
+    certain = torch.tensor([[0.0, 0.0, 500.0, 0.0]])
+    assert bool(torch.isfinite(npd.adversarial_losses(certain, label, target)))
+
+
+def test_npd_pushes_within_the_ball_and_the_pixels() -> None:
+    model = tiny_classifier("conv-bn")
+    pixels = DATA.fit.pixels[:8].float() / 255
+    moved = npd.pushed(model, pixels, torch.zeros(8, dtype=torch.int64), 0.5, 2, RUN)
+    assert float((moved - pixels).flatten(1).norm(dim=1).max()) <= 0.5 + 1e-5
+    assert float(moved.min()) >= 0 and float(moved.max()) <= 1
+    loss: Callable[[Tensor], Tensor] = lambda x: F.cross_entropy(model(x), torch.zeros(8, dtype=torch.int64))  # noqa: E731
+    with torch.no_grad():
+        assert float(loss(moved)) < float(loss(pixels))
+
+
+def test_npd_changes_one_layer_and_can_be_told_which() -> None:
+    model = tiny_classifier("conv-bn")
+    options = DEFENSES["npd"].quick
+    for layer, changed in (("", "conv3.weight"), ("conv2", "conv2.weight"), ("network.fc", "fc.weight")):
+        out = call("npd", model, DATA, options={**options, "layer": layer}, precision="fp32")
+        state = out.model.network.state_dict()
+        differs = [n for n, value in model.network.state_dict().items() if not torch.equal(value, state[n])]
+        assert differs == [changed] and out.evidence["layer"] == f"network.{changed[:-7]}"
+    with pytest.raises(ConfigError, match=r"expected one of network\.conv1"):
+        call("npd", model, DATA, options={**options, "layer": "bn1"})
+    with rng.seeded(0):
+        network = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    head_only = Classifier(network, input_shape=(1, 8, 8), class_names=NAMES).eval()
+    with pytest.raises(UnsupportedModel, match=r"network\.1"):
+        call("npd", head_only, DATA, options=options)
+
+
+# ---------------------------------------------------------------------------------------------------
+# ULRL
+
+
+def test_modified_z_scores_by_hand() -> None:
+    # Median 3, deviations 2 1 0 1 97, their median 1.
+    found = ulrl.modified_z_scores(torch.tensor([1.0, 2.0, 3.0, 4.0, 100.0]))
+    assert found.tolist() == pytest.approx([-1.349, -0.6745, 0.0, 0.6745, 65.4265])
+    assert ulrl.modified_z_scores(torch.tensor([1.0, 1.0, 1.0, 9.0])).tolist() == [0.0] * 4
+
+
+def test_ulrl_draws_the_suspicious_rows_anew_and_no_others() -> None:
+    model = tiny_classifier("conv-bn")
+    head = find_affine_head(model)
+    before = head.module.weight.detach().clone()
+    ulrl.renew_rows(head, [2], RUN)
+    after = head.module.weight.detach()
+    bound = math.sqrt(2 / head.features)
+    assert torch.equal(after[[0, 1, 3]], before[[0, 1, 3]])
+    assert float(after[2].abs().max()) <= bound
+    assert float(after[2].std()) == pytest.approx(bound / 3**0.5, rel=0.3)
+    assert head.module.bias is not None and float(head.module.bias.detach()[2]) == 0
+
+
+def test_ulrl_says_that_no_row_stands_out_and_may_leave_the_network_alone() -> None:
+    model = tiny_classifier("conv-bn")
+    options = {**DEFENSES["ulrl"].quick, "threshold": 99.0}
+    tuned = call("ulrl", model, DATA, options=options, precision="fp32")
+    left = call("ulrl", model, DATA, options=options, preset="leave", precision="fp32")
+    assert tuned.evidence["suspicious"] == left.evidence["suspicious"] == []
+    assert left.model.sha256() == model.sha256() != tuned.model.sha256()
+
+
+def test_fine_tuning_takes_an_objective_made_of_the_copy_that_it_trains() -> None:
+    model = tiny_classifier("conv-bn")
+    seen: list[Classifier] = []
+
+    def objective(trained: Classifier) -> Callable[[Tensor, Tensor, int], Tensor]:
+        seen.append(trained)
+        return lambda logits, labels, step: F.cross_entropy(logits, labels)
+
+    recipe = Recipe(epochs=1, batch_size=32, lr=0.001)
+    out = fine_tune(model, DATA.fit, recipe, RUN, objective=objective)
+    assert seen and seen[-1] is out.model and seen[0] is not model
+    assert out.model.sha256() == fine_tune(model, DATA.fit, recipe, RUN).model.sha256()

@@ -169,8 +169,30 @@ def test_a_trigger_that_was_brought_and_works_is_reason_enough() -> None:
 
 
 def test_a_copy_that_still_follows_the_trigger_is_not_repaired() -> None:
-    done = unbackdoor.audit(planted((3,)), block_data(80), "none", checks="weight_statistics")
+    only(says("sure", 1e-6))
+
+    def harmless(model: Any, data: Any) -> None:
+        with torch.no_grad():
+            model.network.fc.bias += 0.01
+
+    done = unbackdoor.audit(planted((3,)), block_data(80), harmless)
     assert done.outcome == "not repaired" and statuses(done)["verify"] == "done"
+    assert unbackdoor.audit(planted((3,)), block_data(80), "none").outcome == "nothing was done"
+
+
+def test_a_broken_promise_keeps_what_was_measured_and_writes_no_model(tmp_path: Path) -> None:
+    only(says("sure", 1e-6))
+
+    def ruin(model: Any, data: Any) -> None:
+        with torch.no_grad():
+            model.network.fc.weight.neg_()
+
+    done = unbackdoor.audit(planted((3,)), block_data(80), ruin, max_accuracy_drop=5)
+    assert statuses(done)["repair"] == "failed" and statuses(done)["verify"] == "left out"
+    record = done.to_dict()["repair"]
+    assert record["promise"]["kept"] is False and done.outcome == "not repaired"
+    page = done.save_report(tmp_path / "out").read_text()
+    assert "Do not deploy" in page and not list((tmp_path / "out").glob("repaired*"))
 
 
 @pytest.mark.parametrize("error", [MethodFailed("it diverged"), RuntimeError("broke")])
@@ -354,7 +376,7 @@ def test_dearer_checks_get_larger_estimates() -> None:
         ({"method": 7}, "another type"),
         ({"method_options": {"nonsense": 1}}, "nonsense"),
         ({"preset": "nonsense"}, "unknown preset"),
-        ({"max_accuracy_drop": 4}, "drop does not fit"),
+        ({"max_accuracy_drop": 400}, "points in 0..100"),
         ({"promise": "firm"}, "no such rule"),
         ({"references": [Path("missing.json")]}, "missing.json"),
         ({"level": 0}, "level does not fit"),
@@ -382,7 +404,7 @@ def test_nothing_is_opened_where_the_question_is_wrong(
         lambda: unbackdoor.purify("m.pth", "x.npz", "nonsense"),
         lambda: unbackdoor.purify("m.pth", "x.npz", "fp", options={"nonsense": 1}),
         lambda: unbackdoor.purify("m.pth", "x.npz", "fp", triggers=["missing"]),
-        lambda: unbackdoor.purify("m.pth", "x.npz", "fp", max_accuracy_drop=7),
+        lambda: unbackdoor.purify("m.pth", "x.npz", "fp", max_accuracy_drop=700),
         lambda: unbackdoor.verify("m.pth", "m.pth", "x.npz", checks=["tak"]),
         lambda: unbackdoor.verify("m.pth", "m.pth", "x.npz", triggers=["missing"]),
     ],

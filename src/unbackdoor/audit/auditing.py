@@ -9,15 +9,19 @@ fails or is cut short ends itself alone: what was found before it stays.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 from unbackdoor.audit import purifying, scanning, verification
 from unbackdoor.audit.budget import BudgetSpent, end_of, watched, within_budget
 from unbackdoor.audit.cases import Case, Data, Model, open_case, require_inputs
 from unbackdoor.audit.checks import Check, plan_checks
-from unbackdoor.audit.comparison import compare_accuracy, trigger_success
+from unbackdoor.audit.comparison import trigger_success
 from unbackdoor.audit.cost import (
     FEWEST_RECOVERY_STEPS,
     MOST_RECOVERY_STEPS,
@@ -42,7 +46,7 @@ from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.unlearned_inversion import InversionConfig, invert
 from unbackdoor.errors import InputError, UnbackdoorError
-from unbackdoor.metrics import Rate
+from unbackdoor.metrics import Rate, agreement
 from unbackdoor.opening.inspection import Inspection, inspect
 from unbackdoor.opening.write_back import stored_types
 from unbackdoor.registry import Config, Part
@@ -54,6 +58,7 @@ T = TypeVar("T")
 _SLACK = 1.5  # times the time left: an estimate beyond is no reason to begin
 _REASON_BUDGET = "the budget was spent before it began"
 _STATUS: dict[str, Status] = {"ran": "done", "failed": "failed", "interrupted": "interrupted"}  # of a check
+_MEASURED, _FEWEST_MEASURED = 0.03, 16  # share of the time left for one pass over images; images at least
 _LONGEST_JUDGING = 120.0  # seconds of the searches that judge a repair; of a budget half of what is left
 
 
@@ -393,6 +398,7 @@ class _Work:
         self.deadline, self.level, self.planned = end, level, planned
         self.brought: list[tuple[RecoveredTrigger, Rate]] = []
         self.recovered: list[tuple[RecoveredTrigger, Rate]] = []
+        self.scanned: list[tuple[RecoveredTrigger, Rate]] | None = None
         self.attempted: set[int] = set()
         self.purification: Purification | None = None
         self.verification: Verification | None = None
@@ -445,19 +451,43 @@ class _Work:
     # -- triggers -----------------------------------------------------------------------------------
 
     def tried(self, triggers: Iterable[RecoveredTrigger]) -> list[tuple[RecoveredTrigger, Rate]]:
-        """Return triggers with their success on the model as it is."""
-        images = self.proof_images
-        if images is None:
-            return [(t, Rate(0, 0)) for t in triggers]
-        return [(t, trigger_success(self.case.model, images, t, self.run)) for t in triggers]
+        """Return triggers with their success on the model as it is, on as many images as time allows."""
+        images = None if self.proof_images is None else self._affordable(self.proof_images)
+        out = []
+        for trigger in triggers:
+            rate = Rate(0, 0)
+            if images is not None:
+                with suppress(BudgetSpent), self._limited():
+                    rate = trigger_success(self.case.model, images, trigger, self.run)
+            out.append((trigger, rate))
+        return out
 
     def accuracy(self) -> Rate | None:
-        """Return the clean accuracy of the model as it is."""
-        images = self.case.images
-        if images is None:
+        """Return the clean accuracy of the model as it is, likewise; None without labels."""
+        if self.case.images is None or self.case.images.labels is None:
             return None
-        both = compare_accuracy(self.case.model, self.case.model, images, self.run)
-        return None if both is None else both.before
+        images = self._affordable(self.case.images)
+        with suppress(BudgetSpent), self._limited():
+            return agreement(self._answers(images), images.truth.cpu())
+        return None
+
+    def _affordable(self, images: Images) -> Images:
+        """Return the images, or a draw of them whose pass takes no more than a share of the time left."""
+        left = self.left()
+        most = len(images) if left is None else int(_MEASURED * left / max(self.cost.seconds, 1e-9))
+        if most >= len(images):
+            return images
+        order = torch.randperm(len(images), generator=self.run.generator("measured images"))
+        return images.subset(order[: max(most, _FEWEST_MEASURED)])
+
+    def _answers(self, images: Images) -> Tensor:
+        """Return the class (N,) that the model gives to each image."""
+        device = self.case.model.mean.device
+        try:
+            with mode(self.case.model, training=False):
+                return predict(self.case.model.to(self.run.device), images, self.run).argmax(1)
+        finally:
+            self.case.model.to(device)
 
     def recover(self, label: int, check: str) -> None:
         """Recover the trigger of a suspected class, unless that was tried already."""
@@ -503,22 +533,16 @@ class _Work:
 
     def _labelled(self, images: Images) -> Images:
         """Return the images with labels: without any, what the model says of each."""
-        if images.labels is not None:
-            return images
-        device = self.case.model.mean.device
-        try:
-            with mode(self.case.model, training=False):
-                answers = predict(self.case.model.to(self.run.device), images, self.run).argmax(1)
-        finally:
-            self.case.model.to(device)
-        return replace(images, labels=answers)
+        return images if images.labels is not None else replace(images, labels=self._answers(images))
 
     def _limited(self) -> Any:
         return watched(self.deadline)
 
     def triggers(self, scan: Audit) -> list[tuple[RecoveredTrigger, Rate]]:
         """Return all triggers with their success: those that work towards suspects first."""
-        ranked = [*self.brought, *self.recovered, *self.tried(scan.triggers)]
+        if self.scanned is None:
+            self.scanned = self.tried(scan.triggers)
+        ranked = [*self.brought, *self.recovered, *self.scanned]
 
         def order(pair: tuple[RecoveredTrigger, Rate]) -> tuple[bool, bool]:
             trigger, rate = pair

@@ -31,7 +31,7 @@ from unbackdoor.weights.triggers import trigger_files, write_triggers
 
 PAGE, RECORD = "report.html", "result.json"
 REPAIRED, PATCH = "repaired", "repair.patch"
-_CANDIDATES = 64  # images among which the ones that are shown are chosen
+_CANDIDATES = 24  # images among which the ones that are shown are chosen
 # What prints the same on the command line.
 _COMMANDS: dict[type, str] = {
     Audit: "scan", Purification: "purify", Verification: "verify", Assessment: "audit",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -77,7 +77,7 @@ class StepDisplay(Display):
         """Yield the items, and show in the running step how far the loop has come."""
         if self._live is None:
             return super().__call__(items, label, total)
-        if total is None and hasattr(items, "__len__"):
+        if total is None and isinstance(items, Sized):
             total = len(items)
         return self._counted(items, printable(label), total)
 

@@ -298,13 +298,13 @@ def test_the_time_of_a_repair_is_kept_back_once_a_class_is_suspected(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only(says("sure", 1e-6, place=10), says("dear", 0.6, place=40))
-    costing(monkeypatch, 0.001)  # the dear check takes 129 s, a repair 24 s; two thirds are enough
-    left_out = unbackdoor.audit(planted((3,)), block_data(80), mends(), budget=100)
+    costing(monkeypatch, 0.001)  # the dear check takes 129 s, a repair 116 s; two thirds are enough
+    left_out = unbackdoor.audit(planted((3,)), block_data(80), mends(), budget=150)
     assert statuses(left_out)["dear"] == "left out" and statuses(left_out)["repair"] == "done"
     room = unbackdoor.audit(planted((3,)), block_data(80), "mends", budget=800)
     assert statuses(room)["dear"] == "done"
     only("dear", says("calm", 0.6, place=11))
-    unsuspected = unbackdoor.audit(planted((3,)), block_data(80), "mends", budget=100)
+    unsuspected = unbackdoor.audit(planted((3,)), block_data(80), "mends", budget=150)
     assert statuses(unsuspected)["dear"] == "done"
 
 

@@ -24,6 +24,7 @@ from unbackdoor.audit.checks import Check, plan_checks
 from unbackdoor.audit.comparison import trigger_success
 from unbackdoor.audit.cost import (
     FEWEST_RECOVERY_STEPS,
+    LONGEST_JUDGING,
     MOST_RECOVERY_STEPS,
     RECOVERY_BATCH,
     Cost,
@@ -59,7 +60,6 @@ _SLACK = 1.5  # times the time left: an estimate beyond is no reason to begin
 _REASON_BUDGET = "the budget was spent before it began"
 _STATUS: dict[str, Status] = {"ran": "done", "failed": "failed", "interrupted": "interrupted"}  # of a check
 _MEASURED, _FEWEST_MEASURED = 0.03, 16  # share of the time left for one pass over images; images at least
-_LONGEST_JUDGING = 120.0  # seconds of the searches that judge a repair; of a budget half of what is left
 
 
 @dataclass(frozen=True)
@@ -403,12 +403,9 @@ class _Work:
         self.purification: Purification | None = None
         self.verification: Verification | None = None
         images = case.images
-        self.method_images, self.proof_images, self.same = images, images, True
-        if case.proof is not None:
-            self.proof_images, self.same = case.proof, case.proof is images
-        elif images is not None:
-            parts = purifying.split_proof(images, seed=run.seed)
-            self.method_images, self.proof_images, self.same = parts
+        self.method_images, self.proof_images = images, images if case.proof is None else case.proof
+        if case.proof is None and images is not None:
+            self.method_images, self.proof_images, _ = purifying.split_proof(images, seed=run.seed)
 
     # -- time ---------------------------------------------------------------------------------------
 
@@ -520,7 +517,7 @@ class _Work:
         except BudgetSpent:
             self.steps.end(name, "the budget was spent while it ran", "left out")
             return
-        except UnbackdoorError as error:
+        except (UnbackdoorError, RuntimeError, MemoryError) as error:
             self.steps.end(name, str(error), "failed")
             return
         ((trigger, _),) = found
@@ -562,7 +559,6 @@ class _Work:
         if scan.verdict != "backdoor found" and not working:
             self.steps.leave_out("there is no evidence of a backdoor to remove", "repair", "verify")
             return
-        self.steps.leave_out("a trigger was brought", "trigger")
         self.repair(scan)
         if self.purification is not None and not _refused(self.purification):
             self.verify(scan)
@@ -582,9 +578,7 @@ class _Work:
             self.steps.leave_out(_REASON_BUDGET, name)
             return
         opened = self.case.opened
-        known = tuple(
-            t for t, rate in self.triggers(scan) if t.label in (*scan.classes, *self._brought_labels)
-        )
+        known = self._leads()
         self.steps.begin(name)
         try:
             with self._limited():
@@ -595,7 +589,7 @@ class _Work:
                     triggers=known,
                     suspicion=read_suspicion(scan, self.case.model),
                     proof=self.proof_images,
-                    search_budget=None if left is None else min(_LONGEST_JUDGING, left / 2),
+                    search_budget=None if left is None else min(LONGEST_JUDGING, left / 2),
                     types=stored_types(opened) if opened is not None else None,
                     augmentation=self.case.augmentation,
                     **self.repair_options,
@@ -613,9 +607,10 @@ class _Work:
         self.purification = replace(self.purification, case=self.case)
         self.steps.end(name, _repaired(self.purification))
 
-    @property
-    def _brought_labels(self) -> tuple[int, ...]:
-        return tuple(t.label for t, _ in self.brought)
+    def _leads(self) -> tuple[RecoveredTrigger, ...]:
+        """Return the triggers beside those of the scan: the ones that were brought, and recovered that work."""
+        recovered = [t for t, rate in self.recovered if not rate.total or rate.value >= WORKS]
+        return (*(t for t, _ in self.brought), *recovered)
 
     def verify(self, scan: Audit) -> None:
         """Compare the repaired model with the original anew."""
@@ -625,7 +620,7 @@ class _Work:
             self.steps.leave_out(_REASON_BUDGET, name)
             return
         self.steps.begin(name)
-        known = tuple(t for t, _ in (*self.brought, *self.recovered))
+        known = self._leads()
         try:
             with self._limited():
                 done = verification.verify(
@@ -640,7 +635,7 @@ class _Work:
                     budget=left,
                     **self.surroundings,
                 )
-        except UnbackdoorError as error:
+        except (UnbackdoorError, RuntimeError, MemoryError) as error:
             spent = self.left() == 0.0
             words = "the budget was spent while it ran" if spent else str(error)
             self.steps.end(name, words, "left out" if spent else "failed")

@@ -21,6 +21,7 @@ from unbackdoor.types import Classifier, Images
 BOTH_WAYS = 3.0  # a pass forward and backward, in passes forward
 TIMED = 8  # images of the timed pass; a large network takes a second for them
 RECOVERY_BATCH = 32
+LONGEST_JUDGING = 120.0  # seconds of the searches that judge a repair
 MOST_RECOVERY_STEPS, FEWEST_RECOVERY_STEPS = 300, 40
 
 
@@ -68,8 +69,9 @@ class Cost:
 
     @property
     def repair(self) -> float:
-        """Seconds for a repair: some dozen passes over the clean images, several times."""
-        return self.seconds * 100 * self.images * BOTH_WAYS
+        """Seconds for a repair, some dozen passes over the clean images several times, and for judging it."""
+        judging = self.seconds * 4 * 120 * 16 * self.classes * BOTH_WAYS / 2
+        return self.seconds * 100 * self.images * BOTH_WAYS + min(LONGEST_JUDGING, judging)
 
     @property
     def comparison(self) -> float:

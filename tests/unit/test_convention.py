@@ -77,10 +77,17 @@ def test_a_budget_leaves_time_for_what_comes_after_the_guess(monkeypatch: pytest
             found = infer_normalisation({"net": Slow(clock)}, images(), run())
         assert clock.seconds <= most and found.best.accuracy == 1
         assert any("for lack of time" in note for note in found.notes) == (budget == 400)
+    # Fewer images where time is short, and then fewer trials.
+    for budget, first in ((160, 7), (100, 4), (52, 2), (40, 2)):
+        clock.seconds = 0.0
+        with budgeted(budget):
+            found = infer_normalisation({"net": Slow(clock)}, images(), run())
+        assert clock.seconds <= 2 + first * trials and found.best.total == first
+        assert any("for lack of time" in note for note in found.notes)
     clock.seconds = 0.0
-    with budgeted(1):  # the first images are always tried
-        infer_normalisation({"net": Slow(clock)}, images(), run())
-    assert clock.seconds == 8 * trials
+    with budgeted(1):  # one is always tried
+        assert infer_normalisation({"net": Slow(clock)}, images(), run()).best.total == 2
+    assert clock.seconds == 4
 
 
 @pytest.mark.parametrize("convention", usual_normalisations(1), ids=lambda c: c.name)

@@ -608,7 +608,7 @@ class _Work:
         self.steps.end(name, _repaired(self.purification))
 
     def _leads(self) -> tuple[RecoveredTrigger, ...]:
-        """Return the triggers beside those of the scan: the ones that were brought, and recovered that work."""
+        """Return the triggers beside those of the scan: those brought, and recovered ones that work."""
         recovered = [t for t, rate in self.recovered if not rate.total or rate.value >= WORKS]
         return (*(t for t, _ in self.brought), *recovered)
 

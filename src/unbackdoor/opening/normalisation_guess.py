@@ -43,6 +43,7 @@ ROUNDS = ((32, 24), (64, 12), (128, 6), (256, 4), (500, 4))
 # Comes before them where there are hundreds of trials: a few images rule out most of them.
 _FIRST_ROUND = (8, 96)
 _SHARE = 0.25  # of the time that is left
+_PROBE = 2  # images of the pass that is timed first, where time is short
 _LARGE, _LARGE_ROUNDS = 96 * 96, 3  # pixels of an image beyond which fewer rounds must do
 LEVEL = 0.05  # of the sign test that compares two trials
 _Z = 2.326  # normal quantile of the test of losses, 1 %, because several are compared with the lowest
@@ -237,11 +238,21 @@ def infer_normalisation(
     favourite = prefer or (min(close, key=lambda c: _distance(c, images)) if close else None)
     small = images.shape[1] * images.shape[2] <= _LARGE
     rounds = ROUNDS if small else ROUNDS[:_LARGE_ROUNDS]
-    clock = _Clock()
-    if clock.end is not None or len(alive) > _FIRST_ROUND[1]:
+    if len(alive) > _FIRST_ROUND[1]:
         rounds = (_FIRST_ROUND, *rounds)
+    clock, untried = _Clock(), 0
+    if clock.end is not None:
+        probe = judged.subset(rows[:_PROBE])
+        _logits(variants[alive[0][0]], alive[0][1], probe, run)
+        clock.note(len(probe))
+        # The first round is never left out: it gets as many images as there is time for, or fewer trials.
+        first = min(_FIRST_ROUND[0], max(_PROBE, clock.passes_left() // len(alive)))
+        alive.sort(key=lambda pair: pair[1] != favourite)
+        untried = len(alive) - max(1, clock.passes_left() // first)
+        alive = alive[: len(alive) - max(0, untried)]
+        rounds = ((first, _FIRST_ROUND[1]), *(one for one in rounds if one[0] > first))
     for size, survivors in rounds:
-        if not clock.allows(len(alive) * (min(size, len(rows)) - done)):
+        if done and not clock.allows(len(alive) * (min(size, len(rows)) - done)):
             break
         part, seen = judged.subset(rows[done:size]), judged.subset(rows[:size])
         for pair in run.progress(alive, f"trying conventions on {len(seen)} images"):
@@ -282,8 +293,9 @@ def infer_normalisation(
         )
     interval = wilson(trial.hits, trial.total)
     notes = _observations(trial.total)
-    if clock.cut:
-        notes += (f"for lack of time the normalisation was judged on {trial.total} images",)
+    if clock.cut or untried > 0:
+        fewer = f", and {untried} ways to read the images were not tried" if untried > 0 else ""
+        notes += (f"for lack of time the normalisation was judged on {trial.total} images{fewer}",)
     warning = _accuracy_warning(trial, interval, images.classes, len(candidates) * len(variants))
     if images.shape[0] == 3 and not any(candidate.bgr for candidate in candidates):
         # Where nothing is convincing, the best with red first says nothing about the scale with blue first.
@@ -428,11 +440,16 @@ class _Clock:
         """Count passes of an image that were made."""
         self._passes += passes
 
-    def allows(self, passes: int) -> bool:
-        """Return whether so many further passes of an image fit; the first round always does."""
+    def passes_left(self) -> int:
+        """Return how many further passes of an image fit, by those that were counted."""
         if self.end is None or not self._passes:
-            return True
-        fits = now() + passes * (now() - self._begun) / self._passes <= self.end
+            return 1 << 62
+        each = max(now() - self._begun, 1e-9) / self._passes
+        return max(0, int((self.end - now()) / each))
+
+    def allows(self, passes: int) -> bool:
+        """Return whether so many further passes of an image fit."""
+        fits = passes <= self.passes_left()
         self.cut = self.cut or not fits
         return fits
 

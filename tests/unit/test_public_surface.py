@@ -15,6 +15,7 @@ import unbackdoor
 
 SURFACE = {
     "Accuracy",
+    "Assessment",
     "AttackTruth",
     "Audit",
     "Augmentation",
@@ -48,6 +49,7 @@ SURFACE = {
     "ScreenedImages",
     "Screening",
     "Source",
+    "Step",
     "Suspicion",
     "TensorChange",
     "TooFewImages",
@@ -58,6 +60,7 @@ SURFACE = {
     "Verdict",
     "Verification",
     "Victim",
+    "audit",
     "build",
     "evaluate",
     "inspect",

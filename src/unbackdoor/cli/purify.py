@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +12,7 @@ import typer
 from unbackdoor import confinement
 from unbackdoor.cli import auditor, defender
 from unbackdoor.cli import options as shared
+from unbackdoor.cli.auditor import Rule
 from unbackdoor.cli.output import emit, note, say, table
 from unbackdoor.cli.progress import Display
 from unbackdoor.errors import InputError
@@ -25,13 +25,6 @@ NOT_REPAIRED = 1  # a trigger works as before, or the promise was broken
 NOT_SHOWN = 4  # something was written, or nothing had to be; it is not shown that the model is repaired
 _MAX_VALUE_WIDTH = 40  # characters; longer values stand in the JSON
 _MAX_ENTRIES = 8  # entries; tables with more, such as one for each layer, stand in the JSON
-
-
-class Rule(StrEnum):
-    """When a promise counts as broken."""
-
-    evidence = "evidence"
-    strict = "strict"
 
 
 def purify(

@@ -59,7 +59,7 @@ class Drawer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return triggered images (B, C, H, W) in [0, 1]."""
-        out = (x + self.epsilon / 255 * (2 * self.network(x) - 1)).clamp(0, 1)
+        out: Tensor = (x + self.epsilon / 255 * (2 * self.network(x) - 1)).clamp(0, 1)
         return out + ((out * 255).round() / 255 - out).detach()  # rounded, with the gradient of the unrounded
 
     def during(self, x: Tensor, count: int) -> Tensor:

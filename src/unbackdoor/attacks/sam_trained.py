@@ -75,7 +75,7 @@ class Ascent(torch.optim.Optimizer):
             weight.add_(self.moves[-1].to(weight.device))
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # it takes none
         """Move the weights back; the optimizer of the weights has made its step."""
         for weight, move in zip(self.weights, self.moves, strict=True):
             weight.sub_(move.to(weight.device))

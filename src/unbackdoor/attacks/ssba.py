@@ -100,7 +100,8 @@ def written(encoder: nn.Module, x: Tensor, messages: Tensor, cfg: SSBAConfig) ->
     patterns = (2 * encoder(x) - 1).view(len(x), cfg.bits, *x.shape[1:])  # one for each bit, in -1..1
     signs = 2 * messages - 1  # (B, bits)
     change = torch.einsum("nb,nbchw->nchw", signs, patterns) / cfg.bits**0.5
-    return (x + cfg.epsilon / 255 * change.clamp(-1, 1)).clamp(0, 1)
+    triggered: Tensor = (x + cfg.epsilon / 255 * change.clamp(-1, 1)).clamp(0, 1)
+    return triggered
 
 
 def learn(encoder: nn.Module, decoder: nn.Module, images: Images, cfg: SSBAConfig, run: Run) -> None:

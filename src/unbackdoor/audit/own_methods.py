@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from pydantic import ConfigDict, create_model
 from torch import nn
@@ -85,7 +85,7 @@ def _part(function: Callable[..., Any], name: str) -> Part[Any]:
     config = declared or create_model(
         f"{name}Options",
         __base__=_OwnOptions,
-        **{key: (_type_of(p.default), p.default) for key, p in options.items()},
+        **cast("Any", {key: (_type_of(p.default), p.default) for key, p in options.items()}),
     )
 
     def call(model: Classifier, data: Any, cfg: Config, *, run: Any) -> Purified:
@@ -93,7 +93,7 @@ def _part(function: Callable[..., Any], name: str) -> Part[Any]:
         if takes_run:
             keywords["run"] = run
         arguments = (model, data, cfg) if takes_config else (model, data)
-        return _purified(function(*arguments, **keywords), model)
+        return cast("Purified", _purified(function(*arguments, **keywords), model))
 
     call.__doc__ = inspect.getdoc(function) or "A method of the user."
     call.__name__ = name

@@ -200,7 +200,7 @@ def purify(
             )
         except unbackdoor.PromiseBroken as error:
             note(f"not kept: {error}")
-            _refused(error.refused, method, preset, report, force=force, as_json=as_json)
+            _refused(error.refused, part.name, preset, report, force=force, as_json=as_json)
             raise typer.Exit(NOT_REPAIRED) from None
         done.save(out, force=force)
         if patch is not None:
@@ -213,7 +213,7 @@ def purify(
     if as_json:
         emit(done.to_dict())
     else:
-        _show(method, preset, done)
+        _show(part.name, preset, done)
         for text in done.left_behind:
             say(f"Mind: {text}.")
         say(f"Written model: {out}" + (f", patch: {patch}" if patch is not None else ""))

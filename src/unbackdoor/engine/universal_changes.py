@@ -178,7 +178,7 @@ def _warp(x: Tensor, raw: Tensor, size: float, places: Tensor) -> Tensor:
     grid = (straight + flow).repeat_interleave(batch, 0)  # (G * B, H, W, 2)
     many = x.expand(len(raw), -1, -1, -1, -1).flatten(0, 1)
     moved = F.grid_sample(many, grid, padding_mode="border", align_corners=False)
-    return moved.unflatten(0, (len(raw), batch))
+    return moved.view(len(raw), batch, *moved.shape[1:])
 
 
 def _cosines(side: int, device: torch.device) -> Tensor:

@@ -201,7 +201,8 @@ def _of_length_one(features: object, classes: int, width: int) -> Tensor:
     lengths = features.detach().float().norm(dim=-1, keepdim=True)
     if not bool(torch.isfinite(lengths).all()) or not bool((lengths > 0).all()):
         raise InputError("the embeddings of the classes are not finite, or zero", where=_PURPOSE)
-    return features.detach().float() / lengths
+    unit: Tensor = features.detach().float() / lengths
+    return unit
 
 
 def _normalisation(folder: Path | None) -> tuple[Sequence[float], Sequence[float]]:

@@ -110,8 +110,9 @@ def purify(model: Classifier, data: CleanData, cfg: AutoConfig, *, run: Run) -> 
     opponents = Opponents(model, twin.model, data.all, run)
     led = _led(opponents, cfg, run)
     evidence["remarks"] = _remarks(run, led)
+    convicted: list[Conviction] = []
     if led:
-        result, convicted = Survey(tuple(led), model.classes, whole=False), []
+        result = Survey(tuple(led), model.classes, whole=False)
         suspects = list(dict.fromkeys(d.change.label for d in led))[: cfg.targets]
     else:
         result = survey(opponents, seed="first", whole=False)
@@ -213,7 +214,7 @@ class _Left:
 
     def excess(self, one: Difference) -> float:
         """Return by how much a change moves the network more than is natural, in [-1, 1]."""
-        usual = self._usual.get(one.change.form, 1.0)  # type: ignore[call-overload]
+        usual = {str(form): share for form, share in self._usual.items()}.get(one.change.form, 1.0)
         return max(one.gap, one.moved - usual)
 
 

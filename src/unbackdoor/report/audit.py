@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from unbackdoor.audit.auditing import Assessment
+from unbackdoor.audit.checks import Check
 from unbackdoor.audit.purifying import Purification, Residue
 from unbackdoor.audit.scanning import Audit, Checked
 from unbackdoor.audit.standards import STANDARDS
 from unbackdoor.audit.verification import Verification
+from unbackdoor.engine.differential_survey import GAP
 from unbackdoor.metrics import Rate
 from unbackdoor.report.class_plots import DotPlot, dot_plot, short_number
 from unbackdoor.report.decision import decide
@@ -19,6 +21,7 @@ from unbackdoor.report.page import render
 from unbackdoor.report.trigger_strips import Example, TriggerView, trigger_view
 from unbackdoor.report.words import duration, percent
 from unbackdoor.triggers import RecoveredTrigger
+from unbackdoor.types import Finding
 from unbackdoor.weights.triggers import MAX_KEPT
 
 MAX_IMAGES = 6
@@ -120,7 +123,10 @@ def audit_page(
         decision=decision,
         audit=displayed,
         checks=[_check(c, subject) for c in displayed.checks] if displayed is not None else [],
-        charts=_charts(displayed, subject) if displayed is not None else [],
+        charts=[
+            *(_gaps(purification, subject) if purification is not None else []),
+            *(_charts(displayed, subject) if displayed is not None else []),
+        ],
         triggers=views,
         with_repaired=any(s.repaired is not None for v in views for s in v.strips),
         purification=purification,
@@ -199,6 +205,27 @@ def _charts(audit: Audit, subject: Subject) -> list[DotPlot]:
                 suspects = finding.classes if audit.accuses(checked) else ()
                 charts.append(dot_plot(checked, finding, suspects, subject.name))
     return charts
+
+
+def _gaps(purification: Purification, subject: Subject) -> list[DotPlot]:
+    """Return the gap of each class where the method compared the model with a re-learned twin."""
+    evidence = purification.purified.evidence
+    gaps, convicted = evidence.get("gaps"), evidence.get("convicted")
+    if not isinstance(gaps, list) or not isinstance(convicted, list):
+        return []  # of another method
+    if len(gaps) != purification.model.classes or not all(type(gap) is float for gap in gaps):
+        return []
+    finding = Finding(
+        statistic="share of images that a change moves in the model, less the share in its twin",
+        value=max(gaps),
+        direction="large: a change moves the model and not a copy that learned the task anew",
+        threshold=GAP,
+        threshold_source="smallest gap that convicts; it must stand out from the other classes as well",
+        per_class=tuple(gaps),
+    )
+    suspects = [one.get("class", -1) for one in convicted if isinstance(one, dict)]
+    question = "Which class do changes lead to that leave a re-learned copy of the model alone?"
+    return [dot_plot(Checked(Check("auto", "auto", question), "ran"), finding, suspects, subject.name)]
 
 
 def _accuracy(purification: Purification | None, verification: Verification | None) -> Any:

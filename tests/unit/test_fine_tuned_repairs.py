@@ -16,7 +16,9 @@ from planted import block_data, planted
 from tiny import tiny_classifier, tiny_data
 from unbackdoor.attacks import AttackTruth, poison
 from unbackdoor.bench.judge import judge
-from unbackdoor.defenses import ban, bti_dbf, ft_sam, i_bau, nad, sau
+from unbackdoor.defenses import ban, ft_sam, i_bau, nad, sau
+from unbackdoor.defenses.bti_dbf.generator import Generator
+from unbackdoor.defenses.bti_dbf.method import BTIDBFConfig, benign_mask
 from unbackdoor.engine.descent import Batch
 from unbackdoor.engine.heads import find_affine_head
 from unbackdoor.engine.rng import seeded
@@ -271,7 +273,7 @@ def test_a_network_without_neurons_is_refused() -> None:
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 7, 13), (3, 32, 32), (1, 1, 2)])
 def test_the_generator_is_the_identity_at_first_and_can_learn(shape: tuple[int, int, int]) -> None:
     with seeded(0):
-        generator = bti_dbf.Generator(shape[0], 4)
+        generator = Generator(shape[0], 4)
     pixels = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
     out = generator(pixels)
     assert torch.equal(out, pixels)
@@ -282,8 +284,8 @@ def test_the_generator_is_the_identity_at_first_and_can_learn(shape: tuple[int, 
 def test_the_mask_keeps_the_features_that_classify() -> None:
     model, data = planted((2,)), CleanData.split(block_data(80))
     head = find_affine_head(model)
-    cfg = bti_dbf.BTIDBFConfig(mask_epochs=60, mask_lr=0.1)
-    mask = bti_dbf.benign_mask(model, head, data, cfg, RUN, 0)
+    cfg = BTIDBFConfig(mask_epochs=60, mask_lr=0.1)
+    mask = benign_mask(model, head, data, cfg, RUN, 0)
     drawn = torch.randn(13, generator=RUN.generator("mask", 0)).tanh() / 2 + 0.5
     # The complement's loss has no bound, and may hold a single class for itself.
     assert int((mask[:8] > 0.9).sum()) >= 7, "the eight blocks make the eight classes"

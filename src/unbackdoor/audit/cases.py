@@ -15,14 +15,17 @@ from unbackdoor.audit.budget import opening
 from unbackdoor.audit.comparison import compare_logits
 from unbackdoor.data.clean_images import resolve_clean_images
 from unbackdoor.data.conform import conform
+from unbackdoor.data.datasets import dataset_names
 from unbackdoor.data.in_memory import InMemory, images_in_memory, is_in_memory, unusable
 from unbackdoor.data.loaders import ImageFiles
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import ConfigError, InputError, UnsupportedModel
+from unbackdoor.files import is_there
 from unbackdoor.opening.open_model import Opened, load_images_of, open_model
+from unbackdoor.registry import near_match
 from unbackdoor.types import Augmentation, Classifier, CleanData, Images
 from unbackdoor.weights.card import normalisation
-from unbackdoor.weights.source import Source, open_source
+from unbackdoor.weights.source import Source, existing_file, open_source
 
 Data = Images | CleanData | Path | str | InMemory
 
@@ -93,6 +96,25 @@ def require_share(select_fraction: float) -> None:
 
 
 Model = Classifier | nn.Module | Opened | Source | Path | str | Case
+
+
+def require_inputs(model: Model, *images: Data | None) -> None:
+    """Raise InputError where the file of a model or the path of images is not there; nothing is read.
+
+    What is read first takes minutes, and the user must not learn only then that the other one is missing.
+    """
+    if isinstance(model, Path | str) and not is_there(existing_file(Path(model))):
+        raise InputError("the file does not exist", where=model)
+    names = dataset_names()
+    for data in images:
+        if not isinstance(data, Path | str) or str(data) in names or is_there(Path(data)):
+            continue
+        if "/" in str(data) or "." in str(data):
+            raise InputError("there is no such file or folder", where=data)
+        raise InputError(
+            f"unknown data set {str(data)!r}{near_match(str(data), names)}",
+            expected="one of " + ", ".join(names) + ", or the path of a file or folder that exists",
+        )
 
 
 @opening()
@@ -180,6 +202,7 @@ def open_case(
         raise unusable(data)
     if is_in_memory(proof):
         proof = images_in_memory(proof, what="the images of the proof", progress=run.show)
+    require_inputs(model, data, proof)
     split = data if isinstance(data, CleanData) else None
     own_augmentation: Augmentation = split.augmentation if split is not None else "none"
     images: Images | ImageFiles | None = None
@@ -216,7 +239,7 @@ def open_case(
         if images is None and opened is not None:
             images = opened.images
         elif isinstance(images, ImageFiles) or data_set is not None or from_arrays:
-            images = _fitting(images, classifier, run)
+            images = fitting(images, classifier, run)
     else:
         opened = open_model(model, images=images, run=run, **model_options)
         classifier, images = opened.model, opened.images
@@ -225,11 +248,11 @@ def open_case(
         proof_data = resolve_clean_images(proof, **reading).images if isinstance(proof, Path | str) else proof
         if not isinstance(proof_data, Images | ImageFiles | CleanData):
             raise unusable(proof, "the images of the proof")
-        proof_images = _fitting(
+        proof_images = fitting(
             proof_data.all if isinstance(proof_data, CleanData) else proof_data, classifier, run
         )
     elif proof_images is not None:
-        proof_images = _fitting(proof_images, classifier, run)
+        proof_images = fitting(proof_images, classifier, run)
     elif data_set is not None:
         proof_images = images  # the method gets as many as were asked for, and the proof is marked
     of_training_part = data_set is not None and proof is None
@@ -254,6 +277,8 @@ def open_second(model: Model, first: Case, *, run: Run, **model_options: Any) ->
     Raises:
         UnbackdoorError: See :func:`open_case`.
     """
+    if isinstance(model, nn.Module) and not isinstance(model, Classifier):
+        model = _of_module(model, first.images, model_options, run)
     if isinstance(model, Case | Classifier | Opened):
         return open_case(model, run=run)
     source = model if isinstance(model, Source) else open_source(model)
@@ -355,7 +380,8 @@ def _of_module(
     )
 
 
-def _fitting(images: Images | ImageFiles | None, model: Classifier, run: Run) -> Images:
+def fitting(images: Images | ImageFiles | None, model: Classifier, run: Run) -> Images:
+    """Return images in the form of a model: its size, its colours, its order of classes."""
     shape, names = model.input_shape, model.class_names
     loaded = load_images_of(images, shape[1:], run.show)
     assert loaded is not None

@@ -8,11 +8,12 @@ shown and not counted.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from unbackdoor.audit.budget import BudgetSpent, end_of, watched
 from unbackdoor.audit.cases import Case
@@ -27,6 +28,7 @@ from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError, MissingExtra, TooFewImages, UnbackdoorError, UnsupportedModel
 from unbackdoor.registry import SCANNERS
+from unbackdoor.result_views import Bars
 from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import (
     Classifier,
@@ -110,7 +112,7 @@ class Noticed:
     adjusted: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Audit(Result):
     """The verdict of a scan with its evidence.
 
@@ -170,6 +172,47 @@ class Audit(Result):
         """The agreements that are evidence."""
         return tuple(a for a in self.agreed if a.adjusted <= self.level)
 
+    def headline(self) -> str:
+        """Return the verdict in one line."""
+        ran = sum(c.status == "ran" for c in self.checks)
+        towards = f", towards {', '.join(map(self._name, self.classes[:3]))}" if self.classes else ""
+        return f"{self.verdict}{towards}; {ran} of {len(self.checks)} checks ran, {self.seconds:.0f} s"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row for each check."""
+        return [
+            {
+                "check": c.check.name,
+                "status": c.status,
+                "strongest class": self._name(c.classes[0]) if c.classes else None,
+                "p_value": c.p_value,
+                "adjusted_p_value": c.adjusted,
+                "seconds": c.seconds,
+                "reason": c.reason,
+            }
+            for c in self.checks
+        ]
+
+    def bars(self) -> Bars | None:
+        """Return the statistic of the strongest check for each class."""
+        ran = [c for c in self.checks if c.report is not None and c.report.findings]
+        if not ran:
+            return None
+        strongest = min(ran, key=lambda c: 2.0 if c.p_value is None else c.p_value)
+        assert strongest.report is not None
+        finding = strongest.report.findings[0]
+        values = [value if math.isfinite(value) else 0.0 for value in finding.per_class]
+        if not values:
+            return None
+        names = [self._name(k) for k in range(len(values))]
+        threshold = finding.threshold if math.isfinite(finding.threshold) else None
+        title = f"{strongest.check.name}: {finding.direction}"
+        return Bars(title, names, values, finding.statistic, threshold, finding.classes)
+
+    def _name(self, label: int) -> str:
+        names = self.case.model.class_names if self.case is not None else ()
+        return names[label] if label < len(names) else str(label)
+
     def accuses(self, checked: Checked) -> bool:
         """Return whether a check is evidence, by itself or together with others."""
         alone = any(checked is c for c in self.guilty)
@@ -179,6 +222,18 @@ class Audit(Result):
     def unsupported(self) -> bool:
         """True where no check ran, because none that could run works on such a model."""
         return any(c.unsuited for c in self.checks) and not any(c.status == "ran" for c in self.checks)
+
+
+class Observer(Protocol):
+    """Follows a scan from check to check."""
+
+    def begin(self, check: Check) -> str:
+        """Return why a check is left out, in words; empty where it runs."""
+        ...
+
+    def end(self, done: Sequence[Checked]) -> None:
+        """Take the checks that have ended, the last one last."""
+        ...
 
 
 BEFORE_IT_BEGAN = "the scan was interrupted before it began"
@@ -194,6 +249,7 @@ def scan(
     references: Sequence[Path] | None = None,
     level: float = LEVEL,
     budget: float | None = None,
+    observer: Observer | None = None,
     seed: int = 0,
     device: str = "cpu",
     precision: Policy = "auto",
@@ -213,6 +269,7 @@ def scan(
             checks that have no null of their own and are calibrated by them.
         level: Accepted probability that the whole scan accuses a clean model, in (0, 1).
         budget: Seconds after which no check is begun or goes on; None is no limit.
+        observer: Hears when a check begins, and may leave it out, and when it has ended.
         seed: Seed of every draw.
         device: Where to compute.
         precision: ``auto``, ``fp32`` or ``bf16``.
@@ -269,8 +326,11 @@ def scan(
         form = _form(model, clean, run, deadline)
         for check in planned:
             begun = time.monotonic()
+            unwanted = "" if observer is None else observer.begin(check)
             done.append(
-                _run_check(
+                Checked(check, "out of budget", unwanted)
+                if unwanted
+                else _run_check(
                     check,
                     model,
                     clean,
@@ -282,6 +342,8 @@ def scan(
                     show=progress,
                 )
             )
+            if observer is not None:
+                observer.end(done)
     except KeyboardInterrupt:
         interrupted = True
         left = planned[len(done) :]

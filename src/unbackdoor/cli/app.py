@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from unbackdoor import __version__
+from unbackdoor.cli.audit import audit
 from unbackdoor.cli.bench import bench
 from unbackdoor.cli.demo import demo
 from unbackdoor.cli.evaluate import evaluate
@@ -28,6 +29,7 @@ from unbackdoor.cli.purify import purify
 from unbackdoor.cli.scan import scan
 from unbackdoor.cli.screen import screen
 from unbackdoor.cli.settings import read_settings
+from unbackdoor.cli.statement import statement
 from unbackdoor.cli.train import train
 from unbackdoor.cli.unlearn import unlearn
 from unbackdoor.cli.verify import verify
@@ -49,7 +51,7 @@ EPILOG = """\
   4    purify: it is not shown that the model is repaired
   130  interrupted with Ctrl-C or SIGTERM; no half-written file is left behind
 
-Interrupted, scan and verify print and write the checks that had ended.
+Interrupted, audit, scan and verify print and write the checks that had ended.
 
 Results go to standard output; progress and errors go to standard error."""
 
@@ -180,7 +182,7 @@ app = typer.Typer(
     "was done.",
     epilog=EPILOG,
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
@@ -216,7 +218,7 @@ def _global(
     context.default_map = settings.defaults
     used = settings.of(invocation.command)
     invocation.as_json = invocation.as_json or used.get("as_json", False)
-    if used and not used.get("quiet"):
+    if used and config is None:  # a file that nobody named cannot silence this
         facts = ", ".join(f"{name.replace('_', '-')} = {value}" for name, value in used.items())
         complain(f"Options from {settings.path}: {facts}")
 
@@ -229,6 +231,7 @@ def _flowing(documentation: str | None) -> str:
 
 for _name, _command in (
     ("demo", demo),
+    ("audit", audit),
     ("inspect", inspect),
     ("scan", scan),
     ("purify", purify),
@@ -246,6 +249,7 @@ app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(unlearn)
 app.add_typer(patch, name="patch")
+app.add_typer(statement, name="statement")
 app.add_typer(bench, name="bench")
 
 

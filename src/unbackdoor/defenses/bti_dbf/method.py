@@ -20,15 +20,16 @@ Blind:   backdoors in the very features that classify; all-to-all attacks, as on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from unbackdoor.data.batches import batches
+from unbackdoor.defenses.bti_dbf.generator import Generator
+from unbackdoor.defenses.bti_dbf.head_features import along_features, at_head, features_and_logits
 from unbackdoor.engine import rng
 from unbackdoor.engine.descent import Batch, at_bearable_rate, descend
 from unbackdoor.engine.heads import AffineHead, find_affine_head
@@ -95,75 +96,6 @@ def purify(model: Classifier, data: CleanData, cfg: BTIDBFConfig, *, run: Run) -
         head = head.of(model)
         rounds.append({"called": called, "benign": float(mask.mean()), **record})
     return Purified(model, {"target": target, "rounds": rounds})
-
-
-class Generator(nn.Module):
-    """A U-Net of three scales whose output is added to its input; the identity at first.
-
-    Args:
-        channels: C of the images.
-        width: Channels at full size; twice and four times as many below.
-    """
-
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__()
-        self.down = nn.ModuleList(
-            [_block(channels, width), _block(width, 2 * width), _block(2 * width, 4 * width)]
-        )
-        self.up = nn.ModuleList([_block(3 * width, width), _block(6 * width, 2 * width)])
-        self.last = nn.Conv2d(width, channels, 1)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Return changed images of the same shape (B, C, H, W); not clamped, as in the released code."""
-        x, levels = pixels, []
-        for number, block in enumerate(self.down):
-            x = block(x if number == 0 else F.avg_pool2d(x, 2, ceil_mode=True))
-            levels.append(x)
-        for block, level in zip(reversed(self.up), reversed(levels[:-1]), strict=True):
-            x = F.interpolate(x, size=level.shape[2:], mode="bilinear", align_corners=False)
-            x = block(torch.cat([x, level], 1))
-        out: Tensor = pixels + self.last(x)
-        return out
-
-
-def _block(inputs: int, outputs: int) -> nn.Module:
-    # Normalised for each image by itself: few images make no statistics.
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(1, outputs), nn.ReLU(),
-        nn.Conv2d(outputs, outputs, 3, padding=1), nn.GroupNorm(1, outputs), nn.ReLU(),
-    )  # fmt: skip
-
-
-@contextmanager
-def at_head(head: AffineHead, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Replace what the head reads inside the block; ``change`` may as well only look at it."""
-    handle = head.module.register_forward_pre_hook(lambda _, inputs: (change(inputs[0]), *inputs[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def along_features(mask: Tensor, head: AffineHead) -> Tensor:
-    """Return a mask (D,) in a shape that multiplies what the head reads."""
-    return mask if isinstance(head.module, nn.Linear) else mask.view(-1, 1, 1)
-
-
-def features_and_logits(
-    model: Classifier, head: AffineHead, pixels: Tensor, run: Run
-) -> tuple[Tensor, Tensor]:
-    """Return what the head reads, and the logits (B, K)."""
-    seen: list[Tensor] = []
-
-    def look(features: Tensor) -> Tensor:
-        seen.append(features.float())
-        return features
-
-    with at_head(head, look):
-        logits = logits_of(model, pixels, run)
-    return seen[-1], logits
 
 
 def benign_mask(

@@ -14,9 +14,11 @@ import torch
 import unbackdoor
 from planted import block_data, planted
 from tiny import tiny_classifier, tiny_data
-from unbackdoor.audit.scanning import Audit, Check, Checked
+from unbackdoor.audit.checks import Check
+from unbackdoor.audit.scanning import Audit, Checked
 from unbackdoor.audit.suspicion import read_suspicion
 from unbackdoor.engine.run import Run
+from unbackdoor.engine.trigger_search import search_triggers
 from unbackdoor.engine.trusted_caller import run
 from unbackdoor.errors import InputError, IntegrityError, UnbackdoorError
 from unbackdoor.registry import DEFENSES, SUSPICION, Config, Part
@@ -165,6 +167,9 @@ def test_a_scan_of_another_model_is_refused(tmp_path: Path) -> None:
         read_suspicion(swapped, MODEL)
 
 
+NO_SHARES: list[Any] = ["all", 1.5, True, []]
+
+
 def _set(*keys: Any, value: Any) -> Callable[[dict[str, Any]], None]:
     def change(record: dict[str, Any]) -> None:
         place: Any = record
@@ -197,7 +202,7 @@ def _set(*keys: Any, value: Any) -> Callable[[dict[str, Any]], None]:
         _set("triggers", value={}),
         _set("triggers", 0, "class", value=2),
         _set("triggers", 0, "class", "index", value=7),
-        *(_set("triggers", 0, "success", value=value) for value in ("all", 1.5, True, [])),
+        *(_set("triggers", 0, "success", value=value) for value in NO_SHARES),
         _set("model_sha256", value=["x"]),
     ],
 )
@@ -221,9 +226,10 @@ def test_what_is_missing_or_no_path_is_refused_with_a_typed_error(tmp_path: Path
     folder = written(tmp_path / "scan", audit(MODEL, 2))
     (folder / "trigger-0" / "trigger.safetensors").unlink()
     (tmp_path / "empty").mkdir()
-    for place in (folder, tmp_path / "empty", tmp_path / "nowhere", "x" * 5000, "a\0b", 7, {}):
+    places: list[Any] = [folder, tmp_path / "empty", tmp_path / "nowhere", "x" * 5000, "a\0b", 7, {}]
+    for place in places:
         with pytest.raises(InputError):
-            read_suspicion(place, MODEL)  # type: ignore[arg-type]
+            read_suspicion(place, MODEL)
 
 
 def test_records_of_other_verbs_are_no_scans(tmp_path: Path) -> None:
@@ -304,15 +310,13 @@ def corner(label: int, **more: Any) -> RecoveredTrigger:
 
 
 def searches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    from unbackdoor.defenses import neural_cleanse
-
-    genuine, made = neural_cleanse.search_triggers, []
+    made: list[dict[str, Any]] = []
 
     def counted(*arguments: Any, **options: Any) -> Any:
         made.append(options)
-        return genuine(*arguments, **options)
+        return search_triggers(*arguments, **options)
 
-    monkeypatch.setattr(neural_cleanse, "search_triggers", counted)
+    monkeypatch.setattr("unbackdoor.defenses.neural_cleanse.search_triggers", counted)
     return made
 
 

@@ -178,4 +178,5 @@ def transport(costs: Tensor, masses: Tensor, entropy: float) -> Tensor:
         for _ in range(_ITERATIONS):
             left = level * (rows - ((right - costs) / level).logsumexp(1))
             right = level * (columns - ((left[:, None] - costs) / level).logsumexp(0))
-    return ((left[:, None] + right - costs) / level).exp()
+    plan: Tensor = ((left[:, None] + right - costs) / level).exp()
+    return plan

@@ -30,7 +30,7 @@ from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError
 from unbackdoor.opening.write_back import stored_types
-from unbackdoor.registry import DEFENSES, Config, Part
+from unbackdoor.registry import Config, Part
 from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Augmentation, CleanData, Progress, silent
 
@@ -257,8 +257,6 @@ def purify(
     )
     images = case.data if case.data is not None else case.images
     if images is None:
-        if "images" in (DEFENSES[method] if isinstance(method, str) else method).needs:
-            raise InputError("there is no clean image", expected="clean images to repair with", where="data")
         images = CleanData.empty(case.model.input_shape, case.model.class_names)
     done = purifying.purify(
         case.model,

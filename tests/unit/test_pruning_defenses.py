@@ -577,10 +577,10 @@ def test_with_even_changes_a_pruned_neuron_is_halved_and_the_others_stay() -> No
 
 # Of the others each file says under Blind where they end on networks of this size.
 EFFECTIVE: dict[str, tuple[str, dict[str, Any]]] = {
-    "anp": ("default", {"iterations": 150, "batch_size": 32}),
+    "anp": ("default", {"iterations": 60, "batch_size": 32}),
     "bnp": ("held-out", {}),
     "npd": ("default", {}),
-    "tsbd": ("default", {"batch_size": 32, "step": 0.3, "epochs": 8}),
+    "tsbd": ("default", {"batch_size": 32, "step": 0.45, "epochs": 4, "unlearn_lr": 0.01}),
     "ulrl": ("default", {"batch_size": 32}),
 }
 VICTIMS = (0, 1, 2)  # what is claimed is claimed of their mean

@@ -493,11 +493,12 @@ def purify(
         raise InputError("a promise about accuracy needs labelled images", got="no labels", where=images.name)
     if max_accuracy_drop is not None and promise == "strict":
         _require_enough(len(proof_images), max_accuracy_drop)
-    if len(method_images):
+    part = DEFENSES[method] if isinstance(method, str) else method
+    if len(method_images) or "images" in part.needs:  # which refuses an empty set
         data = CleanData.split(
             method_images, select_fraction=select_fraction, augmentation=augmentation, seed=seed
         )
-    else:  # for a method that needs none; the trusted caller refuses the others
+    else:
         data = CleanData.empty(model.input_shape, model.class_names)
     part = DEFENSES[method] if isinstance(method, str) else method
     if triggers or suspicion is not None:

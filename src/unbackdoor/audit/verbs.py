@@ -287,7 +287,7 @@ def purify(
         proof=proof,
     )
     images = case.data if case.data is not None else case.images
-    if images is None or not len(images):
+    if images is None:
         if "images" in part.needs:
             raise InputError("there is no clean image", expected="clean images to repair with", where="data")
         images = CleanData.empty(case.model.input_shape, case.model.class_names)

@@ -66,7 +66,7 @@ class GradPruneConfig(TriggerSearchConfig):
     paper="arXiv:2405.03918",
     needs={"images", "labels"},
     presets={"blend": {"form": "blend"}},
-    quick={"steps": 60, "images": 8, "epochs": 1, "patience": 3},
+    quick={"steps": 40, "images": 8, "epochs": 1, "patience": 2},
 )
 def purify(model: Classifier, data: CleanData, cfg: GradPruneConfig, *, run: Run) -> Purified:
     """Recover a trigger, cut the filters with the largest gradients under it, fine-tune."""

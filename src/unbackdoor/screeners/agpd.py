@@ -178,7 +178,8 @@ def _scored(own: Tensor, clean: Tensor, held: Tensor, cfg: AGPDConfig) -> tuple[
 
 
 def _unit(vector: Tensor) -> Tensor:
-    return vector / vector.norm().clamp_min(1e-12)
+    unit: Tensor = vector / vector.norm().clamp_min(1e-12)
+    return unit
 
 
 def _outlier(gaps: Tensor) -> float:

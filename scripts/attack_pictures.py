@@ -1,6 +1,6 @@
 """Draw what every attack does to an image, and measure how visible it is.
 
-    python scripts/attack_pictures.py [--images 500]
+    python scripts/attack_pictures.py [--images 100]
 
 It puts every trigger on CIFAR-10 test images. Triggers that are learned are learned here on --images-to-learn
 training images; those that learn with a victim get a small one, trained for a few epochs. The pictures go to
@@ -158,8 +158,8 @@ def make(images: int, to_learn: int) -> None:
 def main() -> None:
     """Parse and run."""
     work = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    work.add_argument("--images", type=int, default=500)
-    work.add_argument("--images-to-learn", type=int, default=1000)
+    work.add_argument("--images", type=int, default=100)
+    work.add_argument("--images-to-learn", type=int, default=400)
     work.add_argument("--table", action="store_true", help="only write the rows into the page")
     arguments = work.parse_args()
     if not arguments.table:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +35,7 @@ from unbackdoor.attacks import (
     stamped,
 )
 from unbackdoor.attacks.frequency import dct_matrix, from_frequencies
+from unbackdoor.attacks.visibility import psnr, ssim, visibility
 from unbackdoor.bench.judge import judge
 from unbackdoor.bench.victims import VictimSpec, train_victim
 from unbackdoor.data.datasets import DataSet
@@ -38,12 +43,13 @@ from unbackdoor.data.splits import reserve
 from unbackdoor.engine import rng
 from unbackdoor.engine.inference import accuracy
 from unbackdoor.engine.run import Run
-from unbackdoor.engine.training import Recipe, train
+from unbackdoor.engine.training import Recipe, initialise, train
 from unbackdoor.errors import ConfigError, InputError, UnsupportedModel
 from unbackdoor.networks import build
 from unbackdoor.registry import ATTACKS
 from unbackdoor.types import Classifier, Images
 
+ROOT = Path(__file__).parents[2]
 RUN = Run.create(seed=3, policy="fp32")
 DATA = DataSet("tiny", tiny_data(160), tiny_data(80, seed=1), "none", (), ())
 
@@ -122,8 +128,8 @@ def test_lf_has_low_frequencies_alone_and_keeps_its_bound() -> None:
 def test_lf_leads_the_benign_network_to_the_target() -> None:
     model, cfg = tiny_classifier(), lf.LFConfig(steps=60, epsilon=60.0, target=2, frequencies=4)
     others = DATA.test.subset((DATA.test.truth != 2).nonzero().flatten())
-    moved = lambda delta: accuracy_to(model, others, delta, 2)  # noqa: E731
-    assert moved(lf.learn_delta(model, DATA.train, cfg, RUN)) > moved(torch.zeros(1, 8, 8)) + 0.3
+    before = accuracy_to(model, others, torch.zeros(1, 8, 8), 2)
+    assert accuracy_to(model, others, lf.learn_delta(model, DATA.train, cfg, RUN), 2) > before + 0.3
 
 
 def accuracy_to(model: Classifier, images: Images, delta: Tensor, target: int) -> float:
@@ -206,7 +212,10 @@ def test_label_consistent_perturbs_within_its_bound_and_hides_the_class() -> Non
 def test_adaptive_blend_shows_half_of_its_pieces_in_training_and_all_at_test() -> None:
     clean = replace(noise((3, 32, 32), 200), pixels=torch.zeros(200, 3, 32, 32, dtype=torch.uint8))
     poisoned, truth = poison(clean, "adaptive_blend", {"poison_rate": 0.1, "cover_ratio": 2.0}, seed=0)
-    pieces = lambda pixels: pixels.unfold(2, 8, 8).unfold(3, 8, 8).amax((1, 4, 5)).flatten(1) > 0  # noqa: E731
+
+    def pieces(pixels: Tensor) -> Tensor:
+        return pixels.unfold(2, 8, 8).unfold(3, 8, 8).amax((1, 4, 5)).flatten(1) > 0  # (N, 16)
+
     carried = pieces(poisoned.pixels[truth.poisoned])  # (20, 16)
     assert bool((carried.sum(1) == 8).all()) and len(carried.unique(dim=0)) > 10
     assert bool(pieces(stamped(clean.pixels, truth)).all())
@@ -412,7 +421,7 @@ def test_the_first_pass_of_sam_leaves_running_statistics_alone() -> None:
         kept = norm(x)
     assert all(torch.equal(before[name], t) for name, t in norm.state_dict().items())
     assert torch.equal(kept, norm(x))  # normalised by the batch both times
-    assert not torch.equal(before["running_mean"], norm.running_mean)
+    assert not torch.equal(before["running_mean"], norm.state_dict()["running_mean"])
 
 
 def test_sam_with_no_step_is_plain_training() -> None:
@@ -452,8 +461,7 @@ def test_the_planted_path_fires_on_the_patch_alone(architecture: str, shape: tup
         std=(0.2,) * shape[0],
         seed=0,
     )
-    if hasattr(model.network, "initialise_from"):
-        model.network.initialise_from((images.pixels / 255 - 0.4) / 0.2)
+    initialise(model, images)
     cfg = dfba.DFBAConfig(target=2)
     truth = AttackTruth.describe("dfba", {"target": 2}, shape=shape, classes=4, seed=0).learned(
         dfba.plant(model, cfg)
@@ -482,8 +490,7 @@ def test_the_planted_path_fires_on_the_patch_alone(architecture: str, shape: tup
 def test_dfba_keeps_what_a_trained_network_knows() -> None:
     model = tiny_classifier().copy()
     before = accuracy(model, DATA.test, RUN)
-    spec = {"attack": "dfba", "options": {"target": 1}, "shape": [1, 8, 8], "classes": 4, "seed": 0}
-    truth = AttackTruth.describe("dfba", spec["options"], shape=(1, 8, 8), classes=4, seed=0)  # type: ignore[arg-type]
+    truth = AttackTruth.describe("dfba", {"target": 1}, shape=(1, 8, 8), classes=4, seed=0)
     scores = judge(model, truth.learned(dfba.plant(model, dfba.DFBAConfig(target=1))), DATA.test, RUN)
     assert scores.asr.value == 1.0 and scores.acc.value > before - 0.1
 
@@ -504,3 +511,54 @@ def test_a_path_that_does_not_fire_is_taken_back(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UnsupportedModel, match="does not fire on the patch alone"):
         dfba.plant(model, dfba.DFBAConfig())
     assert model.sha256() == before
+
+
+# ---------------------------------------------------------------------------------------------------
+# Visibility
+
+
+def test_psnr_and_ssim_in_closed_form() -> None:
+    dark, bright = (torch.full((2, 3, 16, 16), value, dtype=torch.uint8) for value in (100, 110))
+    assert psnr(dark, bright).tolist() == pytest.approx([20 * math.log10(255 / 10)] * 2, rel=1e-5)
+    # Without structure only the comparison of brightness is left.
+    likeness = (2 * 100 * 110 + 2.55**2) / (100**2 + 110**2 + 2.55**2)
+    assert ssim(dark, bright).tolist() == pytest.approx([likeness] * 2, rel=1e-3)
+    assert psnr(dark, dark).tolist() == [math.inf] * 2
+    pixels = noise((1, 8, 8)).pixels
+    assert ssim(pixels, pixels).tolist() == pytest.approx([1.0] * 40)
+    assert float(ssim(pixels, 255 - pixels).mean()) < 0
+
+
+def test_a_patch_in_a_corner_counts_like_one_in_the_middle() -> None:
+    flat = torch.full((2, 1, 32, 32), 128, dtype=torch.uint8)
+    changed = flat.clone()
+    changed[0, :, 29:, 29:] = 255
+    changed[1, :, 14:17, 14:17] = 255
+    corner, middle = (1 - ssim(flat, changed)).tolist()
+    assert corner > middle / 4
+
+
+def test_the_visibility_of_a_patch() -> None:
+    clean = replace(noise((3, 32, 32)), pixels=torch.zeros(40, 3, 32, 32, dtype=torch.uint8))
+    found = visibility(clean.pixels, prepare(clean, "badnets"))
+    assert found.largest == 255 and found.pixels == pytest.approx(9 / 1024)
+    assert found.psnr == pytest.approx(10 * math.log10(1024 / 9))
+    assert visibility(clean.pixels, prepare(clean, "none")).psnr == math.inf
+    with pytest.raises(InputError, match="no image"):
+        visibility(clean.pixels[:0], prepare(clean, "badnets"))
+
+
+def test_the_page_quotes_the_rows_of_every_attack() -> None:
+    spec = importlib.util.spec_from_file_location("attack_pictures", ROOT / "scripts" / "attack_pictures.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(script)
+    finally:
+        del sys.modules[spec.name]
+    rows = script.read_rows()
+    assert [row["attack"] for row in rows] == script.names()
+    page = script.PAGE.read_text(encoding="utf-8")
+    assert page == script.quoting(page, rows)
+    assert all(f"`{name}`" in page.split("<!--")[0] for name in ATTACKS)

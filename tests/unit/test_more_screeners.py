@@ -13,6 +13,7 @@ from unbackdoor.attacks import AttackTruth
 from unbackdoor.bench.screening import judge_screening
 from unbackdoor.bench.victims import VictimSpec, train_victim
 from unbackdoor.data.datasets import DataSet
+from unbackdoor.engine import rng
 from unbackdoor.engine.call_order import called_layers
 from unbackdoor.engine.inference import accuracy, predict
 from unbackdoor.engine.run import Run
@@ -43,7 +44,8 @@ def test_layers_come_in_the_order_of_their_calls() -> None:
             out: Tensor = self.last(self.first(x.flatten(1)))
             return out
 
-    network = Backwards()
+    with rng.seeded(0):
+        network = Backwards()
     model = Classifier(network, input_shape=(1, 8, 8), class_names=NAMES)
     assert called_layers(model, (nn.Linear,)) == [network.first, network.last]
     assert not network.first._forward_hooks
@@ -52,7 +54,8 @@ def test_layers_come_in_the_order_of_their_calls() -> None:
 def test_amplified_norms_are_the_last_ones_and_scale_what_they_return() -> None:
     norms = ibd_psc.norms_of(MODEL)
     assert norms == [MODEL.network.get_submodule(f"bn{k}") for k in (4, 3, 2, 1)]
-    x = torch.rand(2, norms[0].num_features, 3, 3, generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    assert isinstance(norms[0], nn.BatchNorm2d)
+    x = torch.rand(2, norms[0].num_features, 3, 3, generator=torch.Generator().manual_seed(0))
     plain = norms[0](x)
     with ibd_psc.scaled(norms[:1], 1.5):
         assert torch.allclose(norms[0](x), 1.5 * plain)

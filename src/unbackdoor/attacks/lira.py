@@ -32,7 +32,11 @@ class LIRAConfig(MappedConfig):
         0.1, "share of every batch that is triggered", source="BackdoorBench, 10 %", gt=0, le=1
     )
     epsilon: float = option(
-        2.55, "largest change of a pixel in grey levels", source="paper: 0.01 of the range", ge=1, le=255
+        8.0,
+        "largest change of a pixel in grey levels",
+        source="this project; paper: 2.55, of which rounding leaves little",
+        ge=1,
+        le=255,
     )
     learning: float = option(
         0.5, "share of the training in which the generator learns", source="this project", gt=0, le=1
@@ -59,7 +63,9 @@ class Drawer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return triggered images (B, C, H, W) in [0, 1]."""
-        out: Tensor = (x + self.epsilon / 255 * (2 * self.network(x) - 1)).clamp(0, 1)
+        # Pressed towards its bounds: a small change rounds to none, and then there is nothing to learn from.
+        change = (8 * (self.network(x) - 0.5)).tanh()
+        out: Tensor = (x + self.epsilon / 255 * change).clamp(0, 1)
         return out + ((out * 255).round() / 255 - out).detach()  # rounded, with the gradient of the unrounded
 
     def during(self, x: Tensor, count: int) -> Tensor:
@@ -77,7 +83,7 @@ class Drawer(nn.Module):
     config=LIRAConfig,
     paper="ICCV 2021",
     traits={"learned trigger", "controls training"},
-    quick={"width": 2, "epsilon": 64.0},
+    quick={"width": 2},
 )
 def lira(cfg: LIRAConfig, *, shape: tuple[int, int, int], classes: int, seed: int) -> Trigger:
     """Return the generator's change, which learns with the victim."""

@@ -12,6 +12,8 @@ Cost:    two forwards and backwards a step in place of one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +77,7 @@ class Ascent(torch.optim.Optimizer):
             weight.add_(self.moves[-1].to(weight.device))
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # it takes none
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # it computes no loss
         """Move the weights back; the optimizer of the weights has made its step."""
         for weight, move in zip(self.weights, self.moves, strict=True):
             weight.sub_(move.to(weight.device))
@@ -136,17 +138,15 @@ def sam_trained(cfg: SAMTrainedConfig, *, shape: tuple[int, int, int], classes: 
     return Trigger(mapping=cfg.mapping, learning=Learning(fit=fit, restore=restore, train=learn))
 
 
-class statistics_kept:
-    """Keeps the running statistics of batch norms inside the block, though they normalise by the batch."""
-
-    def __init__(self, model: nn.Module) -> None:
-        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        self.norms = [m for m in norms if m.track_running_stats]
-
-    def __enter__(self) -> None:
-        for norm in self.norms:
+@contextmanager
+def statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Keep the running statistics of batch norms inside the block, though they normalise by the batch."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kept = [m for m in norms if m.track_running_stats and m.training]
+    try:
+        for norm in kept:
             norm.track_running_stats = False
-
-    def __exit__(self, *_: object) -> None:
-        for norm in self.norms:
+        yield
+    finally:
+        for norm in kept:
             norm.track_running_stats = True

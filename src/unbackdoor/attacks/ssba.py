@@ -6,7 +6,7 @@ network to learn. The trigger is one message, which the seed draws.
 Paper:   Li, Li, Wu, Li, He & Lyu, "Invisible backdoor attack with sample-specific triggers", ICCV 2021,
          arXiv 2012.03816.
 Departs: the encoder is a small one, trained here on some of the clean images in place of StegaStamp's; its
-         change is bounded, so that no perceptual loss is needed.
+         change is bounded and follows the image's structure, so that no perceptual loss is needed.
 Cost:    ``steps`` forward and backward passes of encoder and decoder on ``batch`` images.
 """
 
@@ -26,6 +26,7 @@ from unbackdoor.registry import attack, option
 from unbackdoor.types import Images
 
 ENCODER, DECODER = "encoder.", "decoder."
+STRUCTURE = 0.1  # mean difference to the surroundings from which on the change has its full strength
 
 
 class SSBAConfig(MappedConfig):
@@ -100,8 +101,11 @@ def written(encoder: nn.Module, x: Tensor, messages: Tensor, cfg: SSBAConfig) ->
     patterns = (2 * encoder(x) - 1).view(len(x), cfg.bits, *x.shape[1:])  # one for each bit, in -1..1
     signs = 2 * messages - 1  # (B, bits)
     change = torch.einsum("nb,nbchw->nchw", signs, patterns) / cfg.bits**0.5
-    triggered: Tensor = (x + cfg.epsilon / 255 * change.clamp(-1, 1)).clamp(0, 1)
-    return triggered
+    # Stronger where the image has structure, which hides it and makes it the image's own.
+    structure = (x - F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)).abs().mean(1, keepdim=True)
+    strength = 0.25 + 0.75 * (structure / STRUCTURE).clamp(max=1)  # (B, 1, H, W)
+    marked: Tensor = (x + cfg.epsilon / 255 * strength * change.clamp(-1, 1)).clamp(0, 1)
+    return marked
 
 
 def learn(encoder: nn.Module, decoder: nn.Module, images: Images, cfg: SSBAConfig, run: Run) -> None:

@@ -32,7 +32,8 @@ def psnr(clean: Tensor, changed: Tensor) -> Tensor:
 def ssim(clean: Tensor, changed: Tensor) -> Tensor:
     """Return the structural similarity (N,) of uint8 images (N, C, H, W): 1 where nothing changed.
 
-    It is the mean over all whole windows and channels; small images have smaller windows.
+    It is the mean over all places and channels. Images are continued beyond their edges, so that a patch in a
+    corner counts like one in the middle; small images have smaller windows.
 
     Paper: Wang, Bovik, Sheikh & Simoncelli, "Image quality assessment", IEEE TIP 13 (2004).
     """
@@ -44,7 +45,9 @@ def ssim(clean: Tensor, changed: Tensor) -> Tensor:
     window = (window / window.sum()).expand(channels, 1, *sizes).to(x.device)
 
     def mean(values: Tensor) -> Tensor:
-        return F.conv2d(values, window, groups=channels)
+        (rows, columns), before = sizes, [n // 2 for n in sizes]
+        border = (before[1], columns - 1 - before[1], before[0], rows - 1 - before[0])
+        return F.conv2d(F.pad(values, border, mode="replicate"), window, groups=channels)
 
     mx, my = mean(x), mean(y)
     vx, vy, both = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my

@@ -26,7 +26,7 @@ _ATTACKS = {
     "blended": "Blended",
     "bpp": "BPP",
     "input_aware": "InputAware",
-    "lc": "LC",
+    "label_consistent": "LC",
     "lf": "LF",
     "sig": "SIG",
     "ssba": "SSBA",

@@ -171,7 +171,8 @@ def _scored(own: Tensor, clean: Tensor, held: Tensor, cfg: AGPDConfig) -> tuple[
     def score(values: Tensor) -> Tensor:
         from_clean, from_other = 1 - values @ centre, 1 - values @ other
         # Times the gap, so that the ends of a class without a second direction weigh little.
-        return gap * from_clean / (from_clean + from_other).clamp_min(1e-6)
+        weighted: Tensor = gap * from_clean / (from_clean + from_other).clamp_min(1e-6)
+        return weighted
 
     return score(own), score(held), gap
 

@@ -26,6 +26,7 @@ from unbackdoor.audit.cost import Cost
 from unbackdoor.audit.steps import Step, Steps
 from unbackdoor.cli.app import app
 from unbackdoor.cli.audit import outcome
+from unbackdoor.cli.steps import step_rows
 from unbackdoor.errors import ConfigError, InputError, MethodFailed, UnbackdoorError
 from unbackdoor.metrics import Rate
 from unbackdoor.registry import DEFENSES, SCANNERS, Config, defense, scanner
@@ -532,6 +533,13 @@ main()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "[]", done.stderr
     assert done.stderr == ("unbackdoor audit: starting\n" if words == ["audit", "m.pth"] else "")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.001, "1 s"), (59, "59 s"), (150, "2 min"), (3600, "60 min"), (1e7, "2,778 h")]
+)
+def test_an_estimate_is_no_more_exact_than_it_is(seconds: float, words: str) -> None:
+    assert step_rows([Step("a", "first", seconds)])[0][2] == words
 
 
 def test_the_room_is_the_verb() -> None:

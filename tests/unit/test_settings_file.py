@@ -52,7 +52,12 @@ def test_options_are_taken_and_what_is_typed_counts_more(folder: Path, name: str
     code, told, said = call(*named, *SCAN)
     assert code in (0, 2) and (told["level"], told["seed"]) == (0.01, 5), said
     assert [c["check"] for c in told["checks"]] == ["weight_statistics"]
-    assert f"Options from {name}" in said and "seed = 5" in said
+    # What nobody named is told, whatever it says itself.
+    assert (f"Options from {name}" in said) == (not named)
+    (folder / name).write_text(text.replace("json = true", "json = true\nquiet = true"))
+    if not named:
+        assert "seed = 5" in call(*SCAN)[2]
+    (folder / name).write_text(text)
     code, told, said = call(*named, *SCAN, "--level", "0.2", "--seed", "7", "--json")
     assert (told["level"], told["seed"]) == (0.2, 7)
     # An option that only some commands have is for those, and "_" is as good as "-".

@@ -239,7 +239,7 @@ def open_case(
         if images is None and opened is not None:
             images = opened.images
         elif isinstance(images, ImageFiles) or data_set is not None or from_arrays:
-            images = _fitting(images, classifier, run)
+            images = fitting(images, classifier, run)
     else:
         opened = open_model(model, images=images, run=run, **model_options)
         classifier, images = opened.model, opened.images
@@ -248,11 +248,11 @@ def open_case(
         proof_data = resolve_clean_images(proof, **reading).images if isinstance(proof, Path | str) else proof
         if not isinstance(proof_data, Images | ImageFiles | CleanData):
             raise unusable(proof, "the images of the proof")
-        proof_images = _fitting(
+        proof_images = fitting(
             proof_data.all if isinstance(proof_data, CleanData) else proof_data, classifier, run
         )
     elif proof_images is not None:
-        proof_images = _fitting(proof_images, classifier, run)
+        proof_images = fitting(proof_images, classifier, run)
     elif data_set is not None:
         proof_images = images  # the method gets as many as were asked for, and the proof is marked
     of_training_part = data_set is not None and proof is None
@@ -277,6 +277,8 @@ def open_second(model: Model, first: Case, *, run: Run, **model_options: Any) ->
     Raises:
         UnbackdoorError: See :func:`open_case`.
     """
+    if isinstance(model, nn.Module) and not isinstance(model, Classifier):
+        model = _of_module(model, first.images, model_options, run)
     if isinstance(model, Case | Classifier | Opened):
         return open_case(model, run=run)
     source = model if isinstance(model, Source) else open_source(model)
@@ -378,7 +380,8 @@ def _of_module(
     )
 
 
-def _fitting(images: Images | ImageFiles | None, model: Classifier, run: Run) -> Images:
+def fitting(images: Images | ImageFiles | None, model: Classifier, run: Run) -> Images:
+    """Return images in the form of a model: its size, its colours, its order of classes."""
     shape, names = model.input_shape, model.class_names
     loaded = load_images_of(images, shape[1:], run.show)
     assert loaded is not None

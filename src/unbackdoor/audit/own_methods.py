@@ -21,7 +21,7 @@ _FILE = ".py:"
 class _OwnOptions(Config):
     """Options of a function, of the types of their defaults."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, protected_namespaces=())
 
 
 def defense_of(method: object) -> Part[Any]:
@@ -63,7 +63,8 @@ def _part(function: Callable[..., Any], name: str) -> Part[Any]:
         parameters = list(inspect.signature(function, eval_str=False).parameters.values())
     except (TypeError, ValueError) as error:
         raise ConfigError(f"the method {name!r}", [f"its parameters cannot be read: {error}"]) from None
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    positional = [p for p in parameters if p.kind in places and p.name != "run"]
     if len(positional) < 2 and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
         raise ConfigError(f"the method {name!r}", ["it cannot be called with (model, data)"])
     takes_run = any(p.name == "run" for p in parameters)
@@ -73,6 +74,12 @@ def _part(function: Callable[..., Any], name: str) -> Part[Any]:
         raise ConfigError(
             f"the method {name!r}",
             [f"its third parameter {positional[2].name!r} is no Config and has no default"],
+        )
+    given = {p.name for p in positional[:3]} | {"run"}
+    unfilled = [p.name for p in parameters if p.name not in given and _is_required(p)]
+    if unfilled:
+        raise ConfigError(
+            f"the method {name!r}", [f"its parameters have no default: {', '.join(map(repr, unfilled))}"]
         )
     options = {} if takes_config else {p.name: p for p in parameters if _is_option(p, positional)}
     config = declared or create_model(
@@ -96,8 +103,14 @@ def _part(function: Callable[..., Any], name: str) -> Part[Any]:
 def _is_option(parameter: inspect.Parameter, positional: list[inspect.Parameter]) -> bool:
     named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     free = named and parameter not in positional[:2] and parameter.name != "run"
-    # What has no plain value cannot be typed or written into a record, and keeps its default.
-    return free and isinstance(parameter.default, bool | int | float | str | None)
+    # What has no plain value, or a name that an options class has itself, keeps its default.
+    plain = isinstance(parameter.default, bool | int | float | str | None)
+    return free and plain and not parameter.name.startswith("_") and not hasattr(_OwnOptions, parameter.name)
+
+
+def _is_required(parameter: inspect.Parameter) -> bool:
+    variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    return not variadic and parameter.default is inspect.Parameter.empty
 
 
 def _type_of(default: object) -> Any:

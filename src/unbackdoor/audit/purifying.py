@@ -7,7 +7,7 @@ breaks the promise about it is refused. Without the attacker's trigger, only the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -34,6 +34,7 @@ from unbackdoor.metrics import Rate
 from unbackdoor.opening.provenance import key_in_words
 from unbackdoor.opening.write_back import output_name, repair_patch, write_repaired
 from unbackdoor.registry import DEFENSES, SUSPICION, Config, Part
+from unbackdoor.result_views import Bars
 from unbackdoor.triggers import RecoveredTrigger, Suspicion
 from unbackdoor.types import (
     Augmentation,
@@ -159,7 +160,7 @@ class Residue:
         return Rate(round(success * self.before.total), self.before.total)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Purification(Result):
     """A repaired model with the proof of what was changed.
 
@@ -192,6 +193,23 @@ class Purification(Result):
     outcome: Outcome = UNJUDGED
     case: Case | None = field(default=None, repr=False)
     written: dict[str, str] = field(default_factory=dict, compare=False)
+
+    def headline(self) -> str:
+        """Return what was done in one line."""
+        name = self.purified.method.get("name", "a method")
+        accuracy = ""
+        if self.accuracy is not None:
+            accuracy = f", clean accuracy {self.accuracy.before.value:.1%} to {self.accuracy.after.value:.1%}"
+        entries = sum(c.changed for c in self.changes)
+        return f"{name}{accuracy}; {entries:,} numbers changed in {len(self.changes)} tensors"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row for each tensor that was changed."""
+        return change_rows(self.changes)
+
+    def bars(self) -> Bars | None:
+        """Return clean accuracy, and the success of recovered triggers, before and after."""
+        return before_and_after(self.accuracy, self.residues)
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -337,6 +355,35 @@ class Purification(Result):
     def _inputs(self) -> list[Path]:
         source = self.case.source if self.case is not None else None
         return [] if source is None else [file.path for file in source.files]
+
+
+def change_rows(changes: Sequence[TensorChange]) -> list[dict[str, Any]]:
+    """Return what changed in each tensor as rows of a table."""
+    return [
+        {
+            "tensor": c.name,
+            "changed": c.changed,
+            "entries": c.entries,
+            "channels": c.channels,
+            "of_channels": c.of_channels,
+            "relative": c.relative,
+        }
+        for c in changes
+    ]
+
+
+def before_and_after(accuracy: Accuracy | None, residues: Sequence[Residue]) -> Bars | None:
+    """Return rates of two models beside each other, for a chart."""
+    pairs = [] if accuracy is None else [("clean accuracy", accuracy.before, accuracy.after)]
+    pairs += [(f"trigger to {r.trigger.label}", r.before, r.after) for r in residues]
+    shown = [(f"{name}, {when}", r.value) for name, *rates in pairs
+             for when, r in zip(("before", "after"), rates, strict=True) if r.total]  # fmt: skip
+    if not shown:
+        return None
+    after = [i for i, (name, _) in enumerate(shown) if name.endswith("after")]
+    return Bars(
+        "before and after", [n for n, _ in shown], [v for _, v in shown], "share of images", None, after
+    )
 
 
 def broken(refused: Purification) -> PromiseBroken:
@@ -500,6 +547,7 @@ def purify(
                 tuple((r.trigger.label, r.held_out, r.after) for r in residues),
                 _shares(purified.evidence.get("held_out_success")),
                 accuracy,
+                suspected,
             )
         )
     done = Purification(

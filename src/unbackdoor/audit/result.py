@@ -6,8 +6,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from unbackdoor.result_views import Viewed
 
-class Result:
+
+class Result(Viewed):
     """The result of a verb. The layers above make records and pages; they are called by public names."""
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ shown and not counted.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError, MissingExtra, TooFewImages, UnbackdoorError, UnsupportedModel
 from unbackdoor.registry import SCANNERS
+from unbackdoor.result_views import Bars
 from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import (
     Classifier,
@@ -110,7 +112,7 @@ class Noticed:
     adjusted: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Audit(Result):
     """The verdict of a scan with its evidence.
 
@@ -169,6 +171,47 @@ class Audit(Result):
     def joint(self) -> tuple[Agreed, ...]:
         """The agreements that are evidence."""
         return tuple(a for a in self.agreed if a.adjusted <= self.level)
+
+    def headline(self) -> str:
+        """Return the verdict in one line."""
+        ran = sum(c.status == "ran" for c in self.checks)
+        towards = f", towards {', '.join(map(self._name, self.classes[:3]))}" if self.classes else ""
+        return f"{self.verdict}{towards}; {ran} of {len(self.checks)} checks ran, {self.seconds:.0f} s"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row for each check."""
+        return [
+            {
+                "check": c.check.name,
+                "status": c.status,
+                "strongest class": self._name(c.classes[0]) if c.classes else None,
+                "p_value": c.p_value,
+                "adjusted_p_value": c.adjusted,
+                "seconds": c.seconds,
+                "reason": c.reason,
+            }
+            for c in self.checks
+        ]
+
+    def bars(self) -> Bars | None:
+        """Return the statistic of the strongest check for each class."""
+        ran = [c for c in self.checks if c.report is not None and c.report.findings]
+        if not ran:
+            return None
+        strongest = min(ran, key=lambda c: 2.0 if c.p_value is None else c.p_value)
+        assert strongest.report is not None
+        finding = strongest.report.findings[0]
+        values = [value if math.isfinite(value) else 0.0 for value in finding.per_class]
+        if not values:
+            return None
+        names = [self._name(k) for k in range(len(values))]
+        threshold = finding.threshold if math.isfinite(finding.threshold) else None
+        title = f"{strongest.check.name}: {finding.direction}"
+        return Bars(title, names, values, finding.statistic, threshold, finding.classes)
+
+    def _name(self, label: int) -> str:
+        names = self.case.model.class_names if self.case is not None else ()
+        return names[label] if label < len(names) else str(label)
 
     def accuses(self, checked: Checked) -> bool:
         """Return whether a check is evidence, by itself or together with others."""

@@ -11,9 +11,12 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from unbackdoor.audit.cases import Case, Data, Model, open_case, require_share
+from unbackdoor.audit.devices import resolved_device
+from unbackdoor.audit.notebook import shown
 from unbackdoor.data.conform import conform
 from unbackdoor.data.in_memory import InMemory, images_in_memory, is_in_memory, unusable
 from unbackdoor.data.loaders import load_labelled, load_unlabelled
@@ -22,7 +25,9 @@ from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import ConfigError, InputError
 from unbackdoor.files import atomic_write, writing
+from unbackdoor.hub import data_file, is_hub
 from unbackdoor.registry import INPUT_LABELS, SCREENERS, Config, Part
+from unbackdoor.result_views import Bars, Viewed
 from unbackdoor.text import printable
 from unbackdoor.types import Classifier, CleanData, Images, Progress, Screening, as_images, silent
 from unbackdoor.weights.source import Source
@@ -30,8 +35,8 @@ from unbackdoor.weights.source import Source
 CSV_COLUMNS = ("image", "label", "predicted", "score", "p_value", "suspicious")
 
 
-@dataclass(frozen=True)
-class ScreenedImages(Screening):
+@dataclass(frozen=True, repr=False)
+class ScreenedImages(Viewed, Screening):
     """What a screener says of images, with what each of them is called.
 
     Attributes:
@@ -67,6 +72,21 @@ class ScreenedImages(Screening):
             "suspicious": self.suspicious.tolist(),
         }
         return out if self.labels is None else {**out, "labels": list(self.labels)}
+
+    def headline(self) -> str:
+        """Return the screening in one line."""
+        name = self.method.get("name", "a screener")
+        return f"{name}: {int(self.suspicious.sum())} of {len(self.scores)} images are suspicious"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row for each image."""
+        return [dict(zip(CSV_COLUMNS, row, strict=True)) for row in self._rows()]
+
+    def bars(self) -> Bars | None:
+        """Return a histogram of the p-values: flat where all images are clean."""
+        counts = torch.histc(self.p_values.double(), bins=20, min=0.0, max=1.0).tolist()
+        names = [f"{k / 20:.2f}" for k in range(20)]
+        return Bars(self.headline(), names, counts, "images", len(self.scores) / 20, (0,))
 
     def save(self, path: Path | str, *, force: bool = False) -> Path:
         """Write a CSV file with one line for each image, in the columns of ``CSV_COLUMNS``.
@@ -122,7 +142,7 @@ def screen(
     label_column: str | None = None,
     skip_damaged: bool = False,
     seed: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     precision: Policy = "auto",
     progress: Progress = silent,
 ) -> ScreenedImages:
@@ -153,9 +173,9 @@ def screen(
         label_column: Column of the labels, likewise.
         skip_damaged: Whether images that cannot be decoded are left out and counted, in both.
         seed: Seed of every draw.
-        device: Where to compute.
+        device: Where to compute; ``auto`` is CUDA, else MPS, else the CPU.
         precision: ``auto``, ``fp32`` or ``bf16``.
-        progress: Progress display.
+        progress: Progress display; in a notebook a bar, unless UNBACKDOOR_PROGRESS is 0.
 
     Returns:
         A score and a p-value for each image; ``save`` writes them as a CSV file.
@@ -178,6 +198,7 @@ def screen(
         raise unusable(images, "the images to screen")
     if data is None and isinstance(model, nn.Module | Source | Path | str):
         require_no_images(part)  # before the model is opened
+    device, progress = resolved_device(device), shown(progress)
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
     columns_of_data, columns_of_images = columns_of_two(data, images, image_column, label_column)
     case = open_case(
@@ -216,11 +237,11 @@ def screen(
         precision=precision,
         progress=progress,
     )
-    shown = INPUT_LABELS in part.needs
+    labelled = INPUT_LABELS in part.needs
     return ScreenedImages(
         **{f.name: getattr(screening, f.name) for f in fields(Screening)},
         names=names,
-        labels=tuple(inputs.truth.tolist()) if shown else None,
+        labels=tuple(inputs.truth.tolist()) if labelled else None,
         clean_images=len(clean_data),
         case=case,
         notes=notes,
@@ -265,7 +286,7 @@ def _inputs(
     shape, classes = model.input_shape, model.class_names
     if isinstance(images, Path | str):
         load = load_labelled if INPUT_LABELS in part.needs else load_unlabelled
-        path = Path(images)
+        path = data_file(images) if is_hub(images) else Path(images)
         try:
             loaded, names = load(path, class_names=classes, progress=progress, **reading)
         except InputError as error:

@@ -27,6 +27,8 @@ from unbackdoor.audit.cases import (
     require_share,
 )
 from unbackdoor.audit.checks import Check, plan_checks
+from unbackdoor.audit.devices import resolved_device
+from unbackdoor.audit.notebook import shown
 from unbackdoor.audit.own_methods import defense_of
 from unbackdoor.audit.references import read_references
 from unbackdoor.audit.scanning import LEVEL, Audit
@@ -39,7 +41,7 @@ from unbackdoor.engine.run import Run
 from unbackdoor.errors import ConfigError, InputError
 from unbackdoor.opening.write_back import stored_types
 from unbackdoor.registry import Config, Part
-from unbackdoor.triggers import RecoveredTrigger
+from unbackdoor.triggers import RecoveredTrigger, Suspicion
 from unbackdoor.types import Augmentation, CleanData, Progress, Purified, silent
 
 
@@ -69,15 +71,16 @@ def scan(
     label_column: str | None = None,
     skip_damaged: bool = False,
     seed: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     precision: Policy = "auto",
     progress: Progress = silent,
 ) -> Audit:
     """Look for a backdoor with all checks that apply, cheapest first.
 
     Args:
-        model: A file of weights, what :func:`unbackdoor.open_model` returned, a classifier, or a network (a
-            ``torch.nn.Module``, which takes what ``mean`` and ``std`` make of pixels in [0, 1]); only read.
+        model: A file of weights, ``hf://ORG/MODEL``, what :func:`unbackdoor.open_model` returned, a
+            classifier, or a network (a ``torch.nn.Module``, which takes what ``mean`` and ``std`` make of
+            pixels in [0, 1]); only read.
         data: Clean images: a data set's name, a file or folder, ``Images``, ``CleanData``, an array of
             pixels (uint8, or in [0, 1]), a pair ``(pixels, labels)``, or a ``torch.utils.data.Dataset``; None
             where there are none, which leaves the checks that need none.
@@ -104,9 +107,9 @@ def scan(
         label_column: Column of the labels, likewise.
         skip_damaged: Whether images that cannot be decoded are left out and counted.
         seed: Seed of every draw.
-        device: Where to compute.
+        device: Where to compute; ``auto`` is CUDA, else MPS, else the CPU.
         precision: ``auto``, ``fp32`` or ``bf16``.
-        progress: Progress display.
+        progress: Progress display; in a notebook a bar, unless UNBACKDOOR_PROGRESS is 0.
 
     Returns:
         The verdict with its evidence; ``save_report`` writes it as a page.
@@ -122,6 +125,7 @@ def scan(
     # What is wrong with these is said before anything slow.
     plan_checks([checks] if isinstance(checks, str) else checks, options)
     read_references(references or ())
+    device, progress = resolved_device(device), shown(progress)
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
     case = open_case(
         model,
@@ -190,7 +194,7 @@ def purify(
     label_column: str | None = None,
     skip_damaged: bool = False,
     seed: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     precision: Policy = "auto",
     progress: Progress = silent,
 ) -> purifying.Purification:
@@ -233,9 +237,9 @@ def purify(
         label_column: Column of the labels, likewise.
         skip_damaged: Whether images that cannot be decoded are left out and counted.
         seed: Seed of every draw.
-        device: Where to compute.
+        device: Where to compute; ``auto`` is CUDA, else MPS, else the CPU.
         precision: ``auto``, ``fp32`` or ``bf16``.
-        progress: Progress display.
+        progress: Progress display; in a notebook a bar, unless UNBACKDOOR_PROGRESS is 0.
 
     Returns:
         The repaired model with its proof; ``save`` writes it as its owner wrote the original,
@@ -259,6 +263,7 @@ def purify(
         part.configure(options, preset=preset)
     purifying.require_rule(promise)
     require_trigger_files(triggers)
+    device, progress = resolved_device(device), shown(progress)
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
     case = open_case(
         model,
@@ -282,7 +287,7 @@ def purify(
         proof=proof,
     )
     images = case.data if case.data is not None else case.images
-    if images is None:
+    if images is None or not len(images):
         if "images" in part.needs:
             raise InputError("there is no clean image", expected="clean images to repair with", where="data")
         images = CleanData.empty(case.model.input_shape, case.model.class_names)
@@ -334,9 +339,10 @@ def run(
     options: Mapping[str, Any] | Config | None = None,
     preset: str | None = None,
     seed: int = 0,
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "auto",
     precision: Policy = "auto",
     progress: Progress = silent,
+    suspicion: Suspicion | None = None,
 ) -> Purified:
     """Run a defense on a model and verify what it did; nothing is measured.
 
@@ -351,9 +357,10 @@ def run(
         options: Options of the method, or its whole config.
         preset: Named set of options that ``options`` are laid over.
         seed: Seed of every draw of the method.
-        device: Where to compute, such as ``cpu`` or ``cuda:0``.
+        device: Where to compute, such as ``cpu`` or ``cuda:0``; ``auto`` is CUDA, else MPS, else the CPU.
         precision: ``auto``, ``fp32`` or ``bf16``.
-        progress: Progress display.
+        progress: Progress display; in a notebook a bar, unless UNBACKDOOR_PROGRESS is 0.
+        suspicion: Suspected classes and recovered triggers that a method which can use them begins with.
 
     Returns:
         The repaired model on the CPU in evaluation mode, with evidence, seconds and the options used.
@@ -369,11 +376,14 @@ def run(
         >>> repaired = unbackdoor.run(shrink, model, (pixels, labels))  # doctest: +SKIP
     """
     part = defense_of(method)
+    device, progress = resolved_device(device), shown(progress)
     surroundings = Run.create(seed=seed, device=device, policy=precision, progress=progress)
     case = open_case(model, data, run=surroundings)
     clean = case.split(seed)
-    if clean is None:
+    if clean is None and "images" in part.needs:
         raise InputError("there is no clean image", expected="clean images to repair with", where="data")
+    if clean is None:
+        clean = CleanData.empty(case.model.input_shape, case.model.class_names)
     return trusted_caller.run(
         part,
         case.model,
@@ -384,6 +394,7 @@ def run(
         device=device,
         precision=precision,
         progress=progress,
+        suspicion=suspicion,
     )
 
 
@@ -412,7 +423,7 @@ def verify(
     label_column: str | None = None,
     skip_damaged: bool = False,
     seed: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     precision: Policy = "auto",
     progress: Progress = silent,
 ) -> Verification:
@@ -443,9 +454,9 @@ def verify(
         label_column: Column of the labels, likewise.
         skip_damaged: Whether images that cannot be decoded are left out and counted.
         seed: Seed of every draw.
-        device: Where to compute.
+        device: Where to compute; ``auto`` is CUDA, else MPS, else the CPU.
         precision: ``auto``, ``fp32`` or ``bf16``.
-        progress: Progress display.
+        progress: Progress display; in a notebook a bar, unless UNBACKDOOR_PROGRESS is 0.
 
     Raises:
         UnsupportedModel: If the two do not take the same images or do not know the same classes.
@@ -455,6 +466,7 @@ def verify(
     require_trigger_files(triggers)
     require_inputs(before, data)
     require_inputs(after)
+    device, progress = resolved_device(device), shown(progress)
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
     model_options: dict[str, Any] = {
         "arch": arch, "mean": mean, "std": std, "size": size, "class_names": class_names,

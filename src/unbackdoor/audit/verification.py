@@ -24,18 +24,19 @@ from unbackdoor.audit.comparison import (
     compare_logits,
     trigger_success,
 )
-from unbackdoor.audit.purifying import Residue, split_proof
+from unbackdoor.audit.purifying import Residue, before_and_after, change_rows, split_proof
 from unbackdoor.audit.result import Result
 from unbackdoor.audit.scanning import LEVEL, Audit, scan, unscanned
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import UnsupportedModel
 from unbackdoor.metrics import Rate
+from unbackdoor.result_views import Bars
 from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Classifier, CleanData, Images, Progress, as_images, require_classifier, silent
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verification(Result):
     """The comparison of two models.
 
@@ -65,6 +66,26 @@ class Verification(Result):
     facts: Mapping[str, Any] = field(default_factory=dict)
     cases: tuple[Case, Case] | None = field(default=None, repr=False)
     logits: LogitDifference | None = None
+
+    def headline(self) -> str:
+        """Return the comparison in one line."""
+        if self.identical:
+            return "the two models have the same weights"
+        works = sum(r.after.total > 0 and r.after.value > 0.5 for r in self.residues)
+        same = f"{self.agreement.value:.1%}" if self.agreement.total else "no"
+        return (
+            f"before: {self.before.verdict}; after: {self.after.verdict}; "
+            f"same answer on {same} of the images; "
+            f"{works} of {len(self.residues)} recovered triggers still work"
+        )
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row for each tensor that differs."""
+        return change_rows(self.changes)
+
+    def bars(self) -> Bars | None:
+        """Return clean accuracy, and the success of recovered triggers, of both models."""
+        return before_and_after(self.accuracy, self.residues)
 
     @property
     def interrupted(self) -> bool:

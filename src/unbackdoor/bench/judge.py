@@ -72,6 +72,29 @@ def judge(
     )
 
 
+def judge_images(model: Classifier, test: Images, triggered: Images, target: int, run: Run) -> Scores:
+    """Measure ACC on test images, and ASR and RA on images that carry the trigger already.
+
+    Args:
+        model: In evaluation mode, on the run's device.
+        test: Labelled test images.
+        triggered: None of them of the class ``target`` without the trigger, where they have labels.
+        target: The class that the attacker wants.
+        run: Device and precision.
+
+    Returns:
+        RA is of no image where the triggered images have no labels.
+    """
+    for images in (test, triggered):
+        require_fit(model, images)
+    model.eval()
+    acc = agreement(predict(model, test, run).argmax(1), test.truth)
+    predicted = predict(model, triggered, run).argmax(1)
+    asr = Rate(int((predicted == target).sum()), len(triggered))
+    ra = Rate(0, 0) if triggered.labels is None else agreement(predicted, triggered.truth)
+    return Scores(acc, asr, ra)
+
+
 def der(before: Scores, after: Scores) -> float | None:
     """Return the defense effectiveness in 0..1, or None where there was no attack."""
     if not before.asr.total:

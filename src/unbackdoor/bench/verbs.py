@@ -11,25 +11,34 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from unbackdoor.attacks import AttackTruth
-from unbackdoor.audit.cases import Case, Model, open_case, open_pair_sources, options_for
+from unbackdoor.audit.cases import Case, Data, Model, fitting, open_case, open_pair_sources, options_for
 from unbackdoor.audit.comparison import rate_facts
-from unbackdoor.bench.judge import Scores, der, judge, rir
+from unbackdoor.audit.devices import resolved_device
+from unbackdoor.audit.notebook import shown
+from unbackdoor.bench.judge import Scores, der, judge, judge_images, rir
 from unbackdoor.bench.picture_truth import ATTACK as PICTURE
 from unbackdoor.bench.picture_truth import picture_options, truth_of_picture
 from unbackdoor.bench.truth_files import TENSORS_SUFFIX, TRUTH_SUFFIX, load_truth
 from unbackdoor.bench.victims import VictimSpec, save_victim, train_victim
-from unbackdoor.data.datasets import DataSet, load_dataset
+from unbackdoor.data.datasets import DataSet, dataset_names, load_dataset
+from unbackdoor.data.in_memory import images_in_memory, is_in_memory, unusable
+from unbackdoor.data.loaders import load_images
+from unbackdoor.data.own_set import is_own_set, load_own_set
 from unbackdoor.data.splits import draw_clean
 from unbackdoor.engine.precision import Policy
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe, recipe_named
 from unbackdoor.errors import ConfigError, InputError
 from unbackdoor.files import require_writable, writing
+from unbackdoor.hub import data_file, is_hub
 from unbackdoor.networks.build import canonical
 from unbackdoor.opening.open_model import Opened
-from unbackdoor.registry import ATTACKS, Part
-from unbackdoor.types import Classifier, Progress, silent
+from unbackdoor.registry import ATTACKS, Part, near_match
+from unbackdoor.result_views import Bars, Viewed
+from unbackdoor.types import Classifier, CleanData, Images, Progress, as_images, silent
 from unbackdoor.weights.source import Source, existing_file, open_source
 
 SUFFIX = ".safetensors"
@@ -37,8 +46,8 @@ _Stored = Source | Path | str
 _FOR_OPENING = 500  # images by which a foreign file's architecture and normalisation are recognised
 
 
-@dataclass(frozen=True)
-class Victim:
+@dataclass(frozen=True, repr=False)
+class Victim(Viewed):
     """A network that was trained with a planted backdoor, and the truth about it.
 
     Attributes:
@@ -94,6 +103,19 @@ class Victim:
         self.written.update({"model": str(out), "card": str(card), "truth": str(truth)})
         return out
 
+    def headline(self) -> str:
+        """Return the rates in one line."""
+        setting = f"{self.model.architecture} on {self.dataset}, attack {self.truth.attack}"
+        return f"{setting}: {_in_words(self.scores)}"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row for each rate."""
+        return score_rows({"trained": self.scores})
+
+    def bars(self) -> Bars | None:
+        """Return the rates."""
+        return _score_bars(self.headline(), self.rows())
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the tensors as plain values for JSON."""
         return {
@@ -108,8 +130,8 @@ class Victim:
         }
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Viewed):
     """What the judge says of a model whose attack is on record.
 
     Attributes:
@@ -125,12 +147,27 @@ class Evaluation:
 
     scores: Scores
     before: Scores | None
-    truth: AttackTruth
+    truth: AttackTruth | OwnImages
     truth_file: Path | None
     dataset: str
     precision: str
     case: Case = field(repr=False)
     case_before: Case | None = field(default=None, repr=False)
+
+    def headline(self) -> str:
+        """Return the rates in one line."""
+        return f"{self.case.name} on {self.dataset}: {_in_words(self.scores)}"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row for each rate of each model."""
+        both = (
+            {"model": self.scores} if self.before is None else {"before": self.before, "after": self.scores}
+        )
+        return score_rows(both)
+
+    def bars(self) -> Bars | None:
+        """Return the rates."""
+        return _score_bars(self.headline(), self.rows())
 
     @property
     def der(self) -> float | None:
@@ -159,7 +196,7 @@ class Evaluation:
 
 
 def train(
-    dataset: str | DataSet = "cifar10",
+    dataset: str | Path | DataSet = "cifar10",
     *,
     architecture: str = "preact_resnet18[width=16]",
     attack: str = "badnets",
@@ -172,14 +209,16 @@ def train(
     checkpoint: Path | None = None,
     data_root: Path | None = None,
     seed: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     precision: Policy = "auto",
     progress: Progress = silent,
 ) -> Victim:
     """Train a network with a planted backdoor, and measure it.
 
     Args:
-        dataset: Name of the data set to train on, or what :func:`unbackdoor.load_dataset` returned.
+        dataset: Name of the data set to train on, what :func:`unbackdoor.load_dataset` returned, or the path
+            of labelled images of your own, of which a fifth is held out for the test unless there are parts
+            ``train`` and ``test``.
         architecture: Network, with options in brackets.
         attack: Registered attack; ``none`` trains a clean network.
         poison_rate: Share of the training images that carry the trigger, in [0, 1]; None: the attack's.
@@ -193,9 +232,9 @@ def train(
             removed at the end. None keeps nothing.
         data_root: Folder that holds the data sets.
         seed: Seed of the initial weights, the trigger, the poisoned rows and the order of the images.
-        device: Where to compute.
+        device: Where to compute; ``auto`` is CUDA, else MPS, else the CPU.
         precision: ``auto``, ``fp32`` or ``bf16``.
-        progress: Progress display.
+        progress: Progress display; in a notebook a bar, unless UNBACKDOOR_PROGRESS is 0.
 
     Returns:
         The network with its truth and its scores; ``save`` writes both.
@@ -212,14 +251,14 @@ def train(
         raise InputError("a name is of another type", expected="texts as architecture, attack and recipe")
     changed = recipe_named(recipe, **(options or {}))
     given = attack_config(ATTACKS[attack], poison_rate, target, attack_options) if trigger is None else {}
-    name = dataset.name if isinstance(dataset, DataSet) else dataset
+    device, progress = resolved_device(device), shown(progress)
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
     data = _loaded(dataset, data_root, progress)
     if trigger is not None:
         attack = PICTURE
         named = picture_options(trigger, data.train.class_names, target=target)
         given = attack_config(ATTACKS[attack], poison_rate, None, {**(attack_options or {}), **named})
-    spec = VictimSpec(name, canonical(architecture), changed, recipe, attack, given, seed)
+    spec = VictimSpec(data.name, canonical(architecture), changed, recipe, attack, given, seed)
     start = time.perf_counter()
     model, truth = train_victim(spec, data, run, checkpoint=None if checkpoint is None else Path(checkpoint))
     seconds = round(time.perf_counter() - start, 3)
@@ -229,11 +268,13 @@ def train(
 
 def evaluate(
     model: Model,
-    dataset: str | DataSet,
+    dataset: str | Path | DataSet,
     *,
     before: Model | None = None,
     truth: AttackTruth | Path | str | None = None,
     trigger: str | None = None,
+    triggered: Data | None = None,
+    target: int | str | None = None,
     data_root: Path | None = None,
     arch: str | None = None,
     mean: Sequence[float] | None = None,
@@ -242,7 +283,7 @@ def evaluate(
     class_names: Sequence[str] | None = None,
     weights: str | None = None,
     output: str | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     precision: Policy = "auto",
     progress: Progress = silent,
 ) -> Evaluation:
@@ -250,22 +291,26 @@ def evaluate(
 
     Args:
         model: A file of weights, what :func:`unbackdoor.open_model` returned, or a classifier; only read.
-        dataset: Name of the data set whose test images are used, or what :func:`unbackdoor.load_dataset`
-            returned.
+        dataset: Name of the data set whose test images are used, what :func:`unbackdoor.load_dataset`
+            returned, or the path of labelled images of your own: their part ``test``, else all of them.
         before: The same model before its repair; adds DER and RIR.
         truth: The attack, or its record; None: the ``.truth.json`` beside ``model``, else beside ``before``.
         trigger: A picture as the trigger in the place of a record, as for :func:`train`.
+        triggered: Images that carry the trigger already, of an attack of your own, in the place of a record:
+            a path, ``Images``, arrays or a data set. With the labels that they had, those of ``target`` are
+            left out, and RA is measured; without, all count, and RA is not.
+        target: The class that the attacker wants for ``triggered``, by index or name.
         data_root: Folder that holds the data sets.
         arch: See :func:`unbackdoor.open_model`, as for the six that follow; only for files.
-        mean: Per-channel mean; None: the card's, else the data set's.
+        mean: Per-channel mean; None: the card's, else the data set's, else what fits your images best.
         std: Per-channel deviation, likewise.
         size: (H, W) of the model's input.
         class_names: K names, in logit order.
         weights: Which of several sets of weights in the file.
         output: Which of several outputs of an ONNX graph gives the logits.
-        device: Where to compute.
+        device: Where to compute; ``auto`` is CUDA, else MPS, else the CPU.
         precision: ``auto``, ``fp32`` or ``bf16``.
-        progress: Progress display.
+        progress: Progress display; in a notebook a bar, unless UNBACKDOOR_PROGRESS is 0.
 
     Returns:
         The scores, with their counts and intervals. ACC is on the whole test set, ASR and RA on triggered
@@ -279,16 +324,35 @@ def evaluate(
         >>> unbackdoor.evaluate("repaired", "cifar10", before="victim").der  # doctest: +SKIP
         0.98
     """
-    if truth is not None and trigger is not None:
-        raise ConfigError("the attack", ["truth and trigger are two answers to one question"])
-    known = None if trigger is not None else _truth(truth, [model] if before is None else [model, before])
+    answers = {"truth": truth, "trigger": trigger, "triggered": triggered}
+    given_answers = [name for name, value in answers.items() if value is not None]
+    if len(given_answers) > 1:
+        count = "two" if len(given_answers) == 2 else "three"
+        raise ConfigError(
+            "the attack", [f"{' and '.join(given_answers)} are {count} answers to one question"]
+        )
+    if (triggered is None) != (target is None):
+        raise ConfigError("the attack", ["triggered images and their target belong together"])
+    if triggered is not None:
+        triggered = _read(triggered, progress)
+    known = (
+        None
+        if trigger is not None or triggered is not None
+        else _truth(truth, [model] if before is None else [model, before])
+    )
+    device, progress = resolved_device(device), shown(progress)
     run = Run.create(device=device, policy=precision, progress=progress)
-    data = _loaded(dataset, data_root, progress)
-    if known is not None:
-        attack, record = known
+    data = _loaded(dataset, data_root, progress, whole=True)
+    attack: AttackTruth | OwnImages
+    record: Path | None = None
+    if triggered is not None:
+        attack = OwnImages.of(triggered, target, data.test.class_names)
     else:
-        attack, record = truth_of_picture(str(trigger), data.test, run), None
-    _require_same_form(attack, data, record)
+        if known is not None:
+            attack, record = known
+        else:
+            attack = truth_of_picture(str(trigger), data.test, run)
+        _require_same_form(attack, data, record)
     model_options: dict[str, Any] = {
         "arch": arch, "mean": mean, "std": std, "size": size, "class_names": class_names,
         "weights": weights, "output": output,
@@ -303,7 +367,11 @@ def evaluate(
         case = _opened(given, data, run, {} if in_memory else own)
         _require_same_order(case, data)
         label = f"judging {case.name}"
-        return case, judge(case.model.copy().to(run.device), attack, data.test, run, label=label)
+        network = case.model.copy().to(run.device)
+        if isinstance(attack, OwnImages):
+            test = fitting(data.test, case.model, run)
+            return case, judge_images(network, test, attack.fitted(case.model, run), attack.target, run)
+        return case, judge(network, attack, data.test, run, label=label)
 
     first = None if before is None else measured(before)
     case, scores = measured(model)
@@ -348,32 +416,120 @@ def attack_config(
     return part.configure({**(options or {}), **named}).model_dump()
 
 
+@dataclass(frozen=True)
+class OwnImages:
+    """Triggered images of an attack that is not on record.
+
+    Attributes:
+        images: With the trigger in them, and the labels that they had without, if these are known.
+        target: The class that the attacker wants.
+    """
+
+    images: Images
+    target: int
+    attack: str = "of your own"
+
+    @classmethod
+    def of(cls, images: Images, target: int | str | None, class_names: Sequence[str]) -> OwnImages:
+        """Return images with the index of their target, which may be named.
+
+        Raises:
+            InputError: If there is no such class.
+        """
+        text = str(target)
+        if text in class_names:
+            return cls(images, list(class_names).index(text))
+        if text.isdecimal() and int(text) < len(class_names):
+            return cls(images, int(text))
+        raise InputError(
+            f"there is no class {text!r}{near_match(text, list(class_names))}",
+            expected=f"an index in 0..{len(class_names) - 1}, or a name such as {class_names[0]!r}",
+            where="--target (target=...)",
+        )
+
+    def fitted(self, model: Classifier, run: Run) -> Images:
+        """Return the images in a model's form, without those that are of the target anyway."""
+        images = fitting(self.images, model, run)
+        if images.labels is None:
+            return images
+        return images.subset((images.truth != self.target).nonzero().flatten())
+
+    def spec(self) -> dict[str, Any]:
+        """Return what is known of the attack as JSON."""
+        options = {"target": self.target, "images": len(self.images)}
+        shape, classes = list(self.images.shape), self.images.classes
+        return {"attack": self.attack, "options": options, "shape": shape, "classes": classes, "seed": 0}
+
+
+def _read(triggered: Data, progress: Progress) -> Images:
+    if is_in_memory(triggered):
+        return images_in_memory(triggered, what="the triggered images", progress=progress)
+    if isinstance(triggered, Path | str):
+        path = data_file(triggered) if is_hub(triggered) else Path(triggered)
+        if not path.exists():
+            raise InputError("there is no such file or folder", where=path)
+        return load_images(path, progress=progress)
+    if not isinstance(triggered, Images | CleanData):
+        raise unusable(triggered, "the triggered images")
+    return as_images(triggered, what="the triggered images")
+
+
+def score_rows(models: Mapping[str, Scores]) -> list[dict[str, Any]]:
+    """Return the rates of models as rows of a table, those that were measured."""
+    return [
+        {"model": model, "rate": name.upper(), "value": rate.value, "low": rate.interval[0],
+         "high": rate.interval[1], "images": rate.total}
+        for model, scores in models.items()
+        for name in ("acc", "asr", "ra")
+        if (rate := getattr(scores, name)).total
+    ]  # fmt: skip
+
+
+def _score_bars(title: str, rows: Sequence[Mapping[str, Any]]) -> Bars:
+    names = [f"{row['rate']} {row['model']}" for row in rows]
+    marked = [i for i, row in enumerate(rows) if row["rate"] == "ASR"]
+    return Bars(title, names, [row["value"] for row in rows], "share of images", None, marked)
+
+
+def _in_words(scores: Scores) -> str:
+    rates = ((name, getattr(scores, name)) for name in ("acc", "asr", "ra"))
+    return ", ".join(f"{name.upper()} {rate.value:.1%}" for name, rate in rates if rate.total)
+
+
 def scores_facts(scores: Scores) -> dict[str, Any]:
     """Return the three rates with counts and 95 % intervals; None where there was no attack."""
     return {name: rate_facts(getattr(scores, name)) for name in ("acc", "asr", "ra")}
 
 
-def _loaded(dataset: str | DataSet, root: Path | None, progress: Progress) -> DataSet:
+def _loaded(
+    dataset: str | Path | DataSet, root: Path | None, progress: Progress, *, whole: bool = False
+) -> DataSet:
     if isinstance(dataset, DataSet):
         return dataset
-    if not isinstance(dataset, str):
+    if not isinstance(dataset, str | Path):
         raise InputError(
             "the data set is of another type",
-            expected="a name, or what unbackdoor.load_dataset returns",
+            expected="a name, a path, or what unbackdoor.load_dataset returns",
             got=type(dataset).__name__,
         )
+    if isinstance(dataset, Path) or is_own_set(dataset):
+        return load_own_set(Path(dataset), whole=whole, progress=progress)
     return load_dataset(dataset, root=root, progress=progress)
 
 
 def _opened(model: Model, data: DataSet, run: Run, options: Mapping[str, Any]) -> Case:
     """Open a model; where nothing else states its normalisation, it is the data set's."""
-    if not isinstance(model, _Stored):
+    bare = isinstance(model, nn.Module) and not isinstance(model, Classifier)
+    if not bare and not isinstance(model, _Stored):
         return open_case(model, run=run, **options)
-    source = model if isinstance(model, Source) else open_source(model)
-    if source.card() is None and options["mean"] is None and options["std"] is None:
+    opened = open_source(model) if isinstance(model, Path | str) else model
+    card = opened.card() if isinstance(opened, Source) else None
+    # Of images of the user nothing is known: they decide between the usual normalisations.
+    stated = bare or data.name in dataset_names()
+    if stated and card is None and options.get("mean") is None and options.get("std") is None:
         options = {**options, "mean": data.mean, "std": data.std}
     sample = draw_clean(data.test, count=min(_FOR_OPENING, len(data.test)), seed=0)
-    return open_case(source, sample, run=run, **options)
+    return open_case(opened, sample, run=run, **options)
 
 
 def _path(case: Case) -> str | None:

@@ -29,6 +29,7 @@ from unbackdoor.cli.purify import purify
 from unbackdoor.cli.scan import scan
 from unbackdoor.cli.screen import screen
 from unbackdoor.cli.settings import read_settings
+from unbackdoor.cli.statement import statement
 from unbackdoor.cli.train import train
 from unbackdoor.cli.unlearn import unlearn
 from unbackdoor.cli.verify import verify
@@ -181,7 +182,7 @@ app = typer.Typer(
     "was done.",
     epilog=EPILOG,
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
@@ -217,7 +218,7 @@ def _global(
     context.default_map = settings.defaults
     used = settings.of(invocation.command)
     invocation.as_json = invocation.as_json or used.get("as_json", False)
-    if used and not used.get("quiet"):
+    if used and config is None:  # a file that nobody named cannot silence this
         facts = ", ".join(f"{name.replace('_', '-')} = {value}" for name, value in used.items())
         complain(f"Options from {settings.path}: {facts}")
 
@@ -248,6 +249,7 @@ app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(unlearn)
 app.add_typer(patch, name="patch")
+app.add_typer(statement, name="statement")
 app.add_typer(bench, name="bench")
 
 

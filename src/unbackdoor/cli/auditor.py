@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from unbackdoor.types import Progress
     from unbackdoor.weights.source import Source
 
-PAGE = "report.html"
+PAGE, RECORD = "report.html", "result.json"
 _MAX_NAMES_FILE = 10 << 20  # bytes
 _MAX_NAMED = 10  # suspected classes that a sentence lists; the record has all
 _MODEL, _DATA = "Models without a card", "Data"
@@ -70,7 +70,7 @@ MaybeData = Annotated[
     str | None,
     typer.Option(
         help="Clean images: a data set's name, a folder of class folders or with labels.csv, a .parquet or "
-        ".npz file, or a folder of images without labels.",
+        ".npz file, a folder of images without labels, or hf://datasets/ORG/NAME.",
         show_default="none: only the checks that need no images",
         rich_help_panel=_DATA,
     ),

@@ -47,6 +47,9 @@ class Format(StrEnum):
 
     jsonl = "jsonl"
     parquet = "parquet"
+    csv = "csv"
+    markdown = "md"
+    latex = "tex"
 
 
 SuiteName = Annotated[str, typer.Argument(help="Label of a suite such as smoke-v1, or a .toml file.")]
@@ -220,8 +223,13 @@ def export(
     store: StoreFolder = STORE,
     force: options.Force = False,
 ) -> None:
-    """Write the rows of a suite as JSON lines or Parquet; scans go into a second file beside them."""
+    """Write the rows of a suite; scans go into a second file beside them.
+
+    JSON lines, Parquet and CSV (--format csv) have every column; Markdown (md) and LaTeX (tex, with the rules
+    of booktabs) are tables to read.
+    """
     from unbackdoor.bench.results import write_parquet
+    from unbackdoor.bench.row_tables import write_csv, write_table
     from unbackdoor.bench.rows import Row, ScanRow, write_rows
     from unbackdoor.files import writing
 
@@ -234,6 +242,10 @@ def export(
                 continue
             if form is Format.parquet:
                 write_parquet(where, kind_rows, kind)
+            elif form is Format.csv:
+                write_csv(where, kind_rows, kind)
+            elif form in (Format.markdown, Format.latex):
+                write_table(where, kind_rows, kind, latex=form is Format.latex)
             else:
                 write_rows(where, kind_rows)
             say(f"{len(kind_rows)} rows: {where}")

@@ -19,7 +19,11 @@ def evaluate(
     ],
     dataset: Annotated[
         str,
-        typer.Option(help="Data set whose test images are used.", show_default=False, rich_help_panel="Data"),
+        typer.Option(
+            help="Data set whose test images are used, or a path of labelled images (part test, or all).",
+            show_default=False,
+            rich_help_panel="Data",
+        ),
     ],
     data_root: options.DataRoot = None,
     before: Annotated[
@@ -47,6 +51,23 @@ def evaluate(
             rich_help_panel="Data",
         ),
     ] = None,
+    triggered: Annotated[
+        str | None,
+        typer.Option(
+            help="Images that carry the trigger already, of an attack of your own: a folder, a .parquet or "
+            "an .npz file; with the labels that they had, or without. Needs --target.",
+            show_default=False,
+            rich_help_panel="Data",
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="Class that the attacker wants for --triggered, by index or name.",
+            show_default=False,
+            rich_help_panel="Data",
+        ),
+    ] = None,
     arch: auditor.Arch = None,
     mean: options.Mean = None,
     std: options.Std = None,
@@ -54,7 +75,7 @@ def evaluate(
     class_names: auditor.Classes = None,
     weights: options.Weights = None,
     output: auditor.Output = None,
-    device: options.Device = "cpu",
+    device: options.Device = "auto",
     precision: options.PrecisionOption = options.PrecisionPolicy.auto,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
@@ -76,6 +97,8 @@ def evaluate(
             before=before,
             truth=truth,
             trigger=trigger,
+            triggered=triggered,
+            target=target,
             data_root=data_root,
             arch=arch,
             mean=options.numbers(mean, "--mean"),

@@ -46,7 +46,13 @@ DataRoot = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random draw.", rich_help_panel=_COMPUTE)]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.", rich_help_panel=_COMPUTE)]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="Where to compute: cpu, cuda, cuda:N or mps; auto takes cuda, else mps, else cpu.",
+        rich_help_panel=_COMPUTE,
+    ),
+]
 PrecisionOption = Annotated[
     PrecisionPolicy,
     typer.Option(
@@ -149,11 +155,17 @@ def open_run(seed: int, device: str, precision: PrecisionPolicy, progress: Progr
     """
     import torch
 
+    from unbackdoor.audit.devices import resolved_device
     from unbackdoor.engine.run import Run
     from unbackdoor.registry import near_match
 
+    device = resolved_device(device)
     available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    device_names = [*available, "cuda"] if len(available) > 1 else available
+    if len(available) > 1:
+        available.append("cuda")
+    if torch.backends.mps.is_available():
+        available.append("mps")
+    device_names = [*available, "auto"]
     if device not in device_names:
         raise InputError(
             f"there is no device {device!r}{near_match(device, device_names)}",

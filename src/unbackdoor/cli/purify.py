@@ -129,7 +129,7 @@ def purify(
     weights: shared.Weights = None,
     output: auditor.Output = None,
     seed: shared.Seed = 0,
-    device: shared.Device = "cpu",
+    device: shared.Device = "auto",
     precision: shared.PrecisionOption = shared.PrecisionPolicy.auto,
     force: shared.Force = False,
     as_json: shared.AsJson = False,
@@ -174,12 +174,13 @@ def purify(
     # Checked before the repair as far as possible, because the repair may take an hour.
     source = shared.existing_model(model)
     others = () if patch is None else (patch,)
-    _require_outputs(out, others, report, source, force=force)
+    records = () if scan is None else (scan, scan / auditor.RECORD)  # the folder, or the record itself
+    _require_outputs(out, others, report, source, records, force=force)
     with Display(quiet=quiet) as display:
         run = shared.open_run(seed, device, precision, display)
         case = auditor.open_case(source, user_options, run, display, quiet=quiet)
         out = output_name(out, case.opened)
-        _require_outputs(out, others, report, source, force=force)
+        _require_outputs(out, others, report, source, records, force=force)
         try:
             done = unbackdoor.purify(
                 case,
@@ -250,7 +251,13 @@ def _show_report(report: Path | None) -> None:
 
 
 def _require_outputs(
-    out: Path, others: Sequence[Path], report: Path | None, source: Path, *, force: bool
+    out: Path,
+    others: Sequence[Path],
+    report: Path | None,
+    source: Path,
+    records: Sequence[Path] = (),
+    *,
+    force: bool,
 ) -> None:
     from unbackdoor.opening.write_back import ONNX, SUFFIXES
 
@@ -262,7 +269,7 @@ def _require_outputs(
         )
     originals = (source, source.with_suffix(".json")) if shared.has_card(source) else (source,)
     files = (out, out.with_suffix(".json"), *others)
-    auditor.require_report(report, files, force=force, inputs=originals)
+    auditor.require_report(report, files, force=force, inputs=(*originals, *records))
 
 
 def _show(method: str, preset: str | None, done: Purification) -> None:

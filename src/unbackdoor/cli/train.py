@@ -20,7 +20,14 @@ def train(
             help="Weights file to write, .safetensors.", show_default=False, rich_help_panel="Output"
         ),
     ],
-    dataset: Annotated[str, typer.Option(help="Data set to train on.", rich_help_panel="Data")] = "cifar10",
+    dataset: Annotated[
+        str,
+        typer.Option(
+            help="Data set to train on, or a path of labelled images: with parts train and test, else a "
+            "fifth is held out.",
+            rich_help_panel="Data",
+        ),
+    ] = "cifar10",
     data_root: shared.DataRoot = None,
     architecture: Annotated[
         str, typer.Option(help="Network, with options in brackets.", rich_help_panel="Training")
@@ -81,7 +88,7 @@ def train(
         ),
     ] = None,
     seed: shared.Seed = 0,
-    device: shared.Device = "cpu",
+    device: shared.Device = "auto",
     precision: shared.PrecisionOption = shared.PrecisionPolicy.auto,
     force: shared.Force = False,
     as_json: shared.AsJson = False,

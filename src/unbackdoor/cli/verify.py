@@ -45,7 +45,7 @@ def verify(
     weights: options.Weights = None,
     output: auditor.Output = None,
     seed: options.Seed = 0,
-    device: options.Device = "cpu",
+    device: options.Device = "auto",
     precision: options.PrecisionOption = options.PrecisionPolicy.auto,
     force: options.Force = False,
     as_json: options.AsJson = False,

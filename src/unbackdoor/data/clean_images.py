@@ -9,6 +9,7 @@ from unbackdoor.data.datasets import DataSet, dataset_names, load_dataset
 from unbackdoor.data.loaders import ImageFiles
 from unbackdoor.data.splits import draw_clean, reserve
 from unbackdoor.errors import ConfigError, InputError
+from unbackdoor.hub import data_file, is_hub
 from unbackdoor.registry import near_match
 from unbackdoor.types import Augmentation, Images, Progress, silent
 
@@ -51,7 +52,7 @@ def resolve_clean_images(
     """Return the images of a name or a path; those of a path are not loaded yet.
 
     Args:
-        data: A data set's name, or a path.
+        data: A data set's name, a path, or ``hf://datasets/ORG/NAME``.
         clean: Images to draw from the named data set, equally from all classes.
         per_class: Likewise: images of each class.
         fraction: Likewise: share of the images set aside for defenders.
@@ -66,6 +67,8 @@ def resolve_clean_images(
         InputError: If there is no such data set, file or folder.
         ConfigError: If an amount was given for images from a path, or a column for a named data set.
     """
+    if is_hub(data):
+        data = data_file(data)
     data_set = named_data_set(str(data), root, progress)
     if data_set is None:
         reject_amounts(clean, per_class, fraction)

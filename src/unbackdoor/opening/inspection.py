@@ -18,6 +18,7 @@ from unbackdoor.confinement import rehearsed
 from unbackdoor.errors import InputError, MissingExtra, UnbackdoorError, UnsafeFile, UnsupportedModel
 from unbackdoor.opening.open_model import own_network
 from unbackdoor.opening.recognise_architecture import nearest
+from unbackdoor.result_views import Viewed
 from unbackdoor.types import Progress, silent
 from unbackdoor.weights.formats.onnx.graph import describe_graph, import_graph
 from unbackdoor.weights.formats.state_dicts import Fact
@@ -136,8 +137,8 @@ class SetFact:
     problem: str | None
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Viewed):
     """What a file of weights is.
 
     Attributes:
@@ -195,6 +196,18 @@ class Inspection:
     def not_finite(self) -> int:
         """Number of values that are NaN or infinite."""
         return sum(tensor.not_finite for tensor in self.tensors)
+
+    def headline(self) -> str:
+        """Return what the file is in one line."""
+        words = f"{self.path}: {self.format}, {self.parameters:,} numbers; {IN_WORDS[self.loading]}"
+        return words if self.problem is None else f"{words} Not readable: {self.problem}"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row for each tensor."""
+        return [
+            {"name": t.name, "shape": tuple(t.shape), "dtype": t.dtype, "not_finite": t.not_finite}
+            for t in self.tensors
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values for JSON."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from unbackdoor.confinement import rehearsed
 from unbackdoor.errors import InputError, UnbackdoorError, UnsafeFile
 from unbackdoor.files import is_there
+from unbackdoor.hub import is_hub, model_folder
 from unbackdoor.weights.card import MAX_CARD, ModelCard, read_card
 from unbackdoor.weights.model_folder import weights_in
 from unbackdoor.weights.read import Contents, bytes_needed, read_contents
@@ -160,10 +161,14 @@ def _open_source(path: Path) -> Source:
 def existing_file(path: Path) -> Path:
     """Return the weights file: with its suffix appended where only that exists, or that of a model folder.
 
+    A model of the hub, ``hf://ORG/MODEL``, is fetched.
+
     Raises:
         InputError: If a folder holds no weights, or several files and none is meant by its name.
         UnsupportedModel: If it holds an adapter alone.
     """
+    if is_hub(path):
+        path = model_folder(path)
     if is_there(path) and path.is_dir():
         return weights_in(path)[0]
     with_suffix = path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)

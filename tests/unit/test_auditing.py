@@ -20,12 +20,14 @@ import unbackdoor
 from planted import block_data, planted
 from tiny import tiny_classifier, tiny_data
 from unbackdoor import confinement
-from unbackdoor.audit import auditing, cost
+from unbackdoor.audit import auditing, cost, scanning
 from unbackdoor.audit.checks import Check
 from unbackdoor.audit.cost import Cost
 from unbackdoor.audit.steps import Step, Steps
 from unbackdoor.cli.app import app
 from unbackdoor.cli.audit import outcome
+from unbackdoor.cli.steps import step_rows
+from unbackdoor.engine.run import Run
 from unbackdoor.errors import ConfigError, InputError, MethodFailed, UnbackdoorError
 from unbackdoor.metrics import Rate
 from unbackdoor.registry import DEFENSES, SCANNERS, Config, defense, scanner
@@ -346,6 +348,38 @@ def test_a_search_for_a_trigger_is_shortened_or_left_out(
     assert len(asked) == 1 and statuses(done)["trigger"] == "left out"
 
 
+def test_a_slow_network_is_timed_on_one_image(clock: Clock) -> None:
+    model, seen = planted(), []
+
+    def slow(module: Any, inputs: Any) -> None:
+        seen.append(len(inputs[0]))
+        clock.seconds += 2.0 * len(inputs[0])
+
+    handle = model.network.register_forward_pre_hook(slow)  # type: ignore[union-attr]
+    assert cost.measured(model, block_data(40), Run.create(policy="fp32")).seconds == 2.0 and seen == [1]
+    handle.remove()
+
+
+def test_the_form_of_a_slow_network_is_within_the_budget(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One batch of it went on for minutes after the end."""
+    only(says("quiet", 0.6))
+    costing(monkeypatch, 1e-9)
+    model, passes = planted(), []
+
+    def slow(module: Any, inputs: Any) -> None:
+        passes.append(1)
+        clock.seconds += 1000
+
+    monkeypatch.setattr(auditing._Work, "accuracy", lambda self: None)
+    monkeypatch.setattr(
+        scanning, "form_for_checks", lambda m, data, run: (slow(m, None), m(data.all.pixels / 255))
+    )
+    done = unbackdoor.audit(model, block_data(40), mends(), budget=100)
+    assert done.verdict == "undecided" and passes == [1] and statuses(done)["quiet"] == "left out"
+
+
 def test_dearer_checks_get_larger_estimates() -> None:
     places = (5, 10, 15, 20, 25, 30, 35, 40)
     checks = [Check(says(f"at_{place}", 0.5, place=place), f"at_{place}", "") for place in places]
@@ -532,6 +566,13 @@ main()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "[]", done.stderr
     assert done.stderr == ("unbackdoor audit: starting\n" if words == ["audit", "m.pth"] else "")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.001, "1 s"), (59, "59 s"), (150, "2 min"), (3600, "60 min"), (1e7, "2,778 h")]
+)
+def test_an_estimate_is_no_more_exact_than_it_is(seconds: float, words: str) -> None:
+    assert step_rows([Step("a", "first", seconds)])[0][2] == words
 
 
 def test_the_room_is_the_verb() -> None:

@@ -378,7 +378,8 @@ def _form(model: Classifier, data: CleanData, run: Run, deadline: float | None) 
             yield item
 
     try:
-        return form_for_checks(model, data, replace(run, show=limited))
+        with watched(deadline):  # a batch of a large network takes minutes
+            return form_for_checks(model, data, replace(run, show=limited))
     except UnbackdoorError:
         return None
 

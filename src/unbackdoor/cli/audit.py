@@ -203,8 +203,6 @@ def plan_in_words(done: Assessment) -> str:
 
 
 def _show(done: Assessment) -> None:
-    from unbackdoor.audit.steps import Step
-
     table("Steps", ("step", "result", ">time"), [(row[0], row[4], row[5]) for row in step_rows(done.steps)])
     assert done.case is not None
     names = done.case.model.class_names
@@ -221,9 +219,6 @@ def _show(done: Assessment) -> None:
     say(f"Verdict: {done.verdict}{towards}; checks done {ended} of {planned}")
     for reason in done.reasons:
         say(reason)
-    left: list[Step] = [step for step in done.steps if step.status in ("left out", "failed")]
-    for step in left:
-        say(f"{step.name} ({step.status}): {step.result}")
     if done.outcome is not None:
         say(f"Repair: {done.outcome}")
     for what, path in done.written.items():

@@ -141,6 +141,7 @@ class StepDisplay(Display):
 
 
 def _about(seconds: float) -> str:
-    if seconds < 1:
-        return "1 s"
-    return duration(float(round(seconds))) if seconds >= 60 else f"{seconds:.0f} s"
+    """Return a time that is known within a factor of two."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:,.0f} h"

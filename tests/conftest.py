@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import pytest
+import rich.live  # now: the import draws from the global generator, and the command line imports it late
+import rich.progress
+import rich.table  # noqa: F401
 import torch
 
 from differential import difference, safetensors_reads, torch_reads

@@ -25,11 +25,14 @@ from unbackdoor.errors import (
 
 if TYPE_CHECKING:
     from unbackdoor.attacks import AttackTruth
+    from unbackdoor.audit.auditing import Assessment, audit
     from unbackdoor.audit.comparison import Accuracy, TensorChange
     from unbackdoor.audit.json_records import record
+    from unbackdoor.audit.outcome import Outcome
     from unbackdoor.audit.purifying import PromiseBroken, Purification, Residue
     from unbackdoor.audit.scanning import Audit, Checked
     from unbackdoor.audit.screening import ScreenedImages, screen
+    from unbackdoor.audit.steps import Step
     from unbackdoor.audit.unlearning import Unlearning, unlearn
     from unbackdoor.audit.verbs import purify, run, scan, verify
     from unbackdoor.audit.verification import Verification
@@ -71,6 +74,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Accuracy",
+    "Assessment",
     "AttackTruth",
     "Audit",
     "Augmentation",
@@ -90,6 +94,7 @@ __all__ = [
     "MethodFailed",
     "MissingExtra",
     "Opened",
+    "Outcome",
     "PromiseBroken",
     "Provenance",
     "Purification",
@@ -103,6 +108,7 @@ __all__ = [
     "ScreenedImages",
     "Screening",
     "Source",
+    "Step",
     "Suspicion",
     "TensorChange",
     "TooFewImages",
@@ -114,6 +120,7 @@ __all__ = [
     "Verification",
     "Victim",
     "__version__",
+    "audit",
     "build",
     "evaluate",
     "inspect",
@@ -142,6 +149,7 @@ __all__ = [
 
 _HOMES = {
     "Accuracy": "unbackdoor.audit.comparison",
+    "Assessment": "unbackdoor.audit.auditing",
     "AttackTruth": "unbackdoor.attacks",
     "Audit": "unbackdoor.audit.scanning",
     "Augmentation": "unbackdoor.types",
@@ -154,6 +162,7 @@ _HOMES = {
     "Images": "unbackdoor.types",
     "Inspection": "unbackdoor.opening.inspection",
     "Opened": "unbackdoor.opening.open_model",
+    "Outcome": "unbackdoor.audit.outcome",
     "PromiseBroken": "unbackdoor.audit.purifying",
     "Purification": "unbackdoor.audit.purifying",
     "Purified": "unbackdoor.types",
@@ -165,6 +174,7 @@ _HOMES = {
     "Scores": "unbackdoor.bench.judge",
     "ScreenedImages": "unbackdoor.audit.screening",
     "Screening": "unbackdoor.types",
+    "Step": "unbackdoor.audit.steps",
     "Suspicion": "unbackdoor.triggers",
     "TensorChange": "unbackdoor.audit.comparison",
     "Unlearning": "unbackdoor.audit.unlearning",
@@ -198,8 +208,12 @@ _HOMES = {
 }
 
 
-# Verbs that are several functions.
-_MODULES = {"patch": "unbackdoor.opening.patching", "statement": "unbackdoor.report.statement"}
+# Verbs that are several functions, and the one whose room can be called.
+_MODULES = {
+    "audit": "unbackdoor.audit",
+    "patch": "unbackdoor.opening.patching",
+    "statement": "unbackdoor.report.statement",
+}
 # Not in ``__all__``, as the names of this kind in numpy: ``from unbackdoor import *`` leaves builtins alone.
 _HIDING_BUILTINS = {"list": ("unbackdoor.bench.listing", "listing")}
 

@@ -349,7 +349,7 @@ BROKEN: dict[Kind, dict[str, list[Case]]] = {
         ],
         "declared needs": [
             *LOOKERS["declared needs"],
-            (on_methods(nothing, needs=set()), "must need images"),
+            (on_methods(needs_images, needs=set()), "raised IndexError"),
         ],
         "few images": [*LOOKERS["few images"], (on_methods(two_of_each), "must work with it")],
     },

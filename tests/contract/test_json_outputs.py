@@ -94,6 +94,10 @@ def test_what_the_auditor_gets(case: Path) -> None:
     checks = ("--checks", "tac,weight_statistics,neural_cleanse", "--set", "neural_cleanse.steps=20")
     scanned = check(call("scan", model, "--data", data, *checks, "--report", case / "r", *TYPED)[1], "scan")
     assert json.loads((case / "r" / "result.json").read_text()) == scanned
+    few = ("--checks", "weight_statistics", "--method", "random_prune", "--out", case / "a")
+    audited = check(call("audit", model, "--data", data, *few, *TYPED)[1], "audit")
+    assert {**json.loads((case / "a" / "result.json").read_text()), "date": ""} == {**audited, "date": ""}
+    check(call("audit", model, "--data", data, "--plan", *TYPED)[1], "audit")
     words = ("--data", data, "--method", "random_prune", "--patch", case / "p", "--max-accuracy-drop", "90")
     check(call("purify", model, *words, "--out", case / "after.pth", *TYPED)[1], "purify")
     few = ("--checks", "weight_statistics", "--data", data)
@@ -137,6 +141,8 @@ FAULTS = [
     (("scan", "nothing.pth"), 2, "InputError", "scan"),
     (("scan", "nothing.pth", "--no-such-option"), 2, "Error", "scan"),
     (("scan",), 2, "Error", "scan"),
+    (("audit", "nothing.pth"), 2, "InputError", "audit"),
+    (("audit", "model.pth", "--method", "rpn"), 2, "InputError", "audit"),
     (
         ("purify", "model.pth", "--data", "clean.npz", "--method", "rpn", "--out", "o"),
         2,

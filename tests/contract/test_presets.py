@@ -6,6 +6,8 @@ Those of AWM and IMS are held to the released configurations in ``tests/unit``.
 from __future__ import annotations
 
 import inspect
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,3 +47,15 @@ def test_the_options_of_unlearning_are_the_same_everywhere() -> None:
         other = part.configure().model_dump()
         for name in ("unlearn_lr", "clip", "margin", "max_drop", "max_steps", "momentum", "weight_decay"):
             assert other[name] == rnp[name], name
+
+
+def test_the_page_of_defenses_names_what_is_registered() -> None:
+    """Rows of the tables: a name, what it does, what it needs, its presets."""
+    page = (Path(__file__).parents[2] / "docs" / "defenses.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|.*\|([^|]*)\|([^|]*)\|$", page, re.MULTILINE)
+    assert len(rows) >= 12
+    for name, needs, presets in rows:
+        part = DEFENSES[name]
+        assert re.findall(r"`([\w-]+)`", presets) == list(part.presets), name
+        assert needs.strip().startswith("nothing") == (not part.needs), name
+        assert ("labels" in needs and "without labels" not in needs) == ("labels" in part.needs), name

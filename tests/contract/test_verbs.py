@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import unbackdoor
 from tiny import tiny_classifier, tiny_data
+from unbackdoor.cli import audit as audit_command
 from unbackdoor.cli import evaluate as evaluate_command
 from unbackdoor.cli import inspect as inspect_command
 from unbackdoor.cli import listing as list_command
@@ -38,6 +39,7 @@ PRESENTATION = {"report", "sarif_file", "out", "patch", "force", "as_json", "qui
 HIDDEN = {"resize"}  # of old scripts; does nothing
 PROGRESS = {"progress"}  # a display, which the command line makes of --quiet
 VERBS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "audit": (audit_command.audit, unbackdoor.audit),
     "inspect": (inspect_command.inspect, unbackdoor.inspect),
     "scan": (scan_command.scan, unbackdoor.scan),
     "purify": (purify_command.purify, unbackdoor.purify),

@@ -24,6 +24,7 @@ from unbackdoor.metrics import Rate
 from unbackdoor.registry import DEFENSES, SCANNERS, Config
 from unbackdoor.report.audit import Subject, audit_page
 from unbackdoor.report.sarif import sarif
+from unbackdoor.report.trigger_strips import Example
 from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import CleanData, Finding, Purified, ScanReport, Verdict
 from unbackdoor.weights.patch import make_patch, read_patch, use_patch, write_patch
@@ -173,15 +174,16 @@ def test_the_page_and_the_log_of_a_finding() -> None:
     model = tiny_classifier("conv-bn")
     audit = scan(model, clean(), checks=[found, says("broken", None, error=RuntimeError("<b>"))])
     assert (audit.triggers[0].label, audit.triggers[0].check) == (2, "strong")
+    pixels = tiny_data(4).pixels
     page = audit_page(
         Subject("<script>.pt", NAMES, warnings=["low accuracy"], command="unbackdoor scan"),
         audit=audit,
-        images=tiny_data(4),
-        answers=[[(0, 2)] * 4],
+        examples=[[Example(one, one + 1, 0, (0, 2), 0) for one in pixels]],
     )
     assert "<script>" not in page and "&lt;script&gt;" in page
     assert "Evidence of a backdoor towards c (class 2)" in page
-    assert page.count("data:image/png") == 2 + 2 * 4
+    assert page.count("data:image/png") == 2 + 3 * 4
+    assert "a (class 0) &rarr; <b>c (class 2)</b>" in page and "repaired copy" in page
     assert "http" not in page.replace("http-equiv", "")
     log = sarif(audit, Path("model file.pt"), NAMES, file_sha256="0" * 64)
     json.dumps(log, allow_nan=False)

@@ -624,3 +624,37 @@ def test_the_command_writes_both_files(tmp_path: Path) -> None:
 def test_the_command_refuses_a_missing_file(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["bench", "report", str(tmp_path / "none.jsonl")])
     assert result.exit_code == 2 and "the file does not exist" in result.stderr
+
+
+def test_a_defense_has_the_same_mark_in_every_chart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes and colours were counted anew for each setting, so that one defense had several."""
+    drawn: list[dict[str, int]] = []
+
+    def scattered(points: dict[plots.Mark, Any], **_: str) -> str:
+        return drawn.append({mark.name: mark.place for mark in points}) or ""
+
+    monkeypatch.setattr(charts, "scatter", scattered)
+    few = [
+        row.model_copy(update={"architecture": "vgg11"}) for row in made() if row.defense in ("rnp", "none")
+    ]
+    bench_report([*made(), *few])
+    by_name: dict[str, set[int]] = {}
+    for places in drawn:
+        for name, place in places.items():
+            by_name.setdefault(name, set()).add(place)
+    assert len(drawn) == 4 and all(len(places) == 1 for places in by_name.values())
+    assert len({place for places in by_name.values() for place in places}) == len(by_name)
+
+
+def test_the_front_holds_what_nothing_beats() -> None:
+    assert plots.pareto([]) == []
+    assert plots.pareto([(0.5, 0.9), (0.1, 0.8), (0.3, 0.7), (0.1, 0.6), (0.5, 0.9)]) == [
+        (0.1, 0.8),
+        (0.5, 0.9),
+    ]
+
+
+def test_a_legend_says_names_alone(text: str) -> None:
+    """An invisible mark before each name was shown as its escape."""
+    assert "u200b" not in text and ">better" in text
+    assert plots.style(plots.Mark("_hidden", 0, oracle=False, older=False))["label"].strip() == "_hidden"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from unbackdoor import confinement
+from unbackdoor.audit.budget import budgeted
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import InputError
 from unbackdoor.opening.normalisation_guess import (
@@ -49,6 +52,42 @@ def images(count: int = 80, channels: int = 1, *, labels: bool = True, seed: int
 
 def run() -> Run:
     return Run.create(policy="fp32")
+
+
+class Slow(Brightness):
+    """Takes a second for every image."""
+
+    def __init__(self, clock: SimpleNamespace) -> None:
+        super().__init__(usual_normalisations(1)[0])
+        self.clock = clock
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.clock.seconds += len(x)
+        return super().forward(x)
+
+
+def test_a_budget_leaves_time_for_what_comes_after_the_guess(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network of 224 pixels and 1,000 classes spent seven minutes here, and nothing was left to scan."""
+    clock = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(confinement, "time", SimpleNamespace(monotonic=lambda: clock.seconds))
+    trials = len(usual_normalisations(1))
+    for budget, most in ((400, 100), (4000, 1000)):
+        clock.seconds = 0.0
+        with budgeted(budget):
+            found = infer_normalisation({"net": Slow(clock)}, images(), run())
+        assert clock.seconds <= most and found.best.accuracy == 1
+        assert any("for lack of time" in note for note in found.notes) == (budget == 400)
+    # Fewer images where time is short, and then fewer trials.
+    for budget, first in ((160, 7), (100, 4), (52, 2), (40, 2)):
+        clock.seconds = 0.0
+        with budgeted(budget):
+            found = infer_normalisation({"net": Slow(clock)}, images(), run())
+        assert clock.seconds <= 2 + first * trials and found.best.total == first
+        assert any("for lack of time" in note for note in found.notes)
+    clock.seconds = 0.0
+    with budgeted(1):  # one is always tried
+        assert infer_normalisation({"net": Slow(clock)}, images(), run()).best.total == 2
+    assert clock.seconds == 4
 
 
 @pytest.mark.parametrize("convention", usual_normalisations(1), ids=lambda c: c.name)

@@ -26,6 +26,7 @@ from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe, train
 from unbackdoor.engine.trusted_caller import run as call
 from unbackdoor.errors import MethodFailed, UnsupportedModel
+from unbackdoor.networks import build
 from unbackdoor.testing.examples import odd_classifier, on_quadrants
 from unbackdoor.types import Classifier, CleanData
 
@@ -53,6 +54,20 @@ def test_with_cross_entropy_it_is_the_trainer(family: str, batch_norm: str) -> N
 
     losses = descend(own, IMAGES, recipe, loss, RUN, augmentation="crop+flip", batch_norm=batch_norm)  # type: ignore[arg-type]
     assert losses == train(plain, IMAGES, recipe, RUN, batch_norm=batch_norm).losses  # type: ignore[arg-type]
+    assert own.sha256() == plain.sha256()
+
+
+def test_a_network_with_rates_of_its_own_keeps_them() -> None:
+    recipe = Recipe(epochs=4, lr=0.01, batch_size=40, schedule="constant")
+    own, plain = (
+        build("airbench[width=4]", input_shape=(1, 16, 16), class_names="abcd", seed=0) for _ in range(2)
+    )
+    images = replace(IMAGES, pixels=IMAGES.pixels.repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+    def loss(batch: Batch) -> Tensor:
+        return F.cross_entropy(logits_of(own, batch.pixels, RUN), batch.labels)
+
+    assert descend(own, images, recipe, loss, RUN) == train(plain, images, recipe, RUN).losses
     assert own.sha256() == plain.sha256()
 
 
@@ -254,7 +269,9 @@ def test_first_weights_from_the_features(initial: str, count: int) -> None:
     assert accuracy(model, images, RUN) > 0.9
 
 
-def test_statistics_are_those_of_the_images() -> None:
+@pytest.mark.parametrize("at_once", [500, 79])  # in one pass, and in two of 40 and not of 79 and 1
+def test_statistics_are_those_of_the_images(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_shift, "EVALUATION_BATCH", at_once)
     model = tiny_classifier("conv-bn")
     momenta = [m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     estimate_statistics(model, IMAGES, RUN)
@@ -265,7 +282,7 @@ def test_statistics_are_those_of_the_images() -> None:
         model(IMAGES.pixels / 255)
     handle.remove()
     assert torch.allclose(first.running_mean, seen[0].mean((0, 2, 3)), atol=1e-5)  # type: ignore[arg-type]
-    assert torch.allclose(first.running_var, seen[0].var((0, 2, 3)), rtol=1e-3)  # type: ignore[arg-type]
+    assert torch.allclose(first.running_var, seen[0].var((0, 2, 3)), rtol=1e-2)  # type: ignore[arg-type]
     assert momenta == [m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert not any(m.training for m in model.modules())
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import unbackdoor
 from planted import block_data, planted
 from tiny import tiny_classifier, tiny_data
 from unbackdoor.audit import outcome as judging
 from unbackdoor.audit.comparison import Accuracy
-from unbackdoor.audit.outcome import Evidence, Searched, conclude, search_anew
+from unbackdoor.audit.outcome import Evidence, Outcome, Searched, conclude, search_anew
+from unbackdoor.cli.app import app
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.statistics.one_outlier import grubbs, named_beforehand
 from unbackdoor.errors import MethodFailed
@@ -53,6 +57,10 @@ def lost(count: int) -> Accuracy:
         ("weakened", Evidence(True, (CLOSED, SILENT), (), (0.34,))),
         ("weakened", Evidence(True, (CLOSED, SILENT), ((2, NEVER, GONE),))),
         ("weakened", Evidence(True, (CLOSED, SILENT), ((2, WORKED, GONE),), (0.1, 0.2))),
+        # What was suspected was seen by nothing; what was seen is another class.
+        ("weakened", Evidence(True, (CLOSED, SILENT), suspected=(5,))),
+        ("weakened", Evidence(True, (CLOSED, SILENT), ((2, WORKED, GONE),), suspected=(2, 5))),
+        ("repaired", Evidence(True, (CLOSED, SILENT), ((5, WORKED, GONE),), suspected=(2, 5))),
         # The task is damaged.
         ("weakened", Evidence(True, (CLOSED, SILENT), (), (), lost(60))),
         # Something is left.
@@ -193,6 +201,25 @@ def test_a_class_named_beforehand_needs_less_evidence_than_the_smallest_of_many(
 # The verb
 
 
+OPENED: dict[str, Any] = {"arch": "small_cnn[width=8]", "mean": (0.35,), "std": (0.25,)}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    """A checkpoint of four classes, which are too few for the searches, and images."""
+    torch.save({"net": dict(tiny_classifier().network.state_dict())}, tmp_path / "model.pth")
+    images = tiny_data(80, seed=11)
+    labels, names = images.truth.numpy(), np.array(images.class_names)
+    np.savez(tmp_path / "clean.npz", images=images.pixels.numpy()[:, 0], labels=labels, class_names=names)
+    return tmp_path / "model.pth", tmp_path / "clean.npz"
+
+
+def command(files: tuple[Path, Path], folder: Path, method: str, *more: str | Path) -> Any:
+    opened = ("--arch", OPENED["arch"], "--mean", "0.35", "--std", "0.25")
+    typed = ("purify", files[0], "--data", files[1], "--method", method, "--out", folder / "out.pth")
+    return CliRunner().invoke(app, [*map(str, (*typed, *opened, *more))])
+
+
 def surgeon(operate: Callable[[Any], Any], **evidence: Any) -> Any:
     """Return a method that changes the head of a planted network by hand."""
 
@@ -260,6 +287,64 @@ def test_the_page_says_what_was_achieved(closed: None, tmp_path: Any) -> None:
     assert "Not repaired" in bad and "was repaired by" not in bad
 
 
+CODES = {"repaired": 0, "not repaired": 1, "weakened": 4, "undecided": 4, "nothing was done": 4}
+
+
+@pytest.mark.parametrize("verdict", CODES)
+def test_the_command_says_it_and_returns_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, files: tuple[Path, Path], tmp_path: Path, verdict: Any
+) -> None:
+    from unbackdoor.audit import purifying
+
+    said = Outcome(verdict, ("Because of this.",))
+    monkeypatch.setattr(purifying, "conclude", lambda evidence: said)
+    outcome = command(files, tmp_path, "none", "--report", tmp_path / "report")
+    assert outcome.exit_code == CODES[verdict], outcome.output
+    printed = " ".join(outcome.stdout.split())
+    assert f"Outcome: {verdict}. Because of this." in printed
+    assert f"Report: {tmp_path}/report/report.html" in printed.replace("/ ", "/")
+    assert (tmp_path / "out.pth").exists()
+    for scan in (tmp_path / "report", tmp_path / "report" / "result.json"):
+        lost = command(files, tmp_path, "none", "--force", "--report", tmp_path / "report", "--scan", scan)
+        assert lost.exit_code == 2 and "would replace an input" in " ".join(lost.stderr.split())
+    again = command(files, tmp_path, "none", "--json", "--force")
+    assert json.loads(again.stdout)["outcome"]["verdict"] == verdict
+    assert again.exit_code == CODES[verdict]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_broken_promise_writes_its_report_and_no_model(
+    files: tuple[Path, Path], tmp_path: Path, as_json: bool
+) -> None:
+    harsh = ("--set", "tolerance=1", "--set", "step=0.1", "--max-accuracy-drop", "0")
+    outputs = ("--report", tmp_path / "report", "--patch", tmp_path / "p", *(["--json"] if as_json else []))
+    outcome = command(files, tmp_path, "random_prune", *harsh, *outputs)
+    assert outcome.exit_code == 1 and "thrown away" in " ".join(outcome.stderr.split())
+    record = json.loads((tmp_path / "report" / "result.json").read_text())
+    assert record["promise"]["kept"] is False and record["outcome"]["verdict"] == "not repaired"
+    assert "is broken" in (tmp_path / "report" / "report.html").read_text()
+    assert "model" not in record and "patch" not in record
+    assert {path.name for path in tmp_path.iterdir()} == {"report", "model.pth", "clean.npz"}
+    if as_json:
+        assert json.loads(outcome.stdout) == record
+    else:
+        assert "is broken" in " ".join(outcome.stdout.split()) and "Report:" in outcome.stdout
+
+
+def test_what_was_refused_can_be_looked_at_and_not_be_saved(files: tuple[Path, Path], tmp_path: Path) -> None:
+    options = {"tolerance": 1.0, "step": 0.1}
+    model, data = files
+    with pytest.raises(unbackdoor.PromiseBroken) as caught:
+        unbackdoor.purify(model, data, "random_prune", options=options, max_accuracy_drop=0.0, **OPENED)
+    refused = caught.value.refused
+    assert refused.promise is not None and refused.promise.kept is False
+    assert refused.save_report(tmp_path / "report").exists()
+    for write in (refused.save, refused.save_patch):
+        with pytest.raises(unbackdoor.PromiseBroken, match="thrown away"):
+            write(tmp_path / "out.pth", force=True)
+    assert not (tmp_path / "out.pth").exists()
+
+
 def test_the_loss_is_called_what_it_is() -> None:
     images, own = tiny_data(80), tiny_data(40, seed=3)
     model = tiny_classifier()
@@ -272,9 +357,15 @@ def test_the_loss_is_called_what_it_is() -> None:
     assert told["accuracy_loss_is"] == "pessimistic" and told["accuracy_flattered_because"]
 
 
-def test_without_a_method_it_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_method_it_is_the_default(
+    monkeypatch: pytest.MonkeyPatch, files: tuple[Path, Path], tmp_path: Path
+) -> None:
     from unbackdoor.audit import purifying
 
     assert purifying.DEFAULT_METHOD == "auto"
     monkeypatch.setattr(purifying, "DEFAULT_METHOD", "none")
     assert unbackdoor.purify(tiny_classifier(), tiny_data(40)).purified.method["name"] == "none"
+    files[0].with_name("x").mkdir()
+    typed = ("purify", files[0], "--data", files[1], "--out", tmp_path / "x" / "out.pth", "--json")
+    outcome = CliRunner().invoke(app, [*map(str, typed), "--arch", OPENED["arch"]])
+    assert json.loads(outcome.stdout)["method"]["name"] == "none"

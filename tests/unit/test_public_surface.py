@@ -15,6 +15,7 @@ import unbackdoor
 
 SURFACE = {
     "Accuracy",
+    "Assessment",
     "AttackTruth",
     "Audit",
     "Augmentation",
@@ -34,6 +35,7 @@ SURFACE = {
     "MethodFailed",
     "MissingExtra",
     "Opened",
+    "Outcome",
     "PromiseBroken",
     "Provenance",
     "Purification",
@@ -47,6 +49,7 @@ SURFACE = {
     "ScreenedImages",
     "Screening",
     "Source",
+    "Step",
     "Suspicion",
     "TensorChange",
     "TooFewImages",
@@ -57,6 +60,7 @@ SURFACE = {
     "Verdict",
     "Verification",
     "Victim",
+    "audit",
     "build",
     "evaluate",
     "inspect",

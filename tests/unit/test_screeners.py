@@ -22,7 +22,7 @@ from unbackdoor.engine.screening_statistics import conformal_p_values, features,
 from unbackdoor.engine.trusted_caller import screen
 from unbackdoor.errors import InputError, IntegrityError, MethodFailed
 from unbackdoor.opening.classifier_files import save_model
-from unbackdoor.registry import INPUT_LABELS, Config, Part
+from unbackdoor.registry import INPUT_LABELS, SCREENERS, Config, Part
 from unbackdoor.screeners.activation_clustering import silhouette, two_means
 from unbackdoor.types import Classifier, CleanData, Images, Screening
 
@@ -323,4 +323,5 @@ def test_wrong_use_is_told(files: Path, arguments: list[str], expected: str) -> 
 def test_screeners_are_listed() -> None:
     listed = CliRunner().invoke(app, ["list", "screeners", "--json"], catch_exceptions=False)
     names = [entry["name"] for entry in json.loads(listed.stdout)["screeners"]]
-    assert names == ["activation_clustering", "rnp", "scale_up", "spectral_signatures", "strip"]
+    assert names == sorted(SCREENERS)
+    assert {"activation_clustering", "rnp", "scale_up", "spectral_signatures", "strip"} < {*names}

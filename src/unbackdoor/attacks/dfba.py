@@ -24,7 +24,7 @@ from unbackdoor.attacks.patches import lay
 from unbackdoor.attacks.truth import AttackConfig, Learning, Stamp, Tensors, Trigger
 from unbackdoor.data.batches import to_float
 from unbackdoor.engine import rng
-from unbackdoor.engine.inference import mode
+from unbackdoor.engine.call_order import called_layers
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe, train
 from unbackdoor.errors import UnsupportedModel
@@ -151,19 +151,7 @@ def chain(model: Classifier) -> list[Layer]:
     Raises:
         UnsupportedModel: If they cannot be a chain, by number, kind or form.
     """
-    called: list[nn.Module] = []
-    kinds = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)
-    handles = [
-        m.register_forward_hook(lambda m, i, o: called.append(m))
-        for m in model.network.modules()
-        if isinstance(m, kinds)
-    ]
-    try:
-        with mode(model, training=False):
-            model(torch.full((1, *model.input_shape), 0.5, device=model.mean.device))
-    finally:
-        for handle in handles:
-            handle.remove()
+    called = called_layers(model, (nn.Conv2d, nn.Linear, nn.BatchNorm2d))
     layers: list[Layer] = []
     for module in called:
         if isinstance(module, nn.BatchNorm2d) and layers and layers[-1].norm is None:

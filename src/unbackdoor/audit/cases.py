@@ -15,14 +15,17 @@ from unbackdoor.audit.budget import opening
 from unbackdoor.audit.comparison import compare_logits
 from unbackdoor.data.clean_images import resolve_clean_images
 from unbackdoor.data.conform import conform
+from unbackdoor.data.datasets import dataset_names
 from unbackdoor.data.in_memory import InMemory, images_in_memory, is_in_memory, unusable
 from unbackdoor.data.loaders import ImageFiles
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import ConfigError, InputError, UnsupportedModel
+from unbackdoor.files import is_there
 from unbackdoor.opening.open_model import Opened, load_images_of, open_model
+from unbackdoor.registry import near_match
 from unbackdoor.types import Augmentation, Classifier, CleanData, Images
 from unbackdoor.weights.card import normalisation
-from unbackdoor.weights.source import Source, open_source
+from unbackdoor.weights.source import Source, existing_file, open_source
 
 Data = Images | CleanData | Path | str | InMemory
 
@@ -93,6 +96,25 @@ def require_share(select_fraction: float) -> None:
 
 
 Model = Classifier | nn.Module | Opened | Source | Path | str | Case
+
+
+def require_inputs(model: Model, *images: Data | None) -> None:
+    """Raise InputError where the file of a model or the path of images is not there; nothing is read.
+
+    What is read first takes minutes, and the user must not learn only then that the other one is missing.
+    """
+    if isinstance(model, Path | str) and not is_there(existing_file(Path(model))):
+        raise InputError("the file does not exist", where=model)
+    names = dataset_names()
+    for data in images:
+        if not isinstance(data, Path | str) or str(data) in names or is_there(Path(data)):
+            continue
+        if "/" in str(data) or "." in str(data):
+            raise InputError("there is no such file or folder", where=data)
+        raise InputError(
+            f"unknown data set {str(data)!r}{near_match(str(data), names)}",
+            expected="one of " + ", ".join(names) + ", or the path of a file or folder that exists",
+        )
 
 
 @opening()
@@ -180,6 +202,7 @@ def open_case(
         raise unusable(data)
     if is_in_memory(proof):
         proof = images_in_memory(proof, what="the images of the proof", progress=run.show)
+    require_inputs(model, data, proof)
     split = data if isinstance(data, CleanData) else None
     own_augmentation: Augmentation = split.augmentation if split is not None else "none"
     images: Images | ImageFiles | None = None

@@ -6,23 +6,32 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from unbackdoor.audit.auditing import Assessment
 from unbackdoor.audit.cases import Case
 from unbackdoor.audit.comparison import Accuracy, TensorChange, rate_facts
 from unbackdoor.audit.outcome import Outcome
 from unbackdoor.audit.purifying import Purification, Residue
 from unbackdoor.audit.scanning import Audit, Checked
+from unbackdoor.audit.standards import identifiers
 from unbackdoor.audit.verification import Verification
 from unbackdoor.files import finite
 from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Finding, ScanReport
 
 
-def record(result: Audit | Purification | Verification) -> dict[str, Any]:
+def record(result: Audit | Purification | Verification | Assessment) -> dict[str, Any]:
     """Return what a verb returned as JSON, with what it is about and when it was made."""
     return {"date": result.date, **_record(result)}
 
 
-def _record(result: Audit | Purification | Verification) -> dict[str, Any]:
+def _record(result: Audit | Purification | Verification | Assessment) -> dict[str, Any]:
+    if isinstance(result, Assessment):
+        names = _names(result.case)
+        return {
+            **_subject(result.case, "model", "file_sha256"),
+            **assessment_json(result, names),
+            **_opened(result.case),
+        }
     if isinstance(result, Audit):
         names = _names(result.case)
         return {
@@ -95,6 +104,36 @@ def audit_json(audit: Audit, class_names: Sequence[str]) -> dict[str, Any]:
         "triggers": [trigger_json(t, class_names) for t in audit.triggers],
         "seconds": round(audit.seconds, 3),
         **audit.facts,
+    }
+
+
+def assessment_json(done: Assessment, class_names: Sequence[str]) -> dict[str, Any]:
+    """Return what an audit came to as JSON; its parts are as those of the single verbs."""
+    ended, planned = done.checks_done
+    pairs = zip(done.triggers, done.success, strict=True)
+    verified = done.verification
+    return {
+        "verdict": done.verdict,
+        "classes": [_class(k, class_names) for k in done.classes],
+        "reasons": list(done.reasons),
+        "outcome": done.outcome,
+        "partial": done.partial,
+        "interrupted": done.interrupted,
+        "planned_only": done.planned_only,
+        "checks_done": ended,
+        "checks_planned": planned,
+        "accuracy": rate_facts(done.accuracy),
+        "budget": done.budget,
+        "seconds": round(done.seconds, 3),
+        "seconds_per_image": done.cost,
+        "steps": [step.to_dict() for step in done.steps],
+        "triggers": [{**trigger_json(t, class_names), "success_before": rate_facts(r)} for t, r in pairs],
+        "inspection": None if done.inspection is None else done.inspection.to_dict(),
+        "scan": None if done.scan is None else audit_json(done.scan, class_names),
+        "repair": None if done.purification is None else purification_json(done.purification, class_names),
+        "comparison": None if verified is None else verification_json(verified, class_names),
+        "written": dict(done.written),
+        "answers_to": identifiers(),
     }
 
 

@@ -18,6 +18,7 @@ from unbackdoor.audit.budget import BudgetSpent, end_of, watched
 from unbackdoor.audit.comparison import Accuracy
 from unbackdoor.confinement import now
 from unbackdoor.engine import rng
+from unbackdoor.engine.differential_search import Opponents
 from unbackdoor.engine.inference import settle_layout
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.statistics.one_outlier import FEWEST, named_beforehand
@@ -77,6 +78,7 @@ class Evidence:
         unlearned: Success, on held-out images of the original, of the changes that the method taught away; of
             those that it reported.
         accuracy: Clean accuracy before and after; None without labels.
+        suspected: Classes that were suspected before the repair.
     """
 
     changed: bool
@@ -84,6 +86,7 @@ class Evidence:
     triggers: tuple[tuple[int, Rate, Rate], ...] = ()
     unlearned: tuple[float, ...] = ()
     accuracy: Accuracy | None = None
+    suspected: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,8 @@ def conclude(evidence: Evidence) -> Outcome:
             "No search found a trigger before the repair, and no known one worked, so that nothing can be "
             "said of what was achieved.",
         )
-    doubts = list(_doubts(evidence, answered, bool(working)))
+    seen = {k for one in witnesses for k in one.before} | {k for k, _, _ in working}
+    doubts = list(_doubts(evidence, answered, bool(working), seen))
     if doubts:
         return outcome(
             "weakened", "What was found before is not found any more, and this proves little.", *doubts
@@ -133,9 +137,12 @@ def conclude(evidence: Evidence) -> Outcome:
     return outcome("repaired", "No search finds a trigger any more.")
 
 
-def _doubts(evidence: Evidence, answered: Sequence[Searched], working: bool) -> Iterable[str]:
+def _doubts(evidence: Evidence, answered: Sequence[Searched], working: bool, seen: set[int]) -> Iterable[str]:
     if len(answered) < FEWEST_SEARCHES:
         yield f"Only {len(answered)} of {len(evidence.searches)} kinds of search came to an answer."
+    unseen = [k for k in evidence.suspected if k not in seen]
+    if unseen:
+        yield f"Nothing found a trigger towards {_named(unseen)} before the repair, which was suspected."
     if evidence.triggers and not working:
         yield "No known trigger worked on half of the images before the repair, so that it was a poor lead."
     poor = [share for share in evidence.unlearned if share < WORKS]
@@ -253,6 +260,29 @@ def search_by_size(
     return Searched(NAMES[form], found, left, easily, facts)
 
 
+def search_for_squares(
+    before: Classifier, after: Classifier, images: Images, suspected: Sequence[int], run: Run
+) -> Searched:
+    """Find the classes that a small plain square leads to, by forward passes at all places.
+
+    It is of another kind than searches that follow a gradient: these find textures, and leave the plain
+    square open that the attacker may have used.
+    """
+    shares = []
+    for model in (before, after):
+        alone = Opponents(model, model, images, run)
+        best = [0.0] * model.classes
+        for one in alone.with_classes(alone.measure(alone.stamps(seed="judging"))):
+            if one.change.label >= 0:
+                best[one.change.label] = max(best[one.change.label], one.moved)
+        shares.append(best)
+    found = tuple(k for k, share in enumerate(shares[0]) if share >= WORKS)
+    left = tuple(k for k, share in enumerate(shares[1]) if share >= WORKS or (k in found and share > GONE))
+    easily = tuple(k for k in left if shares[1][k] >= WORKS and k in found)
+    facts = {"largest_before": max(shares[0]), "largest_after": max(shares[1])}
+    return Searched(SQUARES, found, left, easily, facts)
+
+
 def _apart(search: TriggerSearch, suspected: Sequence[int]) -> tuple[int, ...]:
     """Return the classes that need too little: any, corrected for their number, and the suspected ones."""
     logs = search.sizes.clamp_max(search.limit).log().tolist()
@@ -269,4 +299,8 @@ def _number(value: Any) -> float | None:
 
 
 NAMES: Mapping[Form, str] = {"patch": "a small patch", "blend": "a faint pattern"}
-SEARCHES: dict[str, Search] = {NAMES[form]: partial(search_by_size, form=form) for form in NAMES}
+SQUARES = "a plain square"
+SEARCHES: dict[str, Search] = {
+    **{NAMES[form]: partial(search_by_size, form=form) for form in NAMES},
+    SQUARES: search_for_squares,
+}

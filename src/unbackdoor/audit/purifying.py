@@ -482,14 +482,13 @@ def purify(
             expected="a fraction in 0..1, so that 0.04 is 4 points",
             got=max_accuracy_drop,
         )
+    require_rule(promise)
     if proof is None:
         method_images, proof_images, same = split_proof(images, seed=seed)
     else:
         method_images, proof_images = images, as_images(proof, what="the images for the proof")
         # Compared by content, because a file that is read twice gives two sets.
         same = proof_images is method_images or proof_images.fingerprint() == method_images.fingerprint()
-    if promise not in get_args(Rule):
-        raise InputError("there is no such rule of a promise", expected=get_args(Rule), got=promise)
     if max_accuracy_drop is not None and proof_images.labels is None:
         raise InputError("a promise about accuracy needs labelled images", got="no labels", where=images.name)
     if max_accuracy_drop is not None and promise == "strict":
@@ -548,6 +547,7 @@ def purify(
                 tuple((r.trigger.label, r.held_out, r.after) for r in residues),
                 _shares(purified.evidence.get("held_out_success")),
                 accuracy,
+                suspected,
             )
         )
     done = Purification(
@@ -583,6 +583,12 @@ def _shares(values: object) -> tuple[float, ...]:
     """Return those of what a method reported that are shares; it may be of anybody."""
     listed = values if isinstance(values, list | tuple) else [values]
     return tuple(float(v) for v in listed if isinstance(v, int | float) and 0 <= v <= 1)
+
+
+def require_rule(promise: str) -> None:
+    """Raise InputError unless it is a rule of a promise."""
+    if promise not in get_args(Rule):
+        raise InputError("there is no such rule of a promise", expected=get_args(Rule), got=promise)
 
 
 def _require_enough(images: int, max_drop: float) -> None:

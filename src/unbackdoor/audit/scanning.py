@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from unbackdoor.audit.budget import BudgetSpent, end_of, watched
 from unbackdoor.audit.cases import Case
@@ -224,6 +224,18 @@ class Audit(Result):
         return any(c.unsuited for c in self.checks) and not any(c.status == "ran" for c in self.checks)
 
 
+class Observer(Protocol):
+    """Follows a scan from check to check."""
+
+    def begin(self, check: Check) -> str:
+        """Return why a check is left out, in words; empty where it runs."""
+        ...
+
+    def end(self, done: Sequence[Checked]) -> None:
+        """Take the checks that have ended, the last one last."""
+        ...
+
+
 BEFORE_IT_BEGAN = "the scan was interrupted before it began"
 
 
@@ -237,6 +249,7 @@ def scan(
     references: Sequence[Path] | None = None,
     level: float = LEVEL,
     budget: float | None = None,
+    observer: Observer | None = None,
     seed: int = 0,
     device: str = "cpu",
     precision: Policy = "auto",
@@ -256,6 +269,7 @@ def scan(
             checks that have no null of their own and are calibrated by them.
         level: Accepted probability that the whole scan accuses a clean model, in (0, 1).
         budget: Seconds after which no check is begun or goes on; None is no limit.
+        observer: Hears when a check begins, and may leave it out, and when it has ended.
         seed: Seed of every draw.
         device: Where to compute.
         precision: ``auto``, ``fp32`` or ``bf16``.
@@ -312,8 +326,11 @@ def scan(
         form = _form(model, clean, run, deadline)
         for check in planned:
             begun = time.monotonic()
+            unwanted = "" if observer is None else observer.begin(check)
             done.append(
-                _run_check(
+                Checked(check, "out of budget", unwanted)
+                if unwanted
+                else _run_check(
                     check,
                     model,
                     clean,
@@ -325,6 +342,8 @@ def scan(
                     show=progress,
                 )
             )
+            if observer is not None:
+                observer.end(done)
     except KeyboardInterrupt:
         interrupted = True
         left = planned[len(done) :]

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from unbackdoor.data.trigger_picture import names_picture, read_trigger_picture
+from unbackdoor.errors import InputError
+from unbackdoor.files import is_there
 from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Classifier
-from unbackdoor.weights.triggers import read_trigger
+from unbackdoor.weights.triggers import TENSORS, read_trigger
 
 
 def read_triggers(
@@ -34,3 +36,21 @@ def read_triggers(
         else:
             out.append(read_trigger(Path(one), model))
     return tuple(out)
+
+
+def require_trigger_files(triggers: Sequence[Path | str | RecoveredTrigger] | None) -> None:
+    """Raise InputError unless all files are there; what they hold is read once the model is open."""
+    for one in triggers or ():
+        if isinstance(one, RecoveredTrigger):
+            continue
+        if not isinstance(one, Path | str):
+            raise InputError(
+                "the trigger is of another type",
+                expected="a recovered trigger, its file, or a picture with what is said of it",
+                got=type(one).__name__,
+            )
+        path = Path(str(one).split(",", 1)[0]) if names_picture(one) else Path(one)
+        if is_there(path) and path.is_dir():
+            path = path / TENSORS
+        if not is_there(path):
+            raise InputError("the trigger does not exist", where=path)

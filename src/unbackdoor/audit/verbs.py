@@ -23,15 +23,17 @@ from unbackdoor.audit.cases import (
     open_pair_sources,
     open_second,
     options_for,
+    require_inputs,
     require_share,
 )
-from unbackdoor.audit.checks import Check
+from unbackdoor.audit.checks import Check, plan_checks
 from unbackdoor.audit.devices import resolved_device
 from unbackdoor.audit.notebook import shown
 from unbackdoor.audit.own_methods import defense_of
+from unbackdoor.audit.references import read_references
 from unbackdoor.audit.scanning import LEVEL, Audit
 from unbackdoor.audit.suspicion import Scan, read_suspicion
-from unbackdoor.audit.trigger_files import read_triggers
+from unbackdoor.audit.trigger_files import read_triggers, require_trigger_files
 from unbackdoor.audit.verification import Verification
 from unbackdoor.engine import trusted_caller
 from unbackdoor.engine.precision import Policy
@@ -120,6 +122,9 @@ def scan(
         >>> audit.verdict  # doctest: +SKIP
         'backdoor found'
     """
+    # What is wrong with these is said before anything slow.
+    plan_checks([checks] if isinstance(checks, str) else checks, options)
+    read_references(references or ())
     device, progress = resolved_device(device), shown(progress)
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
     case = open_case(
@@ -254,6 +259,10 @@ def purify(
     if max_accuracy_drop is not None:
         require_points(max_accuracy_drop)
     require_share(select_fraction)
+    if not isinstance(options, Config):
+        part.configure(options, preset=preset)
+    purifying.require_rule(promise)
+    require_trigger_files(triggers)
     device, progress = resolved_device(device), shown(progress)
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
     case = open_case(
@@ -453,6 +462,10 @@ def verify(
         UnsupportedModel: If the two do not take the same images or do not know the same classes.
         UnbackdoorError: If a model or the images cannot be used, or arguments contradict each other.
     """
+    plan_checks([checks] if isinstance(checks, str) else checks)
+    require_trigger_files(triggers)
+    require_inputs(before, data)
+    require_inputs(after)
     device, progress = resolved_device(device), shown(progress)
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
     model_options: dict[str, Any] = {

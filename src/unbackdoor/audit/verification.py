@@ -101,6 +101,8 @@ def verify(
     triggers: tuple[RecoveredTrigger, ...] = (),
     reservations: tuple[Sequence[str], Sequence[str]] = ((), ()),
     checks: Sequence[Check | str] | None = None,
+    scanned: Audit | None = None,
+    proof: Images | None = None,
     level: float = LEVEL,
     budget: float | None = None,
     seed: int = 0,
@@ -119,6 +121,10 @@ def verify(
         checks: Checks to run on both; None is :func:`unbackdoor.audit.checks.default_checks`, so that all
             that a scan can find in the original is also checked on the repair. On the repair, those that
             accuse the original come first: they are repeated even where the budget ends the others.
+        scanned: A scan of the original on all these images, if it was made already; then only the checks
+            that are evidence there are repeated on the repair.
+        proof: Images, among these or not, that the triggers are tried and the accuracies measured on; None
+            keeps a part for the triggers and measures the accuracies on all.
         level: Accepted probability of a false alarm in each scan.
         budget: Seconds for both scans together; None is no limit.
         seed: Seed of every draw.
@@ -141,6 +147,9 @@ def verify(
     start = time.monotonic()
     whole = seconds_left(budget)
     scan_images, trigger_images, _ = split_proof(images, seed=seed)
+    if proof is not None:
+        scan_images, trigger_images = images, proof
+    measured = images if proof is None else proof
     data = CleanData.split(scan_images, seed=seed)
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
 
@@ -161,11 +170,14 @@ def verify(
             progress=progress,
         )
 
-    first = scan_model(before, planned, reservations[0])
+    first = scanned or scan_model(before, planned, reservations[0])
+    if scanned is not None:
+        accusers = tuple(c.check for c in scanned.checks if scanned.accuses(c))
+        planned = accusers or tuple(c.check for c in scanned.checks)
     second = (
         unscanned(after, planned, level, reservations[1])
         if first.interrupted
-        else scan_model(after, _accusers_first(first), reservations[1])
+        else scan_model(after, planned if scanned is not None else _accusers_first(first), reservations[1])
     )
     places = {check.name: place for place, check in enumerate(planned)}
     second = replace(second, checks=tuple(sorted(second.checks, key=lambda c: places[c.check.name])))
@@ -177,8 +189,8 @@ def verify(
     hashes = before.sha256(), after.sha256()
     return Verification(
         hashes[0] == hashes[1],
-        compare_accuracy(before, after, images, run),
-        agree_on(before, after, images, run),
+        compare_accuracy(before, after, measured, run),
+        agree_on(before, after, measured, run),
         tuple(changed_tensors(before.network.state_dict(), after.network.state_dict())),
         residues,
         first,
@@ -187,8 +199,8 @@ def verify(
         {
             "before_sha256": hashes[0],
             "after_sha256": hashes[1],
-            "images": len(images),
-            "images_sha256": images.fingerprint(),
+            "images": len(measured),
+            "images_sha256": measured.fingerprint(),
             "seed": seed,
         },
         logits=compare_logits(before, after, images, run),

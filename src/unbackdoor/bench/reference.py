@@ -42,7 +42,7 @@ _DEFENSES = {
     "dbd": "DBD",
     "fp": "FP",
     "ft": "FT",
-    "ibau": "i-BAU",
+    "i_bau": "i-BAU",
     "nad": "NAD",
     "nc": "NC",
 }

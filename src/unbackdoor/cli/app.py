@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from unbackdoor import __version__
+from unbackdoor.cli.audit import audit
 from unbackdoor.cli.bench import bench
 from unbackdoor.cli.demo import demo
 from unbackdoor.cli.evaluate import evaluate
@@ -50,7 +51,7 @@ EPILOG = """\
   4    purify: it is not shown that the model is repaired
   130  interrupted with Ctrl-C or SIGTERM; no half-written file is left behind
 
-Interrupted, scan and verify print and write the checks that had ended.
+Interrupted, audit, scan and verify print and write the checks that had ended.
 
 Results go to standard output; progress and errors go to standard error."""
 
@@ -230,6 +231,7 @@ def _flowing(documentation: str | None) -> str:
 
 for _name, _command in (
     ("demo", demo),
+    ("audit", audit),
     ("inspect", inspect),
     ("scan", scan),
     ("purify", purify),

@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from unbackdoor.types import Progress
     from unbackdoor.weights.source import Source
 
-PAGE = "report.html"
+PAGE, RECORD = "report.html", "result.json"
 _MAX_NAMES_FILE = 10 << 20  # bytes
 _MAX_NAMED = 10  # suspected classes that a sentence lists; the record has all
 _MODEL, _DATA = "Models without a card", "Data"
@@ -101,6 +102,58 @@ Trigger = Annotated[
         help="Trigger of a scan's report, trigger.safetensors; or a picture, FILE.png,class=NAME, "
         "with ,place=ROWxCOLUMN ,size=HxW ,mask=FILE.png ,strength=0.5 or ,add behind it; may be repeated.",
         show_default=False,
+        rich_help_panel="Method",
+    ),
+]
+CheckOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="CHECK.KEY=VALUE",
+        help="Option of a check, see: unbackdoor list scanners CHECK; may be repeated.",
+        rich_help_panel="Method",
+    ),
+]
+References = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Record of a scan of a clean model of the same kind (result.json), for checks that have no "
+        "null of their own; may be repeated.",
+        show_default=False,
+        rich_help_panel="Method",
+    ),
+]
+MaxAccuracyDrop = Annotated[
+    float | None,
+    typer.Option(
+        help="Promise: points of clean accuracy (of 100) that may be lost at most, on images that the "
+        "method does not get.",
+        show_default=False,
+        rich_help_panel="Method",
+    ),
+]
+Proof = Annotated[
+    Path | None,
+    typer.Option(
+        help="Further clean images, for measuring the accuracy alone: a file or a folder.",
+        show_default="a part of the images, kept from the method",
+        rich_help_panel="Data",
+    ),
+]
+
+
+class Rule(StrEnum):
+    """When a promise counts as broken."""
+
+    evidence = "evidence"
+    strict = "strict"
+
+
+PromiseRule = Annotated[
+    Rule,
+    typer.Option(
+        help="The promise is broken: evidence, where the 95 % interval of the loss lies above it; "
+        "strict, unless the interval lies below it.",
         rich_help_panel="Method",
     ),
 ]
@@ -223,14 +276,35 @@ def show_notes(case: Case, *, quiet: bool) -> None:
 
 def model_options(user_options: UserOptions) -> dict[str, Any]:
     """Return the options of a model as :func:`unbackdoor.open_model` takes them."""
+    return model_options_of(
+        user_options.architecture,
+        user_options.mean,
+        user_options.std,
+        user_options.size,
+        user_options.class_names,
+        user_options.weights,
+        user_options.output,
+    )
+
+
+def model_options_of(
+    arch: str | None,
+    mean: str | None,
+    std: str | None,
+    size: str | None,
+    names: str | None,
+    weights: str | None,
+    output: str | None,
+) -> dict[str, Any]:
+    """Return the same of the texts that were typed."""
     return {
-        "arch": user_options.architecture,
-        "mean": options.numbers(user_options.mean, "--mean"),
-        "std": options.numbers(user_options.std, "--std"),
-        "size": image_size(user_options.size),
-        "class_names": class_names(user_options.class_names),
-        "weights": user_options.weights,
-        "output": user_options.output,
+        "arch": arch,
+        "mean": options.numbers(mean, "--mean"),
+        "std": options.numbers(std, "--std"),
+        "size": image_size(size),
+        "class_names": class_names(names),
+        "weights": weights,
+        "output": output,
     }
 
 
@@ -298,6 +372,43 @@ def require_report(
     options.require_writable((*others, *files), force=force, inputs=inputs)  # no two of one name
 
 
+def require_audit_folder(folder: Path, model: Path, *, force: bool, inputs: Sequence[Path] = ()) -> None:
+    """Check, before the work, that all files of an audit can be written into a folder."""
+    from unbackdoor.report.saving import audit_files
+
+    files = audit_files(folder, model.suffix)
+    options.require_writable(files, force=force, inputs=(model, *inputs), below=folder)
+
+
+def named(label: int, names: Sequence[str]) -> str:
+    """Return the name of a class with its number."""
+    return f"{names[label]} ({label})" if label < len(names) and names[label] != str(label) else str(label)
+
+
+def options_by_check(texts: list[str] | None, names: list[str] | None) -> dict[str, dict[str, Any]]:
+    """Return options by check from texts such as ``rnp_vote.repeats=4``.
+
+    Raises:
+        ConfigError: If one has another form or does not fit.
+        InputError: If a check is unknown or not asked for.
+    """
+    from unbackdoor.audit.checks import plan_checks
+    from unbackdoor.registry import SCANNERS
+
+    pairs: dict[str, dict[str, str]] = {}
+    for key, value in options.pairs(texts or [], "--set").items():
+        check, dot, name = key.rpartition(".")
+        if not dot:
+            raise ConfigError("the option --set", [f"expected CHECK.KEY=VALUE, got {key}={value}"])
+        pairs.setdefault(check, {})[name] = value
+    planned = {check.name: check for check in plan_checks(names, {check: {} for check in pairs})}
+    out = {}
+    for check, check_texts in pairs.items():
+        config = SCANNERS[planned[check].scanner].configure_text(check_texts)
+        out[check] = {name: getattr(config, name) for name in check_texts}
+    return out
+
+
 def say_written(what: str, path: Path, *, as_json: bool) -> None:
     """Name a file that was written; beside JSON that is on standard error."""
     from unbackdoor.cli.output import say
@@ -313,20 +424,17 @@ def show_audit(audit: Audit, names: Sequence[str]) -> None:
     from unbackdoor.cli.output import say, table
     from unbackdoor.report.words import duration
 
-    def named(k: int) -> str:
-        return f"{names[k]} ({k})" if k < len(names) and names[k] != str(k) else str(k)
-
     rows = []
     for c in audit.checks:
         result = c.status if c.report is None else c.report.verdict
-        suspects = ", ".join(named(k) for k in c.classes[:3]) if c.p_value is not None else ""
+        suspects = ", ".join(named(k, names) for k in c.classes[:3]) if c.p_value is not None else ""
         numbers = ["" if p is None else f"{p:.3g}" for p in (c.p_value, c.adjusted)]
         rows.append((c.check.name, result, suspects, *numbers, duration(c.seconds) if c.seconds else ""))
     table("Checks", ("check", "result", "strongest class", ">p", ">adjusted", ">time"), rows)
     for c in audit.checks:
         if c.reason:
             say(f"{c.check.name}: {c.reason}")
-    suspects = ", ".join(named(k) for k in audit.classes[:_MAX_NAMED])
+    suspects = ", ".join(named(k, names) for k in audit.classes[:_MAX_NAMED])
     if len(audit.classes) > _MAX_NAMED:
         suspects += f" and {len(audit.classes) - _MAX_NAMED} more"
     say(f"Verdict: {audit.verdict}" + (f", towards {suspects}" if suspects else ""))

@@ -11,7 +11,6 @@ import typer
 
 from unbackdoor.errors import ConfigError, InputError
 from unbackdoor.files import require_writable as require_writable
-from unbackdoor.registry import near_match
 
 if TYPE_CHECKING:
     from unbackdoor.engine.run import Run
@@ -158,6 +157,7 @@ def open_run(seed: int, device: str, precision: PrecisionPolicy, progress: Progr
 
     from unbackdoor.audit.devices import resolved_device
     from unbackdoor.engine.run import Run
+    from unbackdoor.registry import near_match
 
     device = resolved_device(device)
     available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]

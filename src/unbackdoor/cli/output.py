@@ -10,11 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from unbackdoor.text import json_text
 from unbackdoor.text import printable as plain
 
@@ -102,6 +97,11 @@ def emit_failure(error: BaseException | None, exit_code: int) -> None:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table; a column whose name starts with ``>`` is aligned to the right."""
+    from rich import box  # late, because the first line of a command must not wait for it
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     grid = Table(
         title=Text(plain(title)),
         title_justify="left",

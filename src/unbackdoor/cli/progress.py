@@ -8,17 +8,6 @@ from collections.abc import Iterable, Iterator, Sized
 from types import TracebackType
 from typing import Self, TypeVar
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
 from unbackdoor.text import printable
 
 T = TypeVar("T")
@@ -35,6 +24,16 @@ class Display:
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
+        from rich.console import Console  # late, because the first line of a command must not wait for it
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
         self._console = Console(stderr=True, quiet=quiet)
         self._quiet = quiet
         self._bars = Progress(
@@ -70,6 +69,8 @@ class Display:
         )
 
     def _with_bar(self, items: Iterable[T], label: str, total: int | None) -> Iterator[T]:
+        from rich.markup import escape
+
         task = self._bars.add_task(escape(label), total=total)
         try:
             for item in items:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +12,7 @@ import typer
 from unbackdoor import confinement
 from unbackdoor.cli import auditor, defender
 from unbackdoor.cli import options as shared
+from unbackdoor.cli.auditor import Rule
 from unbackdoor.cli.output import emit, note, say, table
 from unbackdoor.cli.progress import Display
 from unbackdoor.errors import InputError
@@ -25,13 +25,6 @@ NOT_REPAIRED = 1  # a trigger works as before, or the promise was broken
 NOT_SHOWN = 4  # something was written, or nothing had to be; it is not shown that the model is repaired
 _MAX_VALUE_WIDTH = 40  # characters; longer values stand in the JSON
 _MAX_ENTRIES = 8  # entries; tables with more, such as one for each layer, stand in the JSON
-
-
-class Rule(StrEnum):
-    """When a promise counts as broken."""
-
-    evidence = "evidence"
-    strict = "strict"
 
 
 def purify(
@@ -181,12 +174,13 @@ def purify(
     # Checked before the repair as far as possible, because the repair may take an hour.
     source = shared.existing_model(model)
     others = () if patch is None else (patch,)
-    _require_outputs(out, others, report, source, force=force)
+    records = () if scan is None else (scan, scan / auditor.RECORD)  # the folder, or the record itself
+    _require_outputs(out, others, report, source, records, force=force)
     with Display(quiet=quiet) as display:
         run = shared.open_run(seed, device, precision, display)
         case = auditor.open_case(source, user_options, run, display, quiet=quiet)
         out = output_name(out, case.opened)
-        _require_outputs(out, others, report, source, force=force)
+        _require_outputs(out, others, report, source, records, force=force)
         try:
             done = unbackdoor.purify(
                 case,
@@ -257,7 +251,13 @@ def _show_report(report: Path | None) -> None:
 
 
 def _require_outputs(
-    out: Path, others: Sequence[Path], report: Path | None, source: Path, *, force: bool
+    out: Path,
+    others: Sequence[Path],
+    report: Path | None,
+    source: Path,
+    records: Sequence[Path] = (),
+    *,
+    force: bool,
 ) -> None:
     from unbackdoor.opening.write_back import ONNX, SUFFIXES
 
@@ -269,7 +269,7 @@ def _require_outputs(
         )
     originals = (source, source.with_suffix(".json")) if shared.has_card(source) else (source,)
     files = (out, out.with_suffix(".json"), *others)
-    auditor.require_report(report, files, force=force, inputs=originals)
+    auditor.require_report(report, files, force=force, inputs=(*originals, *records))
 
 
 def _show(method: str, preset: str | None, done: Purification) -> None:

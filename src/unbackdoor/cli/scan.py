@@ -14,7 +14,6 @@ from unbackdoor.cli import auditor, defender, several
 from unbackdoor.cli import options as shared
 from unbackdoor.cli.output import emit, say
 from unbackdoor.cli.progress import Display
-from unbackdoor.errors import ConfigError
 
 if TYPE_CHECKING:
     from unbackdoor.audit.scanning import Audit
@@ -26,24 +25,8 @@ def scan(
     model: defender.Models,
     data: auditor.MaybeData = None,
     checks: auditor.Checks = None,
-    options: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="CHECK.KEY=VALUE",
-            help="Option of a check, see: unbackdoor list scanners CHECK; may be repeated.",
-            rich_help_panel="Method",
-        ),
-    ] = None,
-    references: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="Record of a scan of a clean model of the same kind (result.json), for checks that have no "
-            "null of their own; may be repeated.",
-            show_default=False,
-            rich_help_panel="Method",
-        ),
-    ] = None,
+    options: auditor.CheckOptions = None,
+    references: auditor.References = None,
     budget: auditor.Budget = None,
     level: auditor.Level = 0.05,
     report: auditor.Report = None,
@@ -100,7 +83,7 @@ def scan(
         auditor.require_report(folder, logs, triggers=True, force=force, inputs=inputs)
     limit = shared.seconds_of(budget, "--budget")
     named = auditor.check_names(checks)
-    check_options = _options_by_check(options, named)
+    check_options = auditor.options_by_check(options, named)
     read_references(references or ())  # a wrong path is an error before the scan, not after it
     user_options = auditor.UserOptions(
         arch, mean, std, size, class_names, data, clean, per_class, fraction, augmentation, data_root,
@@ -215,27 +198,3 @@ def _several(
     finally:
         if sarif_file is not None:
             save_sarif_log(log, sarif_file, force=force)
-
-
-def _options_by_check(texts: list[str] | None, names: list[str] | None) -> dict[str, dict[str, Any]]:
-    """Return options by check from texts such as ``rnp_vote.repeats=4``.
-
-    Raises:
-        ConfigError: If one has another form or does not fit.
-        InputError: If a check is unknown or not asked for.
-    """
-    from unbackdoor.audit.checks import plan_checks
-    from unbackdoor.registry import SCANNERS
-
-    pairs: dict[str, dict[str, str]] = {}
-    for key, value in shared.pairs(texts or [], "--set").items():
-        check, dot, name = key.rpartition(".")
-        if not dot:
-            raise ConfigError("the option --set", [f"expected CHECK.KEY=VALUE, got {key}={value}"])
-        pairs.setdefault(check, {})[name] = value
-    planned = {check.name: check for check in plan_checks(names, {check: {} for check in pairs})}
-    out = {}
-    for check, check_texts in pairs.items():
-        config = SCANNERS[planned[check].scanner].configure_text(check_texts)
-        out[check] = {name: getattr(config, name) for name in check_texts}
-    return out

@@ -91,7 +91,7 @@ def masks_under_noise(
     noisy = Masks(network, [*scales, *shifts])
     optimizer = torch.optim.SGD(masks.parameters(), lr=cfg.lr, momentum=cfg.momentum)
     stream = _endless(data, cfg, run)
-    training = cfg.batch_norm == "batch"
+    training, length = cfg.batch_norm == "batch", cfg.bound / cfg.noise_steps
     with frozen(network), mode(network, training=training), rng.seeded(run.seed, "anp dropout"):
         for iteration in run.progress(range(cfg.iterations), "ANP"):
             pixels, labels = next(stream)
@@ -106,9 +106,10 @@ def masks_under_noise(
                     value.requires_grad_()
                 noisy.values = _disturbed(masks, noise)
                 loss = F.cross_entropy(logits_of(noisy, pixels, run), labels)
-                gradients = torch.autograd.grad(loss, list(noise.values()))
+                gradients = torch.autograd.grad(loss, list(noise.values()), allow_unused=True)
                 noise = {
-                    name: value.detach() + cfg.bound / cfg.noise_steps * gradient.sign()
+                    # None of a layer that is never called.
+                    name: value.detach() if gradient is None else value.detach() + length * gradient.sign()
                     for (name, value), gradient in zip(noise.items(), gradients, strict=True)
                 }
             noisy.values = _disturbed(masks, noise)

@@ -12,7 +12,9 @@ Departs: the divergence is that of two normal laws as it stands in the books, of
          ``noise`` takes images of uniform noise; these fit no channel's statistics, so that its answer is a
          guess. Preset ``held-out`` chooses the threshold with clean images.
 Cost:    1 forward over the images.
-Blind:   backdoors that were put in without moving the stored statistics, or after which these were taken
+Blind:   what one threshold fits: at the published one it takes a patch out of one small network and leaves it
+         in the next, where ``held-out`` does better;
+         backdoors that were put in without moving the stored statistics, or after which these were taken
          anew; networks without batch norm (refused); layers of fewer than 11 channels at the published
          threshold.
 """

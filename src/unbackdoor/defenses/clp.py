@@ -16,7 +16,8 @@ Departs: a norm belongs to the layer whose output it reads, which is seen by run
          the true attack.
 Cost:    one singular value decomposition a channel.
 Blind:   backdoors spread over many channels. Among fewer than 11 channels none can stand 3 deviations above
-         the mean, so narrow layers are never touched at the published threshold.
+         the mean, so narrow layers are never touched at the published threshold. Networks of 16 to 32
+         channels keep a patch whatever the threshold.
 """
 
 from __future__ import annotations

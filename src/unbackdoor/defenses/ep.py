@@ -12,8 +12,9 @@ Departs: the images are the user's own, whatever they are. A channel that is con
          and linear layers are judged. Preset ``held-out`` lowers the threshold as far as labelled images
          allow.
 Cost:    1 forward over the images.
-Blind:   without triggered images among the given ones there is no second heap, and the cut is arbitrary: with
-         clean images alone it removes nothing. Layers of fewer than 11 channels at the published threshold.
+Blind:   without triggered images among the given ones there is no second heap, and the cut is arbitrary:
+         with clean images alone it removes nothing. So it is with a patch in small networks. Layers of fewer
+         than 11 channels at the published threshold.
 """
 
 from __future__ import annotations

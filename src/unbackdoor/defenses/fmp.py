@@ -12,11 +12,13 @@ Departs: many maps go through the network at once, where the public code takes o
          share of 1 / 64 of them is none. A learning rate that destroys the network is lowered
          (engine/fine_tuning.py).
 Cost:    maps x (2 forward + 1 backward) over ``images`` images, then epochs x (1 forward + 1 backward).
-Blind:   networks with fewer than two convolutions (refused); triggers far larger than the step.
+Blind:   networks with fewer than two convolutions (refused); triggers far larger than the step. On small
+         networks it weakens a patch, and its published share does not remove it.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from unbackdoor.engine.channel_pruning import cut_evidence, filter_sites
 from unbackdoor.engine.fine_tuning import fine_tune
 from unbackdoor.engine.inference import frozen, images_per_pass, logits_of, mode
 from unbackdoor.engine.masks import CONVS, Site, fold
+from unbackdoor.engine.precision import resolve
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe
 from unbackdoor.errors import UnsupportedModel
@@ -75,9 +78,10 @@ def purify(model: Classifier, data: CleanData, cfg: FMPConfig, *, run: Run) -> P
         )
     draws = run.generator("images")
     images = data.fit.subset(torch.randperm(len(data.fit), generator=draws)[: cfg.images])
+    exact = replace(run, precision=resolve("fp32", run.device))  # bf16 rounds a step of 1 / 255 away
     with frozen(model), mode(model, training=False):
         scores = {
-            site.name: map_accuracies(model, site, images, cfg, run)
+            site.name: map_accuracies(model, site, images, cfg, exact)
             for site in run.progress(sites, "feature maps")
         }
     cut = {name: kept(score, cfg.share) for name, score in scores.items()}

@@ -9,7 +9,8 @@ Departs: the trigger is recovered from the network (engine/trigger_search.py); t
          those that cost no more than ``tolerance`` of held-out accuracy. A learning rate that destroys the
          network is lowered (engine/fine_tuning.py). Preset ``blend`` looks for a blended image, not a patch.
 Cost:    search for the first class, then rounds x (1 forward + 1 backward) over the images.
-Blind:   triggers that differ from image to image, all-to-all attacks, and any trigger that is not recovered.
+Blind:   triggers that differ from image to image, all-to-all attacks, and what of a trigger is not recovered:
+         on small networks the attacker's own patch often works on where the recovered one fails.
 """
 
 from __future__ import annotations
@@ -146,6 +147,7 @@ def filter_gradients(
     totals = {name: torch.zeros_like(own[name]) for name in names}
     with mode(model, training=False):
         for pixels, labels in batches(images, cfg.batch_size, device=run.device):
+            assert labels is not None  # registered as needing them
             loss = F.cross_entropy(logits_of(model, pixels, run), labels, reduction="sum")
             found = torch.autograd.grad(loss, [own[name] for name in names], allow_unused=True)
             for name, gradient in zip(names, found, strict=True):

@@ -10,7 +10,8 @@ Departs: the second end is a fine-tuned copy, as in BackdoorBench; the paper has
          the curve is the furthest up to ``furthest`` that costs no more than ``tolerance`` of held-out
          accuracy; preset ``backdoorbench`` takes that benchmark's place and rate.
 Cost:    end_epochs + epochs times 1 forward + 1 backward over the images, plus 2 forwards a place.
-Blind:   few images: the bend is a whole network, and its loss then is low on these images alone.
+Blind:   backdoors that the fine-tuned end keeps, which then lie all along the curve (so it is with a patch on
+         small networks); few images, on which alone the loss of the bend is low.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch.func import functional_call
 from unbackdoor.data.batches import batches
 from unbackdoor.engine import rng
 from unbackdoor.engine.fine_tuning import fine_tune
-from unbackdoor.engine.inference import logits_of, mode, require_learner
+from unbackdoor.engine.inference import Network, logits_of, mode, require_learner
 from unbackdoor.engine.masks import NORMS
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.selection import harshest_within
@@ -120,7 +121,7 @@ def trained_bend(
             ):
                 assert labels is not None  # registered as needing them
                 weights = point(first, bend, last, float(torch.rand((), generator=draws)))
-                logits = logits_of(lambda x, w=weights: functional_call(network, w, (x,)), pixels, run)
+                logits = logits_of(_with_weights(network, weights), pixels, run)
                 loss = F.cross_entropy(logits, labels)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -129,6 +130,10 @@ def trained_bend(
             schedule.step()
             losses.append(total / steps)
     return {name: value.detach() for name, value in bend.items()}, losses
+
+
+def _with_weights(network: Classifier, weights: dict[str, Tensor]) -> Network:
+    return lambda pixels: functional_call(network, weights, (pixels,))
 
 
 @torch.no_grad()

@@ -10,13 +10,15 @@ Departs: the filter is a matrix A on the channels without a shift, so that it is
          behind it: W A has the shape of W, and the repaired network is an ordinary one. The paper adds a
          1 x 1 convolution with batch norm as a layer. Perturbations live in pixel space and stay in [0, 1].
          The layer is the last but one convolution or linear layer besides the head, in the order of
-         definition, which in a ResNet-18 is the paper's ``layer4.1.conv1``; another may be named. Where only
+         their calls, which in a ResNet-18 is the paper's ``layer4.1.conv1``; another may be named. Where only
          one is left, it is that one.
 Cost:    epochs x (attack steps + 2) x (1 forward + 1 backward) over the images.
 Blind:   backdoors that no linear map of the features at that layer separates.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -116,7 +118,7 @@ def purify(model: Classifier, data: CleanData, cfg: NPDConfig, *, run: Run) -> P
             losses.append(total / steps)
     out = model.copy()
     with torch.no_grad():
-        out.get_submodule(name).weight.copy_(folded(weight, polarizer))
+        out.get_parameter(f"{name}.weight").copy_(folded(weight, polarizer))
     moved = float((polarizer.detach() - torch.eye(size, device=weight.device)).norm())
     return Purified(out, {"layer": name, "channels": size, "moved": moved, "losses": losses})
 
@@ -129,11 +131,7 @@ def filtered_layer(model: Classifier, name: str) -> str:
         UnsupportedModel: If there is none besides the head.
     """
     head = head_name(model)
-    layers = [
-        layer
-        for layer, module in model.named_modules()
-        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
-    ]
+    layers = called_layers(model)
     if name:
         full = name if name in layers else f"network.{name}"
         if full not in layers:
@@ -147,6 +145,27 @@ def filtered_layer(model: Classifier, name: str) -> str:
             "the network has no layer besides its head whose input could be filtered", where=head
         )
     return inner[-2] if len(inner) > 1 else inner[-1]
+
+
+def called_layers(model: Classifier) -> list[str]:
+    """Return the linear layers and ungrouped convolutions in the order of their first calls."""
+    called: dict[str, None] = {}
+
+    def noter(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, inputs: called.setdefault(name)
+
+    handles = [
+        module.register_forward_pre_hook(noter(name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+    ]
+    try:
+        with mode(model, training=False), torch.no_grad():
+            model(torch.full((1, *model.input_shape), 0.5, device=model.mean.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(called)
 
 
 def folded(weight: Tensor, polarizer: Tensor) -> Tensor:

@@ -15,7 +15,9 @@ Departs: noise of any size and labels of all classes; the public code has 3 x 32
          or, with preset ``held-out``, raised as far as clean images allow; the public code reports all
          shares.
 Cost:    steps x (1 forward + 1 backward) over a batch, and a transport between the filters of each layer.
-Blind:   the owner cannot see the damage without images; the preset ``held-out`` can.
+Blind:   to its own damage: on small networks it takes the backdoor and a part of the clean accuracy, and an
+         owner without images cannot see how much. What the preset ``held-out`` allows there keeps the
+         backdoor.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ from unbackdoor.errors import InputError, UnsupportedModel
 from unbackdoor.registry import Config, defense, option
 from unbackdoor.types import Classifier, CleanData, Purified
 
-_ITERATIONS = 200  # of Sinkhorn; the masses are then met to a thousandth
+_ITERATIONS = 50  # of Sinkhorn at each of the levels of entropy, each half of the one before
+_LEVELS = 6
+_FACTOR = 2.0
 
 
 class OTBRConfig(Config):
@@ -48,9 +52,9 @@ class OTBRConfig(Config):
     momentum: float = option(0.9, "momentum of SGD", source="reference code of TSBD", ge=0, lt=1)
     batch_size: int = option(256, "images of noise a step", source="reference code", ge=2)
     share: float = option(
-        0.1,
+        0.05,
         "gamma, share of the neurons that are pruned in the copy",
-        source="the paper: 0.01 to 0.3",
+        source="the paper tries 0.01 to 0.3; larger shares cost small networks a quarter of their accuracy",
         gt=0,
         lt=1,
     )
@@ -165,12 +169,13 @@ def transport(costs: Tensor, masses: Tensor, entropy: float) -> Tensor:
         masses: (O,) float64, of the columns, with sum 1.
         entropy: In units of the mean cost.
     """
-    scale = float(costs.mean())
-    kernel = -costs / (entropy * scale) if scale > 0 else torch.zeros_like(costs)
+    scale = float(costs.mean()) or 1.0
     rows = torch.full((len(costs),), 1 / len(costs), dtype=costs.dtype).log()
     columns = masses.clamp_min(1e-12).log()
     left, right = torch.zeros_like(rows), torch.zeros_like(columns)
-    for _ in range(_ITERATIONS):
-        left = rows - (kernel + right).logsumexp(1)
-        right = columns - (kernel + left[:, None]).logsumexp(0)
-    return (kernel + left[:, None] + right).exp()
+    # From much entropy to little: with little alone it takes thousands of iterations to meet the masses.
+    for level in entropy * scale * _FACTOR ** torch.arange(_LEVELS, -1, -1):
+        for _ in range(_ITERATIONS):
+            left = level * (rows - ((right - costs) / level).logsumexp(1))
+            right = level * (columns - ((left[:, None] - costs) / level).logsumexp(0))
+    return ((left[:, None] + right - costs) / level).exp()

@@ -5,10 +5,10 @@ then learns to leave that class, so that it no longer errs as the backdoored one
 
 Paper:   Wei et al., "Shared adversarial unlearning", NeurIPS 2023, arXiv 2307.10562.
 Needs:   clean images and labels.          Changes: all weights; stored batch statistics stay.
-Departs: the clean predictions of the frozen network are computed once a step and not at every inner one,
-         which changes no result. The held-out images are trained on as well, since nothing is selected. A
-         learning rate that destroys the network is lowered tenfold (engine/descent.py).
-Cost:    rounds x (inner steps x 2 + 3) forward and as many backward over the clean set.
+Departs: the clean predictions of the frozen network are computed once for all, which changes no result. The
+         held-out images are trained on as well, since nothing is selected. A learning rate that destroys the
+         network is lowered tenfold (engine/descent.py).
+Cost:    rounds x (inner steps x 2 + 4) forward and (inner steps x 2 + 2) backward over the clean set.
 Blind:   triggers that no perturbation within the bound resembles, and all-to-all attacks in part.
 """
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unbackdoor.engine.descent import Batch, BatchNorm, at_bearable_rate, descend
-from unbackdoor.engine.inference import frozen, logits_of, mode
+from unbackdoor.engine.inference import frozen, logits_of, mode, predict
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe
 from unbackdoor.registry import Config, defense, option
@@ -70,14 +70,15 @@ class SAUConfig(Config):
 def purify(model: Classifier, data: CleanData, cfg: SAUConfig, *, run: Run) -> Purified:
     """Alternate between shared adversarial perturbations and leaving the class that they share."""
     reference = model.copy().requires_grad_(False)
+    answers = predict(reference, data.all, run).argmax(1).to(run.device)  # (N,)
 
     def tuned(lr: float) -> Classifier:
         out = model.copy()
 
         def loss(batch: Batch) -> Tensor:
-            delta = shared_perturbation(out, reference, batch, cfg, run)
+            clean = answers[batch.rows]  # (B,)
+            delta = shared_perturbation(out, reference, batch, clean, cfg, run)
             with torch.no_grad():
-                clean = logits_of(reference, batch.pixels, run).argmax(1)  # (B,)
                 shared = logits_of(reference, batch.pixels + delta, run).argmax(1)  # (B,)
             both = torch.cat([batch.pixels, batch.pixels + delta])  # (2B, C, H, W)
             logits, perturbed = logits_of(out, both, run).chunk(2)  # (B, K) each
@@ -100,17 +101,25 @@ def purify(model: Classifier, data: CleanData, cfg: SAUConfig, *, run: Run) -> P
 
 
 def shared_perturbation(
-    model: Classifier, reference: Classifier, batch: Batch, cfg: SAUConfig, run: Run
+    model: Classifier, reference: Classifier, batch: Batch, clean: Tensor, cfg: SAUConfig, run: Run
 ) -> Tensor:
     """Return a perturbation (B, C, H, W) within the bound that sends both networks to one wrong class.
 
     It descends by the signs of the gradient on the divergence of the two predictions where they are not yet
     shared, and ascends a little on the cross-entropy of each network that is not yet fooled.
+
+    Args:
+        model: The network that learns.
+        reference: The frozen one.
+        batch: Images and labels.
+        clean: (B,) what the frozen network answers on the images.
+        cfg: Bound, steps and weights.
+        run: Device and precision.
     """
     delta = torch.full_like(batch.pixels, cfg.bound)
     with mode(model, training=False), frozen(model):
         with torch.no_grad():
-            before = [logits_of(net, batch.pixels, run).argmax(1) for net in (model, reference)]
+            before = [logits_of(model, batch.pixels, run).argmax(1), clean]
         for _ in range(cfg.inner_steps):
             delta.requires_grad_()
             logits = [logits_of(net, batch.pixels + delta, run) for net in (model, reference)]

@@ -31,7 +31,7 @@ _LR = 0.2  # of Adam
 _IMAGES = 6  # of a step
 _SHRINK = 0.75  # share of the steps over which a size falls to its last value
 STEPS = 32
-MEASURED = 150  # images that a gap is measured on, at most
+MEASURED = 120  # images that a gap is measured on, at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,13 +42,15 @@ class Difference:
         change: The change.
         moved: Share of images that it moves in the network, in [0, 1].
         moved_twin: The same in the twin.
-        towards: (K,) share of images that the network then gives to each class and did not before.
+        towards: (K,) share, of the images that are not of a class to the network, that it then gives to it.
+        twin_towards: (K,) the same in the twin.
     """
 
     change: UniversalChange | GivenChange
     moved: float
     moved_twin: float
     towards: Tensor
+    twin_towards: Tensor
 
     @property
     def gap(self) -> float:
@@ -64,11 +66,13 @@ class Stage:
         steps: Steps of Adam.
         keep: Entries of a group that stay after them.
         twin: Whether the twin takes part yet; without it a step costs half.
+        images: Images of a step, drawn anew for each.
     """
 
     steps: int
     keep: int
     twin: bool = True
+    images: int = _IMAGES
 
 
 class Opponents:
@@ -140,7 +144,7 @@ class Opponents:
                 for step in self.run.progress(range(stage.steps), f"searching for a {form}"):
                     share = min(1.0, (done + step) / max(1.0, _SHRINK * total))
                     size = first * (last / first) ** share if first else 0.0
-                    rows = torch.randint(len(self.images), (_IMAGES,), generator=draws)
+                    rows = torch.randint(len(self.images), (stage.images,), generator=draws)
                     gradient, loss = self._gradient(form, raw, active, goals, corners, rows, size, stage.twin)
                     optimizer.step(active, gradient)
                     scores = loss if step == 0 else 0.5 * scores + 0.5 * loss
@@ -233,7 +237,7 @@ class Opponents:
             best = [every[i] for i in scores.argsort(descending=True)[: 6 * keep].tolist()]
             near = {
                 (p, y + dy, x + dx)
-                for p, y, x in best[: 2 * keep]
+                for p, y, x in best[:keep]
                 for dy in range(-stride + 1, stride)
                 for dx in range(-stride + 1, stride)
                 if 0 <= y + dy <= shape[1] - side and 0 <= x + dx <= shape[2] - side
@@ -245,7 +249,7 @@ class Opponents:
                 raw = torch.logit(patterns[p].clamp(1e-4, 1 - 1e-4))
                 found.append((float(scores[i]), UniversalChange("window", -1, raw, 0.0, (y, x))))
         found.sort(key=lambda pair: -pair[0])
-        return [change for _, change in found[: 2 * keep]]
+        return [change for _, change in found[:keep]]
 
     @torch.inference_mode()
     def _stamp_scores(
@@ -280,24 +284,21 @@ class Opponents:
         order = torch.randperm(len(self.images), generator=self.run.generator("measure", seed))[:count]
         pixels = to_float(self.images.pixels[order], self.run.device)
         answers, twin_answers = self.answers[order], self.twin_answers[order]
+        classes = self.model.classes
         out = []
         with mode(self.model, training=False), mode(self.twin, training=False):
             for change in changes:
-                x = change.apply(pixels)
+                x = change.apply(pixels).contiguous(memory_format=torch.channels_last)
                 after = logits_of(self.model, x, self.run).argmax(1).cpu()
                 twin_after = logits_of(self.twin, x, self.run).argmax(1).cpu()
-                left = after != answers
-                towards = torch.bincount(after[left], minlength=self.model.classes) / len(order)
+                towards = _towards(after, answers, classes)
+                twin_towards = _towards(twin_after, twin_answers, classes)
                 if change.label >= 0:
-                    could, twin_could = answers != change.label, twin_answers != change.label
-                    moved = _share(after == change.label, could)
-                    twin_moved = _share(twin_after == change.label, twin_could)
+                    moved, twin_moved = float(towards[change.label]), float(twin_towards[change.label])
                 else:
-                    moved, twin_moved = (
-                        float(left.float().mean()),
-                        float((twin_after != twin_answers).float().mean()),
-                    )
-                out.append(Difference(change, moved, twin_moved, towards))
+                    moved = float((after != answers).float().mean())
+                    twin_moved = float((twin_after != twin_answers).float().mean())
+                out.append(Difference(change, moved, twin_moved, towards, twin_towards))
         return sorted(out, key=lambda one: -one.gap)
 
     def with_classes(self, differences: Sequence[Difference]) -> list[Difference]:
@@ -309,17 +310,22 @@ class Opponents:
         named = []
         for one in differences:
             share, label = one.towards.max(0)
-            if one.change.label < 0 and one.moved and float(share) > 0.5 * float(one.towards.sum()):
-                named.append(replace(one.change, label=int(label)))
-        return sorted([*differences, *self.measure(named)], key=lambda one: -one.gap)
+            if one.change.label < 0 and one.moved and float(share) > 0.5 * one.moved:
+                assert isinstance(one.change, UniversalChange)
+                change, twin_moved = replace(one.change, label=int(label)), float(one.twin_towards[label])
+                named.append(replace(one, change=change, moved=float(share), moved_twin=twin_moved))
+        return sorted([*differences, *named], key=lambda one: -one.gap)
 
 
 def _fast(model: Classifier, run: Run) -> Classifier:
     return model.copy().to(run.device).to(memory_format=torch.channels_last)
 
 
-def _share(hits: Tensor, among: Tensor) -> float:
-    return float((hits & among).sum() / among.sum().clamp_min(1))
+def _towards(after: Tensor, before: Tensor, classes: int) -> Tensor:
+    """Return for each class the share of images (K,) given to it, of those that were not of it before."""
+    moved = torch.bincount(after[after != before], minlength=classes)
+    movable = len(before) - torch.bincount(before, minlength=classes)
+    return moved / movable.clamp_min(1)
 
 
 def window_places(shape: tuple[int, int, int], stride: int, offset: int = 0) -> list[tuple[int, int]]:

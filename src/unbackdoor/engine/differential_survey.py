@@ -126,7 +126,7 @@ def _searches(
         return opponents.search(form, [UNTARGETED], starts=starts, stages=(Stage(24, starts),), seed=seed)
 
     def windows_anywhere() -> list[UniversalChange]:
-        stages = (Stage(4, 10, twin=False), Stage(8, 3), Stage(8, 3))
+        stages = (Stage(3, 10, twin=False, images=4), Stage(8, 3), Stage(8, 3))
         return opponents.search("window", [UNTARGETED], places=places, stages=stages, seed=seed)
 
     every = [lambda form=form: targeted(opponents, form, classes, seed) for form in _TARGETED]
@@ -151,7 +151,7 @@ def targeted(
 def windows_of_each(opponents: Opponents, classes: Sequence[int], seed: str) -> list[UniversalChange]:
     """Return the best window of each class, of all places."""
     places = window_places(opponents.model.input_shape, STRIDE)
-    stages = (Stage(3, 3, twin=False), Stage(6, 1), Stage(10, 1))
+    stages = (Stage(2, 3, twin=False, images=4), Stage(6, 1), Stage(10, 1))
     return opponents.search("window", classes, places=places, stages=stages, seed=seed, single=True)
 
 

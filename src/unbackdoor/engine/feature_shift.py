@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unbackdoor.data.batches import to_float
 from unbackdoor.engine import rng
 from unbackdoor.engine.descent import BATCH_NORMS, Batch, BatchNorm, descend, enough_passes
 from unbackdoor.engine.heads import head_name
-from unbackdoor.engine.inference import logits_of, mode, predict
+from unbackdoor.engine.inference import EVALUATION_BATCH, images_per_pass, logits_of, mode, predict
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe
 from unbackdoor.errors import UnsupportedModel
@@ -153,9 +154,8 @@ def push(weight: Tensor, old: Tensor, settings: HeadRelearning) -> Tensor:
     strength = settings.strength
     if settings.relative:
         strength /= max(float(old.square().sum()), 1e-12)
-    if settings.term == "inner-product":
-        return strength * (weight * old).sum()
-    return -strength * (weight - old).norm()
+    value: Tensor = (weight * old).sum() if settings.term == "inner-product" else -(weight - old).norm()
+    return strength * value
 
 
 @torch.no_grad()
@@ -177,7 +177,7 @@ def head_layers(model: Classifier, which: Layers = "last") -> list[HeadLayer]:
     name = head_name(model)
     names = [name]
     if which == "all":
-        before = []
+        before: list[str] = []
         for other, vectors in _weighted(model):
             if other == name:
                 break
@@ -267,9 +267,9 @@ def _least_squares(features: Tensor, targets: Tensor) -> Tensor:
     x, t = features.double(), targets.double()
     ridge = _RIDGE * float(x.square().sum()) / min(count, width) + 1e-12
     if count < width:
-        dual = torch.linalg.solve(x @ x.T + ridge * torch.eye(count).to(x), t)  # (N, K)
+        dual: Tensor = torch.linalg.solve(x @ x.T + ridge * torch.eye(count).to(x), t)  # (N, K)
         return (dual.T @ x).to(features)
-    primal = torch.linalg.solve(x.T @ x + ridge * torch.eye(width).to(x), x.T @ t)  # (D, K)
+    primal: Tensor = torch.linalg.solve(x.T @ x + ridge * torch.eye(width).to(x), x.T @ t)  # (D, K)
     return primal.T.to(features)
 
 
@@ -305,7 +305,10 @@ def estimate_statistics(model: Classifier, images: Images, run: Run) -> None:
         with mode(model, training=False), rng.seeded(run.seed, "statistics"):
             for norm in norms:
                 norm.train()
-            predict(model, images, run)
+            # Parts of like size, because each counts alike in the mean.
+            size = min(EVALUATION_BATCH, images_per_pass(images.shape))
+            for pixels in images.pixels.tensor_split(math.ceil(len(images) / size)):
+                logits_of(model, to_float(pixels, run.device), run)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

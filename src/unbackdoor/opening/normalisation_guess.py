@@ -10,6 +10,10 @@ test, 1 %) the one nearest to the statistics of these images, because most norma
 Without labels, or with images of one class only, which a constant prediction gets right too, only weak
 evidence is left: the mutual information of images and predictions.
 
+While a budget holds, the guess gets a quarter of what is left of it when it begins: it starts on a few
+images, and goes on to more where another round fits. So a large network leaves time for what it was opened
+for.
+
 Rule of the warning: clean accuracy looks too low where the upper end of its 95 % interval lies under 60 %, or
 under three times chance where that is more, but never above 90 %.
 """
@@ -26,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from unbackdoor.confinement import deadline, now
 from unbackdoor.data.batches import to_float
 from unbackdoor.engine.inference import logits_of, mode
 from unbackdoor.engine.run import Run
@@ -37,6 +42,8 @@ from unbackdoor.types import Images
 ROUNDS = ((32, 24), (64, 12), (128, 6), (256, 4), (500, 4))
 # Comes before them where there are hundreds of trials: a few images rule out most of them.
 _FIRST_ROUND = (8, 96)
+_SHARE = 0.25  # of the time that is left
+_PROBE = 2  # images of the pass that is timed first, where time is short
 _LARGE, _LARGE_ROUNDS = 96 * 96, 3  # pixels of an image beyond which fewer rounds must do
 LEVEL = 0.05  # of the sign test that compares two trials
 _Z = 2.326  # normal quantile of the test of losses, 1 %, because several are compared with the lowest
@@ -231,12 +238,28 @@ def infer_normalisation(
     favourite = prefer or (min(close, key=lambda c: _distance(c, images)) if close else None)
     small = images.shape[1] * images.shape[2] <= _LARGE
     rounds = ROUNDS if small else ROUNDS[:_LARGE_ROUNDS]
-    for size, survivors in rounds if len(alive) <= _FIRST_ROUND[1] else (_FIRST_ROUND, *rounds):
+    if len(alive) > _FIRST_ROUND[1]:
+        rounds = (_FIRST_ROUND, *rounds)
+    clock, untried = _Clock(), 0
+    if clock.end is not None:
+        probe = judged.subset(rows[:_PROBE])
+        _logits(variants[alive[0][0]], alive[0][1], probe, run)
+        clock.note(len(probe))
+        # The first round is never left out: it gets as many images as there is time for, or fewer trials.
+        first = min(_FIRST_ROUND[0], max(_PROBE, clock.passes_left() // len(alive)))
+        alive.sort(key=lambda pair: pair[1] != favourite)
+        untried = len(alive) - max(1, clock.passes_left() // first)
+        alive = alive[: len(alive) - max(0, untried)]
+        rounds = ((first, _FIRST_ROUND[1]), *(one for one in rounds if one[0] > first))
+    for size, survivors in rounds:
+        if done and not clock.allows(len(alive) * (min(size, len(rows)) - done)):
+            break
         part, seen = judged.subset(rows[done:size]), judged.subset(rows[:size])
         for pair in run.progress(alive, f"trying conventions on {len(seen)} images"):
             new = _logits(variants[pair[0]], pair[1], part, run)
             logits[pair] = torch.cat([logits[pair], new]) if done else new
             trials[pair] = _trial(pair, logits[pair], seen)
+        clock.note(len(alive) * len(part))
         alive.sort(key=lambda pair: _rank(trials[pair]), reverse=True)
         done = len(seen)
         if done == len(rows):
@@ -270,6 +293,9 @@ def infer_normalisation(
         )
     interval = wilson(trial.hits, trial.total)
     notes = _observations(trial.total)
+    if clock.cut or untried > 0:
+        fewer = f", and {untried} ways to read the images were not tried" if untried > 0 else ""
+        notes += (f"for lack of time the normalisation was judged on {trial.total} images{fewer}",)
     warning = _accuracy_warning(trial, interval, images.classes, len(candidates) * len(variants))
     if images.shape[0] == 3 and not any(candidate.bgr for candidate in candidates):
         # Where nothing is convincing, the best with red first says nothing about the scale with blue first.
@@ -277,8 +303,12 @@ def infer_normalisation(
         turned = [one for candidate in tried for one in candidate.blue_first()]
         turned += [_CAFFE] if warning and len(candidates) > 1 else []
         networks = variants if warning else {best[0]: variants[best[0]]}
-        swapped = infer_normalisation(networks, images, run, normalisations=turned)
-        if swapped.interval.low > interval.high:
+        swapped = None
+        if clock.allows(len(networks) * len(turned) * min(_FIRST_ROUND[0], len(rows))):
+            swapped = infer_normalisation(networks, images, run, normalisations=turned)
+        else:
+            notes += ("for lack of time it was not tried whether the model takes blue first",)
+        if swapped is not None and swapped.interval.low > interval.high:
             accuracies = f"{swapped.best.accuracy:.1%} instead of {trial.accuracy:.1%}"
             text = f"with blue first the accuracy is {accuracies}: the model "
             if not channels_known:
@@ -395,6 +425,33 @@ def _best_assignment(predicted: Tensor, truth: Tensor, classes: int) -> tuple[in
 
 
 # ---------------------------------------------------------------------------------------------------
+
+
+class _Clock:
+    """Whether another round fits into the share of the budget that the guess may take."""
+
+    def __init__(self) -> None:
+        whole, self._begun = deadline.get(), now()
+        self.end = None if whole is None else self._begun + _SHARE * (whole - self._begun)
+        self.cut = False
+        self._passes = 0
+
+    def note(self, passes: int) -> None:
+        """Count passes of an image that were made."""
+        self._passes += passes
+
+    def passes_left(self) -> int:
+        """Return how many further passes of an image fit, by those that were counted."""
+        if self.end is None or not self._passes:
+            return 1 << 62
+        each = max(now() - self._begun, 1e-9) / self._passes
+        return max(0, int((self.end - now()) / each))
+
+    def allows(self, passes: int) -> bool:
+        """Return whether so many further passes of an image fit."""
+        fits = passes <= self.passes_left()
+        self.cut = self.cut or not fits
+        return fits
 
 
 def _trial(pair: tuple[str, Normalisation], logits: Tensor, images: Images) -> Trial:

@@ -1,42 +1,31 @@
-"""The page of an audit: the verdict in plain words, its evidence, and what was changed."""
+"""The page of an audit: verdict and what to do first, then pictures, evidence, and what was changed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from unbackdoor.audit.outcome import OutcomeVerdict
+from unbackdoor.audit.auditing import Assessment
 from unbackdoor.audit.purifying import Purification, Residue
 from unbackdoor.audit.scanning import Audit, Checked
+from unbackdoor.audit.standards import STANDARDS
 from unbackdoor.audit.verification import Verification
+from unbackdoor.metrics import Rate
+from unbackdoor.report.class_plots import DotPlot, dot_plot, short_number
+from unbackdoor.report.decision import decide
 from unbackdoor.report.page import render
-from unbackdoor.report.pictures import data_png
-from unbackdoor.report.words import duration, logits_in_words, loss_in_words, percent
+from unbackdoor.report.trigger_strips import Example, TriggerView, trigger_view
+from unbackdoor.report.words import duration, percent
 from unbackdoor.triggers import RecoveredTrigger
-from unbackdoor.types import Finding, Images
 from unbackdoor.weights.triggers import MAX_KEPT
 
-UNFOLDED_CLASSES = 12  # rows of a chart that are seen at once; the others are folded
-MAX_CLASSES = 200  # rows of the folded table; more would only make the page heavy
 MAX_IMAGES = 6
-PICTURE_SIDE = 160  # pixels; twice the width of a picture on the page, and 24 of them stay under 2 MB
 MAX_TRIGGERS = MAX_KEPT
 MAX_CHANGES = 40
 MAX_NAME = 300  # characters of a name that comes from a file
-
-Tone = Literal["good", "fair", "bad"]
-_OUTCOMES: Mapping[OutcomeVerdict, tuple[Tone, str]] = {
-    "repaired": ("good", "Repaired: no trigger is found any more"),
-    "weakened": ("fair", "Weakened: it is not shown that no trigger works any more"),
-    "not repaired": ("bad", "Not repaired"),
-    "undecided": ("fair", "Whether anything was repaired could not be decided"),
-    "nothing was done": ("fair", "Nothing was done"),
-}
+_MOST_CLASSES = 200  # rows of the accuracies
 
 
 @dataclass(frozen=True)
@@ -50,6 +39,7 @@ class Subject:
         warnings: Warnings that the reader must see before the result.
         command: Command that repeats the audit.
         colophon: Last line of the page.
+        date: When it was made.
     """
 
     title: str
@@ -58,6 +48,7 @@ class Subject:
     warnings: Sequence[str] = ()
     command: str = ""
     colophon: str = ""
+    date: str = ""
 
     def name(self, label: int) -> str:
         """Return the name of a class, with its number where it is another word."""
@@ -68,45 +59,13 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One class in a chart."""
+class Pair:
+    """A rate before and after a repair, as a row of a chart; places in percent."""
 
     name: str
-    value: str
-    share: float
-    suspect: bool
-
-
-@dataclass(frozen=True)
-class Chart:
-    """The numbers of all classes under one statistic, most suspicious first."""
-
-    check: str
-    statistic: str
-    direction: str
-    rows: Sequence[Row]
-    folded: Sequence[Row] = ()
-    left_out: int = 0
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A user's image without and with a recovered trigger, and what the model says to both."""
-
-    clean: str
-    triggered: str
-    answers: tuple[str, str] | None = None
-
-
-@dataclass(frozen=True)
-class TriggerView:
-    """A recovered trigger as pictures."""
-
-    title: str
-    about: str
-    pattern: str
-    mask: str | None
-    pictures: Sequence[Picture] = field(default=())
+    small: str
+    before: Rate
+    after: Rate
 
 
 def audit_page(
@@ -115,8 +74,9 @@ def audit_page(
     audit: Audit | None = None,
     purification: Purification | None = None,
     verification: Verification | None = None,
-    images: Images | None = None,
-    answers: Sequence[Sequence[tuple[int, int]]] = (),
+    assessment: Assessment | None = None,
+    triggers: Sequence[RecoveredTrigger] | None = None,
+    examples: Sequence[Sequence[Example]] = (),
 ) -> str:
     """Return the page as HTML that loads nothing from anywhere and runs no script.
 
@@ -125,98 +85,76 @@ def audit_page(
         audit: A scan, if one was made.
         purification: A repair, if one was made.
         verification: A comparison, if one was made.
-        images: The user's images that triggers are drawn over; no more than a few are taken.
-        answers: For every trigger, for each of those images, the classes without and with it.
+        assessment: A whole audit, which has all three.
+        triggers: The triggers that are shown; None: those of the scan.
+        examples: For every trigger, images that it is drawn over, the most convincing first.
     """
+    if assessment is not None:
+        audit, purification = assessment.scan, assessment.purification
+        verification = assessment.verification
     displayed = audit if audit is not None else (verification.before if verification is not None else None)
-    tone, headline, sentences = _headline(subject, audit, purification, verification)
+    if triggers is None:
+        triggers = displayed.triggers if displayed is not None else ()
+    success = _success(assessment)
+    views = [
+        trigger_view(
+            trigger,
+            examples[i][:MAX_IMAGES] if i < len(examples) else (),
+            subject.name,
+            success[i] if i < len(success) else None,
+        )
+        for i, trigger in enumerate(triggers[:MAX_TRIGGERS])
+    ]
+    decision = decide(
+        subject.name,
+        audit=audit,
+        purification=purification,
+        verification=verification,
+        assessment=assessment,
+    )
+    accuracy = _accuracy(purification, verification)
+    residues = _residues(purification, verification)
     return render(
         "audit.html",
         subject=subject,
-        tone=tone,
-        headline=headline,
-        sentences=sentences,
+        decision=decision,
         audit=displayed,
         checks=[_check(c, subject) for c in displayed.checks] if displayed is not None else [],
         charts=_charts(displayed, subject) if displayed is not None else [],
-        triggers=_views(displayed, subject, images, answers) if displayed is not None else [],
+        triggers=views,
+        with_repaired=any(s.repaired is not None for v in views for s in v.strips),
         purification=purification,
         verification=verification,
-        accuracy=_accuracy(purification, verification),
+        accuracy=accuracy,
+        pairs=_pairs(accuracy, residues, subject),
+        class_pairs=_class_pairs(accuracy),
         proof_is_fit=purification is not None and purification.proof_is_fit,
-        residues=[_residue(r, subject) for r in _residues(purification, verification)],
+        residues=[_residue(r, subject) for r in residues],
         after=_after(verification, subject),
         changes=_changes(purification, verification),
+        steps=_steps(assessment),
+        files=list(assessment.written.items()) if assessment is not None else [],
+        standards=STANDARDS if displayed is not None else (),
         limits=_limits(displayed, purification),
     )
 
 
-def _headline(
-    subject: Subject,
-    audit: Audit | None,
-    purification: Purification | None,
-    verification: Verification | None,
-) -> tuple[Tone, str, list[str]]:
-    sentences: list[str] = []
-    tone: Tone = "fair"
-    headline = "The model was looked at"
-    if audit is not None:
-        tone, headline = _verdict(audit, subject)
-        sentences += audit.reasons
-    if purification is not None:
-        accuracy = purification.accuracy
-        method = purification.purified.method.get("name", "the method")
-        if audit is None:
-            tone, headline = _OUTCOMES[purification.outcome.verdict]
-            headline = f"{headline}: {method}"
-        sentences += purification.outcome.reasons
-        summary = f"{method} changed {_count(purification.changes)}"
-        if accuracy is not None:
-            then, now = percent(accuracy.before.value), percent(accuracy.after.value)
-            summary += f"; clean accuracy went from {then} to {now}"
-        sentences.append(summary + ".")
-        sentences += purification.remarks
-        if purification.promise is not None:
-            sentences.append(purification.promise.in_words())
-        sentences += [f"Mind: {text}." for text in purification.left_behind]
-        if purification.flattered:
-            sentences.append("These accuracies are flattered: " + "; ".join(purification.flattered) + ".")
-        if purification.accuracy is not None and purification.loss_bias != "fair":
-            sentences.append(loss_in_words(purification.loss_bias))
-    if verification is not None:
-        tone, headline = _compared(verification)
-        sentences.append(
-            f"The two models give the same class to {percent(verification.agreement.value)} of the images."
-        )
-        if verification.logits is not None and not verification.identical:
-            sentences.append(logits_in_words(verification.logits))
-    return tone, headline, sentences
+def _success(assessment: Assessment | None) -> Sequence[Rate]:
+    return () if assessment is None else assessment.success
 
 
-def _verdict(audit: Audit, subject: Subject) -> tuple[Tone, str]:
-    if audit.verdict == "backdoor found":
-        if not audit.classes:
-            return "bad", "Evidence of a backdoor"
-        named = ", ".join(subject.name(k) for k in audit.classes[:3])
-        more = f" and {len(audit.classes) - 3} more" if len(audit.classes) > 3 else ""
-        return "bad", f"Evidence of a backdoor towards {named}{more}"
-    if audit.verdict == "no evidence found":
-        return "good", "No evidence of a backdoor was found"
-    return "fair", "Whether there is a backdoor could not be decided"
-
-
-def _compared(done: Verification) -> tuple[Tone, str]:
-    if done.identical:
-        return "fair", "The two models have the same weights"
-    worst = max((r.after.value for r in done.residues if r.after.total), default=None)
-    drop = done.accuracy.drop if done.accuracy is not None else 0.0
-    if done.after.verdict == "backdoor found":
-        return "bad", "There is evidence of a backdoor in the second model"
-    if worst is not None and worst > 0.5:
-        return "bad", "A trigger recovered from the first model still works on the second"
-    if drop > 0.05:
-        return "fair", "The second model does its task noticeably worse"
-    return "good", "The recovered triggers do not work on the second model"
+def _steps(assessment: Assessment | None) -> list[dict[str, str]]:
+    return [
+        {
+            "name": step.name,
+            "what": step.what,
+            "status": step.status,
+            "result": step.result[: 2 * MAX_NAME],
+            "seconds": duration(step.seconds) if step.seconds else "",
+            "tone": {"failed": "bad", "left out": "fair", "interrupted": "fair"}.get(step.status, ""),
+        }
+        for step in (assessment.steps if assessment is not None else ())
+    ]
 
 
 def _check(checked: Checked, subject: Subject) -> dict[str, Any]:
@@ -224,7 +162,7 @@ def _check(checked: Checked, subject: Subject) -> dict[str, Any]:
         "ran": "",
         "skipped": "not run",
         "failed": "failed",
-        "out of budget": "out of time",
+        "out of budget": "out of budget",
         "interrupted": "interrupted",
     }
     classes = ", ".join(subject.name(k) for k in checked.classes[:3])
@@ -237,126 +175,30 @@ def _check(checked: Checked, subject: Subject) -> dict[str, Any]:
     if checked.report is not None:
         notes += [f"{name}: {text}" for name, text in checked.report.skipped.items()]
         notes += [f"{name} failed: {text}" for name, text in checked.report.errors.items()]
+    tones = {"backdoor found": "bad", "failed": "bad", "undecided": "fair", "out of budget": "fair"}
     return {
         "name": checked.check.name,
         "question": checked.check.question,
         "result": result,
-        "tone": "bad" if result in ("backdoor found", "failed") else "",
+        "tone": tones.get(result, ""),
         "classes": classes if checked.p_value is not None else "",
-        "p_value": _number(checked.p_value),
-        "adjusted": _number(checked.adjusted),
+        "p_value": short_number(checked.p_value),
+        "adjusted": short_number(checked.adjusted),
         "counted": checked.p_value is not None,
         "seconds": duration(checked.seconds) if checked.seconds else "",
         "notes": [note[: 2 * MAX_NAME] for note in notes],
     }
 
 
-def _charts(audit: Audit, subject: Subject) -> list[Chart]:
+def _charts(audit: Audit, subject: Subject) -> list[DotPlot]:
     charts = []
     order = sorted(audit.checks, key=lambda c: 2.0 if c.adjusted is None else c.adjusted)
     for checked in order:
         for finding in checked.report.findings[:1] if checked.report is not None else ():
             if len(finding.per_class) >= 2:
-                charts.append(_chart(checked, finding, audit, subject))
+                suspects = finding.classes if audit.accuses(checked) else ()
+                charts.append(dot_plot(checked, finding, suspects, subject.name))
     return charts
-
-
-def _chart(checked: Checked, finding: Finding, audit: Audit, subject: Subject) -> Chart:
-    values = list(finding.per_class)
-    finite = [value for value in values if math.isfinite(value)]
-    top, bottom = max(finite, default=1.0), min(0.0, *finite, 0.0) if finite else 0.0
-    span = (top - bottom) or 1.0
-    suspects = set(finding.classes) if audit.accuses(checked) else set()
-    # Suspects first, then by distance from the median: outliers are of interest.
-    middle = sorted(finite)[len(finite) // 2] if finite else 0.0
-
-    def place(k: int) -> tuple[bool, float]:
-        return (k not in suspects, -abs(values[k] - middle) if math.isfinite(values[k]) else math.inf)
-
-    order = sorted(range(len(values)), key=place)
-
-    def row(k: int) -> Row:
-        finite_value = math.isfinite(values[k])
-        return Row(
-            subject.name(k),
-            _number(values[k]) if finite_value else "none",
-            (values[k] - bottom) / span if finite_value else 0.0,
-            k in suspects,
-        )
-
-    rows = [row(k) for k in order[:MAX_CLASSES]]
-    many = len(values) > UNFOLDED_CLASSES
-    return Chart(
-        checked.check.name,
-        finding.statistic,
-        finding.direction,
-        rows[:UNFOLDED_CLASSES] if many else rows,
-        rows[UNFOLDED_CLASSES:] if many else (),
-        max(0, len(values) - MAX_CLASSES),
-    )
-
-
-def _views(
-    audit: Audit, subject: Subject, images: Images | None, answers: Sequence[Sequence[tuple[int, int]]]
-) -> list[TriggerView]:
-    views = []
-    for i, trigger in enumerate(audit.triggers[:MAX_TRIGGERS]):
-        pictures = []
-        if images is not None and len(images):
-            examples = images.subset(list(range(min(MAX_IMAGES, len(images)))))
-            after = trigger.stamp(examples)
-            for j in range(len(examples)):
-                answer = answers[i][j] if i < len(answers) and j < len(answers[i]) else None
-                pictures.append(
-                    Picture(
-                        data_png(_displayable(examples.pixels[j]), largest=PICTURE_SIDE),
-                        data_png(_displayable(after.pixels[j]), largest=PICTURE_SIDE),
-                        None if answer is None else (subject.name(answer[0]), subject.name(answer[1])),
-                    )
-                )
-        views.append(
-            TriggerView(
-                f"Towards {subject.name(trigger.label)}",
-                _about(trigger),
-                data_png(_pattern(trigger), largest=PICTURE_SIDE),
-                None if trigger.mask is None else data_png(_bytes(trigger.mask[None]), largest=PICTURE_SIDE),
-                pictures,
-            )
-        )
-    return views
-
-
-def _about(trigger: RecoveredTrigger) -> str:
-    if trigger.mask is not None:
-        size = float(trigger.mask.sum())
-        share = size / trigger.mask.numel()
-        text = f"Its mask covers as much as {size:.1f} whole pixels ({percent(share)} of the image)."
-    else:
-        mean = 255 * float(trigger.pattern.abs().mean())
-        text = f"It is added to every pixel, on average {mean:.1f} of 255 steps."
-    if trigger.success is not None and math.isfinite(trigger.success):
-        text += f" It turns {percent(trigger.success)} of images that it was not made from into the class."
-    return text
-
-
-def _pattern(trigger: RecoveredTrigger) -> Tensor:
-    if trigger.mask is not None:
-        return _bytes(_rgb(trigger.pattern * trigger.mask))
-    # A faint pattern around grey, stretched so that it can be seen.
-    largest = float(trigger.pattern.abs().max()) or 1.0
-    return _bytes(_rgb(0.5 + trigger.pattern / (2 * largest)))
-
-
-def _rgb(pattern: Tensor) -> Tensor:
-    return pattern if len(pattern) in (1, 3) else pattern.mean(0, keepdim=True)
-
-
-def _displayable(pixels: Tensor) -> Tensor:
-    return pixels if len(pixels) in (1, 3) else pixels.float().mean(0, keepdim=True).to(torch.uint8)
-
-
-def _bytes(values: Tensor) -> Tensor:
-    return (values.float() * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def _accuracy(purification: Purification | None, verification: Verification | None) -> Any:
@@ -380,11 +222,30 @@ def _residue(residue: Residue, subject: Subject) -> dict[str, Any]:
     }
 
 
+def _pairs(accuracy: Any, residues: Sequence[Residue], subject: Subject) -> list[Pair]:
+    """Return the rows of the chart: clean accuracy, and every trigger that was tried."""
+    rows = [] if accuracy is None else [Pair("Clean accuracy", "", accuracy.before, accuracy.after)]
+    return rows + [
+        Pair(f"Trigger towards {subject.name(r.trigger.label)}", r.trigger.check, r.before, r.after)
+        for r in residues
+        if r.before.total and r.after.total
+    ]
+
+
+def _class_pairs(accuracy: Any) -> list[Pair]:
+    rows = [] if accuracy is None else [Pair(name[:MAX_NAME], "", *two) for name, *two in accuracy.per_class]
+    return sorted(rows, key=lambda row: row.after.value - row.before.value)[:_MOST_CLASSES]
+
+
 def _after(verification: Verification | None, subject: Subject) -> list[dict[str, Any]]:
     if verification is None:
         return []
-    pairs = zip(verification.before.checks, verification.after.checks, strict=True)
-    return [{"before": _check(one, subject), "after": _check(other, subject)} for one, other in pairs]
+    later = {checked.check.name: checked for checked in verification.after.checks}
+    return [
+        {"before": _check(one, subject), "after": _check(later[one.check.name], subject)}
+        for one in verification.before.checks
+        if one.check.name in later
+    ]
 
 
 def _changes(purification: Purification | None, verification: Verification | None) -> dict[str, Any]:
@@ -400,16 +261,12 @@ def _changes(purification: Purification | None, verification: Verification | Non
         }
         for c in sorted(source.changes, key=lambda c: -c.relative)
     ]
+    entries = sum(c.changed for c in source.changes)
     return {
         "rows": rows[:MAX_CHANGES],
         "more": max(0, len(rows) - MAX_CHANGES),
-        "total": _count(source.changes),
+        "total": f"{entries:,} numbers in {len(source.changes):,} tensors" if source.changes else "nothing",
     }
-
-
-def _count(changes: Sequence[Any]) -> str:
-    entries = sum(c.changed for c in changes)
-    return f"{entries:,} numbers in {len(changes):,} tensors" if changes else "nothing"
 
 
 def _limits(audit: Audit | None, purification: Purification | None) -> list[str]:
@@ -440,7 +297,4 @@ def _limits(audit: Audit | None, purification: Purification | None) -> list[str]
     return limits
 
 
-def _number(value: float | None) -> str:
-    if value is None or not math.isfinite(value):
-        return ""
-    return f"{value:.3g}"
+__all__ = ["Example", "Pair", "Subject", "TriggerView", "audit_page"]

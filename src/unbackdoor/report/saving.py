@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from unbackdoor import __version__
+from unbackdoor.audit.auditing import Assessment
 from unbackdoor.audit.cases import Case
 from unbackdoor.audit.json_records import record
-from unbackdoor.audit.purifying import Purification
+from unbackdoor.audit.purifying import PromiseBroken, Purification
 from unbackdoor.audit.scanning import Audit
 from unbackdoor.audit.verification import Verification
 from unbackdoor.engine.inference import predict
 from unbackdoor.engine.run import Run
-from unbackdoor.errors import InputError
+from unbackdoor.errors import InputError, UnsupportedModel
 from unbackdoor.files import write_json, writing
+from unbackdoor.opening.write_back import SUFFIXES
 from unbackdoor.report.audit import MAX_IMAGES, MAX_TRIGGERS, Subject, audit_page
 from unbackdoor.report.json_output import with_header
 from unbackdoor.report.page import write_page
 from unbackdoor.report.sarif import Scanned, sarif, sarif_log
+from unbackdoor.report.trigger_strips import Example
 from unbackdoor.triggers import RecoveredTrigger
-from unbackdoor.types import Images
+from unbackdoor.types import Classifier, Images
 from unbackdoor.weights.triggers import trigger_files, write_triggers
 
 PAGE, RECORD = "report.html", "result.json"
+REPAIRED, PATCH = "repaired", "repair.patch"
+_CANDIDATES = 24  # images among which the ones that are shown are chosen
 # What prints the same on the command line.
-_COMMANDS: dict[type, str] = {Audit: "scan", Purification: "purify", Verification: "verify"}
+_COMMANDS: dict[type, str] = {
+    Audit: "scan", Purification: "purify", Verification: "verify", Assessment: "audit",
+}  # fmt: skip
 
 
 def report_files(folder: Path, *, triggers: bool) -> tuple[Path, ...]:
@@ -36,7 +44,7 @@ def report_files(folder: Path, *, triggers: bool) -> tuple[Path, ...]:
 
 
 def save_report(
-    result: Audit | Purification | Verification,
+    result: Audit | Purification | Verification | Assessment,
     folder: Path | str,
     *,
     force: bool = False,
@@ -45,7 +53,8 @@ def save_report(
     """Write ``report.html``, ``result.json`` and the recovered triggers into a folder.
 
     Args:
-        result: What :func:`unbackdoor.scan`, ``purify`` or ``verify`` returned.
+        result: What :func:`unbackdoor.scan`, ``purify``, ``verify`` or ``audit`` returned; of an audit, the
+            repaired model and a patch are written too.
         folder: Made where it is missing.
         force: Whether files that exist may be replaced, triggers of an earlier scan among them.
         command: How to do it again, shown on the page.
@@ -58,6 +67,8 @@ def save_report(
         IntegrityError: If the file of a model has changed since it was opened.
     """
     folder = Path(folder)
+    if isinstance(result, Assessment):
+        return _save_assessment(result, folder, force=force, command=command)
     cases = _cases(result)
     paths = [file.path for case in cases if case.source is not None for file in case.source.files]
     outputs = report_files(folder, triggers=isinstance(result, Audit))
@@ -77,27 +88,94 @@ def _write(
     command: str,
 ) -> None:
     first = cases[0]
-    title = " and ".join(case.name for case in cases)
-    subject = _subject(first, title, command)
+    subject = _subject(first, " and ".join(case.name for case in cases), command, result.date)
     found: Sequence[RecoveredTrigger] = ()
-    if isinstance(result, Purification):
-        page = audit_page(subject, purification=result)
+    repaired = None
+    if isinstance(result, Audit):
+        found = result.triggers[:MAX_TRIGGERS]
+    elif isinstance(result, Purification):
+        found, repaired = [r.trigger for r in result.residues][:MAX_TRIGGERS], result.model
     else:
-        scanned = result if isinstance(result, Audit) else result.before
-        triggers = scanned.triggers[:MAX_TRIGGERS]
-        examples = _examples(first, triggers, count=MAX_IMAGES)
-        answers = _answers_for(first, triggers, examples, Run.create(policy="fp32"))
-        if isinstance(result, Audit):
-            page = audit_page(subject, audit=result, images=examples, answers=answers)
-            found = triggers
-        else:
-            page = audit_page(subject, verification=result, images=examples, answers=answers)
+        found, repaired = [r.trigger for r in result.residues][:MAX_TRIGGERS], cases[1].model
+    examples = examples_of(first, found, repaired, Run.create(policy="fp32"))
+    page = audit_page(
+        subject,
+        audit=result if isinstance(result, Audit) else None,
+        purification=result if isinstance(result, Purification) else None,
+        verification=result if isinstance(result, Verification) else None,
+        triggers=found,
+        examples=examples,
+    )
     # The record first: of two results for one folder, whichever writes it has the folder.
     write_json(folder / RECORD, with_header(_COMMANDS[type(result)], record(result)))
     if isinstance(result, Audit):
         facts = {"model_sha256": result.facts["model_sha256"]}
         write_triggers(folder, found, facts, most=MAX_TRIGGERS, force=force)
     write_page(folder / PAGE, page)
+
+
+def audit_files(folder: Path, suffix: str) -> tuple[Path, ...]:
+    """Return the files that the report of an audit may have.
+
+    Args:
+        folder: Of the report.
+        suffix: Of the file of the model, which mostly is that of the repaired one.
+    """
+    repaired = folder / (REPAIRED + (suffix if suffix in SUFFIXES else ".safetensors"))
+    return (*report_files(folder, triggers=True), repaired, repaired.with_suffix(".json"), folder / PATCH)
+
+
+def _save_assessment(done: Assessment, folder: Path, *, force: bool, command: str) -> Path:
+    """Write everything that an audit came to; a repaired model that cannot be written is a remark."""
+    case = done.case
+    if case is None or done.scan is None:
+        raise InputError("nothing was audited", remedy="Call unbackdoor.audit without plan")
+    source = case.source.path if case.source is not None else None
+    inputs = [] if case.source is None else [file.path for file in case.source.files]
+    suffix = "" if source is None else _kept(source.suffix)
+    outputs = audit_files(folder, suffix)
+    with writing(outputs, force=force, inputs=inputs, below=folder):
+        case.require_unchanged()
+        found = done.triggers[:MAX_TRIGGERS]
+        notes: list[tuple[str, str]] = []
+        if done.purification is not None:
+            notes = _write_repair(done.purification, folder / (REPAIRED + suffix), force=force)
+            done.written.update(done.purification.written)
+        for path in outputs[-3:]:  # what an earlier audit left would pass for some of this one
+            if force and str(path) not in done.written.values():
+                path.unlink(missing_ok=True)
+        write_triggers(folder, found, {"model_sha256": case.model.sha256()}, most=MAX_TRIGGERS, force=force)
+        done.written.update(record=str(folder / RECORD), page=str(folder / PAGE))
+        repaired = None if done.purification is None else done.purification.model
+        examples = examples_of(case, found, repaired, Run.create(policy="fp32"))
+        subject = _subject(case, case.name, command, done.date)
+        subject = replace(subject, facts=(*subject.facts, *notes))
+        page = audit_page(subject, assessment=done, triggers=found, examples=examples)
+        write_json(folder / RECORD, with_header("audit", record(done)))
+        write_page(folder / PAGE, page)
+    return folder / PAGE
+
+
+def _write_repair(done: Purification, path: Path, *, force: bool) -> list[tuple[str, str]]:
+    """Write the repaired model and its patch, and return why one of them cannot be written.
+
+    A model in memory may have no file that it could be loaded from again, and no original to patch.
+    """
+    out = []
+    try:
+        done.save(path, force=force)
+    except (InputError, UnsupportedModel, PromiseBroken) as error:
+        out.append(("repaired model", f"not written: {error}"))
+    try:
+        done.save_patch(path.parent / PATCH, force=force)
+    except (InputError, UnsupportedModel, PromiseBroken) as error:
+        out.append(("patch", f"not written: {error}"))
+    return out
+
+
+def _kept(suffix: str) -> str:
+    """Return the suffix of a repaired model; of a file that cannot be written alike, none."""
+    return suffix if suffix in SUFFIXES else ""
 
 
 def save_sarif(audit: Audit, path: Path | str, *, force: bool = False) -> Path:
@@ -139,7 +217,7 @@ def _cases(result: Audit | Purification | Verification) -> tuple[Case, ...]:
     return cases if isinstance(cases, tuple) else (cases,)
 
 
-def _subject(case: Case, title: str, command: str) -> Subject:
+def _subject(case: Case, title: str, command: str, date: str) -> Subject:
     facts = [("model", case.name), ("SHA-256 of the weights", case.model.sha256())]
     if case.source is not None:
         facts[1:] = [("SHA-256 of the file", case.source.sha256)]
@@ -157,38 +235,56 @@ def _subject(case: Case, title: str, command: str) -> Subject:
         case.opened.warnings if case.opened is not None else (),
         command,
         f"Made by unbackdoor {__version__} with torch {torch.__version__}.",
+        date.replace("T", " ").replace("Z", " UTC"),
     )
 
 
-def _examples(case: Case, triggers: Sequence[RecoveredTrigger], *, count: int) -> Images | None:
-    """Return a few images to draw triggers over, of as many classes as there are and not of theirs."""
+def examples_of(
+    case: Case, triggers: Sequence[RecoveredTrigger], repaired: Classifier | None, run: Run
+) -> list[list[Example]]:
+    """Return for each trigger a few images to draw it over: those that show best what it does come first.
+
+    Best is an image that the model has right, and gives to the trigger's class with it. Of as many classes as
+    there are, and not of the trigger's.
+    """
     images = case.images
-    if images is None or not len(images):
-        return None
-    rows = torch.arange(len(images))
-    if images.labels is not None:
-        aims = torch.tensor([t.label for t in triggers], dtype=torch.int64)
-        others = rows[~torch.isin(images.truth, aims)]
-        rows = others if len(others) else rows
-        # The first of every class before the second of any.
-        labels = images.truth[rows]
-        turn = torch.zeros(len(rows), dtype=torch.int64)
-        for k in labels.unique():
-            places = (labels == k).nonzero().flatten()
-            turn[places] = torch.arange(len(places))
-        rows = rows[turn.argsort(stable=True)]
-    return images.subset(rows[:count])
-
-
-def _answers_for(
-    case: Case, triggers: Sequence[RecoveredTrigger], examples: Images | None, run: Run
-) -> list[list[tuple[int, int]]]:
-    """Return, for every trigger, what the model says to the images without and with it."""
-    if examples is None:
+    if images is None or not len(images) or not triggers:
         return []
-    model = case.model
-    plain = predict(model, examples, run).argmax(1).tolist()
-    return [
-        list(zip(plain, predict(model, t.stamp(examples), run).argmax(1).tolist(), strict=True))
-        for t in triggers
-    ]
+    chosen = images.subset(_in_turns(images)[:_CANDIDATES])
+    plain = predict(case.model, chosen, run).argmax(1)
+    truth = None if chosen.labels is None else chosen.truth.cpu()
+    out = []
+    for trigger in triggers:
+        stamped = trigger.stamp(chosen)
+        after = predict(case.model, stamped, run).argmax(1)
+        mended = None if repaired is None else predict(repaired, stamped, run).argmax(1)
+        works = (after == trigger.label) & (plain != trigger.label)
+        right = torch.ones_like(works) if truth is None else plain == truth
+        own = plain == trigger.label if truth is None else truth == trigger.label
+        order = (4 * own.int() - 2 * works.int() - right.int()).argsort(stable=True)[:MAX_IMAGES].tolist()
+        out.append(
+            [
+                Example(
+                    chosen.pixels[i],
+                    stamped.pixels[i],
+                    None if truth is None else int(truth[i]),
+                    (int(plain[i]), int(after[i])),
+                    None if mended is None else int(mended[i]),
+                )
+                for i in order
+            ]
+        )
+    return out
+
+
+def _in_turns(images: Images) -> torch.Tensor:
+    """Return the rows, the first of every class before the second of any."""
+    rows = torch.arange(len(images))
+    if images.labels is None:
+        return rows
+    labels = images.truth.cpu()
+    turn = torch.zeros(len(rows), dtype=torch.int64)
+    for k in labels.unique():
+        places = (labels == k).nonzero().flatten()
+        turn[places] = torch.arange(len(places))
+    return rows[turn.argsort(stable=True)]

@@ -87,7 +87,8 @@ def _evidence(subject: Subject) -> None:
     # Eight classes, so that the tests of scanners run; the trigger is one that can be found.
     blocks, inputs = CleanData.split(block_data(96)), block_data(96, seed=4)
     settings: list[tuple[Classifier, CleanData, Images | None]] = [(tiny_classifier(), clean_data(), None)]
-    if subject.part.kind != "defense":
+    # The planted network has no normalisation.
+    if subject.part.kind != "defense" and "conv" in subject.part.families:
         settings.append((planted((2,)), blocks, inputs))
     for model, data, screened in settings:
         result = subject.call(model, data, inputs=screened)

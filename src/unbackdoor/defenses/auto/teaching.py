@@ -15,14 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unbackdoor.data.batches import augment, to_float
-from unbackdoor.engine.differential_search import Difference
 from unbackdoor.engine.inference import logits_of, mode
 from unbackdoor.engine.run import Run
+from unbackdoor.engine.universal_changes import GivenChange, UniversalChange
 from unbackdoor.errors import MethodFailed
 from unbackdoor.types import Augmentation, Classifier, Images
 
-_OLD = 0.3  # weight of a change that was taught before, beside 1 times its gap for a new one
-_LEAST = 0.05  # weight of a change without a gap
+_OLD = 0.4  # weight of all changes that were taught before, beside 1 for all new ones
+_LEAST = 0.2  # weight of a new change, at the least
+_TAUGHT = 3  # changes in a step
+
+
+Change = UniversalChange | GivenChange
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,8 @@ def teach(
     model: Classifier,
     teacher: Classifier,
     images: Images,
-    fresh: Sequence[Difference],
-    old: Sequence[Difference],
+    fresh: Sequence[tuple[Change, float]],
+    old: Sequence[Change],
     lesson: Lesson,
     run: Run,
     *,
@@ -66,7 +70,7 @@ def teach(
         model: The network as it is now.
         teacher: The network as it was received; only its answers on unchanged images are used.
         images: Clean images; labels are read where the targets are not soft.
-        fresh: Changes found on ``model``.
+        fresh: Changes that still move ``model``, and by how much more than is natural.
         old: Changes taught before, which are recalled now and then.
         lesson: See :class:`Lesson`.
         run: Seed, device, precision and progress.
@@ -78,8 +82,9 @@ def teach(
     """
     out = model.copy().to(run.device).to(memory_format=torch.channels_last)
     teacher = teacher.copy().to(run.device).to(memory_format=torch.channels_last)
-    changes = [one.change for one in (*fresh, *old)]
-    weights = torch.tensor([max(_LEAST, one.gap) for one in fresh] + [_OLD] * len(old))
+    changes = [*(change for change, _ in fresh), *old]
+    shares = [max(_LEAST, excess) for _, excess in fresh]
+    weights = torch.tensor(shares + [_OLD * sum(shares) / max(1, len(old))] * len(old))
     draws = run.generator("teaching", number)
     learning = [p for p in out.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(learning, lr=lesson.lr, momentum=0.9)
@@ -147,10 +152,10 @@ def _mixed(pixels: Tensor, count: int, draws: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def _changed(
-    pixels: Tensor, first: int, changes: Sequence, weights: Tensor, draws: torch.Generator
+    pixels: Tensor, first: int, changes: Sequence[Change], weights: Tensor, draws: torch.Generator
 ) -> Tensor:
-    """Apply two changes, drawn by weight, to a half each of the images from ``first`` on."""
-    chosen = torch.multinomial(weights, min(2, len(changes)), generator=draws).tolist()
+    """Apply a few changes, drawn by weight, to a part each of the images from ``first`` on."""
+    chosen = torch.multinomial(weights, min(_TAUGHT, len(changes)), generator=draws).tolist()
     parts = [pixels[:first]]
     rest = pixels[first:].tensor_split(len(chosen))
     parts += [changes[i].apply(part) for i, part in zip(chosen, rest, strict=True)]

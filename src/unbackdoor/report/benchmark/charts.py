@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from markupsafe import Markup
 
@@ -23,8 +23,9 @@ def chart_section(settings: Mapping[Setting, Rows[Row]]) -> Section:
     """Return the charts of all settings; none where no attack took."""
     scatters: list[tuple[str, Markup]] = []
     curves: list[tuple[str, Markup]] = []
+    places = _places(settings.values())
     for setting, rows in settings.items():
-        marks, means = _marks(rows), _means(rows)
+        marks, means = _marks(rows, places), _means(rows)
         budgets = sorted({budget for _, budget in means})
         for budget in budgets:
             points = {m: means[who, budget] for who, m in marks.items() if (who, budget) in means}
@@ -42,7 +43,8 @@ def chart_section(settings: Mapping[Setting, Rows[Row]]) -> Section:
                 (str(setting), over_budgets(curve_points, title=words, key=f"budgets{len(curves)}"))
             )
     caption = (
-        f"Means over all attacks that took. Hollow marks {OLDER} were measured by older code; half-filled "
+        "Means over all attacks that took; a defense has the same mark in every chart. On the dotted line "
+        f"lie those that none beats in both. Hollow marks {OLDER} were measured by older code; half-filled "
         "ones were chosen with the truth (oracle)."
     )
     if any(len(set(map(_who, rows.all))) > MOST for rows in settings.values()):
@@ -71,8 +73,13 @@ def _who(row: Row) -> tuple[str, bool]:
     return defense_of(row), row.selection == ORACLE
 
 
-def _marks(rows: Rows[Row]) -> dict[Who, Mark]:
-    """Return a mark for every defense; one of older code has the shape and colour of the current one."""
+def _places(every: Iterable[Rows[Row]]) -> dict[tuple[str, bool], int]:
+    """Return the place of every defense among all of the page, which its shape and colour follow from."""
+    return {who: place for place, who in enumerate(sorted({_who(row) for rows in every for row in rows.all}))}
+
+
+def _marks(rows: Rows[Row], places: Mapping[tuple[str, bool], int]) -> dict[Who, Mark]:
+    """Return a mark for every defense: that of the same one in all charts, older code included."""
     best: dict[tuple[str, bool], float] = {}
     for own in (rows.current, rows.older):
         for s in summarise(own):
@@ -82,10 +89,10 @@ def _marks(rows: Rows[Row]) -> dict[Who, Mark]:
     return {
         (defense, oracle, older): Mark(
             name(defense, 28) + (" (oracle)" if oracle else "") + (f" {OLDER}" if older else ""),
-            place,
+            places[defense, oracle],
             oracle=oracle,
             older=older,
         )
-        for place, (defense, oracle) in enumerate(chosen)
+        for defense, oracle in chosen
         for older in (False, True)
     }

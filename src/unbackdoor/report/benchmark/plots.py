@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
 
-from unbackdoor.report.charts import SERIES, svg_chart
+from unbackdoor.report.charts import INK, SERIES, svg_chart
 
 MOST = 24  # defenses in one chart; more cannot be distinguished
 # Seven shapes and six colours: 42 pairs before one comes again.
@@ -35,7 +35,7 @@ class Mark:
 
 
 def scatter(points: Mapping[Mark, tuple[float, float]], *, title: str, key: str) -> Markup:
-    """Return an ``<svg>`` of ACC against ASR, one mark for each defense.
+    """Return an ``<svg>`` of ACC against ASR, one mark for each defense, with the front that none beats.
 
     Args:
         points: For each defense its ASR and ACC in 0..1.
@@ -47,6 +47,21 @@ def scatter(points: Mapping[Mark, tuple[float, float]], *, title: str, key: str)
     """
 
     def draw(axes: Any) -> None:
+        front = pareto(points.values())
+        # Steps: between two of its points the front has the accuracy of the one with the lower ASR.
+        axes.step(
+            [100 * asr for asr, _ in front],
+            [100 * acc for _, acc in front],
+            where="post",
+            color=INK,
+            linewidth=0.8,
+            linestyle=":",
+            zorder=2,
+        )
+        axes.annotate(
+            "better \u2196", (0, 1), (4, -4), xycoords="axes fraction", textcoords="offset points", va="top",
+            fontsize=9,
+        )  # fmt: skip
         for mark, (asr, acc) in points.items():
             axes.plot([100 * asr], [100 * acc], linestyle="none", clip_on=False, zorder=3, **style(mark))
         heights = [100 * acc for _, acc in points.values()]
@@ -58,6 +73,20 @@ def scatter(points: Mapping[Mark, tuple[float, float]], *, title: str, key: str)
         axes.set_ylabel("ACC: higher is better")
 
     return _percent_chart(draw, list(points), title, key)
+
+
+def pareto(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the points (ASR, ACC) that no other one beats in both, lowest ASR first.
+
+    Example:
+        >>> pareto([(0.5, 0.9), (0.1, 0.8), (0.3, 0.7), (0.1, 0.6)])
+        [(0.1, 0.8), (0.5, 0.9)]
+    """
+    front: list[tuple[float, float]] = []
+    for asr, acc in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or acc > front[-1][1]:
+            front.append((asr, acc))
+    return front
 
 
 def over_budgets(lines: Mapping[Mark, Sequence[tuple[int, float]]], *, title: str, key: str) -> Markup:
@@ -99,7 +128,7 @@ def style(mark: Mark) -> dict[str, Any]:
         "markerfacecolor": "none" if mark.older else colour,
         "markeredgecolor": colour,
         # A label that begins with an underscore would be left out of the legend.
-        "label": "\u200b" + mark.name,
+        "label": " " + mark.name,
     }
 
 

@@ -9,6 +9,10 @@
 
   for (const table of document.querySelectorAll("table.sortable")) {
     const body = table.tBodies[0], heads = [...table.tHead.rows[0].cells];
+    // On a narrow screen a row is a list, and its cells need their names.
+    const names = heads.map((head) => head.textContent.trim());
+    for (const row of body.rows) [...row.cells].forEach((cell, at) => { if (at) cell.dataset.label = names[at]; });
+    table.parentElement.classList.add("stacked");
     heads.forEach((head, at) => {
       const button = document.createElement("button");
       button.type = "button";

@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 
 import unbackdoor
 from tiny import tiny_classifier, tiny_data
+from unbackdoor.bench.rows import Row, write_rows
+from unbackdoor.bench.store import Store
 from unbackdoor.cli.app import app
 
 jsonschema = pytest.importorskip("jsonschema", reason="outputs are held against their schema (extra: dev)")
@@ -118,6 +120,21 @@ def test_what_the_judge_gets(tmp_path: Path) -> None:
     check(call("train", *words, *recipe, "--out", tmp_path / "v")[1], "train")
     told = call("evaluate", tmp_path / "v", "--before", tmp_path / "v", "--dataset", "digits", "-q", "--json")
     check(told[1], "evaluate")
+
+
+def test_what_a_store_and_two_sets_of_rows_say(tmp_path: Path) -> None:
+    with Store(tmp_path / "store"):
+        pass
+    check(call("bench", "status", "--store", tmp_path / "store", "--json")[1], "bench status")
+    row = {
+        "suite": "s", "dataset": "digits", "architecture": "a", "width": 8, "recipe": "plain",
+        "attack": "badnets", "poison_rate": 0.1, "victim_seed": 0, "defense": "none",
+        "clean_images": 50, "defender_seed": 1,
+    }  # fmt: skip
+    for name, acc in (("a.jsonl", 0.9), ("b.jsonl", 0.8)):
+        write_rows(tmp_path / name, [Row.model_validate({**row, "acc": acc})])
+    code, told, _ = call("bench", "diff", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--json")
+    assert code == 1 and check(told, "bench diff")["differences"][0]["kind"] == "changed"
 
 
 FAULTS = [

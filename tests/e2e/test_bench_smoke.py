@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benching import PATIENCE, bench, cells, left_behind
+from forms import require_form
 from unbackdoor.bench.rows import read_rows, write_rows
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn (extra: digits)")
@@ -25,6 +26,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ("run", SUITE, "--store", store, "--only", CUT, "--quiet", "--json")
     out, err = bench(*words)
     told = json.loads(out)
+    require_form(told, "bench run")
     assert (told["suite"], told["finished"], err) == (SUITE, True, "")
     assert (told["done"], told["failed"], told["running"]) == (1 + REPAIRS, 0, 0)
     assert left_behind(store) == []

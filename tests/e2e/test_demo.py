@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from forms import require_form
 from unbackdoor.cli import app
 from unbackdoor.cli.demo import DemoSettings, run_demo
 from unbackdoor.data.datasets import load_dataset
@@ -44,6 +45,7 @@ def test_it_writes_a_page_and_its_numbers(small: tuple[Path, dict[str, Any]]) ->
     assert sorted(file.name for file in out.iterdir()) == ["index.html", "result.json"]
     written = json.loads((out / "result.json").read_text())
     assert written == returned
+    require_form({**written, "report": "index.html"}, "demo")
     for part in ("before", "after"):
         assert set(written[part]) == {"acc", "asr", "ra"}
         assert all(0 <= rate <= 1 for rate in written[part].values())

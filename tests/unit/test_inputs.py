@@ -92,7 +92,7 @@ def test_images_of_another_type_are_refused(verb: str, given: object) -> None:
 def test_a_model_of_another_type_is_refused(verb: str) -> None:
     meaning = r"the model is of another type: expected .*a Classifier"
     with pytest.raises(unbackdoor.InputError, match=meaning):
-        VERBS[verb](torch.optim, IMAGES)
+        VERBS[verb](7, IMAGES)
 
 
 @EACH

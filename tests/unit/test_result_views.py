@@ -42,6 +42,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Viewed]:
         "Verification": unbackdoor.verify(named, named, images, **FEW),
         "ScreenedImages": unbackdoor.screen(named, images, "strip", images, options={"overlays": 2}),
         "Inspection": unbackdoor.inspect(file),
+        "Assessment": unbackdoor.audit(named, images, checks=["weight_statistics"], plan=True),
         "Evaluation": unbackdoor.evaluate(
             named, _data_set(images), triggered=images, target=1, before=named, precision="fp32"
         ),

@@ -30,6 +30,8 @@ from unbackdoor.audit.cost import (
     Cost,
     measured,
 )
+from unbackdoor.audit.devices import resolved_device
+from unbackdoor.audit.notebook import shown
 from unbackdoor.audit.outcome import WORKS, OutcomeVerdict
 from unbackdoor.audit.own_methods import defense_of
 from unbackdoor.audit.purifying import Purification, Residue
@@ -51,6 +53,7 @@ from unbackdoor.metrics import Rate, agreement
 from unbackdoor.opening.inspection import Inspection, inspect
 from unbackdoor.opening.write_back import stored_types
 from unbackdoor.registry import Config, Part
+from unbackdoor.result_views import Bars
 from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Augmentation, Images, Progress, Verdict, silent
 from unbackdoor.weights.source import Source, open_source
@@ -62,7 +65,7 @@ _STATUS: dict[str, Status] = {"ran": "done", "failed": "failed", "interrupted": 
 _MEASURED, _FEWEST_MEASURED = 0.03, 16  # share of the time left for one pass over images; images at least
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Assessment(Result):
     """What an audit found, did, and left out.
 
@@ -103,6 +106,27 @@ class Assessment(Result):
     planned_only: bool = False
     case: Case | None = field(default=None, repr=False)
     written: dict[str, str] = field(default_factory=dict, compare=False)
+
+    def headline(self) -> str:
+        """Return the verdict and what became of the model in one line."""
+        names = self.case.model.class_names if self.case is not None else ()
+        named = [names[k] if k < len(names) else str(k) for k in self.classes[:3]]
+        towards = f", towards {', '.join(named)}" if named else ""
+        outcome = f"; {self.outcome}" if self.purification is not None else ""
+        done, planned = self.checks_done
+        return f"{self.verdict}{towards}{outcome}; {done} of {planned} checks ran, {self.seconds:.0f} s"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row for each step."""
+        return [
+            {"step": s.name, "status": s.status, "seconds": s.seconds, "result": s.result} for s in self.steps
+        ]
+
+    def bars(self) -> Bars | None:
+        """Return what the repair changed, else the statistic of the scan for each class."""
+        if self.purification is not None:
+            return self.purification.bars()
+        return None if self.scan is None else self.scan.bars()
 
     @property
     def classes(self) -> tuple[int, ...]:
@@ -171,7 +195,7 @@ def audit(
     label_column: str | None = None,
     skip_damaged: bool = False,
     seed: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     precision: Policy = "auto",
     progress: Progress = silent,
 ) -> Assessment:
@@ -211,7 +235,7 @@ def audit(
         label_column: Column of the labels, likewise.
         skip_damaged: Whether images that cannot be decoded are left out and counted.
         seed: Seed of every draw.
-        device: Where to compute.
+        device: Where to compute; ``auto`` is CUDA, else MPS, else the CPU.
         precision: ``auto``, ``fp32`` or ``bf16``.
         progress: Progress display.
 
@@ -240,6 +264,7 @@ def audit(
     read_references(references or ())
     require_trigger_files(triggers)
     require_inputs(model, data, proof)
+    device, progress = resolved_device(device), shown(progress)
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
 
     steps = Steps(progress, end)

@@ -21,6 +21,7 @@ from unbackdoor.data.loaders import ImageFiles
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import ConfigError, InputError, UnsupportedModel
 from unbackdoor.files import is_there
+from unbackdoor.hub import is_hub
 from unbackdoor.opening.open_model import Opened, load_images_of, open_model
 from unbackdoor.registry import near_match
 from unbackdoor.types import Augmentation, Classifier, CleanData, Images
@@ -107,7 +108,7 @@ def require_inputs(model: Model, *images: Data | None) -> None:
         raise InputError("the file does not exist", where=model)
     names = dataset_names()
     for data in images:
-        if not isinstance(data, Path | str) or str(data) in names or is_there(Path(data)):
+        if not isinstance(data, Path | str) or str(data) in names or is_hub(data) or is_there(Path(data)):
             continue
         if "/" in str(data) or "." in str(data):
             raise InputError("there is no such file or folder", where=data)

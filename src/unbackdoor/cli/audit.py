@@ -90,7 +90,7 @@ def audit(
     weights: shared.Weights = None,
     output: auditor.Output = None,
     seed: shared.Seed = 0,
-    device: shared.Device = "cpu",
+    device: shared.Device = "auto",
     precision: shared.PrecisionOption = shared.PrecisionPolicy.auto,
     force: shared.Force = False,
     as_json: shared.AsJson = False,

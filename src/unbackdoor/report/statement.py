@@ -275,6 +275,7 @@ def _record(record: Result | Mapping[str, Any] | Path | str) -> tuple[str, dict[
 
 # Keys by which a record without a header is known.
 _SIGNS: Mapping[str, frozenset[str]] = {
+    "audit": frozenset({"planned_only", "file_sha256"}),
     "purify": frozenset({"source_file_sha256", "promise"}),
     "verify": frozenset({"before_file_sha256", "comparison"}),
     "screen": frozenset({"scores", "p_values", "model_sha256"}),

@@ -69,6 +69,16 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Arrow:
+    """One source class of a mapping and its target, as lines of a drawing."""
+
+    source: str
+    target: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
 class Chart:
     """The numbers of all classes under one statistic, most suspicious first."""
 
@@ -78,6 +88,7 @@ class Chart:
     rows: Sequence[Row]
     folded: Sequence[Row] = ()
     left_out: int = 0
+    mapping: Sequence[Arrow] = ()
 
 
 @dataclass(frozen=True)
@@ -212,6 +223,7 @@ def _check(checked: Checked, subject: Subject) -> dict[str, Any]:
         "failed": "failed",
         "out of budget": "out of time",
         "interrupted": "interrupted",
+        "not needed": "not needed",
     }
     classes = ", ".join(subject.name(k) for k in checked.classes[:3])
     if len(checked.classes) > 3:
@@ -279,7 +291,18 @@ def _chart(checked: Checked, finding: Finding, audit: Audit, subject: Subject) -
         rows[:UNFOLDED_CLASSES] if many else rows,
         rows[UNFOLDED_CLASSES:] if many else (),
         max(0, len(values) - MAX_CLASSES),
+        _arrows(finding, subject) if audit.accuses(checked) else (),
     )
+
+
+def _arrows(finding: Finding, subject: Subject) -> list[Arrow]:
+    """Return the mapping of classes as lines from the source's place to the target's."""
+    pairs = sorted(finding.mapping)[:MAX_CLASSES]
+    places = {k: place for place, k in enumerate(sorted({k for pair in pairs for k in pair}))}
+    return [
+        Arrow(subject.name(source), subject.name(target), places[source] + 0.5, places[target] + 0.5)
+        for source, target in pairs
+    ]
 
 
 def _views(

@@ -63,7 +63,7 @@ def sarif(audit: Audit, model: Path, class_names: Sequence[str], *, file_sha256:
     rules.append({"id": "undecided", "shortDescription": {"text": "The scan could not decide."}})
     notes = [
         {
-            "level": "error" if c.status == "failed" else "warning",
+            "level": {"failed": "error", "not needed": "note"}.get(c.status, "warning"),
             "message": {"text": f"{c.check.name}: {c.reason}"},
         }
         for c in audit.checks

@@ -62,8 +62,8 @@ def test_a_model_that_was_opened_rightly_leaves_no_doubt(path: Path, accuser: No
 @pytest.mark.parametrize(
     ("targets", "text"),
     [
-        ([1, 2, 3, 0], "Clean accuracy is only"),  # another order of all classes
-        ([0, 2, 1, 3], "another order"),  # two exchanged, so that the accuracy is not low
+        ([1, 2, 3, 0], "Clean accuracy is only"),
+        ([0, 2, 1, 3], "another order"),
     ],
 )
 def test_labels_in_another_order_leave_a_doubt(
@@ -76,6 +76,16 @@ def test_labels_in_another_order_leave_a_doubt(
     assert (audit.verdict, audit.classes) == ("undecided", ())
     assert audit.reasons[0] == doubt and audit.doubts == (doubt,)
     assert "class 1" in audit.reasons[1]
+
+
+def test_an_order_that_would_be_right_more_often_leaves_a_doubt_at_any_accuracy(path: Path) -> None:
+    case = opened(path, tiny_data(240, seed=5))
+    assert case.opened is not None
+    provenance = case.opened.provenance
+    assert provenance.inference is not None and not provenance.doubts
+    inference = {**provenance.inference, "class_order": ["b", "a", "c", "d"]}
+    (doubt,) = replace(provenance, inference=inference).doubts
+    assert "another order" in doubt
 
 
 def test_images_of_another_task_leave_a_doubt(path: Path, accuser: None) -> None:

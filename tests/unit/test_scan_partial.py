@@ -228,6 +228,8 @@ def test_fewer_checks_are_corrected_for_less_and_it_is_said() -> None:
     assert picked.reasons[1:] == (
         "The p-values are corrected for the 1 check that gave a p-value.",
         "Not asked for: two, unsure. A scan of all usual checks corrects for more of them.",
+        "Corrected for those as well, the smallest p-value is 0.09, which is no evidence: "
+        "who tries one check after the other is bound to find something.",
     )
     record = audit_json(picked, NAMES)
     assert (record["corrected_for"], record["left_out"]) == (1, ["two", "unsure"])

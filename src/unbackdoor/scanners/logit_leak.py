@@ -24,8 +24,9 @@ from unbackdoor.engine.inference import mode, predict, require_several_classes
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.statistics.class_residuals import family_p_value, residual_p_values
 from unbackdoor.engine.statistics.one_outlier import FEWEST
+from unbackdoor.errors import MethodFailed
 from unbackdoor.registry import Config, option, scanner
-from unbackdoor.types import Classifier, CleanData, Finding, ScanReport, require_fit
+from unbackdoor.types import Classifier, CleanData, Finding, ScanReport, Verdict, require_fit
 
 
 class LogitLeakConfig(Config):
@@ -47,6 +48,8 @@ def scan(model: Classifier, data: CleanData, cfg: LogitLeakConfig, *, run: Run) 
     require_fit(model, data.all)
     with mode(model, training=False):
         logits = require_several_classes(predict(model, data.all, run))  # (N, K)
+    if not bool(torch.isfinite(logits).all()):
+        raise MethodFailed("the model gives clean images logits that are not finite")
     leaks = leaning(logits)  # (K,)
     p_values = residual_p_values(-leaks)
     k = int(leaks.argmax())
@@ -66,7 +69,7 @@ def scan(model: Classifier, data: CleanData, cfg: LogitLeakConfig, *, run: Run) 
     if finding.p_value is None:
         skipped = {"outlier test": f"fewer than {FEWEST} classes; the leaks are reported"}
         return ScanReport("undecided", (finding,), skipped=skipped, coverage=("logits",))
-    verdict = "backdoor found" if finding.p_value <= cfg.level else "no evidence found"
+    verdict: Verdict = "backdoor found" if finding.p_value <= cfg.level else "no evidence found"
     return ScanReport(verdict, (finding,), coverage=("logits", "outlier test"))
 
 

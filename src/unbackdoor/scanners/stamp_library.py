@@ -32,7 +32,7 @@ from unbackdoor.engine.statistics.one_outlier import FEWEST
 from unbackdoor.errors import InputError, MethodFailed
 from unbackdoor.registry import Config, option, scanner
 from unbackdoor.triggers import RecoveredTrigger
-from unbackdoor.types import Classifier, CleanData, Finding, Images, ScanReport, require_fit
+from unbackdoor.types import Classifier, CleanData, Finding, Images, ScanReport, Verdict, require_fit
 
 _LIFT = 0.02  # of the losses: a hundredth of it more or less is the same answer
 _POSITIONS = 16  # of a patch in one direction at first; in between, only about the best of each class
@@ -140,7 +140,7 @@ def scan(model: Classifier, data: CleanData, cfg: StampLibraryConfig, *, run: Ru
     if finding.p_value is None:
         skipped = {"outlier test": f"fewer than {FEWEST} classes; the losses are reported"}
         return ScanReport("undecided", (finding,), skipped=skipped, coverage=("stamps",))
-    verdict = "backdoor found" if finding.p_value <= cfg.level else "no evidence found"
+    verdict: Verdict = "backdoor found" if finding.p_value <= cfg.level else "no evidence found"
     return ScanReport(verdict, (finding,), coverage=("stamps", "outlier test"))
 
 
@@ -162,7 +162,8 @@ def _positions(count: int) -> list[int]:
     """Return all of so many positions, or as many as are tried, evenly, both ends among them."""
     if count <= _POSITIONS:
         return list(range(count))
-    return torch.linspace(0, count - 1, _POSITIONS).round().int().tolist()
+    spread: list[int] = torch.linspace(0, count - 1, _POSITIONS).round().int().tolist()
+    return spread
 
 
 def _best(losses: Tensor, count: int) -> Tensor:

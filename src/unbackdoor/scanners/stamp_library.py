@@ -188,7 +188,7 @@ def _near(chosen: Tensor, stamps: Sequence[Stamp], shape: tuple[int, int, int]) 
 def _in_turns(order: Tensor, predicted: Tensor, count: int) -> Tensor:
     """Return so many images, of as many classes of the model as there are."""
     places: dict[int, int] = {}
-    turns = []
+    turns: list[tuple[int, int, int]] = []  # place within the class, place in the order, image
     for i in order.tolist():
         k = int(predicted[i])
         places[k] = places.get(k, -1) + 1

@@ -141,12 +141,15 @@ class ScannerFacts:
             50, from no forward pass to many trainings.
         variants: Further checks by the part of their name behind the colon.
         references: How clean models calibrate it, if they can.
+        as_it_is: Whether it is given the model and the images as they are, and not in the form that makes
+            networks comparable (:mod:`unbackdoor.engine.canonical_form`).
     """
 
     question: str = ""
     cost: float = 100.0
     variants: Mapping[str, Variant] = field(default_factory=dict)
     references: References | None = None
+    as_it_is: bool = False
 
 
 @dataclass(frozen=True)
@@ -480,6 +483,7 @@ def scanner(
     cost: float = ScannerFacts.cost,
     variants: Mapping[str, Variant] | None = None,
     references: References | None = None,
+    as_it_is: bool = False,
     **facts: Unpack[Facts],
 ) -> Callable[[ScannerFunction[C]], ScannerFunction[C]]:
     """Return a decorator that registers a scanner; ``scan`` learns all it has to know of it from here.
@@ -487,10 +491,11 @@ def scanner(
     Args:
         name: Name of the scanner, and of its check.
         config: Its options.
-        question: See :class:`ScannerFacts`, as for the next three.
+        question: See :class:`ScannerFacts`, as for the next four.
         cost: Likewise.
         variants: Likewise.
         references: Likewise.
+        as_it_is: Likewise.
         **facts: See :meth:`Registry.register`.
 
     Raises:
@@ -498,7 +503,7 @@ def scanner(
     """
     for key, variant in (variants or {}).items():
         config.parse(variant.options, subject=f"the variant {key!r} of the scanner {name!r}")
-    scanning = ScannerFacts(question, cost, MappingProxyType(dict(variants or {})), references)
+    scanning = ScannerFacts(question, cost, MappingProxyType(dict(variants or {})), references, as_it_is)
     return SCANNERS.register(name, config=config, scanning=scanning, **facts)
 
 

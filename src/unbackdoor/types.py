@@ -444,6 +444,10 @@ class Finding:
         per_class: The statistic for every class, in label order.
         artefacts: Tensors to keep beside it, by name.
         trigger: A trigger that was recovered towards one of the classes, to be shown and tried.
+        class_p_values: For every class, in label order, the p-value of being so unlike the others, not
+            corrected for the number of classes; not a number for a class that is not compared, empty where
+            the statistic has none.
+        mapping: Which class a trigger turns into which, as (source, target); empty for a single target.
     """
 
     statistic: str
@@ -456,6 +460,8 @@ class Finding:
     per_class: tuple[float, ...] = ()
     artefacts: Mapping[str, Tensor] = field(default_factory=dict)
     trigger: RecoveredTrigger | None = None
+    class_p_values: tuple[float, ...] = ()
+    mapping: tuple[tuple[int, int], ...] = ()
 
 
 Verdict = Literal["backdoor found", "no evidence found", "undecided"]

@@ -172,7 +172,8 @@ def test_the_page_and_the_log_of_a_finding() -> None:
     trigger = RecoveredTrigger(2, torch.ones(1, 8, 8), torch.eye(8))
     found = says("strong", 0.001, "backdoor found", classes=(2,), trigger=trigger)
     model = tiny_classifier("conv-bn")
-    audit = scan(model, clean(), checks=[found, says("broken", None, error=RuntimeError("<b>"))])
+    broken = says("broken", None, error=RuntimeError("<b>"))
+    audit = scan(model, clean(), checks=[found, broken], thorough=True)
     assert (audit.triggers[0].label, audit.triggers[0].check) == (2, "strong")
     pixels = tiny_data(4).pixels
     page = audit_page(

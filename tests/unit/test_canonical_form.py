@@ -28,8 +28,12 @@ RUN = Run.create(seed=0, policy="fp32")
 IMAGES = block_data(96, seed=5)
 DATA = CleanData.split(IMAGES)
 NAMES = IMAGES.class_names
-CHECKS = ["weight_statistics", "tac", "mm_bd", "neural_cleanse"]
-QUICK = {"mm_bd": {"steps": 40, "starts": 2}, "neural_cleanse": {"steps": 40, "images": 8, "restarts": 1}}
+CHECKS = ["weight_statistics", "tac", "mm_bd", "logit_leak", "stamp_library", "neural_cleanse"]
+QUICK = {
+    "mm_bd": {"steps": 40, "starts": 2},
+    "neural_cleanse": {"steps": 20, "starts": 4, "images": 8},
+    "stamp_library": {"finalists": 2, "final_images": 16},
+}
 NOISE = 0.02  # what rounding does to a p-value: a search takes another step
 
 
@@ -88,7 +92,7 @@ def data_for(model: Classifier, data: CleanData = DATA) -> CleanData:
 
 def look(model: Classifier, data: CleanData = DATA, checks: list[str] = CHECKS) -> Audit:
     options = {name: QUICK[name] for name in checks if name in QUICK}
-    return scan(model, data_for(model, data), checks=checks, options=options, precision="fp32")
+    return scan(model, data_for(model, data), checks=checks, options=options, precision="fp32", thorough=True)
 
 
 # ---------------------------------------------------------------------------------------------------

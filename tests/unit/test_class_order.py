@@ -80,6 +80,15 @@ def test_the_order_of_the_outputs_is_found(names: list[str], outputs: list[str],
     assert found.facts()["class_order"] == outputs
 
 
+def test_two_exchanged_classes_are_found_where_the_accuracy_is_not_low() -> None:
+    order = [0, 2, 1, *range(3, 12)]
+    held = columns(NUMBERS, per_class=30)
+    found = infer_normalisation({"net": Brightest(order)}, held, RUN, normalisations=PLAIN)
+    assert not found.warning and found.best.accuracy > 0.6
+    assert list(found.class_order) == [NUMBERS[k] for k in order]
+    assert any("another order" in note for note in found.notes)
+
+
 def test_labels_that_were_sorted_as_texts_are_found_too() -> None:
     # The images say 0, 1, 2, ... and mean the first, second and third folder of a sorted listing.
     texts = sorted(NUMBERS)

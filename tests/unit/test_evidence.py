@@ -6,6 +6,7 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
+from scipy import special
 
 from unbackdoor.audit.evidence import agreements, holm
 
@@ -25,6 +26,16 @@ def test_agreement_takes_two_checks_that_noticed_one_single_class() -> None:
     assert (first.label, first.places) == (2, (1, 3))
     assert (second.label, second.places) == (1, (2, 0))
     assert first.p_value == pytest.approx(1.3 * 4 / 200)
+
+
+def test_a_check_agrees_on_a_class_that_is_not_its_own_first() -> None:
+    nan = float("nan")
+    tables = [[0.001, 0.02, 0.9, 0.9], [0.5, 0.001, nan, 0.9], ()]
+    (agreed,) = agreements([0.004, 0.003, 0.9], [[0], [1], [1]], tables)
+    assert (agreed.label, agreed.places) == (1, (1, 0))
+    # The second check compares three classes, and the first four.
+    assert agreed.p_value == pytest.approx(1.3 * 3 / (1 / 0.003 + 1 / 0.08))
+    assert agreements([0.004, 0.003], [[0], [1]]) == []
 
 
 def test_no_p_value_of_zero_divides() -> None:
@@ -51,5 +62,29 @@ def test_the_level_holds_where_checks_depend_on_each_other(
             p_values = [1 - cdf(v) for v in values]
             joint = agreements(p_values, [[int(k)] for k in labels])
             alarms += min([*holm(p_values), *(a.p_value for a in joint)]) <= level
+    # Three standard deviations of a share of 5 % of the draws.
+    assert alarms / draws <= level + 3 * (level * (1 - level) / draws) ** 0.5
+
+
+@pytest.mark.parametrize("checks", [2, 9])
+@pytest.mark.parametrize("classes", [6, 10, 43])
+@pytest.mark.parametrize("correlation", [0.0, 0.6, 0.95])
+def test_the_level_holds_where_every_check_has_a_p_value_for_every_class(
+    checks: int, classes: int, correlation: float
+) -> None:
+    draws, level = 3_000, 0.05
+    rng = np.random.default_rng([checks, classes, round(100 * correlation)])
+    z = correlation**0.5 * rng.standard_normal((draws, 1, classes))
+    z = z + (1 - correlation) ** 0.5 * rng.standard_normal((draws, checks, classes))
+    mean = (z.sum(2, keepdims=True) - z) / (classes - 1)  # of the other classes
+    square = ((z**2).sum(2, keepdims=True) - z**2 - (classes - 1) * mean**2) / (classes - 2)
+    residual = (z - mean) / np.sqrt(square * (1 + 1 / (classes - 1)))
+    tables = special.stdtr(classes - 2, residual)  # (draws, checks, classes)
+    smallest = np.minimum(1, classes * tables.min(2))
+    alarms = 0
+    for p_values, table in zip(smallest, tables, strict=True):
+        if p_values.min() <= 0.2:
+            joint = agreements(p_values.tolist(), [()] * checks, table.tolist())
+            alarms += min([*holm(p_values.tolist()), *(a.p_value for a in joint)]) <= level
     # Three standard deviations of a share of 5 % of the draws.
     assert alarms / draws <= level + 3 * (level * (1 - level) / draws) ** 0.5

@@ -11,6 +11,7 @@ from torch import nn
 
 from planted import block_data, planted
 from tiny import NAMES, tiny_classifier, tiny_data
+from unbackdoor.engine import trigger_search
 from unbackdoor.engine.row_adam import RowAdam
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.trigger_search import TriggerSearchConfig, search_triggers, success
@@ -20,15 +21,14 @@ from unbackdoor.metrics import Rate
 from unbackdoor.registry import SCANNERS
 from unbackdoor.scanners.neural_cleanse import RECOVERED
 from unbackdoor.triggers import RecoveredTrigger
-from unbackdoor.types import Classifier, CleanData, Finding, ScanReport
+from unbackdoor.types import Classifier, CleanData, Finding, Images, ScanReport
 
 DATA = CleanData.split(replace(block_data(160), labels=None))
 RUN = Run.create(seed=0, policy="fp32")
-QUICK = {"steps": 120}
 
 
 def look(model: Classifier, **options: object) -> ScanReport:
-    return scan("neural_cleanse", model, DATA, options={**QUICK, **options}, precision="fp32")
+    return scan("neural_cleanse", model, DATA, options=options, precision="fp32")
 
 
 def named(report: ScanReport, start: str) -> Finding:
@@ -41,8 +41,11 @@ def test_planted_shortcuts_are_found_without_labels(corner: tuple[int, ...], for
     report = look(planted(corner), form=form)
     assert report.verdict == "backdoor found"
     assert set(report.findings[0].classes) == set(corner)
-    assert report.findings[0].p_value is not None and report.findings[0].p_value < 0.01
-    assert "2 of 3 searches must agree, 2 were made" in report.findings[0].threshold_source
+    finding = report.findings[0]
+    assert finding.p_value is not None and finding.p_value < 0.01
+    if len(corner) == 1:  # two widen the spread for each other; the test of the finding sees both
+        assert 8 * min(finding.class_p_values) < 0.01
+        assert min(finding.class_p_values) == finding.class_p_values[corner[0]]
     shown = named(report, RECOVERED)
     assert shown.p_value is None and shown.value > 0.75
     assert shown.classes[0] in corner
@@ -54,43 +57,37 @@ def test_planted_shortcuts_are_found_without_labels(corner: tuple[int, ...], for
         assert int(trigger.mask.flatten().argmax()) == where
 
 
-def test_without_a_shortcut_nothing_is_claimed_and_two_searches_are_enough() -> None:
-    report = look(planted())
+@pytest.mark.parametrize("form", ["patch", "blend"])
+def test_without_a_shortcut_nothing_is_claimed(form: str) -> None:
+    report = look(planted(), form=form)
     assert report.verdict == "no evidence found"
-    # The p-values are below what a single test would ask for, and pay for there being two.
-    assert all(f.p_value is None or f.p_value > 0.025 for f in report.findings)
-    assert "2 of 3 searches must agree, 2 were made" in report.findings[0].threshold_source
     assert all(math.isfinite(v) for f in report.findings for v in f.per_class)
 
 
-def test_one_search_that_ends_in_a_poor_change_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def sometimes(*args: object, restart: int = 0, **options: object) -> object:
-        found = search_triggers(*args, restart=restart, **options)  # type: ignore[arg-type]
-        if restart == 1:  # the planted class looks as far away as the others
-            return replace(
-                found,
-                losses=found.losses.index_copy(0, torch.tensor([2]), found.losses[3:4]),
-                sizes=found.sizes.index_copy(0, torch.tensor([2]), found.sizes[3:4]),
-            )
-        return found
+def test_starts_that_end_in_a_poor_change_hide_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def poor(model: Classifier, form: str, starts: int, *more: object) -> torch.Tensor:
+        raw = first_starts(model, form, starts, *more)  # type: ignore[arg-type]
+        last = torch.arange(len(raw)) % starts != starts - 1
+        raw[last, 0] = torch.where(
+            torch.arange(64).view(8, 8) == 27, 20.0, 0.0
+        )  # only the middle of the image
+        return raw
 
-    monkeypatch.setattr("unbackdoor.scanners.neural_cleanse.search_triggers", sometimes)
-    report = look(planted((2,)))
+    first_starts = trigger_search._starts
+    monkeypatch.setattr(trigger_search, "_starts", poor)
+    assert look(planted((2,)), starts=1).verdict == "backdoor found"
+    report = look(planted((2,)), starts=4)
     assert report.verdict == "backdoor found" and report.findings[0].classes == (2,)
-    assert "2 of 3 searches must agree, 3 were made" in report.findings[0].threshold_source
-    # Of two, both must agree.
-    assert look(planted((2,)), restarts=1).verdict == "backdoor found"
-    assert look(planted((2,)), restarts=2).verdict == "no evidence found"
 
 
-def test_few_images_serve_all_searches_and_few_classes_get_no_verdict() -> None:
+def test_few_images_will_do_and_few_classes_get_no_verdict() -> None:
     few = CleanData.split(replace(block_data(24), labels=None))
-    report = scan("neural_cleanse", planted((2,)), few, options=QUICK, precision="fp32")
-    assert "too few to share out" in report.skipped["different images"]
+    report = scan("neural_cleanse", planted((2,)), few, precision="fp32")
+    assert report.findings[0].classes == (2,)
     four = CleanData.split(tiny_data(40))
-    report = scan("neural_cleanse", tiny_classifier("conv-bn"), four, options=QUICK, precision="fp32")
+    report = scan("neural_cleanse", tiny_classifier("conv-bn"), four, precision="fp32")
     assert report.verdict == "undecided" and "outlier test" in report.skipped
-    assert [f.p_value for f in report.findings] == [None] * 3
+    assert [f.p_value for f in report.findings] == [None] * 2
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -98,37 +95,79 @@ def test_few_images_serve_all_searches_and_few_classes_get_no_verdict() -> None:
 
 
 @pytest.mark.parametrize("form", ["patch", "blend"])
-def test_a_change_is_as_large_as_it_says_and_counts_are_those_of_success(form: str) -> None:
-    cfg = TriggerSearchConfig(steps=60, images=24)
-    found = search_triggers(planted((2,)), DATA.fit, cfg, RUN, form=form)  # type: ignore[arg-type]
+def test_a_change_is_as_large_as_it_says_and_works_on_images_that_it_did_not_see(form: str) -> None:
+    found = search_triggers(planted((2,)), DATA.fit, TriggerSearchConfig(), RUN, form=form)  # type: ignore[arg-type]
     for k, trigger in enumerate(found.triggers):
         size = trigger.pattern.norm() if trigger.mask is None else trigger.mask.sum()
         assert (trigger.label, trigger.mask is None) == (k, form == "blend")
         assert float(size) == pytest.approx(float(found.trigger_sizes[k]), rel=1e-4)
         if math.isfinite(float(found.sizes[k])):
             assert float(found.trigger_sizes[k]) == float(found.sizes[k])
-            assert int(found.hits[k]) >= 0.9 * found.images
+            assert float(found.success[k]) >= 0.9 - 1e-6
             assert success(planted((2,)), trigger, DATA.fit, RUN).value > 0.6
     assert int(found.sizes.argmin()) == 2
+    assert success(planted((2,)), found.triggers[2], DATA.select, RUN).value > 0.75
 
 
-def test_a_class_is_sought_alike_in_any_company() -> None:
+def test_losses_are_read_where_the_median_class_has_come_to_the_anchor() -> None:
+    read = {}
+    for anchor in (0.6, 0.35):
+        found = search_triggers(planted((2,)), DATA.fit, TriggerSearchConfig(anchor=anchor), RUN, enough=1)
+        assert bool(found.compared.all()) and int(found.losses.argmin()) == 2
+        read[anchor] = found
+    # A lower anchor is reached at a larger budget, whatever the budgets are that the model needs.
+    assert read[0.35].anchored > read[0.6].anchored
+    assert float(read[0.35].losses.median()) < float(read[0.6].losses.median())
+
+
+def test_the_smallest_patch_is_one_pixel_of_the_image_at_its_own_size() -> None:
+    for side in (8, 32):
+        blocks = Classifier(nn.AdaptiveAvgPool2d(8), input_shape=(1, side, side), class_names=NAMES)
+        problem = trigger_search._Problem(
+            blocks, torch.zeros(0), torch.zeros(0), "patch", TriggerSearchConfig(), RUN
+        )
+        assert problem.lowest * problem.unit == pytest.approx(1.0)
+
+
+def test_starts_of_masks_are_bumps_on_a_grid_and_the_rest_level() -> None:
+    masks = trigger_search.bumps(11, 32, 32)
+    peaks = [divmod(int(mask.argmax()), 32) for mask in masks[:9]]
+    assert len(set(peaks)) == 9 and {row // 11 for row, _ in peaks} == {0, 1, 2}
+    assert not masks[9:].any()
+
+
+def test_images_are_drawn_anew_in_each_step() -> None:
+    rows = torch.arange(24).expand(2, -1)
+    problem = trigger_search._Problem(
+        planted(), torch.zeros(0), rows, "patch", TriggerSearchConfig(images=8), RUN
+    )
+    drawn = torch.cat([problem.batch(step, 8)[0] for step in range(3)])
+    assert sorted(drawn.tolist()) == list(range(24))
+    assert problem.batch(0, 100).shape == (2, 24)
+
+
+def test_a_class_that_is_waited_for_is_the_same_in_any_company() -> None:
     model, images = tiny_classifier("conv-bn"), tiny_data(40)
-    cfg = TriggerSearchConfig(steps=40, images=12)
+    cfg = TriggerSearchConfig(steps=24, images=12)
     everything = search_triggers(model, images, cfg, RUN)
     some = search_triggers(model, images, cfg, RUN, enough=2)
-    first = everything.sizes.argsort()[:2]
-    assert torch.allclose(everything.sizes[first], some.sizes[first])
-    assert int(torch.isfinite(some.sizes).sum()) >= 2 and some.steps <= everything.steps
-    assert bool((everything.sizes[~torch.isfinite(some.sizes)] > some.limit - 1e-9).all())
+    assert torch.allclose(everything.losses, some.losses)
+    reached = torch.isfinite(some.sizes)
+    assert torch.allclose(everything.sizes[reached], some.sizes[reached])
+    assert int(reached.sum()) >= 2 and some.steps <= everything.steps
 
 
-def test_hopeless_classes_are_given_up_at_the_fixed_budget() -> None:
-    found = search_triggers(
-        planted((2,)), DATA.fit, TriggerSearchConfig(steps=60), RUN, enough=1, fixed=1 / 64
-    )
-    assert int(found.compared.sum()) == 2 and bool(found.compared[2])  # twice as many as are waited for
-    assert bool(torch.isfinite(found.losses).all())
+def test_of_many_classes_only_the_easiest_enter_the_second_round() -> None:
+    class Many(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 20 * nn.functional.adaptive_avg_pool2d(x, (6, 4)).flatten(1)
+
+    names = tuple(f"class {k}" for k in range(24))
+    model = Classifier(Many(), input_shape=(1, 12, 8), class_names=names).eval()
+    draws = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (48, 1, 12, 8), generator=draws).to(torch.uint8)
+    found = search_triggers(model, Images(pixels, None, names, "noise"), TriggerSearchConfig(), RUN, enough=1)
+    assert int(found.compared.sum()) == 10 and bool(torch.isfinite(found.losses).all())
 
 
 def test_the_chosen_rows_alone_move() -> None:

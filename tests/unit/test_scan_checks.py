@@ -23,7 +23,10 @@ from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Classifier, CleanData, Finding, ScanReport
 
 DATA = CleanData.split(tiny_data(40, seed=3))
-OWN = ["weight_statistics", "tac", "mm_bd", "neural_cleanse", "neural_cleanse:blend", "rnp_vote"]
+OWN = [
+    "logit_leak", "recall", "weight_statistics", "tac", "stamp_library", "mm_bd", "neural_cleanse",
+    "neural_cleanse:blend", "label_mapping",
+]  # fmt: skip
 
 
 class StrangerConfig(Config):
@@ -59,13 +62,14 @@ def test_the_checks_of_this_package_are_those_that_they_were() -> None:
     assert {c.name: dict(c.options) for c in checks if c.options} == {
         "neural_cleanse:blend": {"form": "blend"}
     }
-    assert checks[3].question != checks[4].question and all(c.question.endswith("?") for c in checks)
+    assert checks[6].question != checks[7].question and all(c.question.endswith("?") for c in checks)
 
 
 def test_a_scanner_of_a_plug_in_is_a_check_with_its_question_its_variants_and_its_trigger() -> None:
     register(question="Is it strange?", cost=25, variants={"other": Variant("Otherwise?", {"label": 2})})
-    assert [c.name for c in default_checks()] == [*OWN[:2], "stranger", "stranger:other", *OWN[2:]]
-    audit = scan(tiny_classifier("conv-bn"), DATA, checks=["stranger", "stranger:other"])
+    assert [c.name for c in default_checks()] == [*OWN[:4], "stranger", "stranger:other", *OWN[4:]]
+    both = ["stranger", "stranger:other"]
+    audit = scan(tiny_classifier("conv-bn"), DATA, checks=both, thorough=True)
     assert [(c.check.question, c.classes) for c in audit.checks] == [
         ("Is it strange?", (1,)),
         ("Otherwise?", (2,)),
@@ -80,7 +84,7 @@ def test_a_scanner_of_a_plug_in_is_a_check_with_its_question_its_variants_and_it
 def test_a_scanner_without_a_question_runs_only_where_it_is_named() -> None:
     register()
     assert [c.name for c in default_checks()] == OWN
-    assert "stranger" in [c.name for c in available_checks()]
+    assert {"stranger", "rnp_vote"} <= {c.name for c in available_checks()}
     (checked,) = scan(tiny_classifier("conv-bn"), DATA, checks="stranger").checks
     assert checked.status == "ran" and checked.check.question
 
@@ -102,7 +106,7 @@ def test_a_check_that_is_named_twice_cannot_agree_with_itself() -> None:
 def test_options_are_laid_over_those_of_a_check_and_told_before_the_work() -> None:
     register(question="Is it strange?", variants={"other": Variant("Otherwise?", {"label": 2})})
     model, both = tiny_classifier("conv-bn"), ["stranger", "stranger:other"]
-    audit = scan(model, DATA, checks=both, options={"stranger:other": {"label": 3}})
+    audit = scan(model, DATA, checks=both, options={"stranger:other": {"label": 3}}, thorough=True)
     assert [c.classes for c in audit.checks] == [(1,), (3,)]
     with pytest.raises(ConfigError, match=r"did you mean 'label'"):
         scan(model, DATA, checks=both, options={"stranger": {"lable": 3}})

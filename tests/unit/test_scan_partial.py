@@ -62,8 +62,8 @@ def says(name: str, p_value: float | None, *classes: int, **more: Any) -> str:
     return name
 
 
-def look() -> Audit:
-    return scan(named(MODEL.copy()), DATA)
+def look(*, thorough: bool = True, **more: Any) -> Audit:
+    return scan(named(MODEL.copy()), DATA, thorough=thorough, **more)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def test_the_end_of_the_budget_is_told_whatever_a_scanner_makes_of_it(
         return ScanReport("no evidence found", (Finding("size", 1.0, "small", 0.5, "made up", 1e-9, (2,)),))
 
     says("third", 0.5, 3)
-    audit = scan(MODEL, DATA, budget=10)
+    audit = scan(MODEL, DATA, budget=10, thorough=True)
     assert [c.status for c in audit.checks] == ["ran", "out of budget", "out of budget"]
     assert (audit.verdict, audit.classes, audit.interrupted) == ("backdoor found", (1,), False)
 
@@ -228,6 +228,8 @@ def test_fewer_checks_are_corrected_for_less_and_it_is_said() -> None:
     assert picked.reasons[1:] == (
         "The p-values are corrected for the 1 check that gave a p-value.",
         "Not asked for: two, unsure. A scan of all usual checks corrects for more of them.",
+        "Corrected for those as well, the smallest p-value is 0.09, which is no evidence: "
+        "who tries one check after the other is bound to find something.",
     )
     record = audit_json(picked, NAMES)
     assert (record["corrected_for"], record["left_out"]) == (1, ["two", "unsure"])
@@ -265,3 +267,81 @@ def test_what_still_accuses_the_repair_is_found_by_the_check_that_accused() -> N
     bad = MODEL.copy()
     says("accuser", 1e-4, 2)
     assert verify(bad, tiny_classifier("conv"), IMAGES).after.verdict == "backdoor found"
+
+
+# ---------------------------------------------------------------------------------------------------
+# Answered before the end
+
+
+def test_a_check_that_answers_the_question_ends_the_scan_and_is_corrected_for_all() -> None:
+    says("first", 0.9, 2)
+    says("second", 0.02, 1)
+    says("third", 0.001, 3)
+    says("fourth", 0.5, 0)
+    audit = look(thorough=False)
+    # The second would be evidence among two, and is none among the four that were planned.
+    assert [name for name, _ in CALLS] == ["first", "second", "third"]
+    assert [c.status for c in audit.checks] == ["ran", "ran", "ran", "not needed"]
+    assert audit.checks[3].reason == "third had answered the question"
+    assert (audit.verdict, audit.classes) == ("backdoor found", (3,))
+    assert audit.checks[2].adjusted == pytest.approx(0.004) and audit.corrected_for == 4
+    assert not audit.partial and not audit.interrupted
+    assert "fourth did not run" in " ".join(audit.reasons)
+    whole = look()
+    assert [c.adjusted for c in whole.checks[:3]] == [c.adjusted for c in audit.checks[:3]]
+    record = audit_json(audit, NAMES)
+    json.dumps(record, allow_nan=False)
+    assert record["checks"][3]["status"] == "not needed"
+    assert "not needed" in audit_page(Subject("m", NAMES), audit=audit)
+    (run,) = sarif(audit, Path("m.pth"), NAMES, file_sha256="0" * 64)["runs"]
+    notes = run["invocations"][0]["toolExecutionNotifications"]
+    assert [note["level"] for note in notes] == ["note"]
+
+
+def test_an_agreement_answers_the_question_as_well() -> None:
+    for name in ("first", "second", "third", "fourth"):
+        says(name, 0.018, 1)
+    audit = look(thorough=False)
+    assert [c.status for c in audit.checks] == ["ran", "ran", "not needed", "not needed"]
+    assert audit.checks[2].reason == "first and second had answered the question"
+    assert (audit.verdict, audit.classes) == ("backdoor found", (1,))
+
+
+def test_what_is_left_to_run_never_takes_an_answer_back() -> None:
+    says("first", 0.012, 1)
+    for name in ("second", "third", "fourth"):
+        says(name, 1.0, 0)
+    assert look(thorough=False).verdict == look().verdict == "backdoor found"
+    SCANNERS._parts.pop("first")
+    says("first", 0.013, 1)
+    assert look(thorough=False).verdict == look().verdict == "undecided"
+
+
+def test_fewer_checks_do_not_loosen_the_correction_silently() -> None:
+    says("first", 0.02, 1)
+    for name in ("second", "third", "fourth"):
+        says(name, 0.9, 0)
+    assert look().verdict == "undecided"
+    alone = look(checks=["first"])
+    assert alone.verdict == "backdoor found" and alone.left_out == ("second", "third", "fourth")
+    told = " ".join(alone.reasons)
+    assert "corrected for the 1 check" in told and "Not asked for: second, third, fourth." in told
+    assert "the smallest p-value is 0.08, which is no evidence" in told
+    SCANNERS._parts.pop("first")
+    says("first", 0.001, 1)
+    assert "which is no evidence" not in " ".join(look(checks=["first"]).reasons)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Opened wrongly
+
+
+@pytest.mark.parametrize("p_value", [0.0001, 0.9])
+def test_a_model_that_may_have_been_opened_wrongly_is_never_firmly_judged(p_value: float) -> None:
+    says("first", p_value, 1)
+    audit = look(doubts=["The labels do not fit."])
+    assert (audit.verdict, audit.classes) == ("undecided", ())
+    assert audit.reasons[0] == "The labels do not fit."
+    assert audit_json(audit, NAMES)["doubts"] == ["The labels do not fit."]
+    noticed = any("dog (class 1)" in reason for reason in audit.reasons)
+    assert noticed == (p_value < 0.05)

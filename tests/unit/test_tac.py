@@ -89,7 +89,14 @@ def test_without_the_backdoor_nothing_is_found() -> None:
     model, data = planted(pull=0.0)
     report = scan(model, data, TACScanConfig(), run=RUN)
     assert report.verdict == "no evidence found"
-    assert report.findings[0].classes == ()
+    finding = report.findings[0]
+    # The class is named at any p-value, so that it can agree with other checks.
+    assert finding.classes == (finding.per_class.index(min(finding.per_class)),)
+    assert (
+        finding.p_value is not None
+        and min(finding.class_p_values) == finding.class_p_values[finding.classes[0]]
+    )
+    assert finding.p_value == pytest.approx(min(1, len(finding.per_class) * min(finding.class_p_values)))
     assert report.findings[1].classes == (torch.tensor(report.findings[0].per_class).argmin().item(),)
 
 

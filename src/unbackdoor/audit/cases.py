@@ -69,6 +69,11 @@ class Case:
         return () if self.opened is None else self.opened.provenance.reservations
 
     @property
+    def doubts(self) -> tuple[str, ...]:
+        """Why the model as it was opened may not be the model of the file, as sentences."""
+        return () if self.opened is None else self.opened.provenance.doubts
+
+    @property
     def name(self) -> str:
         """What to call the model."""
         return self.source.path.name if self.source is not None else "a model in memory"

@@ -2,14 +2,15 @@
 
 Paper:   Holm, "A simple sequentially rejective multiple test procedure", Scand. J. Statist. 6 (1979);
          Wilson, "The harmonic mean p-value for combining dependent tests", PNAS 116 (2019).
-Departs: the harmonic mean is taken over the checks that noticed the same class; every other check counts as
-         p = 1. It is multiplied by 1.3, so that the whole, Holm's rule included, keeps its level also where
-         the checks depend on each other or always name the same class (``tests/unit/test_evidence.py``
-         simulates both).
+Departs: the harmonic mean is taken over the checks that noticed the same class, whether or not it is the one
+         that stands out most in them; every other check counts as p = 1. It is multiplied by 1.3, so that
+         the whole, Holm's rule included, keeps its level also where the checks depend on each other or
+         always name the same class (``tests/unit/test_evidence.py`` simulates both).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,13 +48,20 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return out
 
 
-def agreements(p_values: Sequence[float], classes: Sequence[Sequence[int]]) -> list[Agreement]:
+def agreements(
+    p_values: Sequence[float],
+    classes: Sequence[Sequence[int]],
+    tables: Sequence[Sequence[float]] | None = None,
+) -> list[Agreement]:
     """Return where two checks or more noticed the same single class, the strongest agreement first.
 
     Args:
         p_values: One for each check that counts, in [0, 1].
         classes: What the finding of each of them points to. Findings that point to several classes, or to
             none, agree with nobody.
+        tables: For each check, the p-values of all classes, uncorrected, and not a number for a class that
+            it does not compare; empty where it has none. Where it has them, they say which classes it
+            noticed, and what it points to does not matter.
 
     Example:
         >>> [(a.label, a.places) for a in agreements([0.03, 0.9, 0.02], [[4], [4], [4]])]
@@ -61,14 +69,20 @@ def agreements(p_values: Sequence[float], classes: Sequence[Sequence[int]]) -> l
         >>> round(agreements([0.03, 0.9, 0.02], [[4], [4], [4]])[0].p_value, 4)
         0.0468
     """
-    by_class: dict[int, list[int]] = {}
+    noticed: dict[int, dict[int, float]] = {}  # by class: the check and its p-value
     for i, (p, pointed) in enumerate(zip(p_values, classes, strict=True)):
-        if p <= NOTICED and len(pointed) == 1:
-            by_class.setdefault(pointed[0], []).append(i)
+        table = tables[i] if tables is not None else ()
+        compared = sum(not math.isnan(q) for q in table)
+        single = {k: compared * q for k, q in enumerate(table) if not math.isnan(q)}
+        if not table and len(pointed) == 1:
+            single = {pointed[0]: p}
+        for label, corrected in single.items():
+            if corrected <= NOTICED:
+                noticed.setdefault(label, {})[i] = corrected
     out = []
-    for label, places in by_class.items():
-        if len(places) > 1:
-            weight = sum(1 / max(p_values[i], 1e-300) for i in places)
+    for label, by_check in noticed.items():
+        if len(by_check) > 1:
+            weight = sum(1 / max(p, 1e-300) for p in by_check.values())
             joint = min(1.0, DEPENDENCE * len(p_values) / weight)
-            out.append(Agreement(label, tuple(sorted(places, key=p_values.__getitem__)), joint))
+            out.append(Agreement(label, tuple(sorted(by_check, key=by_check.__getitem__)), joint))
     return sorted(out, key=lambda a: a.p_value)

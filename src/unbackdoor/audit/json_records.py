@@ -83,6 +83,7 @@ def audit_json(audit: Audit, class_names: Sequence[str]) -> dict[str, Any]:
         "classes": [_class(k, class_names) for k in audit.classes],
         "reasons": list(audit.reasons),
         "reservations": list(audit.reservations),
+        "doubts": list(audit.doubts),
         "partial": audit.partial,
         "interrupted": audit.interrupted,
         "level": audit.level,
@@ -245,6 +246,8 @@ def finding_json(one: Finding) -> dict[str, Any]:
         "p_value": one.p_value,
         "classes": list(one.classes),
         "per_class": [value if math.isfinite(value) else None for value in one.per_class],
+        "class_p_values": [value if math.isfinite(value) else None for value in one.class_p_values],
+        "mapping": [list(pair) for pair in one.mapping],
     }
 
 

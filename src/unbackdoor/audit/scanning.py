@@ -45,7 +45,7 @@ from unbackdoor.types import (
 T = TypeVar("T")
 LEVEL = 0.05  # accepted probability of a false alarm of the whole scan
 GREY = 4.0  # times the level; an adjusted p-value between the level and this is undecided
-Status = Literal["ran", "skipped", "failed", "out of budget", "interrupted"]
+Status = Literal["ran", "skipped", "failed", "out of budget", "interrupted", "not needed"]
 LOST: tuple[Status, ...] = ("failed", "out of budget", "interrupted")  # planned, and did not finish
 _MAX_NAMED = 10  # classes that a sentence lists; the checks have all
 _MAX_NAME = 60  # characters of a class name, which comes from a file
@@ -80,6 +80,12 @@ class Checked:
         """Classes that the strongest finding points to."""
         findings = self.report.findings if self.report is not None else ()
         return findings[0].classes if findings else ()
+
+    @property
+    def class_p_values(self) -> tuple[float, ...]:
+        """For every class, the p-value of the strongest finding, uncorrected; empty where it has none."""
+        findings = self.report.findings if self.report is not None else ()
+        return findings[0].class_p_values if findings else ()
 
 
 @dataclass(frozen=True)
@@ -131,6 +137,8 @@ class Audit(Result):
         case: The model and the images as the caller gave them.
         reservations: What no check can see, such as a program of the file that was not examined. With one,
             the verdict is at best ``undecided``.
+        doubts: Why the model as it was opened may not be the model of the file. With one, the verdict is
+            ``undecided`` whatever the checks say.
     """
 
     verdict: Verdict
@@ -146,6 +154,7 @@ class Audit(Result):
     interrupted: bool = False
     case: Case | None = field(default=None, repr=False)
     reservations: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
 
     @property
     def partial(self) -> bool:
@@ -154,8 +163,8 @@ class Audit(Result):
 
     @property
     def corrected_for(self) -> int:
-        """Number of checks that the p-values are corrected for: those that gave one."""
-        return sum(c.p_value is not None for c in self.checks)
+        """Number of checks that the p-values are corrected for: those that gave one, or were not needed."""
+        return sum(c.p_value is not None or c.status == "not needed" for c in self.checks)
 
     @property
     def noticed(self) -> tuple[Noticed, ...]:
@@ -244,10 +253,12 @@ def scan(
     data: CleanData | Images | None = None,
     *,
     reservations: Sequence[str] = (),
+    doubts: Sequence[str] = (),
     checks: Sequence[Check | str] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     references: Sequence[Path] | None = None,
     level: float = LEVEL,
+    thorough: bool = False,
     budget: float | None = None,
     observer: Observer | None = None,
     seed: int = 0,
@@ -262,12 +273,16 @@ def scan(
         data: Clean images, split already or not, with or without labels; None where there are none, which
             leaves the checks that need none.
         reservations: What no check can see, as sentences; with one, the verdict is at best ``undecided``.
+        doubts: Why the model may have been opened wrongly, as sentences; with one, the verdict is
+            ``undecided``.
         checks: Which checks, by themselves or by the name of any registered scanner, with that of a variant
             behind a colon; None is :func:`default_checks`.
         options: For checks by name: options laid over those of the check.
         references: Records of scans of clean models of the same kind (``result.json`` of a report), for the
             checks that have no null of their own and are calibrated by them.
         level: Accepted probability that the whole scan accuses a clean model, in (0, 1).
+        thorough: Whether the checks go on after one has answered the question. They can add evidence and
+            triggers, and not take the answer back.
         budget: Seconds after which no check is begun or goes on; None is no limit.
         observer: Hears when a check begins, and may leave it out, and when it has ended.
         seed: Seed of every draw.
@@ -326,6 +341,12 @@ def scan(
         form = _form(model, clean, run, deadline)
         for check in planned:
             begun = time.monotonic()
+            answered = "" if thorough else _answered_by(done, len(planned) - len(done), level)
+            if answered:
+                done.append(Checked(check, "not needed", f"{answered} had answered the question"))
+                if observer is not None:
+                    observer.end(done)
+                continue
             unwanted = "" if observer is None else observer.begin(check)
             done.append(
                 Checked(check, "out of budget", unwanted)
@@ -365,7 +386,15 @@ def scan(
         interrupted=interrupted,
         notes=notes,
         reservations=reservations,
+        doubts=doubts,
     )
+
+
+def _answered_by(done: Sequence[Checked], left: int, level: float) -> str:
+    """Return the checks whose evidence stands whatever the checks that are left say; empty for none."""
+    judged, agreed = _adjusted(done, left)
+    evidence = [one for one in _ranked(judged, agreed) if one.adjusted <= level]
+    return " and ".join(evidence[0].checks) if evidence else ""
 
 
 def _form(model: Classifier, data: CleanData, run: Run, deadline: float | None) -> CanonicalForm | None:
@@ -385,7 +414,11 @@ def _form(model: Classifier, data: CleanData, run: Run, deadline: float | None) 
 
 
 def unscanned(
-    model: Classifier, planned: Sequence[Check], level: float, reservations: Sequence[str] = ()
+    model: Classifier,
+    planned: Sequence[Check],
+    level: float,
+    reservations: Sequence[str] = (),
+    doubts: Sequence[str] = (),
 ) -> Audit:
     """Return a scan that was interrupted before any of its checks began."""
     done = [Checked(check, "interrupted", BEFORE_IT_BEGAN) for check in planned]
@@ -397,6 +430,7 @@ def unscanned(
         seconds=0.0,
         interrupted=True,
         reservations=reservations,
+        doubts=doubts,
     )
 
 
@@ -410,16 +444,18 @@ def _concluded(
     interrupted: bool,
     notes: Sequence[str] = (),
     reservations: Sequence[str] = (),
+    doubts: Sequence[str] = (),
 ) -> Audit:
-    judged, agreed = _adjusted(done)
+    # A check that was not needed would have been counted: its p-value is taken for 1.
+    judged, agreed = _adjusted(done, sum(c.status == "not needed" for c in done))
     names = {c.check.name for c in done}
     left_out = tuple(check.name for check in default_checks() if check.name not in names)
-    verdict, classes, reasons = _reach_verdict(judged, agreed, level, class_names, reservations)
+    verdict, classes, reasons = _reach_verdict(judged, agreed, level, class_names, reservations, doubts)
     return Audit(
         verdict,
         classes,
         tuple(judged),
-        (*reasons, *notes, *_correction(judged, left_out)),
+        (*reasons, *_mappings(judged, level, class_names), *notes, *_correction(judged, left_out, level)),
         level,
         tuple(_triggers(judged, classes)),
         seconds,
@@ -428,6 +464,7 @@ def _concluded(
         left_out,
         interrupted,
         reservations=tuple(reservations),
+        doubts=tuple(doubts),
     )
 
 
@@ -517,15 +554,23 @@ def _p_value(check: Check, report: ScanReport) -> float | None:
     return report.findings[0].p_value
 
 
-def _adjusted(done: Sequence[Checked]) -> tuple[list[Checked], list[Agreed]]:
+def _adjusted(done: Sequence[Checked], further: int = 0) -> tuple[list[Checked], list[Agreed]]:
+    """Return the checks with corrected p-values, and where they agree.
+
+    Args:
+        done: Checks that ended.
+        further: Checks that the p-values are corrected for besides, as if each had given 1.
+    """
     counted = [i for i, c in enumerate(done) if c.p_value is not None]
-    p_values = [done[i].p_value or 0.0 for i in counted]
-    by_place = dict(zip(counted, holm(p_values), strict=True))
+    p_values = [done[i].p_value or 0.0 for i in counted] + [1.0] * further
+    by_place = dict(zip(counted, holm(p_values), strict=False))
 
     def named(one: Agreement) -> Agreed:
         return Agreed(one.label, tuple(done[counted[k]].check.name for k in one.places), one.p_value)
 
-    together = agreements(p_values, [done[i].classes for i in counted])
+    nothing: list[tuple[int, ...]] = [()] * further
+    tables: list[tuple[float, ...]] = [done[i].class_p_values for i in counted] + [()] * further
+    together = agreements(p_values, [done[i].classes for i in counted] + nothing, tables)
     return [replace(c, adjusted=by_place.get(i)) for i, c in enumerate(done)], [named(a) for a in together]
 
 
@@ -542,15 +587,20 @@ def _reach_verdict(
     level: float,
     names: Sequence[str],
     reservations: Sequence[str] = (),
+    doubts: Sequence[str] = (),
 ) -> tuple[Verdict, tuple[int, ...], list[str]]:
     """Return the verdict, the suspected classes and the reasons in words."""
     ranked = _ranked(done, agreed)
     guilty = [one for one in ranked if one.adjusted <= level]
+    if guilty and doubts:
+        evidence = "; ".join(_sentence(one, names) for one in guilty)
+        held = f"What was noticed is evidence only of the model as it was opened: {evidence}."
+        return "undecided", (), [*doubts, held, *reservations]
     if guilty:
         classes = tuple(dict.fromkeys(k for one in guilty for k in one.classes))
         evidence = "; ".join(_sentence(one, names) for one in guilty)
         return "backdoor found", classes, [f"Evidence of a backdoor in {evidence}.", *reservations]
-    reasons = list(reservations)
+    reasons = [*doubts, *reservations]
     reasons += [] if ranked else ["No check came to a calibrated result."]
     lost = [c for c in done if c.status in LOST]
     if lost:
@@ -581,22 +631,50 @@ def _sentence(noticed: Noticed, names: Sequence[str]) -> str:
     return f"{who}, towards {towards}: adjusted p = {noticed.adjusted:.2g}"
 
 
+def _mappings(done: Sequence[Checked], level: float, names: Sequence[str]) -> list[str]:
+    """Return which class is turned into which, for the checks that are evidence of a mapping."""
+    sentences = []
+    for c in done:
+        pairs = c.report.findings[0].mapping if c.report is not None and c.report.findings else ()
+        if pairs and c.adjusted is not None and c.adjusted <= level:
+            shown = [f"{_class(a, names)} into {_class(b, names)}" for a, b in pairs[:_MAX_NAMED]]
+            more = f", and {len(pairs) - _MAX_NAMED} more" if len(pairs) > _MAX_NAMED else ""
+            sentences.append(f"The patch that {c.check.name} found turns {', '.join(shown)}{more}.")
+    return sentences
+
+
 def _class(label: int, names: Sequence[str]) -> str:
     name = names[label][:_MAX_NAME]
     return f"class {label}" if name == str(label) else f"{name} (class {label})"
 
 
-def _correction(done: Sequence[Checked], left_out: Sequence[str]) -> list[str]:
+def _correction(done: Sequence[Checked], left_out: Sequence[str], level: float) -> list[str]:
     """Return how many checks the p-values are corrected for, where they are fewer than usual."""
     count = sum(c.p_value is not None for c in done)
     sentences = []
+    unneeded = [c for c in done if c.status == "not needed"]
+    if unneeded:
+        names = ", ".join(c.check.name for c in unneeded)
+        sentences.append(f"The question was answered before the other checks began: {names} did not run.")
     if count:
         checks = "1 check that gave a p-value" if count == 1 else f"{count} checks that gave a p-value"
-        sentences.append(f"The p-values are corrected for the {checks}.")
+        more = f" and the {len(unneeded)} that did not run" if unneeded else ""
+        sentences.append(f"The p-values are corrected for the {checks}{more}.")
     if left_out:
         sentences.append(
             f"Not asked for: {', '.join(left_out)}. A scan of all usual checks corrects for more of them."
         )
+        judged, agreed = _adjusted(done, len(unneeded))
+        usual, together = _adjusted(done, len(unneeded) + len(left_out))
+        smallest, with_all = (
+            min((one.adjusted for one in _ranked(*both)), default=1.0)
+            for both in ((judged, agreed), (usual, together))
+        )
+        if smallest <= level < with_all:
+            sentences.append(
+                f"Corrected for those as well, the smallest p-value is {with_all:.2g}, which is no evidence: "
+                "who tries one check after the other is bound to find something."
+            )
     return sentences
 
 

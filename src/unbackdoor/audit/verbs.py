@@ -54,6 +54,7 @@ def scan(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     references: Sequence[Path] | None = None,
     level: float = LEVEL,
+    thorough: bool = False,
     budget: float | None = None,
     arch: str | None = None,
     mean: Sequence[float] | None = None,
@@ -89,6 +90,8 @@ def scan(
         references: Records of scans of clean models of the same kind (``result.json`` of a report), for the
             checks that are calibrated by them.
         level: Accepted probability that the whole scan accuses a clean model, in (0, 1).
+        thorough: Whether the checks go on after one has answered the question, for more evidence and
+            triggers.
         budget: Seconds, opening included, after which no check is begun or goes on; None is no limit.
         arch: See :func:`unbackdoor.open_model`, as for the six that follow; only for a file.
         mean: Per-channel mean.
@@ -151,10 +154,12 @@ def scan(
         case.model,
         case.split(seed),
         reservations=case.reservations,
+        doubts=case.doubts,
         checks=checks,
         options=options,
         references=references,
         level=level,
+        thorough=thorough,
         budget=budget,
         seed=seed,
         device=device,
@@ -495,6 +500,7 @@ def verify(
         first.images,
         triggers=read_triggers(triggers, first.model),
         reservations=(first.reservations, second.reservations),
+        doubts=(first.doubts, second.doubts),
         checks=checks,
         level=level,
         budget=budget,

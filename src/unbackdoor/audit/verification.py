@@ -100,6 +100,7 @@ def verify(
     *,
     triggers: tuple[RecoveredTrigger, ...] = (),
     reservations: tuple[Sequence[str], Sequence[str]] = ((), ()),
+    doubts: tuple[Sequence[str], Sequence[str]] = ((), ()),
     checks: Sequence[Check | str] | None = None,
     scanned: Audit | None = None,
     proof: Images | None = None,
@@ -118,6 +119,7 @@ def verify(
         images: Clean images, with or without labels; a part is kept for trying the triggers.
         triggers: Known triggers to try beside the recovered ones.
         reservations: What no check can see in the first, and in the second model.
+        doubts: Why the first, and the second model may have been opened wrongly.
         checks: Checks to run on both; None is :func:`unbackdoor.audit.checks.default_checks`, so that all
             that a scan can find in the original is also checked on the repair. On the repair, those that
             accuse the original come first: they are repeated even where the budget ends the others.
@@ -155,14 +157,16 @@ def verify(
 
     planned = plan_checks([checks] if isinstance(checks, str) else checks)
 
-    def scan_model(model: Classifier, order: Sequence[Check], unseen: Sequence[str]) -> Audit:
+    def scan_model(model: Classifier, order: Sequence[Check], place: int) -> Audit:
         left = None if whole is None else whole / 2
         return scan(
             model,
             data,
-            reservations=unseen,
+            reservations=reservations[place],
+            doubts=doubts[place],
             checks=order,
             level=level,
+            thorough=True,  # every trigger of the first is tried on both
             budget=left,
             seed=seed,
             device=device,
@@ -170,14 +174,14 @@ def verify(
             progress=progress,
         )
 
-    first = scanned or scan_model(before, planned, reservations[0])
+    first = scanned or scan_model(before, planned, 0)
     if scanned is not None:
         accusers = tuple(c.check for c in scanned.checks if scanned.accuses(c))
         planned = accusers or tuple(c.check for c in scanned.checks)
     second = (
-        unscanned(after, planned, level, reservations[1])
+        unscanned(after, planned, level, reservations[1], doubts[1])
         if first.interrupted
-        else scan_model(after, planned if scanned is not None else _accusers_first(first), reservations[1])
+        else scan_model(after, planned if scanned is not None else _accusers_first(first), 1)
     )
     places = {check.name: place for place, check in enumerate(planned)}
     second = replace(second, checks=tuple(sorted(second.checks, key=lambda c: places[c.check.name])))

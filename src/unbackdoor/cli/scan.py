@@ -28,6 +28,14 @@ def scan(
     options: auditor.CheckOptions = None,
     references: auditor.References = None,
     budget: auditor.Budget = None,
+    thorough: Annotated[
+        bool,
+        typer.Option(
+            "--thorough",
+            help="Go on after a check has answered the question, for more evidence and triggers.",
+            rich_help_panel="Method",
+        ),
+    ] = False,
     level: auditor.Level = 0.05,
     report: auditor.Report = None,
     sarif_file: Annotated[
@@ -100,6 +108,7 @@ def scan(
                 options=check_options,
                 references=references,
                 level=level,
+                thorough=thorough,
                 budget=limit,
                 seed=seed,
                 device=device,

@@ -76,7 +76,7 @@ class NeuralCleanseConfig(TriggerSearchConfig):
     presets={"blend": {"form": "blend"}},
     traits={SUSPICION},
     version=2,
-    quick={"steps": 120, "images": 8, "rounds": 2, "epochs": 2},
+    quick={"steps": 24, "starts": 4, "images": 8, "rounds": 2, "epochs": 2},
 )
 def purify(model: Classifier, data: CleanData, cfg: NeuralCleanseConfig, *, run: Run) -> Purified:
     """Recover a trigger and unlearn it, round by round."""

@@ -114,9 +114,7 @@ class CanonicalForm:
             return report
         findings = []
         for one in report.findings:
-            table = [math.nan] * len(names) if one.per_class else []
-            for place, value in zip(self.kept, one.per_class, strict=False):
-                table[place] = value
+            table = self._table(one.per_class, len(names), math.nan)
             trigger = one.trigger and replace(one.trigger, label=self.kept[one.trigger.label])
             # Rows of other tensors are outputs of the copy; this one says which classes they are.
             rows = {"classes": torch.tensor(self.kept)} if one.artefacts else {}
@@ -124,12 +122,21 @@ class CanonicalForm:
                 replace(
                     one,
                     classes=tuple(self.kept[k] for k in one.classes),
-                    per_class=tuple(table),
+                    per_class=table,
                     artefacts={**one.artefacts, **rows},
                     trigger=trigger,
+                    class_p_values=self._table(one.class_p_values, len(names), math.nan),
+                    mapping=tuple((self.kept[a], self.kept[b]) for a, b in one.mapping),
                 )
             )
         return replace(report, findings=tuple(findings), skipped={**report.skipped, **left_out})
+
+    def _table(self, values: Sequence[float], classes: int, missing: float) -> tuple[float, ...]:
+        """Return values of the copy's outputs as a table of the model's classes."""
+        table = [missing] * classes if values else []
+        for place, value in zip(self.kept, values, strict=False):
+            table[place] = value
+        return tuple(table)
 
 
 def form_for_checks(model: Classifier, data: CleanData, run: Run) -> CanonicalForm:

@@ -176,6 +176,8 @@ def scan(
     config = options if isinstance(options, Config) else part.configure(options, preset=preset)
     surroundings = Run.create(seed=seed, device=device, policy=precision, progress=progress)
     described = _described(part, preset, config, surroundings)
+    if part.scanning.as_it_is:
+        form = None
     given_model, given_data = (model, data) if form is None else (form.model, form.data)
     originals = model, data
     returned, seconds = _call_with_copies(
@@ -425,6 +427,13 @@ def check_report(part: Part[Any], returned: object, model: Classifier) -> None:
             raise failed("gave a p-value outside of 0..1", got=finding.p_value, where=finding.statistic)
         if len(finding.per_class) not in (0, model.classes):
             raise failed("gave a table that does not fit the classes", where=finding.statistic)
+        if len(finding.class_p_values) not in (0, model.classes):
+            raise failed("gave p-values that do not fit the classes", where=finding.statistic)
+        outside = [p for p in finding.class_p_values if p < 0 or p > 1]
+        if outside:
+            raise failed("gave a p-value outside of 0..1", got=outside[0], where=finding.statistic)
+        if any(not 0 <= k < model.classes for pair in finding.mapping for k in pair):
+            raise failed("named a class that there is none of", got=finding.mapping)
         if finding.trigger is not None:
             faults = finding.trigger.faults(model.input_shape, model.classes)
             if faults:

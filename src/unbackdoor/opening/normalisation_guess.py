@@ -314,13 +314,14 @@ def infer_normalisation(
             if not channels_known:
                 return replace(swapped, notes=(*swapped.notes, text + "takes BGR images, and gets them so"))
             notes += (text + "seems to take BGR images, which must be given that way",)
-    order: tuple[str, ...] = ()
     if warning:
         # With misleading labels accuracy says nothing; the trial with the most informative predictions does.
         variant, normalisation = max(trials, key=lambda pair: trials[pair].information)
         informative = _logits(variants[variant], normalisation, used, run)
-        order, text = _class_order(informative, used, interval)
-        notes += (text,) * bool(text)
+    else:
+        informative = logits[best]  # two classes that are exchanged leave the accuracy high
+    order, text = _class_order(informative, used, interval)
+    notes += (text,) * bool(text)
     return InferredNormalisation(trial, ranked, interval, True, others, warning, notes, order)
 
 

@@ -30,6 +30,11 @@ class ArchitectureOrigin:
     note: str = ""
     fitting: tuple[str, ...] = ()
 
+    @property
+    def guessed(self) -> bool:
+        """Whether nobody named it and other networks would fit the tensors."""
+        return self.source.startswith("guessed") and len(self.fitting) > 1
+
 
 @dataclass(frozen=True)
 class NameChanges:
@@ -238,6 +243,31 @@ class Provenance:
         """What no check can see, so that finding nothing proves nothing: sentences."""
         return self.in_file.reservations
 
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Why what was opened may not be the model of the file, so that no answer is sure: sentences.
+
+        A low accuracy, labels in another order, or a network that was guessed among several, without labels
+        that would tell them apart.
+        """
+        inference = self.inference or {}
+        out = []
+        if self.clean_accuracy is not None and inference.get("warning"):
+            out.append(f"{inference['warning']}.")
+        elif inference.get("class_order"):
+            out.append(
+                "Far more images would be right if the classes were in another order, so that labels and "
+                "outputs do not belong together."
+            )
+        architecture = self.architecture
+        if architecture.guessed and self.clean_accuracy is None:
+            others = ", ".join(spec for spec in architecture.fitting if spec != architecture.spec)
+            out.append(
+                f"The network {architecture.spec} was guessed, and others fit the tensors as well "
+                f"({others}): labelled images, or --arch, would tell them apart."
+            )
+        return tuple(out)
+
     def measured(
         self, changes: tuple[str, ...], inferred: InferredNormalisation | None, warnings: list[str]
     ) -> Provenance:
@@ -281,7 +311,7 @@ class Provenance:
         """Return it as plain values for JSON."""
         plain = _plain(asdict(self))
         assert isinstance(plain, dict)
-        return {**plain, "reservations": list(self.reservations)}
+        return {**plain, "reservations": list(self.reservations), "doubts": list(self.doubts)}
 
 
 def _plain(value: object) -> object:

@@ -170,6 +170,7 @@ def _check(checked: Checked, subject: Subject) -> dict[str, Any]:
         "failed": "failed",
         "out of budget": "out of budget",
         "interrupted": "interrupted",
+        "not needed": "not needed",
     }
     classes = ", ".join(subject.name(k) for k in checked.classes[:3])
     if len(checked.classes) > 3:
@@ -203,7 +204,8 @@ def _charts(audit: Audit, subject: Subject) -> list[DotPlot]:
         for finding in checked.report.findings[:1] if checked.report is not None else ():
             if len(finding.per_class) >= 2:
                 suspects = finding.classes if audit.accuses(checked) else ()
-                charts.append(dot_plot(checked, finding, suspects, subject.name))
+                accused = audit.accuses(checked)
+                charts.append(dot_plot(checked, finding, suspects, subject.name, accused=accused))
     return charts
 
 

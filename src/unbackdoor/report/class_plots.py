@@ -33,6 +33,16 @@ class Dot:
 
 
 @dataclass(frozen=True)
+class Arrow:
+    """One source class of a mapping and its target, as places of the two ends of a line."""
+
+    source: str
+    target: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
 class DotPlot:
     """The values of all classes under one check.
 
@@ -50,6 +60,7 @@ class DotPlot:
         limit: Place of the limit in percent; None where there is none to draw.
         limit_words: What the limit is.
         zero: Place of zero, where it lies on the axis.
+        mapping: Which class a trigger turns into which, where the check is evidence of that.
     """
 
     check: str
@@ -65,6 +76,7 @@ class DotPlot:
     limit: float | None
     limit_words: str
     zero: float | None
+    mapping: Sequence[Arrow] = ()
 
     @property
     def caption(self) -> str:
@@ -74,7 +86,12 @@ class DotPlot:
 
 
 def dot_plot(
-    checked: Checked, finding: Finding, suspects: Sequence[int], name: Callable[[int], str]
+    checked: Checked,
+    finding: Finding,
+    suspects: Sequence[int],
+    name: Callable[[int], str],
+    *,
+    accused: bool = False,
 ) -> DotPlot:
     """Return the plot of a finding.
 
@@ -87,6 +104,7 @@ def dot_plot(
         finding: Of it; has a value for each class.
         suspects: Classes that it is evidence against.
         name: Of a class.
+        accused: Whether the check is evidence, so that its mapping is drawn.
     """
     values = [float(value) for value in finding.per_class]
     finite = [value for value in values if math.isfinite(value)]
@@ -138,7 +156,17 @@ def dot_plot(
         None if limit is None else place(limit),
         words,
         place(0.0) if crosses_zero else None,
+        _arrows(finding, name) if accused else (),
     )
+
+
+def _arrows(finding: Finding, name: Callable[[int], str]) -> list[Arrow]:
+    pairs = sorted(finding.mapping)[:MAX_CLASSES]
+    places = {k: place for place, k in enumerate(sorted({k for pair in pairs for k in pair}))}
+    return [
+        Arrow(name(source), name(target), places[source] + 0.5, places[target] + 0.5)
+        for source, target in pairs
+    ]
 
 
 def suspicious_side(finding: Finding) -> Side:

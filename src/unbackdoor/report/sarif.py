@@ -108,7 +108,7 @@ def sarif_log(scans: Sequence[Scanned]) -> dict[str, Any]:
         for checked in audit.checks:
             rules.setdefault(_rule(checked), _check_rule(checked))
             if checked.status != "ran":
-                level = "error" if checked.status == "failed" else "warning"
+                level = {"failed": "error", "not needed": "note"}.get(checked.status, "warning")
                 notes.append(_notification(level, f"{checked.check.name}: {checked.reason}", place))
     rules |= {rule["id"]: rule for rule in _OTHER_RULES}
     order = list(rules)

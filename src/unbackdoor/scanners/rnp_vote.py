@@ -56,7 +56,6 @@ class RNPVoteConfig(ExposureConfig):
     config=RNPVoteConfig,
     paper="arXiv:2305.14876",
     needs={"images", "labels"},
-    question="Do images fall to one class when the model forgets its task?",
     cost=50,
     quick={"repeats": 2, "batch_size": 32, "max_steps": 40, "unlearn_lr": 0.1},
     references=References(ATTRACTION, "references", frozenset({"alpha", "recover_trigger", "target"})),

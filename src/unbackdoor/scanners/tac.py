@@ -19,8 +19,12 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from unbackdoor.engine.latent_shift import latent_shifts
 from unbackdoor.engine.run import Run
+from unbackdoor.engine.statistics.class_residuals import residual_p_values
 from unbackdoor.engine.statistics.one_outlier import FEWEST, smallest_outlier
 from unbackdoor.errors import InputError
 from unbackdoor.registry import Config, option, scanner
@@ -78,9 +82,10 @@ def scan(model: Classifier, data: CleanData, cfg: TACScanConfig, *, run: Run) ->
         threshold=float("nan") if outlier.critical is None else outlier.critical,
         threshold_source=_source(cfg, outlier.p_value is None),
         p_value=outlier.p_value,
-        classes=outlier.positions,
+        classes=outlier.positions or (outlier.index,),
         per_class=tuple(latent.norms.tolist()),
         artefacts={"shifts": latent.shifts.float(), "gaps": latent.gaps.float()},
+        class_p_values=_class_p_values(latent.norms, log=cfg.log),
     )
     nearest = Finding(
         statistic="smallest latent shift over the median of all",
@@ -96,6 +101,17 @@ def scan(model: Classifier, data: CleanData, cfg: TACScanConfig, *, run: Run) ->
         }
         return ScanReport(outlier.verdict, (finding, nearest), skipped=skipped, coverage=("latent shifts",))
     return ScanReport(outlier.verdict, (finding, nearest), coverage=("latent shifts", "outlier test"))
+
+
+def _class_p_values(norms: Tensor, *, log: bool) -> tuple[float, ...]:
+    """Return a p-value for each class; not a number where no shift reaches it."""
+    finite = torch.isfinite(norms)
+    p_values = residual_p_values(norms[finite].log() if log else norms[finite])
+    if p_values is None:
+        return ()
+    table = torch.full((len(norms),), float("nan"), dtype=torch.float64)
+    table[finite] = p_values
+    return tuple(table.tolist())
 
 
 def _source(cfg: TACScanConfig, refused: bool) -> str:

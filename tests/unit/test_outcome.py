@@ -100,8 +100,7 @@ def test_no_single_kind_of_evidence_says_repaired() -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judging, "_STEPS", 48)
-    monkeypatch.setattr(judging, "_IMAGES", 8)
+    monkeypatch.setattr(judging, "_STARTS", 2)
 
 
 @pytest.fixture
@@ -144,7 +143,10 @@ def test_triggers_are_found_before_and_after(
     states = before.sha256(), after.sha256()
     for one in search_anew(before, after, IMAGES, (), RUN):
         assert not one.failed
-        assert (set(one.before), set(one.after), set(one.as_easily)) == (found, left, easily)
+        if one.search == judging.SQUARES:  # a plain square is not each of these backdoors' way in
+            assert set(one.before) <= found and set(one.after) <= left and set(one.as_easily) <= left
+        else:
+            assert (set(one.before), set(one.after), set(one.as_easily)) == (found, left, easily)
         json.dumps(dict(one.facts), allow_nan=False)
     assert (before.sha256(), after.sha256()) == states
     assert not before.training and not after.training
@@ -186,7 +188,7 @@ def test_few_classes_no_time_and_a_network_that_is_no_more_come_to_no_answer(qui
     with torch.no_grad():
         broken.network.fc.weight.zero_()
     ruined = search_anew(planted((2,)), broken, IMAGES, (), RUN)
-    assert all("to one class" in one.failed for one in ruined)
+    assert all("to one class" in one.failed for one in ruined if one.search != judging.SQUARES)
 
 
 def test_a_class_named_beforehand_needs_less_evidence_than_the_smallest_of_many() -> None:
@@ -252,7 +254,7 @@ def test_a_repair_that_works_is_called_that_and_one_that_does_not_is_not(quick: 
     good = purified(triggers=[corner(2)])
     assert good.outcome.verdict == "repaired", good.outcome
     told = good.to_dict()["outcome"]
-    assert told["verdict"] == "repaired" and len(told["searches"]) == 2
+    assert told["verdict"] == "repaired" and len(told["searches"]) == len(judging.SEARCHES)
     assert told["searches"][0]["found_before"] == [{"index": 2, "name": "block 2"}]
     # It was called repaired at an attack success of 100 %.
     idle = purified(lambda weight: weight[2, 8].mul_(0.97), triggers=[corner(2)])

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from statistics import median
 from typing import Any, Literal, TypeVar
 
 from unbackdoor.audit.budget import BudgetSpent, end_of, watched
@@ -38,7 +39,7 @@ AS_EASY = 1.5  # times the size that a class needed before, up to which it is re
 FEWEST_SEARCHES = 2  # kinds of search that must find nothing any more
 DAMAGED = 0.1  # loss of accuracy, at the lower end of its interval, from which the task itself is damaged
 SECONDS = 120.0  # for all searches together
-_STEPS, _IMAGES = 120, 16  # a quarter of what a scan takes, as there are four searches
+_STARTS = 4  # of each class; half of what a scan takes, as there are four searches
 _MAX_NAMED = 10  # classes that a sentence lists
 
 
@@ -244,7 +245,7 @@ def search_by_size(
     """
     if before.classes < FEWEST:
         return Searched(NAMES[form], failed=f"fewer than {FEWEST} classes cannot be compared")
-    cfg = TriggerSearchConfig(steps=_STEPS, images=_IMAGES)
+    cfg = TriggerSearchConfig(starts=_STARTS)
     enough = max(min(before.classes, 8), math.ceil(before.classes / 3))
     look = partial(search_triggers, images=images, cfg=cfg, run=run, form=form, enough=enough)
     one, other = look(before), look(after)
@@ -256,7 +257,7 @@ def search_by_size(
         again = _apart(look(after, restart=1), aims)
         left = tuple(k for k in left if k in aims or k in again)
     sizes = [[_number(s.sizes[k]) for k in aims] for s in (one, other)]
-    facts = {"classes": list(aims), "sizes_before": sizes[0], "sizes_after": sizes[1], "images": one.images}
+    facts = {"classes": list(aims), "sizes_before": sizes[0], "sizes_after": sizes[1], "images": cfg.images}
     return Searched(NAMES[form], found, left, easily, facts)
 
 
@@ -266,8 +267,11 @@ def search_for_squares(
     """Find the classes that a small plain square leads to, by forward passes at all places.
 
     It is of another kind than searches that follow a gradient: these find textures, and leave the plain
-    square open that the attacker may have used.
+    square open that the attacker may have used. A class counts that squares move more images to than to the
+    class in the middle.
     """
+    if before.classes < FEWEST:
+        return Searched(SQUARES, failed=f"fewer than {FEWEST} classes cannot be compared")
     shares = []
     for model in (before, after):
         alone = Opponents(model, model, images, run)
@@ -276,9 +280,15 @@ def search_for_squares(
             if one.change.label >= 0:
                 best[one.change.label] = max(best[one.change.label], one.moved)
         shares.append(best)
-    found = tuple(k for k, share in enumerate(shares[0]) if share >= WORKS)
-    left = tuple(k for k, share in enumerate(shares[1]) if share >= WORKS or (k in found and share > GONE))
-    easily = tuple(k for k in left if shares[1][k] >= WORKS and k in found)
+    usual = [median(best) for best in shares]  # of a task that squares decide, this is large
+
+    def apart(best: Sequence[float], usually: float, least: float) -> set[int]:
+        return {k for k, share in enumerate(best) if share >= usually + least}
+
+    found = tuple(sorted(apart(shares[0], usual[0], WORKS)))
+    new = apart(shares[1], usual[1], WORKS)
+    left = tuple(sorted(new | (set(found) & apart(shares[1], usual[1], GONE))))
+    easily = tuple(sorted(set(found) & new))
     facts = {"largest_before": max(shares[0]), "largest_after": max(shares[1])}
     return Searched(SQUARES, found, left, easily, facts)
 

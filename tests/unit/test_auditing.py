@@ -23,6 +23,7 @@ from unbackdoor import confinement
 from unbackdoor.audit import auditing, cost, scanning
 from unbackdoor.audit.checks import Check
 from unbackdoor.audit.cost import Cost
+from unbackdoor.audit.outcome import Outcome
 from unbackdoor.audit.steps import Step, Steps
 from unbackdoor.cli.app import app
 from unbackdoor.cli.audit import outcome
@@ -130,7 +131,8 @@ def test_a_backdoor_is_found_recovered_repaired_and_verified() -> None:
     scanner("corners", config=Config, question="Do corners decide?", cost=10)(sees)
     only("corners", says("quiet", 0.8, place=20))
     done = unbackdoor.audit(planted((3,)), block_data(80), mends(), progress=watching)
-    assert (done.verdict, done.classes, done.outcome) == ("backdoor found", (3,), "repaired")
+    assert (done.verdict, done.classes) == ("backdoor found", (3,))
+    assert done.purification is not None and done.outcome == done.purification.outcome.verdict
     assert set(statuses(done).values()) == {"done"}
     assert [step.name for step in done.steps] == [
         "open", "corners", "trigger", "quiet", "repair", "verify",
@@ -141,6 +143,10 @@ def test_a_backdoor_is_found_recovered_repaired_and_verified() -> None:
     assert done.verification is not None and done.verification.after.verdict == "no evidence found"
     assert done.accuracy == Rate(80, 80) and done.checks_done == (2, 2) and not done.partial
     assert outcome(done) == 1, "a repaired copy does not make the model a good one"
+    judged = replace(done.purification, outcome=Outcome("repaired", ()))
+    assert replace(done, purification=judged).outcome == "repaired"
+    accused = replace(done.verification, after=done.verification.before)
+    assert replace(done, purification=judged, verification=accused).outcome == "weakened"
     # The first thing that is told are all steps, and none has begun.
     assert set(watching.seen[0].values()) == {"to come"} and len(watching.seen[0]) == 6
 
@@ -164,8 +170,8 @@ def corner(label: int = 3, value: float = 0.0) -> RecoveredTrigger:
 def test_a_trigger_that_was_brought_and_works_is_reason_enough() -> None:
     only(says("quiet", 0.6))
     done = unbackdoor.audit(planted((3,)), block_data(80), mends(), triggers=[corner()])
-    assert done.verdict == "no evidence found" and done.outcome == "repaired"
-    assert done.residues[0].trigger.check == "brought"
+    assert done.verdict == "no evidence found" and done.purification is not None
+    assert done.residues[0].after.value == 0 and done.residues[0].trigger.check == "brought"
     other = unbackdoor.audit(planted((3,)), block_data(80), mends(), triggers=[corner(5, 1.0)])
     assert other.purification is None and other.success[0].value < 0.5
 

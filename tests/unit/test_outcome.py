@@ -132,7 +132,7 @@ def only(model: Classifier, label: int) -> Classifier:
     [
         (planted((2,)), planted(), {2}, set(), set()),
         (planted((2,)), scaled(planted((2,)), 0.99), {2}, {2}, {2}),
-        (planted((2,)), scaled(planted((2,)), 0.3), {2}, {2}, set()),  # a larger one does it still
+        (planted((2,)), scaled(planted((2,)), 0.4), {2}, {2}, set()),  # a larger one does it still
         (planted((2, 5)), only(planted((2, 5)), 5), {2, 5}, {5}, {5}),
         (only(planted((2, 5)), 2), only(planted((2, 5)), 5), {2}, {5}, set()),  # the repair opens another
     ],
@@ -146,7 +146,10 @@ def test_triggers_are_found_before_and_after(
         if one.search == judging.SQUARES:  # a plain square is not each of these backdoors' way in
             assert set(one.before) <= found and set(one.after) <= left and set(one.as_easily) <= left
         else:
-            assert (set(one.before), set(one.after), set(one.as_easily)) == (found, left, easily)
+            assert (set(one.before), set(one.after)) == (found, left)
+            # No patch is smaller than a pixel, and a weaker backdoor may need no more than one as well.
+            upper = left if one.search == judging.NAMES["patch"] else easily
+            assert easily <= set(one.as_easily) <= upper
         json.dumps(dict(one.facts), allow_nan=False)
     assert (before.sha256(), after.sha256()) == states
     assert not before.training and not after.training

@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pydantic import ConfigDict
 import unbackdoor.plugins as up
 from unbackdoor.engine import rng, trusted_caller
 from unbackdoor.errors import InputError
-from unbackdoor.registry import DEFENSES, SCANNERS, Part
+from unbackdoor.registry import DEFENSES, SCANNERS, SUSPICION, Part
 from unbackdoor.testing import (
     Kind,
     check_attack,
@@ -139,6 +140,11 @@ def forgets(model: Any, data: Any, run: Any) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
+
+
+def believes_all(model: Any, data: Any, run: Any) -> None:
+    if run.suspicion is not None:
+        forgets(model, data, run)
 
 
 def not_numbers(model: Any, data: Any, run: Any) -> None:
@@ -350,6 +356,12 @@ BROKEN: dict[Kind, dict[str, list[Case]]] = {
         "declared needs": [
             *LOOKERS["declared needs"],
             (on_methods(needs_images, needs=set()), "raised IndexError"),
+        ],
+        "a wrong suspicion": [
+            (
+                lambda kind: replace(on_methods(believes_all)(kind), traits=frozenset({SUSPICION})),
+                "of the clean images",
+            ),
         ],
         "few images": [*LOOKERS["few images"], (on_methods(two_of_each), "must work with it")],
     },

@@ -108,7 +108,7 @@ def test_help_documents_commands_and_exit_codes() -> None:
     text = call("--help").out
     assert all(command in text for command in COMMANDS)
     codes = re.findall(r"^\s+(\d+) {2,}\w", text, flags=re.MULTILINE)
-    assert codes == ["0", "1", "2", "3", "130"]
+    assert codes == ["0", "1", "2", "3", "4", "130"]
     assert call().code == 2
     assert call("--version").out == f"unbackdoor {__version__}\n"
 
@@ -151,6 +151,8 @@ def test_list_as_json_has_all_parts_with_documented_options() -> None:
         "datasets",
     }
     for kind, entries in everything.items():
+        if kind in {"schema", "schema_version", "tool_version", "date"}:
+            continue
         assert entries and all(entry["name"] and entry["summary"] for entry in entries), kind
         for option in (option for entry in entries for option in entry.get("options", ())):
             assert option["meaning"] and option["source"] and option["type"], (kind, option)
@@ -160,6 +162,9 @@ def test_list_as_json_has_all_parts_with_documented_options() -> None:
 
 # ---------------------------------------------------------------------------------------------------
 # Errors
+
+
+HERE = __file__  # a file that is there
 
 
 @pytest.mark.parametrize(
@@ -186,8 +191,14 @@ def test_list_as_json_has_all_parts_with_documented_options() -> None:
         (["evaluate", "nothing", "--dataset", "digits"], "there is no record of the attack"),
         (["purify", "nothing", "--data", "digits", "--method", "rnpp", "--out", "x"], "did you mean 'rnp'?"),
         (["purify", "nothing", "--data", "digits", "--method", "rnp", "--out", "x"], "nothing"),
-        (["purify", "m", "--data", "digitz", "--method", "rnp", "--out", "x"], "unknown data set 'digitz'"),
-        (["purify", "m", "--data", "./digitz", "--method", "rnp", "--out", "x"], "no such file or folder"),
+        (
+            ["purify", __file__, "--data", "digitz", "--method", "rnp", "--out", "x"],
+            "unknown data set 'digitz'",
+        ),
+        (
+            ["purify", __file__, "--data", "./digitz", "--method", "rnp", "--out", "x"],
+            "no such file or folder",
+        ),
         (
             ["purify", "m", "--data", "digits", "--method", "rnp", "--out", "x", "--select-fraction", "1"],
             "--select-fraction must lie in (0, 1), got 1.0",
@@ -390,7 +401,7 @@ def test_a_checkpoint_without_a_card_is_judged_as_the_same_model(victim: Path, t
     # Opened as scan opens it: without a name the architecture is recognised, and a card stands back.
     assert call("evaluate", checkpoint, *arguments).json["scores"] == told["scores"]
     assert call("evaluate", victim, *arguments, *spec).json["scores"] == told["scores"]
-    assert "expected numbers" in refused("evaluate", checkpoint, *arguments, *spec, "--mean", "x")
+    assert "expected numbers" in refused("evaluate", checkpoint, *arguments[:-1], *spec, "--mean", "x")
     assert purify(checkpoint, tmp_path / "out", *spec).code == NOT_SHOWN
 
 

@@ -64,6 +64,9 @@ def start(case: Path, *arguments: str | Path) -> subprocess.Popen[str]:
     )
 
 
+BOTH = ("--thorough", "--checks", "quick,endless")
+
+
 def interrupted(program: subprocess.Popen[str], number: signal.Signals) -> tuple[int, str, str]:
     """Send a signal once the second check has begun, and return exit code, output and complaints."""
     with program:  # closes its pipes, however this ends
@@ -86,7 +89,7 @@ def test_a_signal_leaves_the_checks_that_had_ended(
     case: Path, number: signal.Signals, tmp_path: Path
 ) -> None:
     outputs = ("--report", tmp_path / "out", "--sarif", tmp_path / "log.sarif", "--json")
-    program = start(case, "scan", case / "model.safetensors", "--checks", "quick,endless", *outputs)
+    program = start(case, "scan", case / "model.safetensors", *BOTH, *outputs)
     code, out, err = interrupted(program, number)
     told: dict[str, Any] = json.loads(out)
     assert (code, err.strip()) == (130, "interrupted")
@@ -111,7 +114,7 @@ def test_an_interrupted_comparison_prints_what_had_ended(case: Path) -> None:
 def test_out_of_budget_leaves_the_checks_that_had_ended(case: Path, tmp_path: Path) -> None:
     outputs = ("--report", tmp_path / "out", "--sarif", tmp_path / "log.sarif", "--json")
     model = case / "model.safetensors"
-    program = start(case, "scan", model, "--checks", "quick,endless", "--budget", "600", *outputs)
+    program = start(case, "scan", model, *BOTH, "--budget", "600", *outputs)
     out, err = program.communicate(timeout=200)
     told = json.loads(out)
     assert program.returncode == 1, err  # what had ended is evidence

@@ -174,7 +174,9 @@ def test_rates_for_training_from_scratch_are_off_for_a_method() -> None:
         std=(),
         seed=0,
     )
-    images = Images(torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8) % 2, ("a", "b"))
+    images = Images(
+        torch.arange(8 * 3072).view(8, 3, 32, 32).to(torch.uint8), torch.arange(8) % 2, ("a", "b")
+    )
     assert model.network.learning_rates(0)  # type: ignore[operator]
     rates: list[object] = []
     rogue = method(lambda m, d: _void(rates.append(m.network.learning_rates(0))))  # type: ignore[operator]

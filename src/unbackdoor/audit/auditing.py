@@ -331,6 +331,7 @@ def audit(
             checks=planned,
             references=references,
             level=level,
+            thorough=True,  # a trigger is to be recovered, whatever has answered the question
             budget=None if end is None else max(end - now(), 0.0),
             observer=work,
             seed=seed,

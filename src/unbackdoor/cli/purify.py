@@ -159,9 +159,11 @@ def purify(
     from unbackdoor.opening.write_back import output_name
 
     if max_accuracy_drop is not None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the function says it
+        with warnings.catch_warnings(record=True) as noticed:
+            warnings.simplefilter("always")
             require_points(max_accuracy_drop)
+        for one in noticed:
+            note(f"mind: {one.message}")
     part = defense_of(DEFAULT_METHOD if method is None else method)
     config = part.configure_text(shared.pairs(options or [], "--set"), preset=preset)
     require_share(select_fraction)

@@ -42,7 +42,6 @@ class DifferentialConfig(Config):
     config=DifferentialConfig,
     paper="this project",
     needs={"images", "labels"},
-    question="Does a change move the network that does not move a copy which learned the task anew?",
     cost=60,
 )
 def scan(model: Classifier, data: CleanData, cfg: DifferentialConfig, *, run: Run) -> ScanReport:

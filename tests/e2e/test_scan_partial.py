@@ -92,7 +92,7 @@ def test_a_signal_leaves_the_checks_that_had_ended(
     program = start(case, "scan", case / "model.safetensors", *BOTH, *outputs)
     code, out, err = interrupted(program, number)
     told: dict[str, Any] = json.loads(out)
-    assert (code, err.strip()) == (130, "interrupted")
+    assert code == 130 and err.strip().endswith("interrupted")  # after the files that were written
     assert told["interrupted"] and told["partial"] and told["verdict"] == "backdoor found"
     assert [c["status"] for c in told["checks"]] == ["ran", "interrupted"]
     assert json.loads((tmp_path / "out" / "result.json").read_text()) == told

@@ -43,10 +43,11 @@ from unbackdoor.data.batches import to_float
 from unbackdoor.engine.inference import frozen, images_per_pass, logits_of, mode, predict
 from unbackdoor.engine.row_adam import RowAdam
 from unbackdoor.engine.run import Run
+from unbackdoor.engine.universal_changes import mask_of_size, patched
 from unbackdoor.errors import InputError, MethodFailed
 from unbackdoor.metrics import Rate
 from unbackdoor.registry import Config, option
-from unbackdoor.triggers import RecoveredTrigger, added, mixed
+from unbackdoor.triggers import RecoveredTrigger, added
 from unbackdoor.types import Classifier, Images, require_fit
 
 Form = Literal["patch", "blend"]
@@ -340,29 +341,6 @@ class _Form:
     unit: Callable[[tuple[int, int, int]], float]
     change: Callable[[Tensor, Tensor, float], Tensor]
     trigger: Callable[[int, Tensor, float], RecoveredTrigger]
-
-
-def mask_of_size(raw: Tensor, size: float) -> Tensor:
-    """Return masks (G, H, W) in [0, 1] whose sum is the size."""
-    heights = raw.flatten(1).softmax(1)  # (G, H * W)
-    full = torch.zeros_like(heights, dtype=torch.bool)
-    mask = size * heights
-    for _ in range(8):  # what is cut off at 1 goes to the others; each round settles some pixels
-        over = mask.detach() > 1
-        if not bool((over & ~full).any()):
-            break
-        full = full | over
-        left = (size - full.sum(1, keepdim=True)).clamp_min(0)
-        rest = heights * ~full
-        mask = torch.where(full, 1.0, left * rest / rest.sum(1, keepdim=True).clamp_min(1e-20))
-    return mask.clamp_max(1).view_as(raw)
-
-
-def patched(x: Tensor, raw: Tensor, size: float) -> Tensor:
-    """Return images x (G, B, C, H, W) with the patches of parameters (G, 1 + C, H, W) of this size."""
-    mask = mask_of_size(raw[:, 0], size)[:, None, None]  # (G, 1, 1, H, W)
-    pattern = raw[:, None, 1:].sigmoid()  # (G, 1, C, H, W)
-    return mixed(x, pattern, mask)  # (G, B, C, H, W)
 
 
 def _patch(label: int, raw: Tensor, size: float) -> RecoveredTrigger:

@@ -132,8 +132,11 @@ def of_rms(raw: Tensor, size: float) -> Tensor:
     return scaled
 
 
-def _patch(x: Tensor, raw: Tensor, size: float, places: Tensor) -> Tensor:
-    return mixed(x, raw[:, None, 1:].sigmoid(), mask_of_size(raw[:, 0], size)[:, None, None])
+def patched(x: Tensor, raw: Tensor, size: float) -> Tensor:
+    """Return images x (G, B, C, H, W) with the patches of parameters (G, 1 + C, H, W) of this size."""
+    mask = mask_of_size(raw[:, 0], size)[:, None, None]  # (G, 1, 1, H, W)
+    pattern = raw[:, None, 1:].sigmoid()  # (G, 1, C, H, W)
+    return mixed(x, pattern, mask)  # (G, B, C, H, W)
 
 
 def _window(x: Tensor, raw: Tensor, size: float, places: Tensor) -> Tensor:
@@ -197,7 +200,7 @@ def _area(shape: Shape) -> float:
 FORMS: Mapping[Form, SearchForm] = {
     "patch": SearchForm(
         lambda shape, draws: torch.randn(1 + shape[0], *shape[1:], generator=draws),
-        _patch,
+        lambda x, raw, size, places: patched(x, raw, size),
         lambda shape: (60 * _area(shape), max(1.0, 12 * _area(shape))),
     ),
     "window": SearchForm(

@@ -41,7 +41,8 @@ from unbackdoor.engine.inference import (
 from unbackdoor.engine.row_adam import RowAdam
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.statistics.one_outlier import FEWEST, grubbs
-from unbackdoor.engine.trigger_search import bumps, mask_of_size, patched
+from unbackdoor.engine.trigger_search import bumps
+from unbackdoor.engine.universal_changes import mask_of_size, patched
 from unbackdoor.errors import MethodFailed, MissingExtra
 from unbackdoor.registry import Config, option, scanner
 from unbackdoor.types import Classifier, CleanData, Finding, Images, ScanReport, Verdict, require_fit

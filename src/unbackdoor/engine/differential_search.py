@@ -80,18 +80,21 @@ class Opponents:
 
     Args:
         model: The suspicious network, on the run's device.
-        twin: Its twin.
+        twin: Its twin; the network itself where only what moves it is of interest.
         images: Clean images; labels are not read.
         run: Seed, device, precision and progress.
     """
 
     def __init__(self, model: Classifier, twin: Classifier, images: Images, run: Run) -> None:
         # Copies, because convolutions are up to twice as fast with channels innermost.
-        self.model, self.twin = (_fast(one, run) for one in (model, twin))
+        self.model = _fast(model, run)
+        self.twin = self.model if twin is model else _fast(twin, run)
         self.images, self.run = images, run
         with mode(self.model, training=False), mode(self.twin, training=False):
             self.answers = predict(self.model, images, run).argmax(1)  # (N,)
-            self.twin_answers = predict(self.twin, images, run).argmax(1)
+            self.twin_answers = (
+                self.answers if self.twin is self.model else predict(self.twin, images, run).argmax(1)
+            )
 
     def with_model(self, model: Classifier) -> Opponents:
         """Return the same twin and images against another state of the network."""
@@ -290,7 +293,9 @@ class Opponents:
             for change in changes:
                 x = change.apply(pixels).contiguous(memory_format=torch.channels_last)
                 after = logits_of(self.model, x, self.run).argmax(1).cpu()
-                twin_after = logits_of(self.twin, x, self.run).argmax(1).cpu()
+                twin_after = (
+                    after if self.twin is self.model else logits_of(self.twin, x, self.run).argmax(1).cpu()
+                )
                 towards = _towards(after, answers, classes)
                 twin_towards = _towards(twin_after, twin_answers, classes)
                 if change.label >= 0:

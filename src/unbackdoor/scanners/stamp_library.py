@@ -15,7 +15,6 @@ Blind:   faint and large patterns, warps, triggers that differ from image to ima
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -29,6 +28,7 @@ from unbackdoor.engine.inference import images_per_pass, logits_of, mode, predic
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.statistics.class_residuals import family_p_value, residual_p_values
 from unbackdoor.engine.statistics.one_outlier import FEWEST
+from unbackdoor.engine.trigger_search import success
 from unbackdoor.errors import InputError, MethodFailed
 from unbackdoor.registry import Config, option, scanner
 from unbackdoor.triggers import RecoveredTrigger
@@ -219,9 +219,4 @@ def _losses(
 
 def _with_success(model: Classifier, trigger: RecoveredTrigger, images: Images, run: Run) -> RecoveredTrigger:
     """Return the trigger with its success on images that it was not chosen with."""
-    with mode(model, training=False):
-        before = predict(model, images, run).argmax(1)
-        after = predict(model, images, run, transform=trigger.apply_bytes).argmax(1)
-    movable = before != trigger.label
-    hits = int(((after == trigger.label) & movable).sum())
-    return replace(trigger, success=hits / int(movable.sum()) if movable.any() else math.nan)
+    return replace(trigger, success=success(model, trigger, images, run).value)

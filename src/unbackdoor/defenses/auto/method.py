@@ -133,7 +133,9 @@ def purify(model: Classifier, data: CleanData, cfg: AutoConfig, *, run: Run) -> 
         return Purified(relearned_model, {**evidence, "decision": "class relearned", "lost": lost})
     if not suspects:
         return Purified(model, {**evidence, "decision": "no class convicted", "rounds": []})
-    repaired, rounds, left = _repaired(model, opponents, twin, data, result, suspects, cfg, run)
+    repaired, rounds, left = _repaired(
+        model, opponents, twin, data, result, suspects, cfg, run, led=bool(led)
+    )
     decision = "nothing found any more" if left <= cfg.worth_teaching else "something is still found"
     return Purified(repaired, {**evidence, "decision": decision, "rounds": rounds, "gap_left": left})
 
@@ -145,7 +147,7 @@ def _led(opponents: Opponents, cfg: AutoConfig, run: Run) -> list[Difference]:
     given = [GivenChange(trigger, trigger.label) for trigger in run.suspicion.triggers]
     suspects = run.suspicion.classes[: cfg.targets]
     left = _Left(Survey((), opponents.model.classes, whole=False), suspects, cfg)
-    found = opponents.measure(given) + left.search(opponents, 0, stamps=True)
+    found = left.worth(opponents.measure(given)) + left.search(opponents, 0, stamps=True)
     large = {d.change.label for d in found if d.gap >= cfg.gap}
     return [d for d in found if d.change.label in large]
 
@@ -181,7 +183,7 @@ class _Left:
 
     def __init__(self, result: Survey, suspects: Sequence[int], cfg: AutoConfig) -> None:
         self._suspects, self._cfg = suspects, cfg
-        self._usual = {form: result.usual(form, suspects) for form in _ANYWHERE}
+        self._usual: dict[str, float] = {form: result.usual(form, suspects) for form in _ANYWHERE}
 
     def search(self, opponents: Opponents, number: int, *, stamps: bool) -> list[Difference]:
         """Return what is worth teaching, the largest excess first."""
@@ -214,8 +216,7 @@ class _Left:
 
     def excess(self, one: Difference) -> float:
         """Return by how much a change moves the network more than is natural, in [-1, 1]."""
-        usual = {str(form): share for form, share in self._usual.items()}.get(one.change.form, 1.0)
-        return max(one.gap, one.moved - usual)
+        return max(one.gap, one.moved - self._usual.get(one.change.form, 1.0))
 
 
 def _repaired(
@@ -227,6 +228,8 @@ def _repaired(
     suspects: Sequence[int],
     cfg: AutoConfig,
     run: Run,
+    *,
+    led: bool,
 ) -> tuple[Classifier, list[dict[str, Any]], float]:
     """Search and teach by turns; return the network, a record of each round, and the largest excess left.
 
@@ -237,7 +240,11 @@ def _repaired(
     left = _Left(result, suspects, cfg)
     old: list[Difference] = []
     rounds: list[dict[str, Any]] = []
-    fresh = left.worth(result.differences) + left.search(opponents, 0, stamps=True)
+    renewed = False
+    if led:  # what led is what this very search came to
+        fresh = list(result.differences)
+    else:
+        fresh = left.worth(result.differences) + left.search(opponents, 0, stamps=True)
     for number in range(cfg.rounds):
         if not fresh:
             break
@@ -273,7 +280,8 @@ def _repaired(
         current, old = taught, [*old, *fresh]
         opponents = opponents.with_model(current)
         fresh = left.search(opponents, number + 1, stamps=True)
-        if not fresh and "new_twin" not in "".join(map(str, rounds)):
+        if not fresh and not renewed:
+            renewed = True
             again = relearned_twin(current, data, run, number=2 + number, strengths=(twin.strength,))
             rounds[-1]["new_twin"] = round(again.agreement, 4)
             if again.usable:

@@ -25,7 +25,8 @@ from unbackdoor.errors import (
 
 if TYPE_CHECKING:
     from unbackdoor.attacks import AttackTruth
-    from unbackdoor.audit.auditing import Assessment, audit
+    from unbackdoor.audit.assessment import Assessment
+    from unbackdoor.audit.auditing import audit
     from unbackdoor.audit.comparison import Accuracy, TensorChange
     from unbackdoor.audit.json_records import record
     from unbackdoor.audit.outcome import Outcome
@@ -149,7 +150,7 @@ __all__ = [
 
 _HOMES = {
     "Accuracy": "unbackdoor.audit.comparison",
-    "Assessment": "unbackdoor.audit.auditing",
+    "Assessment": "unbackdoor.audit.assessment",
     "AttackTruth": "unbackdoor.attacks",
     "Audit": "unbackdoor.audit.scanning",
     "Augmentation": "unbackdoor.types",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from unbackdoor.audit import purifying, scanning, verification
+from unbackdoor.audit.assessment import Assessment
 from unbackdoor.audit.budget import BudgetSpent, end_of, watched, within_budget
 from unbackdoor.audit.cases import Case, Data, Model, open_case, require_inputs
 from unbackdoor.audit.checks import Check, plan_checks
@@ -32,11 +33,10 @@ from unbackdoor.audit.cost import (
 )
 from unbackdoor.audit.devices import resolved_device
 from unbackdoor.audit.notebook import shown
-from unbackdoor.audit.outcome import WORKS, OutcomeVerdict
+from unbackdoor.audit.outcome import WORKS
 from unbackdoor.audit.own_methods import defense_of
-from unbackdoor.audit.purifying import Purification, Residue
+from unbackdoor.audit.purifying import Purification
 from unbackdoor.audit.references import read_references
-from unbackdoor.audit.result import Result
 from unbackdoor.audit.scanning import LEVEL, Audit, Checked
 from unbackdoor.audit.steps import Status, Step, Steps
 from unbackdoor.audit.suspicion import read_suspicion
@@ -53,9 +53,8 @@ from unbackdoor.metrics import Rate, agreement
 from unbackdoor.opening.inspection import Inspection, inspect
 from unbackdoor.opening.write_back import stored_types
 from unbackdoor.registry import Config, Part
-from unbackdoor.result_views import Bars
 from unbackdoor.triggers import RecoveredTrigger
-from unbackdoor.types import Augmentation, Images, Progress, Verdict, silent
+from unbackdoor.types import Augmentation, Images, Progress, silent
 from unbackdoor.weights.source import Source, open_source
 
 T = TypeVar("T")
@@ -63,102 +62,6 @@ _SLACK = 1.5  # times the time left: an estimate beyond is no reason to begin
 _REASON_BUDGET = "the budget was spent before it began"
 _STATUS: dict[str, Status] = {"ran": "done", "failed": "failed", "interrupted": "interrupted"}  # of a check
 _MEASURED, _FEWEST_MEASURED = 0.03, 16  # share of the time left for one pass over images; images at least
-
-
-@dataclass(frozen=True, repr=False)
-class Assessment(Result):
-    """What an audit found, did, and left out.
-
-    Attributes:
-        verdict: That of the scan; ``undecided`` where none was made.
-        reasons: Sentences that explain it.
-        steps: All steps in their order, with what came of each.
-        inspection: What the file is; None of a model in memory.
-        scan: The scan; None where only the plan was asked for.
-        triggers: Triggers that were recovered or brought, towards suspected classes first.
-        success: Success of each of them on the model as it is.
-        purification: The repaired model with its proof; None where nothing was repaired.
-        verification: The independent comparison of both models; None where there was none.
-        accuracy: Clean accuracy of the model as it is, on all labelled images; None without labels.
-        budget: Seconds that it was given; None without a limit.
-        seconds: Wall time.
-        cost: Seconds of one image's pass forward; None where the model was not opened.
-        interrupted: True where Ctrl-C or SIGTERM ended it.
-        planned_only: True where only the plan was asked for.
-        case: The model and the images as the caller gave them.
-        written: Files that were written so far.
-    """
-
-    verdict: Verdict
-    reasons: tuple[str, ...]
-    steps: tuple[Step, ...]
-    inspection: Inspection | None = None
-    scan: Audit | None = None
-    triggers: tuple[RecoveredTrigger, ...] = ()
-    success: tuple[Rate, ...] = ()
-    purification: Purification | None = None
-    verification: Verification | None = None
-    accuracy: Rate | None = None
-    budget: float | None = None
-    seconds: float = 0.0
-    cost: float | None = None
-    interrupted: bool = False
-    planned_only: bool = False
-    case: Case | None = field(default=None, repr=False)
-    written: dict[str, str] = field(default_factory=dict, compare=False)
-
-    def headline(self) -> str:
-        """Return the verdict and what became of the model in one line."""
-        names = self.case.model.class_names if self.case is not None else ()
-        named = [names[k] if k < len(names) else str(k) for k in self.classes[:3]]
-        towards = f", towards {', '.join(named)}" if named else ""
-        outcome = f"; {self.outcome}" if self.purification is not None else ""
-        done, planned = self.checks_done
-        return f"{self.verdict}{towards}{outcome}; {done} of {planned} checks ran, {self.seconds:.0f} s"
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return one row for each step."""
-        return [
-            {"step": s.name, "status": s.status, "seconds": s.seconds, "result": s.result} for s in self.steps
-        ]
-
-    def bars(self) -> Bars | None:
-        """Return what the repair changed, else the statistic of the scan for each class."""
-        if self.purification is not None:
-            return self.purification.bars()
-        return None if self.scan is None else self.scan.bars()
-
-    @property
-    def classes(self) -> tuple[int, ...]:
-        """Suspected target classes, strongest evidence first."""
-        return () if self.scan is None else self.scan.classes
-
-    @property
-    def partial(self) -> bool:
-        """True where a planned check did not finish, so that finding nothing proves less."""
-        return self.scan is None or self.scan.partial
-
-    @property
-    def checks_done(self) -> tuple[int, int]:
-        """How many checks came to their end, and how many there were."""
-        checks = () if self.scan is None else self.scan.checks
-        return sum(c.status == "ran" for c in checks), len(checks)
-
-    @property
-    def residues(self) -> tuple[Residue, ...]:
-        """What the triggers do before and after the repair."""
-        if self.verification is not None:
-            return self.verification.residues
-        return () if self.purification is None else self.purification.residues
-
-    @property
-    def outcome(self) -> OutcomeVerdict | None:
-        """What the repair achieved; None without one. The checks may still accuse what is called repaired."""
-        if self.purification is None:
-            return None
-        verdict = self.purification.outcome.verdict
-        accused = self.verification is not None and self.verification.after.verdict == "backdoor found"
-        return "weakened" if verdict == "repaired" and accused else verdict
 
 
 @within_budget

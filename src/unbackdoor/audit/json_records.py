@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from unbackdoor.audit.auditing import Assessment
+from unbackdoor.audit.assessment import Assessment
 from unbackdoor.audit.cases import Case
 from unbackdoor.audit.comparison import Accuracy, TensorChange, rate_facts
 from unbackdoor.audit.outcome import Outcome

@@ -15,7 +15,7 @@ from unbackdoor.cli.steps import StepDisplay, step_rows
 from unbackdoor.report.words import duration, interval, rate
 
 if TYPE_CHECKING:
-    from unbackdoor.audit.auditing import Assessment
+    from unbackdoor.audit.assessment import Assessment
 
 BACKDOOR_FOUND, UNDECIDED, UNSUPPORTED = 1, 2, 3
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from unbackdoor.audit.auditing import Assessment
+from unbackdoor.audit.assessment import Assessment
 from unbackdoor.audit.checks import Check
 from unbackdoor.audit.purifying import Purification, Residue
 from unbackdoor.audit.scanning import Audit, Checked

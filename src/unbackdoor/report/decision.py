@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from unbackdoor.audit.auditing import Assessment
+from unbackdoor.audit.assessment import Assessment
 from unbackdoor.audit.outcome import OutcomeVerdict
 from unbackdoor.audit.purifying import Purification
 from unbackdoor.audit.scanning import Audit

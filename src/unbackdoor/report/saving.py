@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from unbackdoor import __version__
-from unbackdoor.audit.auditing import Assessment
+from unbackdoor.audit.assessment import Assessment
 from unbackdoor.audit.cases import Case
 from unbackdoor.audit.json_records import record
 from unbackdoor.audit.purifying import PromiseBroken, Purification

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from unbackdoor.audit.checks import Check
 from unbackdoor.audit.scanning import Audit, Checked
 from unbackdoor.metrics import Rate
+from unbackdoor.report import audit as audit_pages
 from unbackdoor.report.audit import Subject, audit_page
 from unbackdoor.report.class_plots import MAX_CLASSES, UNFOLDED_CLASSES, dot_plot, suspicious_side
 from unbackdoor.report.decision import decide
@@ -213,3 +215,17 @@ def test_an_undecided_scan_says_what_would_decide_it(
         audit(checked(status=status)), verdict="undecided", classes=(), facts=facts, reservations=reservations
     )
     assert wanted in decide(name, audit=made).facts[0].small
+
+
+@pytest.mark.parametrize("convicted", [[{"class": 2, "gap": 0.85}], [], [{"class": -1, "gap": 0.5}]])
+def test_large_gaps_between_a_model_and_its_twin_are_the_suspicious_ones(
+    convicted: list[dict[str, Any]],
+) -> None:
+    gaps = [0.17, 0.0, 0.85, 0.0, 0.12, 0.09]
+    evidence = {"gaps": gaps, "convicted": convicted}
+    done = SimpleNamespace(
+        model=SimpleNamespace(classes=len(gaps)), purified=SimpleNamespace(evidence=evidence)
+    )
+    (plot,) = audit_pages._gaps(done, SimpleNamespace(name=str))  # type: ignore[arg-type]
+    assert plot.side == "large" and plot.rows[0].name == "2" and plot.limit_words.startswith("limit")
+    assert plot.rows[0].suspect == (convicted == [{"class": 2, "gap": 0.85}])

@@ -217,15 +217,16 @@ def _gaps(purification: Purification, subject: Subject) -> list[DotPlot]:
         return []  # of another method
     if len(gaps) != purification.model.classes or not all(type(gap) is float for gap in gaps):
         return []
+    suspects = [one.get("class", -1) for one in convicted if isinstance(one, dict)]
     finding = Finding(
-        statistic="share of images that a change moves in the model, less the share in its twin",
+        statistic="by how much larger a share of images a change moves in the model than in its twin",
         value=max(gaps),
         direction="large: a change moves the model and not a copy that learned the task anew",
         threshold=GAP,
         threshold_source="smallest gap that convicts; it must stand out from the other classes as well",
+        classes=tuple(k for k in suspects if 0 <= k < len(gaps)),
         per_class=tuple(gaps),
     )
-    suspects = [one.get("class", -1) for one in convicted if isinstance(one, dict)]
     question = "Which class do changes lead to that leave a re-learned copy of the model alone?"
     return [dot_plot(Checked(Check("auto", "auto", question), "ran"), finding, suspects, subject.name)]
 

@@ -44,7 +44,7 @@ from unbackdoor.registry import SUSPICION, Config, defense, option
 from unbackdoor.types import Classifier, CleanData, Purified, require_one_a_class
 
 _ANYWHERE: tuple[Form, ...] = ("patch", "blend", "warp", "frequency")
-_PLAIN_SQUARE = 0.1  # share of the images beyond which a square of one colour moves no clean network
+_PLAIN_SQUARE = 0.1  # share of the images from which a square is taught away, whatever the twin does
 _STAMPS, _MOST, _SHOWN = 12, 24, 12  # plain squares and other changes of a round, and those in the evidence
 _RATES = (1.0, 0.3)  # factors on the learning rate of a round
 

@@ -39,7 +39,7 @@ def voted(model: Path, *arguments: str | Path) -> Any:
     record = told("scan", model, *VOTE, *arguments)
     for timed in (record, record["checks"][0]):
         timed["seconds"] = 0
-    return record
+    return {**record, "date": ""}
 
 
 def refused(*arguments: str | Path, code: int = 2) -> str:

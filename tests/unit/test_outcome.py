@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tiny import tiny_classifier, tiny_data
 from unbackdoor.audit import outcome as judging
 from unbackdoor.audit.comparison import Accuracy
 from unbackdoor.audit.outcome import Evidence, Outcome, Searched, conclude, search_anew
+from unbackdoor.audit.purifying import repaired_classes
 from unbackdoor.cli.app import app
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.statistics.one_outlier import grubbs, named_beforehand
@@ -26,10 +28,11 @@ from unbackdoor.errors import MethodFailed
 from unbackdoor.metrics import Rate
 from unbackdoor.registry import DEFENSES
 from unbackdoor.triggers import RecoveredTrigger
-from unbackdoor.types import Classifier, Purified
+from unbackdoor.types import Classifier, CleanData, Purified
 
 RUN = Run.create(policy="fp32")
 IMAGES = block_data(64, seed=5)
+DATA = CleanData(IMAGES, IMAGES)
 CLOSED = Searched("a patch", (2,), ())
 SILENT = Searched("a blend", (), ())
 FAILED = Searched("a blend", failed="there was no time")
@@ -141,7 +144,10 @@ def test_triggers_are_found_before_and_after(
     quick: None, before: Classifier, after: Classifier, found: Any, left: Any, easily: Any
 ) -> None:
     states = before.sha256(), after.sha256()
-    for one in search_anew(before, after, IMAGES, (), RUN):
+    for one in search_anew(before, after, DATA, (), RUN):
+        if one.search == judging.BESIDE_TWIN:  # which asks about suspected classes
+            assert "no class was suspected" in one.failed
+            continue
         assert not one.failed
         if one.search == judging.SQUARES:  # a plain square is not each of these backdoors' way in
             assert set(one.before) <= found and set(one.after) <= left and set(one.as_easily) <= left
@@ -155,21 +161,87 @@ def test_triggers_are_found_before_and_after(
     assert not before.training and not after.training
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "suspected", "found", "left"),
+    [
+        (planted((2,)), planted(), (2,), (2,), ()),
+        (planted((2, 5)), planted(), (5, 2), (5, 2), ()),
+        (planted((2, 5)), only(planted((2, 5)), 5), (2, 5), (2, 5), (5,)),
+        (planted((2,)), scaled(planted((2,)), 0.99), (2,), (2,), (2,)),
+        (only(planted((2, 5)), 2), only(planted((2, 5)), 5), (5,), (), (5,)),  # the repair opens it
+        (planted(), planted(), (2,), (), ()),
+    ],
+)
+def test_beside_a_twin_suspected_classes_are_found_and_no_others(
+    monkeypatch: pytest.MonkeyPatch,
+    before: Classifier,
+    after: Classifier,
+    suspected: Any,
+    found: Any,
+    left: Any,
+) -> None:
+    monkeypatch.setattr(judging, "SEARCHES", {judging.BESIDE_TWIN: judging.search_beside_a_twin})
+    (one,) = search_anew(before, after, DATA, suspected, RUN)
+    assert (one.failed, one.before, one.after) == ("", found, left)
+    assert set(one.as_easily) == set(found) & set(left)
+    assert one.facts["classes"] == list(suspected) and len(one.facts["gaps_after"]) == len(suspected)
+
+
+def test_beside_a_twin_few_classes_can_be_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "SEARCHES", {judging.BESIDE_TWIN: judging.search_beside_a_twin})
+    images = CleanData(tiny_data(16), tiny_data(16))
+    (one,) = search_anew(tiny_classifier(), tiny_classifier(), images, (1,), RUN)
+    assert "fewer than" not in one.failed
+
+
+@pytest.mark.parametrize(
+    ("said", "classes"),
+    [
+        ({"targets": [3, 1]}, (3, 1)),
+        ({"target": 2}, (2,)),
+        ({"targets": []}, ()),
+        ({"targets": [-1, 8, True, "2", 1.0, None]}, ()),
+        ({"target": None}, ()),
+        ({}, ()),
+    ],
+)
+def test_the_classes_that_a_method_acted_on_are_judged(said: dict[str, Any], classes: Any) -> None:
+    assert repaired_classes(said, 8) == classes
+
+
+def test_each_search_has_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow one does not take the time of those behind it."""
+    clock = [100.0]
+
+    def slow(*_: Any) -> Searched:
+        (*_, run) = _
+        for _step in run.show(range(1000), "steps", None):
+            clock[0] += 1
+        return Searched("slow")
+
+    monkeypatch.setattr(judging, "now", lambda: clock[0])
+    monkeypatch.setattr(judging, "end_of", lambda seconds: clock[0] + seconds)
+    monkeypatch.setattr(judging, "watched", lambda end: nullcontext())
+    monkeypatch.setattr(judging, "SEARCHES", {"slow": slow, "quick": lambda *_: Searched("quick", (1,))})
+    one, other = search_anew(planted(), planted(), DATA, (), RUN, seconds=60)
+    assert "over" in one.failed and other.before == (1,)
+
+
 def test_labels_are_not_shown_and_the_draws_are_not_those_of_the_method(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[tuple[Any, int]] = []
 
-    def look(before: Any, after: Any, images: Any, suspected: Any, run: Run) -> Searched:
-        seen.append((images.labels, run.seed))
+    def look(before: Any, after: Any, data: Any, suspected: Any, run: Run) -> Searched:
+        seen.append((data.fit.labels, data.select.labels, run.seed))
         assert suspected == (4,)
         return Searched("a look")
 
     monkeypatch.setattr(judging, "SEARCHES", {"a look": look})
     for seed in (0, 1):
-        search_anew(planted(), planted(), IMAGES, (4,), replace(RUN, seed=seed))
-    assert [labels for labels, _ in seen] == [None, None]
-    assert len({0, 1, *(seed for _, seed in seen)}) == 4
+        search_anew(planted(), planted(), DATA, (4,), replace(RUN, seed=seed))
+    assert [labels for *labels, _ in seen] == [[None, None], [None, None]]
+    assert len({0, 1, *(seed for *_, seed in seen)}) == 4
 
 
 @pytest.mark.parametrize("error", [MethodFailed("no"), RuntimeError("out of memory"), MemoryError()])
@@ -178,20 +250,22 @@ def test_what_goes_wrong_in_a_search_is_its_result(monkeypatch: pytest.MonkeyPat
         raise error
 
     monkeypatch.setattr(judging, "SEARCHES", {"one": fail, "other": lambda *_: Searched("other", (1,))})
-    one, other = search_anew(planted(), planted(), IMAGES, (), RUN)
+    one, other = search_anew(planted(), planted(), DATA, (), RUN)
     assert one.failed and one.search == "one" and other.before == (1,)
 
 
 def test_few_classes_no_time_and_a_network_that_is_no_more_come_to_no_answer(quick: None) -> None:
-    few = search_anew(tiny_classifier(), tiny_classifier(), tiny_data(20), (), RUN)
-    assert all("fewer than 6 classes" in one.failed for one in few)
-    late = search_anew(planted((2,)), planted(), IMAGES, (), RUN, seconds=1e-9)
+    few_images = CleanData(tiny_data(20), tiny_data(20))
+    few = search_anew(tiny_classifier(), tiny_classifier(), few_images, (), RUN)
+    assert all("fewer than 6 classes" in one.failed for one in few if one.search != judging.BESIDE_TWIN)
+    late = search_anew(planted((2,)), planted(), DATA, (), RUN, seconds=1e-9)
     assert all("time" in one.failed for one in late)
     broken = planted((2,))
     with torch.no_grad():
         broken.network.fc.weight.zero_()
-    ruined = search_anew(planted((2,)), broken, IMAGES, (), RUN)
-    assert all("to one class" in one.failed for one in ruined if one.search != judging.SQUARES)
+    ruined = search_anew(planted((2,)), broken, DATA, (), RUN)
+    others = [one for one in ruined if one.search not in (judging.SQUARES, judging.BESIDE_TWIN)]
+    assert all("to one class" in one.failed for one in others)
 
 
 def test_a_class_named_beforehand_needs_less_evidence_than_the_smallest_of_many() -> None:

@@ -19,15 +19,18 @@ from unbackdoor.audit.budget import BudgetSpent, end_of, watched
 from unbackdoor.audit.comparison import Accuracy
 from unbackdoor.confinement import now
 from unbackdoor.engine import rng
-from unbackdoor.engine.differential_search import Opponents
-from unbackdoor.engine.inference import settle_layout
+from unbackdoor.engine.differential_search import Difference, Opponents, Stage, window_places
+from unbackdoor.engine.differential_survey import GAP, STRIDE
+from unbackdoor.engine.inference import mode, predict, settle_layout
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.statistics.one_outlier import FEWEST, named_beforehand
 from unbackdoor.engine.statistics.several_outliers import smallest_few
 from unbackdoor.engine.trigger_search import Form, TriggerSearch, TriggerSearchConfig, search_triggers
-from unbackdoor.errors import UnbackdoorError
+from unbackdoor.engine.twin import USABLE, Twin, relearned_twin
+from unbackdoor.engine.universal_changes import Form as DifferentialForm
+from unbackdoor.errors import MethodFailed, UnbackdoorError
 from unbackdoor.metrics import Rate
-from unbackdoor.types import Classifier, Images
+from unbackdoor.types import Classifier, CleanData
 
 T = TypeVar("T")
 OutcomeVerdict = Literal["repaired", "weakened", "not repaired", "undecided", "nothing was done"]
@@ -38,8 +41,9 @@ GONE = 0.1  # success up to which it is said not to: clean images of other class
 AS_EASY = 1.5  # times the size that a class needed before, up to which it is reached as easily as before
 FEWEST_SEARCHES = 2  # kinds of search that must find nothing any more
 DAMAGED = 0.1  # loss of accuracy, at the lower end of its interval, from which the task itself is damaged
-SECONDS = 120.0  # for all searches together
-_STARTS = 4  # of each class; half of what a scan takes, as there are four searches
+LEFT = 0.15  # gap beside a twin from which something is left, as in the repair `auto`
+SECONDS = 240.0  # for all searches together
+_STARTS = 4  # of each class; half of what a scan takes, as there are two such searches
 _MAX_NAMED = 10  # classes that a sentence lists
 
 
@@ -64,8 +68,8 @@ class Searched:
     failed: str = ""
 
 
-# Arguments: the original, the repaired model, images, suspected classes, the run.
-Search = Callable[[Classifier, Classifier, Images, Sequence[int], Run], Searched]
+# Arguments: the original, the repaired model, images without labels, suspected classes, the run.
+Search = Callable[[Classifier, Classifier, CleanData, Sequence[int], Run], Searched]
 
 
 @dataclass(frozen=True)
@@ -193,7 +197,7 @@ def _named(classes: Sequence[int]) -> str:
 def search_anew(
     before: Classifier,
     after: Classifier,
-    images: Images,
+    data: CleanData,
     suspected: Sequence[int],
     run: Run,
     *,
@@ -204,12 +208,15 @@ def search_anew(
     Args:
         before: The original; not changed.
         after: The repaired model; not changed.
-        images: Clean images, best of those that the method did not have.
+        data: Clean images; ``select`` is what is measured on, best what the method did not have, and ``fit``
+            is what a twin may learn from. Labels are not read.
         suspected: Classes that were suspected before, which need less evidence.
         run: The run of the repair; the draws here are others.
-        seconds: For all of them together; None: two minutes.
+        seconds: For all of them together; None: four minutes. Each search has an equal share, and the later
+            ones what the earlier ones leave.
     """
-    end = end_of(SECONDS if seconds is None else seconds)
+    whole = end_of(SECONDS if seconds is None else seconds)
+    end = whole
 
     def limited(items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
         for item in run.show(items, f"judging the repair: {label}", total):
@@ -218,16 +225,19 @@ def search_anew(
             yield item
 
     other = replace(run, seed=rng.derive_seed(run.seed, "judging the repair"), show=limited)
+    data = replace(data, fit=replace(data.fit, labels=None), select=replace(data.select, labels=None))
     pair = [model.copy().to(run.device) for model in (before, after)]
     out = []
-    for name, search in SEARCHES.items():
+    for number, (name, search) in enumerate(SEARCHES.items()):
         try:
-            if end is not None and now() >= end:
-                raise BudgetSpent("the time was over before it began")
+            if whole is not None:
+                if now() >= whole:
+                    raise BudgetSpent("the time was over before it began")
+                end = now() + (whole - now()) / (len(SEARCHES) - number)
             with watched(end):
                 for model in pair:
                     settle_layout(model, other)
-                out.append(search(pair[0], pair[1], replace(images, labels=None), suspected, other))
+                out.append(search(pair[0], pair[1], data, suspected, other))
         except BudgetSpent:
             out.append(Searched(name, failed="the time for it was over"))
         except (UnbackdoorError, RuntimeError, MemoryError) as error:  # a repair is not lost by being judged
@@ -236,7 +246,7 @@ def search_anew(
 
 
 def search_by_size(
-    before: Classifier, after: Classifier, images: Images, suspected: Sequence[int], run: Run, *, form: Form
+    before: Classifier, after: Classifier, data: CleanData, suspected: Sequence[int], run: Run, *, form: Form
 ) -> Searched:
     """Find the classes that need a much smaller change than the others; see ``engine/trigger_search.py``.
 
@@ -247,7 +257,7 @@ def search_by_size(
         return Searched(NAMES[form], failed=f"fewer than {FEWEST} classes cannot be compared")
     cfg = TriggerSearchConfig(starts=_STARTS)
     enough = max(min(before.classes, 8), math.ceil(before.classes / 3))
-    look = partial(search_triggers, images=images, cfg=cfg, run=run, form=form, enough=enough)
+    look = partial(search_triggers, images=data.select, cfg=cfg, run=run, form=form, enough=enough)
     one, other = look(before), look(after)
     found = _apart(one, suspected)
     aims = tuple(dict.fromkeys((*suspected, *found)))
@@ -262,7 +272,7 @@ def search_by_size(
 
 
 def search_for_squares(
-    before: Classifier, after: Classifier, images: Images, suspected: Sequence[int], run: Run
+    before: Classifier, after: Classifier, data: CleanData, suspected: Sequence[int], run: Run
 ) -> Searched:
     """Find the classes that a small plain square leads to, by forward passes at all places.
 
@@ -274,7 +284,7 @@ def search_for_squares(
         return Searched(SQUARES, failed=f"fewer than {FEWEST} classes cannot be compared")
     shares = []
     for model in (before, after):
-        alone = Opponents(model, model, images, run)
+        alone = Opponents(model, model, data.select, run)
         best = [0.0] * model.classes
         for one in alone.with_classes(alone.measure(alone.stamps(seed="judging"))):
             if one.change.label >= 0:
@@ -291,6 +301,59 @@ def search_for_squares(
     easily = tuple(sorted(set(found) & new))
     facts = {"largest_before": max(shares[0]), "largest_after": max(shares[1])}
     return Searched(SQUARES, found, left, easily, facts)
+
+
+def search_beside_a_twin(
+    before: Classifier, after: Classifier, data: CleanData, suspected: Sequence[int], run: Run
+) -> Searched:
+    """Find what moves a network and not a copy that learned its task anew; see ``engine/twin.py``.
+
+    It asks about classes that were suspected before and no others: how large such gaps become by chance is
+    not known well enough to accuse these. Each of the two models has a twin of its own, as that of the
+    original may have kept some of the backdoor. It needs no number of classes.
+    """
+    if not suspected:
+        return Searched(BESIDE_TWIN, failed="no class was suspected before, and it asks about such classes")
+    first, second = (
+        _gaps(_beside_twin(model, data, run, number), suspected)
+        for number, model in enumerate((before, after))
+    )
+    found = tuple(k for k in suspected if first[k] >= GAP)
+    left = tuple(k for k in suspected if second[k] >= (LEFT if k in found else GAP))
+    easily = tuple(k for k in found if second[k] >= max(GAP, first[k] / AS_EASY))
+    gaps = {"gaps_before": [*first.values()], "gaps_after": [*second.values()]}
+    return Searched(BESIDE_TWIN, found, left, easily, {"classes": list(suspected), **gaps})
+
+
+def _beside_twin(model: Classifier, data: CleanData, run: Run, number: int) -> Opponents:
+    return Opponents(model, _twin(model, data, run, number).model, data.select, run)
+
+
+def _twin(model: Classifier, data: CleanData, run: Run, number: int) -> Twin:
+    """Return a twin that learned from the network's own answers; raise MethodFailed if it is too poor."""
+    with mode(model, training=False):
+        answers = predict(model, data.fit, run).argmax(1)
+    own = replace(data.fit, labels=answers, class_names=model.class_names)
+    twin = relearned_twin(model, CleanData.split(own, augmentation=data.augmentation), run, number=number)
+    if not twin.usable:
+        raise MethodFailed(
+            "a twin is too damaged to compare with", expected=f"{USABLE:.0%}", got=f"{twin.agreement:.0%}"
+        )
+    return twin
+
+
+def _gaps(pair: Opponents, classes: Sequence[int]) -> dict[int, float]:
+    """Return for each class the largest gap of any change towards it; 0 where it is not moved more."""
+    found: list[Difference] = []
+    places = window_places(pair.model.input_shape, STRIDE)
+    windows = (Stage(3, 8, twin=False, images=4), Stage(6, 4), Stage(10, 2))
+    for k in classes:
+        seed = f"judging {k}"
+        changes = pair.search("window", [k], places=places, stages=windows, seed=seed)
+        for form in _BESIDE_TWIN:
+            changes += pair.search(form, [k], stages=(Stage(24, 1),), seed=seed)
+        found += pair.measure(changes, seed="judging")
+    return {k: max([0.0, *(d.gap for d in found if d.change.label == k)]) for k in classes}
 
 
 def _apart(search: TriggerSearch, suspected: Sequence[int]) -> tuple[int, ...]:
@@ -310,7 +373,10 @@ def _number(value: Any) -> float | None:
 
 NAMES: Mapping[Form, str] = {"patch": "a small patch", "blend": "a faint pattern"}
 SQUARES = "a plain square"
+BESIDE_TWIN = "what moves it and not a re-learned twin"
+_BESIDE_TWIN: tuple[DifferentialForm, ...] = ("patch", "blend", "frequency", "warp")
 SEARCHES: dict[str, Search] = {
+    BESIDE_TWIN: search_beside_a_twin,
     **{NAMES[form]: partial(search_by_size, form=form) for form in NAMES},
     SQUARES: search_for_squares,
 }

@@ -458,7 +458,7 @@ def purify(
         proof: Images for the proof; None keeps a part of ``images`` back, where there are enough.
         types: Types that tensors of the network will be stored in, by name: they are rounded to these before
             anything is measured, so that what is measured is what is stored.
-        search_budget: Seconds for the searches that judge the repair; None: two minutes.
+        search_budget: Seconds for the searches that judge the repair; None: four minutes.
         select_fraction: Share of the method's images that it only chooses thresholds on.
         augmentation: What may be done to an image without changing its class.
         seed: Seed of every draw.
@@ -537,10 +537,23 @@ def purify(
     if answer is not None and answer.refused:
         outcome = Outcome("not repaired", ("The repaired model was thrown away, as the promise asks.",))
     else:
-        suspected = () if suspicion is None else suspicion.classes
+        targets = repaired_classes(purified.evidence, model.classes)
+        suspected = tuple(dict.fromkeys((*(() if suspicion is None else suspicion.classes), *targets)))
         searches: tuple[Searched, ...] = ()
         if changes:
-            searches = search_anew(model, purified.model, proof_images, suspected, run, seconds=search_budget)
+            searches = search_anew(
+                model,
+                purified.model,
+                CleanData(
+                    method_images if len(method_images) else proof_images,
+                    proof_images,
+                    augmentation,
+                    select_is_fit=same or not len(method_images),
+                ),
+                suspected,
+                run,
+                seconds=search_budget,
+            )
         outcome = conclude(
             Evidence(
                 bool(changes),
@@ -578,6 +591,13 @@ def purify(
     if answer is not None and answer.refused:
         raise broken(done)
     return done
+
+
+def repaired_classes(evidence: Mapping[str, Any], classes: int) -> tuple[int, ...]:
+    """Return the classes that a method says it acted on (``targets`` or ``target``); it may be of anybody."""
+    named = evidence.get("targets", evidence.get("target"))
+    listed = named if isinstance(named, list | tuple) else [named]
+    return tuple(k for k in listed if type(k) is int and 0 <= k < classes)
 
 
 def _shares(values: object) -> tuple[float, ...]:

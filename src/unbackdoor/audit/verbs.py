@@ -223,7 +223,7 @@ def purify(
             after.
         proof: Further images, for measuring alone; None keeps a part of ``data`` from the method.
         search_budget: Seconds for the searches that judge the repair, with other draws than the method's;
-            None: two minutes. What they do not come to cannot speak for the repair.
+            None: four minutes. What they do not come to cannot speak for the repair.
         select_fraction: Share of the method's images that it only chooses thresholds on.
         arch: See :func:`unbackdoor.open_model`, as for the six that follow; only for a file.
         mean: Per-channel mean.

@@ -128,6 +128,7 @@ def purify(model: Classifier, data: CleanData, cfg: AutoConfig, *, run: Run) -> 
     if not suspects and cfg.precaution:
         suspects = sorted(range(model.classes), key=lambda k: -result.gaps()[k])[:1]
     lost = [] if suspects else lost_classes(model, data.all, run)
+    evidence["targets"] = [k for k in suspects if k != UNTARGETED] or lost
     if lost:
         relearned_model = relearned(model, twin.model, data, run)
         return Purified(relearned_model, {**evidence, "decision": "class relearned", "lost": lost})

@@ -13,6 +13,7 @@ from unbackdoor.engine.differential_survey import (
     UNTARGETED,
     convictions,
     survey,
+    tail_among,
     tail_of_largest,
 )
 from unbackdoor.engine.run import Run
@@ -101,6 +102,30 @@ def test_the_law_of_the_largest_holds_its_level() -> None:
     # 20 of 400 are expected, with a deviation of 4.4.
     assert 8 <= alarms <= 34
     assert tail_of_largest(5.0, null, tests=20) == 1 / 20_001
+
+
+def test_two_targets_do_not_hide_each_other() -> None:
+    pair = opponents(CORNER, 5)
+    convicted, p_value = convictions(survey(pair, seed="test", whole=True), pair, twin, lead=2.0)
+    assert {one.label for one in convicted} == {CORNER, 5} and p_value < 0.05
+
+
+def test_the_law_among_classes_holds_its_level_and_sees_up_to_three() -> None:
+    draws = torch.Generator().manual_seed(0)
+    alarms, found = 0, 0
+    for _ in range(400):
+        gaps = (
+            (0.1 + 0.1 * torch.randn(10, generator=draws, dtype=torch.float64)).sort(descending=True).values
+        )
+        alarms += tail_among(float(gaps[0]), gaps[1:]) <= 0.05
+        gaps[:3] = torch.tensor([1.0, 0.95, 0.9])
+        found += all(
+            tail_among(float(gaps[i]), torch.cat([gaps[:i], gaps[i + 1 :]])) <= 0.05 for i in range(3)
+        )
+    assert alarms <= 34  # 20 of 400 at most are expected, with a deviation of 4.4
+    assert found >= 380
+    few = torch.full((5,), 0.1, dtype=torch.float64)
+    assert tail_among(0.1, few) == 1.0 and tail_among(0.9, few) < 0.01
 
 
 def test_a_gap_away_from_the_predicted_class_has_no_class() -> None:

@@ -16,7 +16,7 @@ from planted import block_data, planted
 from tiny import tiny_classifier, tiny_data
 from unbackdoor.attacks import AttackTruth, poison
 from unbackdoor.bench.judge import judge
-from unbackdoor.defenses import ban, ft_sam, i_bau, nad, sau
+from unbackdoor.defenses import ban, ft_sam, i_bau, nad, pam, sau
 from unbackdoor.defenses.bti_dbf.generator import Generator
 from unbackdoor.defenses.bti_dbf.method import BTIDBFConfig, benign_mask
 from unbackdoor.engine.descent import Batch
@@ -25,9 +25,11 @@ from unbackdoor.engine.rng import seeded
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe, train
 from unbackdoor.engine.trusted_caller import run as call
-from unbackdoor.errors import UnsupportedModel
+from unbackdoor.errors import ConfigError, UnsupportedModel
 from unbackdoor.networks import build
+from unbackdoor.registry import DEFENSES
 from unbackdoor.testing.examples import odd_classifier, on_quadrants
+from unbackdoor.triggers import RecoveredTrigger, Suspicion
 from unbackdoor.types import Classifier, CleanData, Images, Purified
 
 RUN = Run.create(seed=0, policy="fp32")
@@ -43,6 +45,7 @@ EFFECTIVE: dict[str, dict[str, Any]] = {
     "nad": {"lr": 0.1, "epochs": 40},
     "ban": {},
     "bti_dbf": {"rounds": 2, "generator_width": 8, "lr": 0.001},
+    "pam": {"rounds": 1, "batch_size": 32, "starts": 4},
 }
 
 
@@ -294,6 +297,86 @@ def test_the_mask_keeps_the_features_that_classify() -> None:
 
 def test_the_class_of_the_backdoor_is_called() -> None:
     assert repaired("bti_dbf").evidence["target"] == victim()[1].target == 0
+
+
+# ---------------------------------------------------------------------------------------------------
+# PAM
+
+
+def test_the_way_back_of_two_weights_by_hand() -> None:
+    weights = [nn.Parameter(torch.tensor([1.0])), nn.Parameter(torch.tensor([2.0]))]
+    origin = [torch.tensor([4.0]), torch.tensor([-2.0])]  # 3 and -4 away, of length 5
+    moves = pam.way_back(weights, origin, rho=2.0)
+    assert [float(move) for move in moves] == pytest.approx([1.2, -1.6])
+    same = pam.way_back(weights, [w.detach() for w in weights], rho=2.0)
+    assert [float(move) for move in same] == [0.0, 0.0], "the first step is one of plain descent"
+
+
+def corner(label: int, value: float, place: int = 0) -> RecoveredTrigger:
+    mask = torch.zeros(8, 8)
+    mask[place, :2] = 1.0
+    return RecoveredTrigger(label, torch.full((1, 8, 8), value), mask)
+
+
+@pytest.mark.parametrize(("count", "stamped"), [(3, 1), (10, 3), (25, 6)])
+def test_a_fifth_of_a_step_and_one_image_has_a_trigger(count: int, stamped: int) -> None:
+    batch = batch_of(tiny_data(count, seed=3))
+    drawn = [pam.with_triggers(batch, [corner(0, 1.0)], 0.2, RUN.generator("a")) for _ in range(2)]
+    assert torch.equal(drawn[0], drawn[1]), "both passes of a step see the same images"
+    assert int((drawn[0] != batch.pixels).flatten(1).any(1).sum()) == stamped
+
+
+def test_several_triggers_share_the_images() -> None:
+    batch = batch_of(tiny_data(40, seed=3))
+    triggers = [corner(0, 2.0), corner(1, 2.0, place=7)]  # brighter than any pixel, so that all are seen
+    pixels = pam.with_triggers(batch, triggers, 1.0, RUN.generator("a"))
+    top, bottom = ((pixels[:, 0, row, :2] == 1).all(1) for row in (0, 7))
+    assert bool((top | bottom).all()) and int(top.sum()) >= 20 and int(bottom.sum()) >= 20
+
+
+def test_each_gradient_is_taken_on_the_way_back_to_the_suspect(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = victim()
+    seen: list[float] = []
+
+    def noted(weights: Any, origin: Any, rho: float) -> list[Tensor]:
+        moves = real(weights, origin, rho)
+        to_origin = [v.detach() - w.detach() for w, v in zip(weights, origin, strict=True)]
+        seen.append(float(torch.stack([move.norm() for move in moves]).norm()))
+        assert all(bool((move * way >= 0).all()) for move, way in zip(moves, to_origin, strict=True))
+        ours = dict(model.named_parameters()).values()
+        assert all(torch.equal(v.cpu(), p) for v, p in zip(origin, ours, strict=True))
+        return moves
+
+    real = pam.way_back
+    monkeypatch.setattr(pam, "way_back", noted)
+    cfg = pam.PAMConfig(epochs=1, rho=0.3, batch_size=40)
+    out, _ = pam.unlearned(model, model, [corner(0, 1.0)], DATA, cfg, RUN, 0)
+    assert seen == pytest.approx([0.0, 0.3, 0.3])
+    assert out.sha256() != model.sha256()
+
+
+def test_what_is_suspected_is_what_pam_repairs() -> None:
+    model, _ = victim()
+    mask = torch.zeros(8, 8)
+    mask[6:, 6:] = 1.0  # the attacker's own place
+    works = RecoveredTrigger(0, torch.ones(1, 8, 8), mask)
+    idle = RecoveredTrigger(2, torch.zeros(1, 8, 8), torch.zeros(8, 8))
+    options = {**DEFENSES["pam"].quick, "rounds": 1}
+    suspicion = Suspicion.of_triggers([idle, works])
+    out = call("pam", model, DATA, options=options, precision="fp32", suspicion=suspicion)
+    assert out.evidence["targets"] == [0, 2], "what works comes first, and a search gives the other"
+    assert "recovered before" in out.evidence["remarks"][1] and out.evidence["held_out_success"][0] > 0.9
+    alone = Suspicion.of_triggers([idle])
+    out = call("pam", model, DATA, options=options, precision="fp32", suspicion=alone)
+    assert out.evidence["targets"] == [2] and "searched anew" in out.evidence["remarks"][1]
+    asked = call("pam", model, DATA, options={**options, "target": 1}, precision="fp32", suspicion=suspicion)
+    assert asked.evidence["targets"] == [1]
+    assert repaired("pam").evidence["targets"] == [0], "without a suspicion, the class reached first"
+
+
+def test_pam_refuses_a_class_that_there_is_none_of() -> None:
+    with pytest.raises(ConfigError, match=r"target: expected 0\.\.3, got 4"):
+        call("pam", victim()[0], DATA, options={"target": 4}, precision="fp32")
 
 
 # ---------------------------------------------------------------------------------------------------

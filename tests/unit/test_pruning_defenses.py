@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from tiny import NAMES, tiny_classifier, tiny_data
 from unbackdoor.attacks import AttackTruth, poison
 from unbackdoor.bench.judge import judge
-from unbackdoor.defenses import anp, bnp, ep, fmp, grad_prune, mcr, nft, npd, otbr, tsbd, ulrl
+from unbackdoor.defenses import anp, bnp, ep, fmp, grad_prune, mcr, nft, npd, otbr, tsbd, ulrl, unit
 from unbackdoor.engine import rng
 from unbackdoor.engine.channel_pruning import OutlierPruningConfig, deviations, filter_sites, prune_outliers
 from unbackdoor.engine.channels import lipschitz_bounds, prunable_sites
 from unbackdoor.engine.fine_tuning import fine_tune
 from unbackdoor.engine.heads import find_affine_head
-from unbackdoor.engine.inference import predict
+from unbackdoor.engine.inference import accuracy, predict
 from unbackdoor.engine.masks import Masks, Site, norm_sites, unit_sites
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe, train
@@ -570,6 +570,132 @@ def test_with_even_changes_a_pruned_neuron_is_halved_and_the_others_stay() -> No
     assert torch.allclose(after, before * factors, atol=1e-5)
     untouched = otbr.fused(model, sites, changes, order, 0.1, otbr.OTBRConfig())
     assert untouched.sha256() == model.sha256(), "no neuron is pruned, so nothing is fused"
+
+
+# ---------------------------------------------------------------------------------------------------
+# UNIT
+
+
+def test_bounds_by_hand_along_the_channels_of_maps_and_of_features() -> None:
+    maps = nn.Identity()
+    with rng.seeded(0):
+        linear = nn.Linear(2, 2)
+    model = nn.Sequential(maps, linear)
+    features = torch.tensor([[[5.0, 1.0], [-3.0, 9.0]]])  # (1, T, D)
+    with torch.no_grad():
+        linear.weight.copy_(torch.eye(2))
+        linear.bias.zero_()
+    x = torch.tensor([[[[5.0, -1.0]], [[3.0, 9.0]]]])  # (1, 2, 1, 2)
+    with unit.bounded(model, {"0": torch.tensor([2.0, -4.0])}):
+        assert maps(x).flatten().tolist() == [2.0, -1.0, 0.0, 0.0], "below 0 counts as 0"
+        assert maps(x.mean((2, 3))).tolist() == [[2.0, 0.0]]
+    with unit.bounded(model, {"1": torch.tensor([2.0, 4.0])}):
+        assert linear(features).tolist() == [[[2.0, 1.0], [-3.0, 4.0]]]
+    with pytest.raises(ZeroDivisionError), unit.bounded(model, {"0": torch.zeros(2)}):
+        raise ZeroDivisionError
+    assert torch.equal(maps(x), x), "no hook is left"
+
+
+def test_a_bound_before_a_rising_activation_is_one_behind_it() -> None:
+    x = torch.linspace(-3, 3, 25)
+    assert torch.equal(torch.minimum(x, torch.tensor(1.5)).relu(), x.relu().clamp_max(1.5))
+
+
+def test_the_first_bounds_by_hand() -> None:
+    model = one_conv(2)
+    conv, norm = model.network.get_submodule("conv"), model.network.get_submodule("bn")
+    assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+    with torch.no_grad():
+        conv.weight.copy_(torch.tensor([1.0, -1.0]).view(2, 1, 1, 1))
+    pixels = torch.tensor([[0, 255, 255, 255], [0, 0, 255, 255]]).view(2, 1, 2, 2)
+    bounds = unit.first_bounds(
+        model, norm_sites(model), images_of(pixels), unit.UNITConfig(deviations=2.0), RUN
+    )
+    # Five of eight places are 1: mean 5/8, variance 5/8 x 3/8. The other channel is never positive.
+    expected = 5 / 8 + 2 * math.sqrt(15 / 64)
+    assert bounds["network.bn"].tolist() == pytest.approx([expected, 0.0])
+
+
+def test_the_weight_of_the_bounds_rises_while_accuracy_holds_and_falls_faster() -> None:
+    cost = unit.Cost(1.0, patience=2)
+    seen = []
+    for held in (True, True, True, True, False, False, False, False, False, False, True, True):
+        cost.update(held)
+        seen.append(cost.value)
+    down = 2**1.5
+    fallen = [4 / down, 4 / down, 4 / down**2, 4 / down**2, 4 / down**3]
+    # Below its first value it returns there once accuracy has held; the count to the next rise begins anew.
+    assert seen == pytest.approx([1, 2, 2, 4, 4, *fallen, 4 / down**3, 1])
+    for _ in range(3000):
+        cost.update(True)
+    assert cost.value == unit.HIGHEST, "what Adam squares stays finite"
+
+
+def test_the_tightest_bounds_that_held_are_kept() -> None:
+    model = tiny_classifier("conv-bn")
+    sites = prunable_sites(model)
+    cfg = unit.UNITConfig(steps=40, lr=0.05, tolerance=0.0, batch_size=32)
+    found = unit.tightened(model, sites, DATA, cfg, RUN)
+    assert found.bounds is not None and found.step > 0 and found.size < found.first
+    assert set(found.bounds) == {site.name for site in sites}
+    assert found.size == pytest.approx(sum(float(b.mean()) for b in found.bounds.values()), rel=1e-5)
+    copy = model.copy()
+    with unit.bounded(copy, found.bounds):
+        assert accuracy(copy, DATA.select, RUN) == pytest.approx(found.held_out)
+    assert found.held_out >= found.base == accuracy(model, DATA.select, RUN)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_unit_changes_nothing_where_no_bounds_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(*args: Any) -> dict[str, Tensor]:
+        return {name: bound * 0 for name, bound in real(*args).items()}
+
+    real = unit.first_bounds
+    monkeypatch.setattr(unit, "first_bounds", nothing)
+    model = tiny_classifier("conv-bn")
+    out = call(
+        "unit",
+        model,
+        DATA,
+        options={**DEFENSES["unit"].quick, "steps": 2, "tolerance": 0.01},
+        precision="fp32",
+    )
+    assert out.model.sha256() == model.sha256() and "nothing was changed" in out.evidence["remarks"][0]
+
+
+def test_the_weights_are_taught_what_the_bounds_do() -> None:
+    model = tiny_classifier("conv-bn")
+    cfg = unit.UNITConfig(deviations=1.0, epochs=10, train_lr=0.003, batch_size=32, attack_steps=2)
+    bounds = unit.first_bounds(model, prunable_sites(model), DATA.fit, cfg, RUN)
+    teacher = model.copy()
+    with unit.bounded(teacher, bounds):
+        out, _ = unit.taught(model, teacher, DATA, 6.0, cfg, RUN)
+        before, after = (distance(one, teacher) for one in (model, out))
+        assert after < 0.7 * before
+    ours, theirs = model.network.state_dict(), out.network.state_dict()
+    stored = [name for name in ours if "running" in name]
+    assert stored and all(torch.equal(ours[name], theirs[name]) for name in stored)
+
+
+def distance(model: Classifier, teacher: Classifier) -> float:
+    """Return the mean divergence of two networks on held-out images that were pushed on the first."""
+    pixels, labels = DATA.select.pixels / 255, DATA.select.truth
+    moved = unit.pushed(model, pixels, (labels + 1) % 4, 6.0, 2, RUN)
+    with torch.no_grad():
+        wanted, answers = (one(moved).log_softmax(1) for one in (teacher, model))
+    return float(F.kl_div(answers, wanted, log_target=True, reduction="batchmean"))
+
+
+def test_a_push_stays_within_its_length_and_the_pixels_and_gets_nearer() -> None:
+    model, pixels = tiny_classifier("conv-bn"), tiny_data(8, seed=3).pixels / 255
+    targets = unit.other_classes(torch.zeros(8, dtype=torch.int64), 4, RUN.generator("a"))
+    assert bool(((targets > 0) & (targets < 4)).all())
+    moved = unit.pushed(model, pixels, targets, 0.5, 3, RUN)
+    assert float((moved - pixels).flatten(1).norm(dim=1).max()) <= 0.5 + 1e-5
+    assert float(moved.min()) >= 0 and float(moved.max()) <= 1
+    with torch.no_grad():
+        nearer = F.cross_entropy(model(moved), targets) < F.cross_entropy(model(pixels), targets)
+    assert bool(nearer) and all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
 # ---------------------------------------------------------------------------------------------------

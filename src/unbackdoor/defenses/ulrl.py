@@ -74,6 +74,7 @@ def purify(model: Classifier, data: CleanData, cfg: ULRLConfig, *, run: Run) -> 
         "unlearning": unlearned.evidence(),
         "scores": scores.tolist(),
         "suspicious": suspicious,
+        "targets": suspicious,
     }
     if not suspicious and cfg.when_none == "leave":
         return Purified(model, evidence)

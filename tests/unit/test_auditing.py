@@ -553,27 +553,6 @@ def test_steps_keep_their_order_and_their_ends() -> None:
     assert len(watching.seen) == 7
 
 
-@pytest.mark.parametrize("words", [["audit", "m.pth"], ["audit", "m.pth", "-q"], ["list"]])
-def test_the_first_line_waits_for_no_large_import(words: list[str]) -> None:
-    """It took half a second and more: typer, pydantic, rich and torch were imported before it."""
-    code = f"""
-import sys
-large = {{"torch", "pydantic", "typer", "rich", "numpy", "jinja2"}}
-class Stop(list):
-    def find_spec(self, name, path=None, target=None):
-        if name == "unbackdoor.cli":
-            print(sorted(large & set(sys.modules)), flush=True)
-            raise SystemExit(0)
-sys.meta_path.insert(0, Stop())
-sys.argv = ["unbackdoor", *{words!r}]
-from unbackdoor.__main__ import main
-main()
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "[]", done.stderr
-    assert done.stderr == ("unbackdoor audit: starting\n" if words == ["audit", "m.pth"] else "")
-
-
 @pytest.mark.parametrize(
     ("seconds", "words"), [(0.001, "1 s"), (59, "59 s"), (150, "2 min"), (3600, "60 min"), (1e7, "2,778 h")]
 )

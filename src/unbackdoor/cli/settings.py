@@ -8,18 +8,24 @@ code that would be run, nor say that files are replaced, and what it sets is tol
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from unbackdoor.errors import ConfigError, InputError, UnbackdoorError
 from unbackdoor.files import is_there, read_text
-from unbackdoor.registry import near_match
 
 FILES = ("unbackdoor.toml", "pyproject.toml")
 _LARGEST = 1 << 20  # bytes
 _MAX_DEPTH = 8  # tables in tables; the parser's own limit is that of the interpreter
+
+
+def near_match(name: str, names: Sequence[str]) -> str:
+    """Return a hint at a name that was meant; only a fault waits for the import."""
+    from unbackdoor import registry
+
+    return registry.near_match(name, names)
 
 
 @dataclass(frozen=True)

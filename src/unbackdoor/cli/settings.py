@@ -8,7 +8,7 @@ code that would be run, nor say that files are replaced, and what it sets is tol
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ _LARGEST = 1 << 20  # bytes
 _MAX_DEPTH = 8  # tables in tables; the parser's own limit is that of the interpreter
 
 
-def near_match(name: str, names: Sequence[str]) -> str:
+def near_match(name: str, names: list[str]) -> str:
     """Return a hint at a name that was meant; only a fault waits for the import."""
     from unbackdoor import registry
 

@@ -5,20 +5,36 @@ What the command line is made of takes several tenths of a second to import, and
 
 import sys
 
-_SLOW = frozenset({"audit"})
+# Commands that open a model, or train one: seconds go by before they have something to show.
+_SLOW = frozenset({"audit", "scan", "purify", "inspect", "verify", "screen", "evaluate", "train"})
 _SILENT = frozenset({"--quiet", "-q", "--help"})
 
 
 def main() -> None:
     """Run the command line."""
     words = sys.argv[1:]
-    command = next((word for word in words if not word.startswith("-")), "")
+    if words[:1] == ["--version"]:
+        from unbackdoor import __version__
+
+        sys.stdout.write(f"unbackdoor {__version__}\n")
+        return
+    command = _command(words)
     if command in _SLOW and not _SILENT & set(words):
         sys.stderr.write(f"unbackdoor {command}: starting\n")
         sys.stderr.flush()
     from unbackdoor.cli import main as run
 
     run()
+
+
+def _command(words: list[str]) -> str:
+    """Return the first word that is neither an option nor the file of ``--config``."""
+    before = ""
+    for word in words:
+        if not word.startswith("-") and before != "--config":
+            return word
+        before = word
+    return ""
 
 
 if __name__ == "__main__":

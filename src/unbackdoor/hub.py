@@ -1,12 +1,14 @@
 """``hf://ORG/MODEL`` and ``hf://datasets/ORG/NAME``: files of the Hugging Face Hub; needs the extra ``hub``.
 
 Weights and configurations are fetched into the library's own cache, never code: safetensors where there are
-any. What was fetched is then read like any file of a stranger.
+any. ``models:/NAME/VERSION`` is a model of an MLflow registry, and needs the extra ``mlflow``. What was
+fetched is then read like any file of a stranger.
 """
 
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ _MODEL = re.compile(r"hf://?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))
 _DATA = re.compile(
     r"hf://?datasets/(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?(?:/(?P<file>.+\.parquet))?/?"
 )
+# What mlflow itself takes; the stage of a model, such as Production, stands in the place of its version.
+_REGISTERED = re.compile(r"models:/{1,2}[^/@\x00-\x1f]+(?:/[\w-]+|@[\w-]+)")
+_WEIGHTS = (".safetensors", ".pth", ".pt", ".onnx", ".bin", ".ckpt")  # in a model of a registry, best first
 _CONFIGS = ("config.json", "preprocessor_config.json")
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
@@ -27,21 +32,24 @@ _SPLITS = ("test", "validation", "val", "train")  # a model has most likely seen
 
 
 def is_hub(text: object) -> bool:
-    """Tell whether a text or a path names something on the hub."""
-    return isinstance(text, str | Path) and str(text).startswith("hf:/")
+    """Tell whether a text or a path names something on the hub, or in a registry of models."""
+    return isinstance(text, str | Path) and str(text).startswith(("hf:/", "models:/"))
 
 
 def model_folder(text: str | Path) -> Path:
-    """Return the folder that a model of the hub was fetched into.
+    """Return the folder, or the file in it, that a model of the hub or of a registry was fetched into.
 
     Args:
-        text: ``hf://ORG/MODEL`` or ``hf://ORG/MODEL@REVISION``.
+        text: ``hf://ORG/MODEL`` or ``hf://ORG/MODEL@REVISION``; ``models:/NAME/VERSION`` or
+            ``models:/NAME@ALIAS``.
 
     Raises:
         InputError: If there is no such model, it has no weights, or it cannot be fetched.
         UnsafeFile: If its files are larger than a reader accepts.
-        MissingExtra: Without huggingface_hub.
+        MissingExtra: Without huggingface_hub, or mlflow.
     """
+    if str(text).startswith("models:/"):
+        return _registered(str(text))
     found = _MODEL.fullmatch(str(text))
     if found is None or found["repo"].startswith("datasets/"):
         raise InputError(
@@ -70,6 +78,41 @@ def model_folder(text: str | Path) -> Path:
     _require_size(sum(files[name] for name in wanted), text)
     paths = [_fetched(found["repo"], name, found["revision"], "model") for name in wanted]
     return paths[0].parent
+
+
+@cache
+def _registered(text: str) -> Path:
+    """Return the file of weights of a model in an MLflow registry; mlflow copies it and loads nothing.
+
+    One process fetches it once: an alias that moves meanwhile must not give a scan two models.
+    """
+    if _REGISTERED.fullmatch(text) is None:
+        raise InputError(
+            "this names no model of a registry",
+            expected="models:/NAME/VERSION or models:/NAME@ALIAS",
+            got=text,
+        )
+    try:
+        from mlflow import artifacts
+    except ImportError:
+        raise MissingExtra("mlflow", "mlflow", "a model of an MLflow registry") from None
+    try:
+        folder = Path(artifacts.download_artifacts(artifact_uri=text))
+    except Exception as error:  # the library's own tree of errors, and those of its stores
+        raise InputError("the model cannot be had from MLflow", got=_short(error), where=text) from error
+    # Links could lead out of the folder; its files are mlflow's own and those of the framework.
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and not file.is_symlink()]
+    ranked = [[f for f in files if f.suffix.lower() == suffix] for suffix in _WEIGHTS]
+    chosen = next((some for some in ranked if some), [])
+    if len(chosen) != 1:
+        raise InputError(
+            "the registered model has no single file of weights",
+            expected="one file that ends in " + ", ".join(_WEIGHTS),
+            got=", ".join(str(f.relative_to(folder)) for f in (chosen or files)[:8]) or "nothing",
+            where=text,
+        )
+    _require_size(chosen[0].stat().st_size, text)
+    return chosen[0]
 
 
 def data_file(text: str | Path) -> Path:

@@ -28,6 +28,7 @@ from unbackdoor.audit.steps import Step, Steps
 from unbackdoor.cli.app import app
 from unbackdoor.cli.audit import outcome
 from unbackdoor.cli.steps import step_rows
+from unbackdoor.engine import canonical_form
 from unbackdoor.engine.run import Run
 from unbackdoor.errors import ConfigError, InputError, MethodFailed, UnbackdoorError
 from unbackdoor.metrics import Rate
@@ -386,6 +387,68 @@ def test_the_form_of_a_slow_network_is_within_the_budget(
     assert done.verdict == "undecided" and passes == [1] and statuses(done)["quiet"] == "left out"
 
 
+def wide(classes: int = 1000, side: int = 32) -> Classifier:
+    """Return a small network with as many classes as the large ones have."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        network = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 8, 3, stride=4), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(2),
+            torch.nn.Flatten(), torch.nn.Linear(32, classes),
+        )  # fmt: skip
+        network[4].bias.zero_()
+    return Classifier(network, input_shape=(3, side, side), class_names=tuple(map(str, range(classes))))
+
+
+def test_a_slow_network_with_a_thousand_classes_gets_its_cheap_checks(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The form of the network and a pass over all images took the whole budget: no check was done."""
+    model, each = wide(), 0.15  # seconds of an image, as a 224-pixel ResNet-50 takes of one processor
+
+    def slow(module: Any, inputs: Any) -> None:
+        clock.seconds += each * len(inputs[0])
+
+    torch.nn.Module.register_forward_pre_hook(model.network[0], slow)  # type: ignore[index, arg-type]
+    draws = torch.Generator().manual_seed(1)
+    colours = torch.randint(0, 256, (1000, 3, 1, 1), generator=draws, dtype=torch.uint8)
+    pixels = colours.expand(-1, -1, 32, 32).contiguous()  # plain ones, so that many classes are answered
+    images = unbackdoor.Images(pixels, torch.arange(1000), model.class_names, "a thousand")
+    done = unbackdoor.audit(model, images, mends(), budget=300, device="cpu")
+    said = statuses(done)
+    cheap = ("logit_leak", "recall", "weight_statistics")
+    assert [said[name] for name in cheap] == ["done"] * 3, {s.name: s.result for s in done.steps}
+    assert said["neural_cleanse"] == said["mm_bd"] == "left out"
+    assert clock.seconds <= 300 + each * 32
+    assert done.scan is not None and done.scan.facts["images"] < 1000
+    assert any("of the 1000 images" in reason for reason in done.reasons)
+    assert any("neural_cleanse" in reason for reason in done.reasons)  # what was left out is named
+
+
+def test_all_images_are_looked_at_where_the_time_allows(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only(says("quiet", 0.6))
+    costing(monkeypatch, 0.01)
+    done = unbackdoor.audit(planted(), block_data(80), mends(), budget=300)
+    assert done.scan is not None and done.scan.facts["images"] == 80
+    assert not any("looked at" in reason for reason in done.reasons)
+
+
+def test_the_images_for_the_cheap_checks_fit_into_their_time() -> None:
+    checks = [Check(says(f"pass_{n}", 0.5, place=n), f"pass_{n}", "") for n in (5, 10, 20)]
+    checks.append(Check(says("search", 0.5, place=40), "search", ""))
+    for seconds in (0.0, 10.0, 60.0, 1000.0):
+        count = Cost(0.1, 1000, 2000).images_within(seconds, checks)
+        assert cost.FEWEST_CHECKED <= count <= 2000
+        if count > cost.FEWEST_CHECKED:
+            assert Cost(0.1, 1000, count).of_cheap(checks) <= seconds
+        if count < 2000:
+            assert Cost(0.1, 1000, count + 1).of_cheap(checks) > seconds
+    assert Cost(0.1, 1000, 7).images_within(0.0, checks) == 7
+    assert cost.FORM_IMAGES == canonical_form._IMAGES
+    assert len(canonical_form._patterns(planted())) == cost.FORM_PATTERNS
+
+
 def test_dearer_checks_get_larger_estimates() -> None:
     places = (5, 10, 15, 20, 25, 30, 35, 40)
     checks = [Check(says(f"at_{place}", 0.5, place=place), f"at_{place}", "") for place in places]
@@ -551,27 +614,6 @@ def test_steps_keep_their_order_and_their_ends() -> None:
         ("failed", "broke"), ("left out", "the rest"), ("left out", "the rest"), ("left out", "no time"),
     ]  # fmt: skip
     assert len(watching.seen) == 7
-
-
-@pytest.mark.parametrize("words", [["audit", "m.pth"], ["audit", "m.pth", "-q"], ["list"]])
-def test_the_first_line_waits_for_no_large_import(words: list[str]) -> None:
-    """It took half a second and more: typer, pydantic, rich and torch were imported before it."""
-    code = f"""
-import sys
-large = {{"torch", "pydantic", "typer", "rich", "numpy", "jinja2"}}
-class Stop(list):
-    def find_spec(self, name, path=None, target=None):
-        if name == "unbackdoor.cli":
-            print(sorted(large & set(sys.modules)), flush=True)
-            raise SystemExit(0)
-sys.meta_path.insert(0, Stop())
-sys.argv = ["unbackdoor", *{words!r}]
-from unbackdoor.__main__ import main
-main()
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "[]", done.stderr
-    assert done.stderr == ("unbackdoor audit: starting\n" if words == ["audit", "m.pth"] else "")
 
 
 @pytest.mark.parametrize(

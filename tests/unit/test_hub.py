@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -134,3 +135,83 @@ def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(MissingExtra, match=r"unbackdoor\[hub\]"):
         unbackdoor.inspect("hf://org/m")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Models of an MLflow registry
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Return the folder of the only model, ``models:/net/1``; each fetching is a file beside it."""
+    folder = tmp_path / "registered"
+    (folder / "data").mkdir(parents=True)
+    (folder / "MLmodel").write_text("flavors: {}")
+
+    def download_artifacts(*, artifact_uri: str) -> str:
+        with (tmp_path / "fetched").open("a") as log:
+            log.write(artifact_uri + "\n")
+        if artifact_uri not in ("models:/net/1", "models:/net@champion"):
+            raise OSError("RESOURCE_DOES_NOT_EXIST: no such model\nmany more lines")
+        return str(folder)
+
+    module = SimpleNamespace(artifacts=SimpleNamespace(download_artifacts=download_artifacts))
+    monkeypatch.setitem(sys.modules, "mlflow", module)  # type: ignore[arg-type]
+    hub._registered.cache_clear()
+    yield folder
+    hub._registered.cache_clear()
+
+
+@pytest.mark.parametrize("text", ["models:/net/1", "models:/net@champion"])
+def test_a_registered_model_is_opened_as_any_file(registry: Path, text: str) -> None:
+    torch.save({"fc.weight": torch.ones(3, 4)}, registry / "data" / "model.pth")
+    source = unbackdoor.open_source(text)
+    assert source.path == registry / "data" / "model.pth"
+    assert source.state()["fc.weight"].shape == (3, 4)
+    unbackdoor.open_source(Path(text))
+    assert (registry.parent / "fetched").read_text() == text + "\n"  # one process fetches once
+
+
+def test_safetensors_are_preferred_in_a_registered_model(registry: Path) -> None:
+    (registry / "data" / "model.pth").write_bytes(b"a pickle")
+    save_file({"fc.weight": torch.zeros(3, 4)}, registry / "data" / "net.safetensors")
+    assert hub.model_folder("models:/net/1").name == "net.safetensors"
+
+
+def test_what_a_registered_model_lacks_is_said(registry: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no single file of weights.*MLmodel"):
+        hub.model_folder("models:/net/1")
+    (tmp_path / "elsewhere.pth").write_bytes(b"weights")
+    (registry / "data" / "model.pth").symlink_to(tmp_path / "elsewhere.pth")
+    with pytest.raises(InputError, match="no single file of weights"):
+        hub.model_folder("models:/net/1")
+    for name in ("a.pth", "b.pth"):
+        (registry / "data" / name).write_bytes(b"weights")
+    with pytest.raises(InputError, match=r"a\.pth.*b\.pth"):
+        hub.model_folder("models:/net/1")
+    with pytest.raises(InputError, match="cannot be had from MLflow") as caught:
+        hub.model_folder("models:/other/1")
+    assert "many more lines" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["models:/", "models:/net", "models:/net/", "models:/net/1/2", "models:/a/../b", "models:/n@"]
+)
+def test_a_text_that_names_no_registered_model_is_refused(registry: Path, text: str) -> None:
+    with pytest.raises(InputError, match="names no model of a registry"):
+        hub.model_folder(text)
+    assert not (registry.parent / "fetched").exists()
+
+
+def test_the_extra_of_a_registered_model_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    hub._registered.cache_clear()
+    with pytest.raises(MissingExtra, match="mlflow"):
+        hub.model_folder("models:/net/1")
+
+
+def test_a_large_registered_model_is_refused(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "MAX_BYTES", 3)
+    (registry / "model.pth").write_bytes(b"weights")
+    with pytest.raises(UnsafeFile):
+        hub.model_folder("models:/net/1")

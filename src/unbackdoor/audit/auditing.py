@@ -1,7 +1,8 @@
 """From a suspicious file to a decision: inspect, scan, recover the trigger, repair, verify, within a budget.
 
 The plan comes first: a forward pass is timed, and every step gets an estimate. The checks run from the
-cheapest to the dearest; one that cannot end within the time left is left out, and the verdict says so. Once a
+cheapest to the dearest; one that cannot end within the time left is left out, and the verdict says so. Where
+the passes over all images would take most of the time, the checks look at a draw of them. Once a
 class is suspected its trigger is recovered next, and the time that a repair needs is kept back. A step that
 fails or is cut short ends itself alone: what was found before it stays.
 """
@@ -54,13 +55,14 @@ from unbackdoor.opening.inspection import Inspection, inspect
 from unbackdoor.opening.write_back import stored_types
 from unbackdoor.registry import Config, Part
 from unbackdoor.triggers import RecoveredTrigger
-from unbackdoor.types import Augmentation, Images, Progress, silent
+from unbackdoor.types import Augmentation, CleanData, Images, Progress, silent
 from unbackdoor.weights.source import Source, open_source
 
 T = TypeVar("T")
 _SLACK = 1.5  # times the time left: an estimate beyond is no reason to begin
 _REASON_BUDGET = "the budget was spent before it began"
 _STATUS: dict[str, Status] = {"ran": "done", "failed": "failed", "interrupted": "interrupted"}  # of a check
+_CHEAP_SHARE = 0.4  # of the time left, at most, for the passes of the cheap checks over the images
 _MEASURED, _FEWEST_MEASURED = 0.03, 16  # share of the time left for one pass over images; images at least
 
 
@@ -227,9 +229,10 @@ def audit(
     try:
         work.brought = work.tried(brought)
         facts["accuracy"] = work.accuracy()
+        looked_at = work.for_checks(case.split(seed))
         scan = scanning.scan(
             case.model,
-            case.split(seed),
+            looked_at,
             reservations=case.reservations,
             checks=planned,
             references=references,
@@ -254,7 +257,7 @@ def audit(
     pairs = work.triggers(scan)
     return Assessment(
         scan.verdict,
-        scan.reasons,
+        (*scan.reasons, *work.remarks),
         tuple(steps),
         scan=scan,
         triggers=tuple(trigger for trigger, _ in pairs),
@@ -329,6 +332,8 @@ class _Work:
         self.recovered: list[tuple[RecoveredTrigger, Rate]] = []
         self.scanned: list[tuple[RecoveredTrigger, Rate]] | None = None
         self.attempted: set[int] = set()
+        self.checking = cost  # with the images that the checks look at
+        self.remarks: list[str] = []
         self.purification: Purification | None = None
         self.verification: Verification | None = None
         images = case.images
@@ -351,9 +356,40 @@ class _Work:
 
     # -- the observer of the scan -------------------------------------------------------------------
 
+    def for_checks(self, data: CleanData | None) -> CleanData | None:
+        """Return the images for the checks: all, or as many as the cheap ones pass over in good time."""
+        left = self.left()
+        if data is None or left is None or not len(data):
+            return data
+        whole, room = len(data), max(left - self._kept_back, 0.0)
+        wanted = replace(self.cost, images=whole).images_within(_CHEAP_SHARE * room, self.planned)
+        if wanted >= whole:
+            return data
+        draws = self.run.generator("images for the checks")
+
+        def some(images: Images) -> Images:
+            count = max(1, wanted * len(images) // whole)
+            return images.subset(torch.randperm(len(images), generator=draws)[:count].sort().values)
+
+        fit = some(data.fit)
+        drawn = replace(data, fit=fit, select=fit if data.select_is_fit else some(data.select))
+        self.checking = replace(self.cost, images=len(drawn))
+        self.remarks.append(
+            f"The checks looked at {len(drawn)} of the {whole} images, because a pass over all of them "
+            f"takes about {_about(whole * self.cost.seconds)}; with more time they look at more."
+        )
+        self.steps.add(
+            *(
+                replace(self.steps[check.name], estimate=self.checking.of_check(check))
+                for check in self.planned
+                if self.steps[check.name].status == "to come"
+            )
+        )
+        return drawn
+
     def begin(self, check: Check) -> str:
         """Leave a check out that cannot end within the time left."""
-        left, estimate = self.left(), self.cost.of_check(check)
+        left, estimate = self.left(), self.checking.of_check(check)
         if left is not None and estimate > _SLACK * max(left - self._kept_back, 0.0):
             reason = _REASON_BUDGET
             if left > 1:

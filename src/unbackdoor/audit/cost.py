@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from unbackdoor.audit.checks import Check
 from unbackdoor.confinement import now
@@ -21,6 +22,9 @@ from unbackdoor.types import Classifier, Images
 BOTH_WAYS = 3.0  # a pass forward and backward, in passes forward
 TIMED = 8  # images of the timed pass
 _SLOW = 1.0  # seconds of one image from which no others are timed
+FORM_IMAGES, FORM_PATTERNS = 512, 64  # at most, and always; the form of a network passes over them twice
+CHEAP = 20.0  # declared cost up to which a check is some passes over the clean images
+FEWEST_CHECKED = 32  # images below which the cheap checks would say nothing
 RECOVERY_BATCH = 32
 LONGEST_JUDGING = 120.0  # seconds of the searches that judge a repair
 MOST_RECOVERY_STEPS, FEWEST_RECOVERY_STEPS = 300, 40
@@ -57,6 +61,23 @@ class Cost:
         share = (min(max(declared, low), high) - low) / (high - low)
         passes = math.exp((1 - share) * math.log(anchors[low]) + share * math.log(anchors[high]))
         return self.seconds * passes
+
+    def of_cheap(self, checks: Sequence[Check]) -> float:
+        """Return the seconds of the passes over the clean images: for the form of the network that all
+        checks work on, and for the checks that are little else.
+        """
+        form = self.seconds * 2 * (min(self.images, FORM_IMAGES) + FORM_PATTERNS)
+        passes = replace(self, classes=1)  # a class costs a small program, and no pass
+        cheap = [check for check in checks if SCANNERS[check.scanner].scanning.cost <= CHEAP]
+        return form + sum(passes.of_check(check) for check in cheap)
+
+    def images_within(self, seconds: float, checks: Sequence[Check]) -> int:
+        """Return how many of the images the cheap checks can look at in a time; a few at least."""
+        fewest = min(FEWEST_CHECKED, self.images)
+        fits = bisect_right(
+            range(fewest, self.images + 1), seconds, key=lambda n: replace(self, images=n).of_cheap(checks)
+        )
+        return max(fewest, fewest + fits - 1)
 
     @property
     def recovery(self) -> float:

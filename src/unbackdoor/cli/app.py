@@ -1,4 +1,8 @@
-"""The command-line application; here errors become messages and exit codes."""
+"""The command-line application; here errors become messages and exit codes.
+
+A command is imported when it is called, or when something looks at its options: the version, the help and the
+first line of a command do not wait for what the others need.
+"""
 
 from __future__ import annotations
 
@@ -7,32 +11,19 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
 from inspect import cleandoc
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from unbackdoor import __version__
-from unbackdoor.cli.audit import audit
-from unbackdoor.cli.bench import bench
-from unbackdoor.cli.demo import demo
-from unbackdoor.cli.evaluate import evaluate
-from unbackdoor.cli.inspect import inspect
-from unbackdoor.cli.listing import listing
 from unbackdoor.cli.output import Invocation, complain, emit_failure, invocation
-from unbackdoor.cli.patch import patch
-from unbackdoor.cli.purify import purify
-from unbackdoor.cli.scan import scan
-from unbackdoor.cli.screen import screen
-from unbackdoor.cli.settings import read_settings
-from unbackdoor.cli.statement import statement
-from unbackdoor.cli.train import train
-from unbackdoor.cli.unlearn import unlearn
-from unbackdoor.cli.verify import verify
 from unbackdoor.errors import UnbackdoorError, UnsupportedModel
 
 SUCCESS = 0
@@ -56,8 +47,109 @@ Interrupted, audit, scan and verify print and write the checks that had ended.
 Results go to standard output; progress and errors go to standard error."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a command is written.
+
+    Attributes:
+        address: Module of this room, and the function or the group in it.
+        summary: First paragraph of its help, for the list of all commands; empty where it is hidden.
+    """
+
+    address: str
+    summary: str = ""
+
+    def load(self) -> Any:
+        """Import the function, or the typer application of a group."""
+        module, _, name = self.address.partition(":")
+        return getattr(import_module(f"unbackdoor.cli.{module}"), name)
+
+
+COMMANDS = {
+    "demo": Place(
+        "demo:demo", "Plant a backdoor in a small network, remove it, and write a report with pictures."
+    ),
+    "audit": Place(
+        "audit:audit",
+        "Audit a model that somebody else trained: inspect, scan, recover the trigger, repair, verify.",
+    ),
+    "inspect": Place(
+        "inspect:inspect",
+        "Tell what a model file is: its format, what loading it would execute, its tensors, its "
+        "architecture.",
+    ),
+    "scan": Place("scan:scan", "Look for a backdoor in a model that somebody else trained."),
+    "purify": Place("purify:purify", "Remove a backdoor from a model with a few clean images."),
+    "verify": Place("verify:verify", "Compare two models without trusting whoever made the second."),
+    "screen": Place("screen:screen", "Look for triggered images among images of unknown origin."),
+    "train": Place("train:train", "Train a network with a planted backdoor and measure it."),
+    "evaluate": Place("evaluate:evaluate", "Measure ACC, ASR and RA of a model whose attack is on record."),
+    "list": Place(
+        "listing:listing",
+        "Show attacks, defenses, scanners, screeners, architectures, recipes and data sets, with options.",
+    ),
+    "unlearn": Place("unlearn:unlearn"),
+    "patch": Place("patch:patch", "Make, apply and revert repairs as small files."),
+    "statement": Place(
+        "statement:statement", "Sign what was done, check what somebody signed, and write bills of materials."
+    ),
+    "bench": Place("bench:bench", "Run suites of attacks and defenses, and report the rows."),
+}
+
+
+class _Commands(Mapping[str, Any]):
+    """All commands by name, each imported when it is looked up."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._made:
+            self._made[name] = _parser_of(name, COMMANDS[name].load())
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
+
+
+def _parser_of(name: str, command: Any) -> Any:
+    """Return the parser of a command or of a group of them."""
+    around = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
+    if isinstance(command, typer.Typer):
+        around.add_typer(command, name=name)
+    elif COMMANDS[name].summary:
+        around.command(name, help=_flowing(command.__doc__))(command)
+    else:  # it says what to call in its place, whatever follows it
+        anything = {"allow_extra_args": True, "ignore_unknown_options": True}
+        around.command(name, hidden=True, context_settings=anything)(command)
+    return typer.main.get_group(around).commands[name]
+
+
 class _Guarded(TyperGroup):
-    """A group of commands whose errors are one paragraph."""
+    """The group of all commands, whose errors are one paragraph."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands = cast(Any, _Commands())
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(self.commands)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        # The list shows names and summaries: no command is imported for it.
+        commands = self.commands
+        try:
+            self.commands = {
+                name: TyperCommand(name, help=place.summary)
+                for name, place in COMMANDS.items()
+                if place.summary
+            }
+            super().format_help(ctx, formatter)
+        finally:
+            self.commands = commands
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -211,6 +303,8 @@ def _global(
         ),
     ] = None,
 ) -> None:
+    from unbackdoor.cli.settings import read_settings
+
     _state["debug"] = debug
     settings = read_settings(config, context.command)
     if settings is None:
@@ -227,30 +321,6 @@ def _flowing(documentation: str | None) -> str:
     # The lines of a paragraph are joined, because the terminal wraps them.
     paragraphs = cleandoc(documentation or "").split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
-
-
-for _name, _command in (
-    ("demo", demo),
-    ("audit", audit),
-    ("inspect", inspect),
-    ("scan", scan),
-    ("purify", purify),
-    ("verify", verify),
-    ("screen", screen),
-    ("train", train),
-    ("evaluate", evaluate),
-    ("list", listing),
-):
-    app.command(_name, help=_flowing(_command.__doc__))(_command)
-app.command(
-    "unlearn",
-    help=_flowing(unlearn.__doc__),
-    hidden=True,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)(unlearn)
-app.add_typer(patch, name="patch")
-app.add_typer(statement, name="statement")
-app.add_typer(bench, name="bench")
 
 
 def main() -> None:

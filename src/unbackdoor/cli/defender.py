@@ -18,8 +18,8 @@ Models = Annotated[
     list[Path],
     typer.Argument(
         metavar="MODEL...",
-        help="Weights file of the suspicious model, or hf://ORG/MODEL; or several, a folder of them, or a "
-        "pattern in quotes.",
+        help="Weights file of the suspicious model, hf://ORG/MODEL or models:/NAME/VERSION (MLflow); or "
+        "several, a folder of them, or a pattern in quotes.",
         show_default=False,
     ),
 ]

@@ -15,11 +15,17 @@ from typing import Any
 
 from unbackdoor.errors import ConfigError, InputError, UnbackdoorError
 from unbackdoor.files import is_there, read_text
-from unbackdoor.registry import near_match
 
 FILES = ("unbackdoor.toml", "pyproject.toml")
 _LARGEST = 1 << 20  # bytes
 _MAX_DEPTH = 8  # tables in tables; the parser's own limit is that of the interpreter
+
+
+def near_match(name: str, names: list[str]) -> str:
+    """Return a hint at a name that was meant; only a fault waits for the import."""
+    from unbackdoor import registry
+
+    return registry.near_match(name, names)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from unbackdoor.cli.audit import audit
 from unbackdoor.cli.bench import bench
 from unbackdoor.cli.demo import demo
 from unbackdoor.cli.evaluate import evaluate
+from unbackdoor.cli.import_backdoorbench import import_backdoorbench
 from unbackdoor.cli.inspect import inspect
 from unbackdoor.cli.listing import listing
 from unbackdoor.cli.output import Invocation, complain, emit_failure, invocation
@@ -239,6 +240,7 @@ for _name, _command in (
     ("screen", screen),
     ("train", train),
     ("evaluate", evaluate),
+    ("import-backdoorbench", import_backdoorbench),
     ("list", listing),
 ):
     app.command(_name, help=_flowing(_command.__doc__))(_command)

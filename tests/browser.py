@@ -9,6 +9,7 @@ import select
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -105,6 +106,23 @@ class Browser:
         answer = self._call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
+
+    def press(self, key: str) -> None:
+        """Press a key, such as ``Enter``, ``Tab`` or a letter, and let it go."""
+        texts = {"Enter": "\r", **({key: key} if len(key) == 1 else {})}
+        codes = {"Tab": 9, "Enter": 13, "Home": 36, "Delete": 46, "ArrowDown": 40}
+        code = codes.get(key, ord(key[0].upper()))
+        facts: dict[str, Any] = {"key": key, "windowsVirtualKeyCode": code}
+        down = {**facts, **({"text": texts[key]} if key in texts else {})}
+        self._call("Input.dispatchKeyEvent", type="keyDown", **down)
+        self._call("Input.dispatchKeyEvent", type="keyUp", **facts)
+
+    def wait(self, condition: str) -> None:
+        """Wait until an expression of JavaScript holds."""
+        end = time.monotonic() + _PATIENCE
+        while not self.evaluate(condition):
+            assert time.monotonic() < end, f"this never held: {condition}"
+            time.sleep(0.02)
 
     def picture(self, file: Path) -> None:
         """Write a picture of the page, as far as the browser paints in one piece."""

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from unbackdoor.audit.unlearning import Unlearning, unlearn
     from unbackdoor.audit.verbs import purify, run, scan, verify
     from unbackdoor.audit.verification import Verification
+    from unbackdoor.bench.backdoorbench import ImportedAttack, import_backdoorbench
     from unbackdoor.bench.judge import Scores
     from unbackdoor.bench.listing import listing
     from unbackdoor.bench.verbs import Evaluation, Victim, evaluate, train
@@ -89,6 +90,7 @@ __all__ = [
     "Evaluation",
     "Finding",
     "Images",
+    "ImportedAttack",
     "InputError",
     "Inspection",
     "IntegrityError",
@@ -124,6 +126,7 @@ __all__ = [
     "audit",
     "build",
     "evaluate",
+    "import_backdoorbench",
     "inspect",
     "json_schema",
     "load_dataset",
@@ -161,6 +164,7 @@ _HOMES = {
     "Evaluation": "unbackdoor.bench.verbs",
     "Finding": "unbackdoor.types",
     "Images": "unbackdoor.types",
+    "ImportedAttack": "unbackdoor.bench.backdoorbench",
     "Inspection": "unbackdoor.opening.inspection",
     "Opened": "unbackdoor.opening.open_model",
     "Outcome": "unbackdoor.audit.outcome",
@@ -184,6 +188,7 @@ _HOMES = {
     "Victim": "unbackdoor.bench.verbs",
     "build": "unbackdoor.networks",
     "evaluate": "unbackdoor.bench.verbs",
+    "import_backdoorbench": "unbackdoor.bench.backdoorbench",
     "inspect": "unbackdoor.opening.inspection",
     "json_schema": "unbackdoor.report.json_output",
     "load_dataset": "unbackdoor.data.datasets",

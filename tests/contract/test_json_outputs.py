@@ -161,6 +161,7 @@ FAULTS = [
     (("screen", "model.pth", "--images", "x", "--method", "strip"), 2, "ConfigError", "screen"),
     (("train", "--dataset", "digits", "--out", "v", "--set", "epoch=1"), 2, "ConfigError", "train"),
     (("evaluate", "nothing", "--dataset", "digits"), 2, "InputError", "evaluate"),
+    (("import-backdoorbench", "nothing.pt", "--out", "o"), 2, "InputError", "import-backdoorbench"),
     (("inspect", "nothing.pth"), 2, "InputError", "inspect"),
     (("list", "defences"), 2, "InputError", "list"),
     (("patch", "apply", "model.pth", "nothing", "--out", "o.pth"), 2, "InputError", "patch apply"),

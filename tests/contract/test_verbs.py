@@ -22,6 +22,7 @@ import unbackdoor
 from tiny import tiny_classifier, tiny_data
 from unbackdoor.cli import audit as audit_command
 from unbackdoor.cli import evaluate as evaluate_command
+from unbackdoor.cli import import_backdoorbench as import_command
 from unbackdoor.cli import inspect as inspect_command
 from unbackdoor.cli import listing as list_command
 from unbackdoor.cli import patch as patch_commands
@@ -47,6 +48,7 @@ VERBS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "screen": (screen_command.screen, unbackdoor.screen),
     "train": (train_command.train, unbackdoor.train),
     "evaluate": (evaluate_command.evaluate, unbackdoor.evaluate),
+    "import-backdoorbench": (import_command.import_backdoorbench, unbackdoor.import_backdoorbench),
     "list": (list_command.listing, unbackdoor.list),
     "patch make": (patch_commands.make, unbackdoor.patch.make),
     "patch apply": (patch_commands.apply, unbackdoor.patch.apply),
@@ -70,7 +72,7 @@ NO_VERBS = {"demo", "bench", "unlearn"}  # a demonstration, a group of its own, 
 def test_the_walk_is_over_every_command() -> None:
     assert {verb.split()[0] for verb in VERBS} == set(COMMANDS) - NO_VERBS
     for verb in VERBS:
-        name = verb.split()[0]
+        name = verb.split()[0].replace("-", "_")
         assert getattr(unbackdoor, name)
         # A star import would hide the builtin.
         assert (name in unbackdoor.__all__) != hasattr(builtins, name)

@@ -468,7 +468,8 @@ def _read(triggered: Data, progress: Progress) -> Images:
         path = data_file(triggered) if is_hub(triggered) else Path(triggered)
         if not path.exists():
             raise InputError("there is no such file or folder", where=path)
-        return load_images(path, progress=progress)
+        # Images of the class itself are of no use here, and most sets leave them out.
+        return load_images(path, partial=True, progress=progress)
     if not isinstance(triggered, Images | CleanData):
         raise unusable(triggered, "the triggered images")
     return as_images(triggered, what="the triggered images")

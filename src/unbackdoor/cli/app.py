@@ -84,6 +84,10 @@ COMMANDS = {
     "screen": Place("screen:screen", "Look for triggered images among images of unknown origin."),
     "train": Place("train:train", "Train a network with a planted backdoor and measure it."),
     "evaluate": Place("evaluate:evaluate", "Measure ACC, ASR and RA of a model whose attack is on record."),
+    "import-backdoorbench": Place(
+        "import_backdoorbench:import_backdoorbench",
+        "Turn an attack result of BackdoorBench into a model and a judged test set.",
+    ),
     "list": Place(
         "listing:listing",
         "Show attacks, defenses, scanners, screeners, architectures, recipes and data sets, with options.",

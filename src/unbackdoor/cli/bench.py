@@ -308,6 +308,47 @@ def report(
             say(file)
 
 
+@bench.command("leaderboard")
+def leaderboard(
+    suites: Annotated[
+        list[str], typer.Argument(help="Labels of suites in the store, or .jsonl files of rows.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of index.html.")] = Path("leaderboard"),
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="Published numbers to lay beside ours, as a .csv file.", show_default=False),
+    ] = None,
+    store: StoreFolder = STORE,
+    force: options.Force = False,
+) -> None:
+    """Rank the defenses of suites on one HTML page that loads nothing.
+
+    Its tables are sorted and chosen from by data set, network, attack and number of clean images; every cell
+    leads to what it was measured with and to the commands that measure it again.
+    """
+    from unbackdoor.report.charts import require_charts
+
+    require_charts()
+    from unbackdoor import __version__
+    from unbackdoor.bench.reference import read_published
+    from unbackdoor.files import writing
+    from unbackdoor.report import benchmark
+    from unbackdoor.report.html import to_html
+    from unbackdoor.report.page import write_page
+
+    page = out / "index.html"
+    options.require_writable((page,), force=force)
+    rows = [row for suite in suites for row in _rows(suite, store)]
+    made = benchmark.leaderboard(
+        rows,
+        published=read_published(reference) if reference else None,
+        colophon=f"Made by unbackdoor {__version__} of {len(rows):,} rows.",
+    )
+    with writing((page,), force=force):
+        write_page(page, to_html(made))
+    say(page)
+
+
 @bench.command("diff")
 def diff(
     a: Annotated[str, typer.Argument(help="Label of a suite in the store, or a .jsonl file.")],

@@ -37,6 +37,7 @@ class Cell:
         key: The number that the column is sorted by; None and NaN come last.
         tone: Of its colour: ``good``, ``fair``, ``bad`` or nothing.
         older: Marked with a dagger: it, or the row that it begins, was measured by older code.
+        link: Identifier of the entry of its page that it leads to; empty for none. Markdown leaves it out.
     """
 
     text: str
@@ -44,6 +45,7 @@ class Cell:
     key: float | None = None
     tone: str = ""
     older: bool = False
+    link: str = ""
 
     @property
     def words(self) -> str:
@@ -68,6 +70,7 @@ class Table:
         rows: Of as many cells as there are columns.
         total: Number of rows before it was cut.
         filtered: Whether a page offers a filter of its rows.
+        facets: Columns by whose values a page offers to choose rows, beside the filter.
     """
 
     identifier: str
@@ -77,6 +80,12 @@ class Table:
     rows: list[tuple[Cell, ...]]
     total: int | None = None
     filtered: bool = False
+    facets: tuple[int, ...] = ()
+
+    def values(self, column: int) -> list[str]:
+        """Return what stands in a column, each once: in the order of its numbers, or of its words."""
+        cells = {row[column].text: row[column].key for row in self.rows}
+        return sorted(cells, key=lambda text: (math.inf if cells[text] is None else cells[text], text))
 
     @property
     def notes(self) -> list[str]:
@@ -91,6 +100,23 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """What a cell of a table leads to: how it was measured, and the commands that measure it again.
+
+    Attributes:
+        identifier: Unique in its document.
+        title: What it is of.
+        config: Everything that it was measured with, as JSON.
+        commands: Lines for a terminal.
+    """
+
+    identifier: str
+    title: str
+    config: str
+    commands: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Section:
     """A section: words, charts, tables and terms, in this order.
 
@@ -102,6 +128,7 @@ class Section:
         charts: Name and picture; Markdown leaves them out.
         terms: What words mean.
         only_html: Left out of Markdown.
+        entries: What cells lead to; a page shows the one that was chosen. Markdown leaves them out.
     """
 
     identifier: str
@@ -111,16 +138,18 @@ class Section:
     charts: tuple[tuple[str, Markup], ...] = ()
     terms: tuple[tuple[str, str], ...] = ()
     only_html: bool = False
+    entries: tuple[Entry, ...] = ()
 
 
 @dataclass(frozen=True)
 class Document:
-    """A page: title, lead, sections, and a last line."""
+    """A page: title, lead, sections, a last line, and the command that it comes from."""
 
     title: str
     lead: tuple[str, ...]
     sections: tuple[Section, ...]
     colophon: str = ""
+    command: str = "unbackdoor bench report"
 
 
 def columns(*names: str, text: int = 1) -> tuple[Column, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from unbackdoor.report.benchmark.leaderboard import leaderboard
 from unbackdoor.report.benchmark.suite import MEANINGS, bench_report
 
-__all__ = ["MEANINGS", "bench_report"]
+__all__ = ["MEANINGS", "bench_report", "leaderboard"]

@@ -27,10 +27,11 @@ def table(
     rows: Iterable[tuple[Cell, ...]],
     *,
     filtered: bool = False,
+    facets: tuple[int, ...] = (),
 ) -> Table:
     """Return a table of at most ``MOST_ROWS`` rows, which knows how many there were."""
     made = list(rows)
-    return Table(identifier, heading, caption, columns, made[:MOST_ROWS], len(made), filtered)
+    return Table(identifier, heading, caption, columns, made[:MOST_ROWS], len(made), filtered, facets)
 
 
 def name(text: object, longest: int = _LONGEST) -> str:

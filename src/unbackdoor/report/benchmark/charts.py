@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from markupsafe import Markup
 
 from unbackdoor.bench.results import summarise
 from unbackdoor.bench.rows import Row
 from unbackdoor.report.benchmark.cells import ORACLE, name
-from unbackdoor.report.benchmark.groups import Group, Rows, Setting, attacked_acc, defense_of
-from unbackdoor.report.benchmark.plots import MOST, Mark, over_budgets, scatter
+from unbackdoor.report.benchmark.groups import (
+    Group,
+    Rows,
+    Setting,
+    acc_lost_attacked,
+    attacked_acc,
+    defense_of,
+)
+from unbackdoor.report.benchmark.plots import MOST, Mark, losses, over_budgets, scatter
 from unbackdoor.report.tables import OLDER, Section
 
 MOST_CHARTS = 12  # of each kind
@@ -55,7 +62,24 @@ def chart_section(settings: Mapping[Setting, Rows[Row]]) -> Section:
     return Section("charts", title, (caption,), charts=(*scatters, *curves), only_html=True)
 
 
-def _means(rows: Rows[Row]) -> dict[tuple[Who, int], Pair]:
+def pareto_charts(settings: Mapping[Setting, Rows[Row]]) -> tuple[tuple[str, Markup], ...]:
+    """Return charts of ASR against the ACC that was lost, one for each setting and budget; at most twelve."""
+    made: list[tuple[str, Markup]] = []
+    places = _places(settings.values())
+    for setting, rows in settings.items():
+        marks, means = _marks(rows, places), _means(rows, acc_lost_attacked)
+        for budget in sorted({budget for _, budget in means}):
+            points = {m: means[who, budget] for who, m in marks.items() if (who, budget) in means}
+            if points and len(made) < MOST_CHARTS:
+                title = f"{setting}: {budget:,} clean images"
+                words = f"Attack success against accuracy lost, {title}; the numbers are in the table"
+                made.append((title, losses(points, title=words, key=f"losses{len(made)}")))
+    return tuple(made)
+
+
+def _means(
+    rows: Rows[Row], cost: Callable[[Row], float | None] = attacked_acc
+) -> dict[tuple[Who, int], Pair]:
     out = {}
     for older, own in ((False, rows.current), (True, rows.older)):
         groups: dict[tuple[Who, int], list[Row]] = {}
@@ -63,7 +87,7 @@ def _means(rows: Rows[Row]) -> dict[tuple[Who, int], Pair]:
             groups.setdefault(((*_who(row), older), row.clean_images), []).append(row)
         for key, members in groups.items():
             group = Group(members[0], members)
-            pair = group.mean(lambda row: row.asr).value, group.mean(attacked_acc).value
+            pair = group.mean(lambda row: row.asr).value, group.mean(cost).value
             if not any(map(math.isnan, pair)):
                 out[key] = pair
     return out

@@ -152,6 +152,11 @@ def acc_lost(row: Row) -> float | None:
     return None if row.acc is None or row.acc_before is None else row.acc_before - row.acc
 
 
+def acc_lost_attacked(row: Row) -> float | None:
+    """Return the accuracy that the repair of a backdoored network cost."""
+    return acc_lost(row) if row.asr is not None else None
+
+
 def attacked_acc(row: Row) -> float | None:
     """Return the accuracy of a repaired network that was backdoored."""
     return row.acc if row.asr is not None else None

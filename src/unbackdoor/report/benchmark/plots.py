@@ -75,6 +75,41 @@ def scatter(points: Mapping[Mark, tuple[float, float]], *, title: str, key: str)
     return _percent_chart(draw, list(points), title, key)
 
 
+def losses(points: Mapping[Mark, tuple[float, float]], *, title: str, key: str) -> Markup:
+    """Return an ``<svg>`` of ASR against the ACC that was lost, with the front that no defense beats.
+
+    Args:
+        points: For each defense its ASR in 0..1 and the ACC lost in -1..1.
+        title: What the chart shows, for those who cannot see it.
+        key: Makes the identifiers inside the picture unique in the page.
+
+    Raises:
+        MissingExtra: If matplotlib is not installed.
+    """
+
+    def draw(axes: Any) -> None:
+        front = pareto((asr, -lost) for asr, lost in points.values())
+        # Steps: between two of its points the front has the loss of the one with the lower ASR.
+        axes.step(
+            [-100 * kept for _, kept in front], [100 * asr for asr, _ in front], where="pre", color=INK,
+            linewidth=0.8, linestyle=":", zorder=2,
+        )  # fmt: skip
+        axes.annotate(
+            "better \u2199", (0, 0), (4, 4), xycoords="axes fraction", textcoords="offset points", fontsize=9
+        )
+        for mark, (asr, lost) in points.items():
+            axes.plot([100 * lost], [100 * asr], linestyle="none", clip_on=False, zorder=3, **style(mark))
+        widths = [100 * lost for _, lost in points.values()]
+        margin = max(1.0, 0.1 * (max(widths) - min(widths)))
+        axes.set_xlim(min(widths) - margin, max(widths) + margin)
+        _percent_axis(axes.yaxis)
+        axes.xaxis.set_major_formatter(lambda value, place: f"{value:g}")
+        axes.set_xlabel("ACC lost, in points: lower is better")
+        axes.set_ylabel("ASR after the repair")
+
+    return _percent_chart(draw, list(points), title, key)
+
+
 def pareto(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     """Return the points (ASR, ACC) that no other one beats in both, lowest ASR first.
 

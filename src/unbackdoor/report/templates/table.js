@@ -37,11 +37,13 @@
     const texts = rows.map((row) => row.textContent.toLowerCase());
     const told = line.querySelector("output");
     line.hidden = false;
-    line.querySelector("input").addEventListener("input", (event) => {
-      const words = event.target.value.toLowerCase().split(/\s+/);
+    const typed = line.querySelector("input"), chosen = [...line.querySelectorAll("select")];
+    const fits = (row) => chosen.every(({ value, dataset }) => !value || row.cells[dataset.column].dataset.f === value);
+    line.addEventListener("input", () => {
+      const words = typed.value.toLowerCase().split(/\s+/);
       let shown = 0;
       rows.forEach((row, at) => {
-        row.hidden = !words.every((word) => texts[at].includes(word));
+        row.hidden = !words.every((word) => texts[at].includes(word)) || !fits(row);
         shown += !row.hidden;
       });
       told.textContent = `${shown} of ${rows.length} rows`;

@@ -94,8 +94,8 @@ def test_a_program_that_was_not_examined(tmp_path: Path, data: Path, kind: str) 
     assert UNSEEN in " ".join(printed.stdout.split())
     assert "Verdict: undecided" in printed.stdout
     found = inspect(model)
-    # A program of torch.export opens as it is where no architecture is named.
-    assert found.program and found.program_examined == (kind == "an exported program")
+    # A program of torch.export or TorchScript opens as it is where no architecture is named.
+    assert found.program and found.program_examined == (kind in ("an exported program", "torchscript"))
     assert found.program_examined or found.program in call("inspect", model).stdout
 
 

@@ -1,6 +1,7 @@
-"""From a program of ``torch.export`` to a network of ordinary torch layers; nothing of the file is executed.
+"""From a program of ``torch.export`` or TorchScript to a network of ordinary layers; nothing is executed.
 
-The program is a list of calls of torch's own operators, written as JSON. Each is looked up in a table of
+The program is a list of calls of torch's own operators, written as JSON; that of a TorchScript archive is
+brought into the same form by ``weights.formats.torchscript.program``. Each is looked up in a table of
 operators that compute and do nothing else; any other is refused by its name. Convolutions, linear layers and
 normalisations become modules under the names of their weights, all else becomes calls of functions.
 
@@ -25,9 +26,12 @@ from unbackdoor.weights.formats.buffers import listed, short
 from unbackdoor.weights.formats.dataflow import Step, remarks
 from unbackdoor.weights.formats.exported_program.archive import DTYPES, read_constants
 from unbackdoor.weights.formats.tensors import materialise
+from unbackdoor.weights.formats.torchscript import archive as torchscript
+from unbackdoor.weights.formats.torchscript import program as torchscript_program
 from unbackdoor.weights.formats.zip_archive import Archive
 from unbackdoor.weights.stored_file import StoredFile
 
+PROGRAMS = ("torch.export", "torchscript")  # formats whose programs are imported
 MAX_NODES = 20_000
 _MAX_PROGRAM = 64 << 20  # bytes of the JSON; that of a ViT-L has 3 MB
 _LARGEST = 4096  # of a side of an image
@@ -105,8 +109,13 @@ def import_program(file: StoredFile, tensors: Mapping[str, Tensor], prefix: str 
     """
     try:
         archive = Archive(file.content, file.path)
-        program = _program(archive, file)
-        constants = materialise(read_constants(archive, file.content, file.path), file.size)
+        if torchscript.is_torchscript(archive):
+            names = {prefix + name for name in tensors}
+            read = torchscript_program.read(archive, file.content, names, file.path)
+            program, held = read.graph_module, read.constants
+        else:
+            program, held = _program(archive, file), read_constants(archive, file.content, file.path)
+        constants = materialise(held, file.size)
         return _Builder(file, program, tensors, constants, prefix).build()
     except UnbackdoorError:
         raise
@@ -436,11 +445,12 @@ class _Builder:
                 held[leaf] = self._weights[name]
         owners = {old.rpartition(".")[0] for old in held.values()}
         leaves = all(old.rpartition(".")[2] == leaf for leaf, old in held.items())
-        if len(owners) != 1 or not leaves or "weight" not in held:
+        numbered = owners == {"constants"}  # a frozen program has lost the names of its modules
+        if "weight" not in held or not (numbered or (leaves and len(owners) == 1)):
             return None
-        owner = owners.pop()
+        owner = "" if numbered else owners.pop()
         path = attribute_path(owner)
-        if not path or self._paths.clashes(path):
+        if not numbered and (not path or self._paths.clashes(path)):
             return None
         rank = len(self._graph["tensor_values"][arguments["input"]["as_tensor"]["name"]]["sizes"])
         if call.target == "batch_norm" and rank != 4:
@@ -461,7 +471,13 @@ class _Builder:
                 setattr(layer, leaf, nn.Parameter(tensor.clone()))
         target = self._paths.take(owner, "layer")
         self._root[target] = layer.eval()
-        self._names.update({f"{target}.{leaf}": f"{owner}.{leaf}" for leaf in tensors})
+        self._names.update(
+            {
+                f"{target}.{leaf}": held.get(leaf, f"{owner}.{leaf}")
+                for leaf in tensors
+                if leaf in held or owner
+            }
+        )
         return self._fx.call_module(target, (self._value(arguments["input"]),))
 
     def _step(self, call: _Call, outputs: list[str]) -> None:

@@ -258,7 +258,7 @@ def _inspect(model: Path | Source, progress: Progress) -> Inspection:
     next(steps, None)
     tensors = tuple(_facts(contents.tensors))
     graph, lies = (None, False) if source.graph is None else _graph(source.graph)
-    if contents.format == "torch.export" and contents.problem is None and not contents.dangerous:
+    if contents.format in _PROGRAMS and contents.problem is None and not contents.dangerous:
         graph, lies = _program(source)
     result = Inspection(
         path=str(source.path),
@@ -331,7 +331,7 @@ def _graph(file: StoredFile) -> tuple[GraphFact | None, bool]:
 
 
 def _program(source: Source) -> tuple[GraphFact, bool]:
-    """Return what a program of torch.export is, and whether it is built to mislead."""
+    """Return what a program of torch.export or TorchScript is, and whether it is built to mislead."""
     try:
         network = own_network(source)
     except UnbackdoorError as error:

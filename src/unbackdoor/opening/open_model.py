@@ -31,7 +31,7 @@ from unbackdoor.opening.binary import two_outputs
 from unbackdoor.opening.candidates import CandidateSet, find_candidates, library_size, refuse_to_guess
 from unbackdoor.opening.classifier_files import load_model
 from unbackdoor.opening.cost_limits import outputs_of
-from unbackdoor.opening.import_program import import_program
+from unbackdoor.opening.import_program import PROGRAMS, import_program
 from unbackdoor.opening.load_tensors import Filled, fill, require_finite
 from unbackdoor.opening.model_config import config_of
 from unbackdoor.opening.normalisation_guess import (
@@ -286,7 +286,7 @@ def _without_card(
     run: Run,
     progress: Progress,
 ) -> Opened:
-    has_program = source.graph is not None or source.contents.format == "torch.export"
+    has_program = source.graph is not None or source.contents.format in PROGRAMS
     if has_program and not source.contents.dangerous and arguments.arch is None:
         try:
             network = own_network(source, arguments.output)
@@ -324,7 +324,7 @@ def own_network(source: Source, output: str | None = None) -> fx.GraphModule:
     """
     if source.graph is not None:
         return import_graph(source.graph, output)
-    if source.contents.format != "torch.export":
+    if source.contents.format not in PROGRAMS:
         raise UnsupportedModel("the file holds no program that is imported", where=source.path)
     return import_program(source.main, source.state(), source.contents.prefix)
 

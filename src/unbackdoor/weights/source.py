@@ -22,7 +22,7 @@ from unbackdoor.weights.model_folder import weights_in
 from unbackdoor.weights.read import Contents, bytes_needed, read_contents
 from unbackdoor.weights.stored_file import StoredFile, read_file
 
-_PROGRAMS = ("onnx", "torch.export")  # of which a network is built as they are
+_PROGRAMS = ("onnx", "torch.export", "torchscript")  # of which a network is built as they are
 SUFFIX = ".safetensors"  # of the files that may have a card beside them
 
 

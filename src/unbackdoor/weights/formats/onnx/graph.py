@@ -32,7 +32,13 @@ from unbackdoor.weights.formats.onnx import initializers as onnx
 from unbackdoor.weights.formats.onnx.canonical import MAX_NODES as MAX_NODES
 from unbackdoor.weights.formats.onnx.canonical import STANDARD, Canonical, canonical
 from unbackdoor.weights.formats.onnx.node import LARGEST, Call, Place, QuantisedStep, Value
-from unbackdoor.weights.formats.onnx.operators import KEEPS_QUANTISED, OPERATORS, WEIGHTS, makes_sizes
+from unbackdoor.weights.formats.onnx.operators import (
+    KEEPS_QUANTISED,
+    OPERATORS,
+    TAKES_QUANTISED,
+    WEIGHTS,
+    makes_sizes,
+)
 from unbackdoor.weights.formats.tensors import MAX_TIED
 from unbackdoor.weights.stored_file import StoredFile, stored
 
@@ -235,7 +241,9 @@ class Builder:
             steps = [self.quantised[value] for value in call.names if value in self.quantised]
             mixed = kind == "Concat" and len(steps) < len(call.operands)
             mixed = mixed or any(not step.equals(steps[0]) for step in steps[1:])
-            if steps and (mixed or kind not in (*KEEPS_QUANTISED, "DequantizeLinear")):
+            if kind in TAKES_QUANTISED:  # it compares the steps by itself
+                steps = []
+            if steps and (mixed or kind not in KEEPS_QUANTISED):
                 raise call.refused("of quantised values")
             made = OPERATORS[kind](call)
             for name, value in zip(call.outputs, made if isinstance(made, list) else [made], strict=False):

@@ -130,6 +130,9 @@ class Call:
     def integers(self, name: str, default: list[int]) -> list[int]:
         return [int(i) for i in self._attributes[name].ints] if name in self._attributes else default
 
+    def floats(self, name: str) -> list[float]:
+        return [float(f) for f in self._attributes[name].floats] if name in self._attributes else []
+
     def tensor(self, name: str) -> Tensor | None:
         attribute = self._attributes.get(name)
         if attribute is None or not attribute.HasField("t"):

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from unbackdoor.weights.formats.buffers import short
 from unbackdoor.weights.formats.onnx import initializers as onnx
 from unbackdoor.weights.formats.onnx.node import LARGEST, Call, Place, QuantisedStep, Value
+from unbackdoor.weights.formats.onnx.resizing import resize
 
 WEIGHTS = ("weight", "bias", "running_mean", "running_var")
 _LONGEST = 1 << 20  # entries of what the network makes from nothing but sizes
@@ -98,6 +99,30 @@ def _conv(call: Call) -> fx.Node:
     )
     filled = _with(call, layer, weight=weight, bias=bias)
     return call.builder.module(call, filled, inputs=inputs, places=_places(call, "weight", "bias"))
+
+
+def _conv_transpose(call: Call) -> fx.Node:
+    weight, bias = call.weight(1), call.constant(2)  # (I, O / groups, kH, kW)
+    groups, pads = call.integer("group", 1), _pads(call, 2)
+    if weight.dim() != 4 or not 1 <= groups <= weight.shape[0] or weight.shape[0] % groups:
+        raise call.refused("other than over the two axes of an image")
+    if not _symmetric(pads) or call.integers("output_shape", []):
+        raise call.refused("with such a border")
+    more = call.bounded(call.integers("output_padding", [0, 0]))
+    layer = nn.ConvTranspose2d(
+        weight.shape[0],
+        weight.shape[1] * groups,
+        (weight.shape[2], weight.shape[3]),
+        stride=call.pair("strides"),
+        padding=(pads[0], pads[1]),
+        output_padding=(more[0], more[-1]),
+        dilation=call.pair("dilations"),
+        groups=groups,
+        bias=bias is not None,
+        device="meta",
+    )
+    filled = _with(call, layer, weight=weight, bias=bias)
+    return call.builder.module(call, filled, places=_places(call, "weight", "bias"))
 
 
 def _batch_norm(call: Call) -> fx.Node:
@@ -227,6 +252,12 @@ def _gelu(call: Call) -> fx.Node:
     return call.builder.module(call, nn.GELU(approximate=mode))
 
 
+def _swish(call: Call) -> Value:
+    if call.number_of("alpha", 1.0) != 1:
+        raise call.refused("with a factor")
+    return call.builder.module(call, nn.SiLU())
+
+
 def _layer(make: Callable[[], nn.Module]) -> Callable[[Call], Value]:
     return lambda call: call.builder.module(call, make())
 
@@ -344,8 +375,53 @@ def _reduced(x: Tensor, kind: str, axes: tuple[int, ...], keep: bool) -> Tensor:
         return torch.amax(x, dim=axes, keepdim=keep)
     if kind == "ReduceMin":
         return torch.amin(x, dim=axes, keepdim=keep)
-    norm: Tensor = torch.linalg.vector_norm(x, dim=axes, keepdim=keep)
+    if kind == "ReduceSumSquare":
+        return torch.sum(x * x, dim=axes, keepdim=keep)
+    if kind == "ReduceLogSumExp":
+        return torch.logsumexp(x, dim=axes, keepdim=keep)
+    if kind == "ReduceMean":
+        return torch.mean(x, dim=axes, keepdim=keep)
+    order = 1 if kind == "ReduceL1" else 2
+    norm: Tensor = torch.linalg.vector_norm(x, ord=order, dim=axes, keepdim=keep)
     return norm
+
+
+def _normed(x: Tensor, axis: int, order: int) -> Tensor:
+    norm = torch.linalg.vector_norm(x, ord=order, dim=axis, keepdim=True)
+    return x / torch.where(norm == 0, torch.ones_like(norm), norm)  # what is zero stays zero
+
+
+def _standardised(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    middle = x - x.mean(axes, keepdim=True)
+    return middle / ((middle * middle).mean(axes, keepdim=True).sqrt() + 1e-9)
+
+
+def _lp_norm(call: Call) -> Value:
+    order = call.integer("p", 2)
+    if order not in (1, 2):
+        raise call.refused("of this order")
+    return call.builder.call(_normed, call.node(), call.integer("axis", -1), order)
+
+
+def _standardise(call: Call) -> Value:
+    return call.builder.call(_standardised, call.node(), tuple(call.integers("axes", [0, 2, 3])))
+
+
+def _local_response(call: Call) -> Value:
+    (size,) = call.bounded([call.integer("size", 0)], 1)
+    if size % 2 == 0:  # torch and ONNX place an even window differently
+        raise call.refused("over an even number of channels")
+    alpha, beta, bias = (call.number_of(n, v) for n, v in (("alpha", 1e-4), ("beta", 0.75), ("bias", 1.0)))
+    return call.builder.module(call, nn.LocalResponseNorm(size, alpha, beta, bias))
+
+
+def _thresholded(x: Tensor, alpha: float) -> Tensor:
+    return torch.where(x > alpha, x, torch.zeros_like(x))
+
+
+def _shrunk(x: Tensor, lambd: float, bias: float) -> Tensor:
+    zero = torch.zeros_like(x)
+    return torch.where(x < -lambd, x + bias, torch.where(x > lambd, x - bias, zero))
 
 
 def _remainder(x: Any, y: Any) -> Any:
@@ -505,7 +581,7 @@ def _mean(call: Call) -> Value:
 def _reduce(call: Call) -> Value:
     axes = call.sizes(1) if len(call.operands) > 1 else call.integers("axes", [])
     if not axes:
-        raise call.refused("over all axes")
+        raise call.refused("over all axes")  # the images of a batch among them
     value, keep = call.operand(0), bool(call.integer("keepdims", 1))
     if isinstance(value, Tensor):
         return _reduced(value, call.kind, tuple(axes), keep)
@@ -605,8 +681,42 @@ def _dequantize(call: Call) -> Value:
     return _same(call)
 
 
-def _step(call: Call) -> QuantisedStep:
-    scale, zero = call.constant(1), call.constant(2)
+def _quantised_product(call: Call) -> Value:
+    """Compute QLinearConv and QLinearMatMul of what the quantised values stand for."""
+    inputs, made = _step(call, 1), _step(call, 6)
+    known = call.builder.quantised.get(call.names[0])
+    levels, product = call.constant(3), call.kind == "QLinearMatMul"
+    step = _step(call, 4)
+    if known is None or not known.equals(inputs) or levels is None or levels.is_floating_point():
+        raise call.refused("with another scale than the values were quantised with, or of no constant")
+    if made.scale.numel() > 1 or inputs.scale.numel() > 1:
+        raise call.refused("with a scale for each channel of computed values")
+    call.builder.spend(levels.numel(), 8)
+    along = QuantisedStep(step.scale, step.zero, 1 if product else 0)
+    shaped = _along(call, along, levels.dim())
+    weight = (levels.float() - shaped.zero) * shaped.scale  # (O, I, kH, kW), or (I, O) of a product
+    bias = call.constant(8)
+    if bias is not None:
+        bias = bias.float() * inputs.scale.reshape(()) * step.scale.flatten()
+    call.operands = [call.operand(0), weight, bias]
+    call.names = call.names[:1]  # the file holds levels, so that no weight can be written back
+    if product:
+        if weight.dim() != 2:
+            raise call.refused("of other than two axes")
+        out = _linear(call, weight.t(), None, {})
+    else:
+        out = _conv(call)
+        for name in [name for name, place in call.builder.places.items() if place.node == call.number]:
+            del call.builder.places[name]
+    bounds = _bounds(call, 7)
+    low, high = (float((bound - made.zero.reshape(())) * made.scale.reshape(())) for bound in bounds)
+    call.builder.notes.append("the rounding of quantised values was left out, their range was kept")
+    call.builder.quantised[call.outputs[0]] = made
+    return call.builder.call(torch.clamp, out, low, high)
+
+
+def _step(call: Call, position: int = 1) -> QuantisedStep:
+    scale, zero = call.constant(position), call.constant(position + 1)
     if scale is None or scale.dim() > 1 or not scale.is_floating_point() or call.integer("block_size", 0):
         raise call.refused("with such a scale")
     if zero is None:
@@ -626,8 +736,8 @@ def _along(call: Call, step: QuantisedStep, rank: int) -> QuantisedStep:
     return QuantisedStep(step.scale.reshape(shape), step.zero.reshape(shape), step.axis)
 
 
-def _type_of_levels(call: Call) -> torch.dtype:
-    zero = call.constant(2)
+def _type_of_levels(call: Call, position: int = 2) -> torch.dtype:
+    zero = call.constant(position)
     stated = onnx.TYPES.get(call.integer("output_dtype", 0), (torch.uint8, "", ""))[0]
     dtype = zero.dtype if zero is not None else stated
     if dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32):
@@ -635,8 +745,8 @@ def _type_of_levels(call: Call) -> torch.dtype:
     return dtype
 
 
-def _bounds(call: Call) -> tuple[int, int]:
-    info = torch.iinfo(_type_of_levels(call))
+def _bounds(call: Call, position: int = 2) -> tuple[int, int]:
+    info = torch.iinfo(_type_of_levels(call, position))
     return info.min, info.max
 
 
@@ -733,18 +843,22 @@ def _space_to_depth(call: Call) -> Value:
     return call.builder.call(_space_to_blocks, call.node(), side)
 
 
+_BORDERS = {"reflect": "reflect", "edge": "replicate", "wrap": "circular"}
+
+
 def _pad(call: Call) -> Value:
     pads = call.lengths(1) if len(call.operands) > 1 else call.integers("pads", [])
     fill = call.constant(2)
-    if isinstance(pads, fx.Node) and call.text("mode", "constant") == "constant" and len(call.operands) < 4:
+    mode = call.text("mode", "constant")
+    if mode in _BORDERS and isinstance(pads, list) and len(pads) == 8 and call.operand(3) is None:
+        bounded = call.bounded(pads)
+        if any(bounded[axis] for axis in (0, 1, 4, 5)):
+            raise call.refused("in this way")
+        return call.builder.call(F.pad, call.node(), _around(bounded)[:4], mode=_BORDERS[mode])
+    if isinstance(pads, fx.Node) and mode == "constant" and len(call.operands) < 4:
         value = float(fill) if fill is not None else 0.0
         return call.builder.call(_padded_by, call.node(), pads, value)
-    if (
-        not isinstance(pads, list)
-        or not pads
-        or call.text("mode", "constant") != "constant"
-        or call.constant(3) is not None
-    ):
+    if not isinstance(pads, list) or not pads or mode != "constant" or call.constant(3) is not None:
         raise call.refused("in this way")
     value = float(fill) if fill is not None else call.number_of("value", 0.0)
     return call.builder.call(F.pad, call.node(), _around(call.bounded(pads, -LARGEST)), value=value)
@@ -947,11 +1061,13 @@ OPERATORS: dict[str, Callable[[Call], Any]] = {
     "BatchNormalization": _batch_norm,
     "Cast": _cast,
     "Ceil": _unary(torch.ceil),
+    "Celu": lambda call: call.builder.module(call, nn.CELU(call.number_of("alpha", 1.0))),
     "Clip": _clip,
     "Concat": _concat,
     "Constant": _constant,
     "ConstantOfShape": _constant_of_shape,
     "Conv": _conv,
+    "ConvTranspose": _conv_transpose,
     "Cos": _unary(torch.cos),
     "DepthToSpace": _depth_to_space,
     "DequantizeLinear": _dequantize,
@@ -982,11 +1098,14 @@ OPERATORS: dict[str, Callable[[Call], Any]] = {
     "LeakyRelu": _leaky,
     "Less": _binary(operator.lt),
     "LessOrEqual": _binary(operator.le),
+    "LRN": _local_response,
     "Log": _unary(torch.log),
     "LogSoftmax": _softmax,
+    "LpNormalization": _lp_norm,
     "MatMul": _matmul,
     "Max": _several(_larger),
     "MaxPool": _max_pool,
+    "MeanVarianceNormalization": _standardise,
     "Min": _several(_smaller),
     "Mish": _layer(nn.Mish),
     "Mod": _binary(_remainder),
@@ -997,41 +1116,60 @@ OPERATORS: dict[str, Callable[[Call], Any]] = {
     "PRelu": _prelu,
     "Pad": _pad,
     "Pow": _binary(operator.pow),
+    "QLinearConv": _quantised_product,
+    "QLinearMatMul": _quantised_product,
     "QuantizeLinear": _quantize,
     "Range": _range,
     "Reciprocal": _unary(torch.reciprocal),
+    "ReduceL1": _reduce,
     "ReduceL2": _reduce,
+    "ReduceLogSumExp": _reduce,
     "ReduceMax": _reduce,
     "ReduceMean": _mean,
     "ReduceMin": _reduce,
     "ReduceSum": _reduce,
+    "ReduceSumSquare": _reduce,
     "Relu": _layer(nn.ReLU),
     "Reshape": _reshape,
+    "Resize": resize,
+    "Round": _unary(torch.round),
     "ScatterND": _scatter,
     "Selu": _layer(nn.SELU),
     "Shape": _shape,
+    "Shrink": lambda call: call.builder.call(
+        _shrunk, call.node(), call.number_of("lambd", 0.5), call.number_of("bias", 0.0)
+    ),
     "Sigmoid": _layer(nn.Sigmoid),
+    "Sign": _unary(torch.sign),
     "Sin": _unary(torch.sin),
     "Slice": _slice,
     "Softmax": _softmax,
     "Softplus": _layer(nn.Softplus),
+    "Softsign": _layer(nn.Softsign),
     "SpaceToDepth": _space_to_depth,
     "Split": _split,
     "Sqrt": _unary(torch.sqrt),
     "Squeeze": _squeeze,
     "Sub": _binary(operator.sub),
     "Sum": _several(operator.add),
+    "Swish": _swish,
     "Tanh": _layer(nn.Tanh),
+    "ThresholdedRelu": lambda call: call.builder.call(
+        _thresholded, call.node(), call.number_of("alpha", 1.0)
+    ),
     "Tile": _tile,
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
+    "Upsample": resize,
     "Where": _where,
+    "Xor": _binary(torch.logical_xor),
 }
 # What moves values and does not compute with them: quantised ones stay what they are.
 KEEPS_QUANTISED = {
     "Concat", "Flatten", "Gather", "Identity", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose",
     "Unsqueeze",
 }  # fmt: skip
+TAKES_QUANTISED = {"DequantizeLinear", "QLinearConv", "QLinearMatMul"}
 # Of integers that are sizes these make integers that are sizes.
 _OF_SIZES = {
     "Add", "Concat", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Identity", "Max", "Min", "Mod",

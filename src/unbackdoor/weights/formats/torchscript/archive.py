@@ -1,4 +1,4 @@
-"""TorchScript archives, read as data: the weights lie in a pickle, the program beside them is never parsed.
+"""TorchScript archives, read as data: the weights lie in a pickle, the program beside them in ``program``.
 
 The pickle names one class for each module; what of its attributes is a parameter or a buffer stands in two
 lines at the head of that class in the program text. These two lines are recognised by their form. Of the rest

@@ -160,7 +160,7 @@ class _AttackResultReader:
             place, facts = entry.get("path"), entry.get("other_info")
             found = _PLACE.search(place[-64:]) if isinstance(place, str) else None
             # What stands before it is a path of another machine, which is not followed.
-            if found is None or found.end() != len(place[-64:]):
+            if found is None or found.end() != len(found.string):
                 raise self._other("a path that ends in CLASS/INDEX.png", short(place))
             image = f"{found[1]}/{found[2]}"
         elif isinstance(entry, list | tuple) and len(entry) > 2:

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from unbackdoor.bench.driver import name_of
 from unbackdoor.bench.reference import PublishedTable
+from unbackdoor.bench.results import Summary
 from unbackdoor.bench.rows import Row
 from unbackdoor.errors import InputError
 from unbackdoor.report.benchmark import cells
@@ -146,7 +147,7 @@ def _rank(row: tuple[Cell, ...]) -> tuple[object, ...]:
     return row[0].older, row[0].tone == "fair", not der.sort_key, -float(der.sort_key or 0), row[0].text
 
 
-def _method_cells(line: Line[Key, object], setting: Setting, rows: Rows[Row]) -> tuple[Cell, ...]:
+def _method_cells(line: Line[Key, Summary], setting: Setting, rows: Rows[Row]) -> tuple[Cell, ...]:
     assert line.key is not None
     defense, selection, images = line.key
     where = (Cell(cells.name(setting.dataset)), _network(setting), cells.number(images))

@@ -15,7 +15,7 @@ import ast
 import operator
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,7 +118,7 @@ class Program:
     constants: dict[str, TensorRef]
 
 
-def read(archive: Archive, data: Buffer, weights: Mapping[str, Any], where: object) -> Program:
+def read(archive: Archive, data: Buffer, weights: Container[str], where: object) -> Program:
     """Return the calls of the method ``forward``.
 
     Args:
@@ -139,7 +139,7 @@ class _Returned(Exception):
 
 
 class _Reader:
-    def __init__(self, archive: Archive, data: Buffer, weights: Mapping[str, Any], where: object) -> None:
+    def __init__(self, archive: Archive, data: Buffer, weights: Container[str], where: object) -> None:
         self._archive = archive
         self._where = where
         self._weights = weights
@@ -168,7 +168,7 @@ class _Reader:
         result = self._method(_Module(self._top, ""), "forward", [pixels], {})
         if not isinstance(result, _Value):
             raise self._refused("an answer that is no single tensor")
-        specs = [{"user_input": {"arg": {"as_tensor": {"name": pixels.name}}}}]
+        specs: list[dict[str, Any]] = [{"user_input": {"arg": {"as_tensor": {"name": pixels.name}}}}]
         for name, (kind, old) in self._held.items():
             specs.append({kind: {"arg": {"name": name}, f"{kind}_name": old}})
         values = {name: {"sizes": [{"as_int": 0}] * (rank or 0)} for name, rank in self._ranks.items()}
@@ -540,7 +540,7 @@ class _Reader:
         if not all(one is None or type(one) is int for one in places) or len(places) > 3 or 0 in places[2:]:
             raise self._refused("such a choice of a part")
         if isinstance(value, list):
-            begin, end, step = [*places, *[None] * (3 - len(places))]
+            begin, end, step = [*places, None, None, None][:3]
             return value[begin:end:step]
         if value.of.rank is None:
             raise self._refused("sizes of which it is not known how many there are")

@@ -256,8 +256,8 @@ def tail_among(value: float, others: Tensor) -> float:
 
     A second target would hide the first, as it widens the spread that the first is measured in. So where
     several gaps are plain, the class is also held against the classes that have none, under the law of
-    numbers without their next few. Smaller gaps are not: by nature two or three classes stand a little apart from the
-    others, and networks without a backdoor would be accused.
+    numbers without their next few. Smaller gaps are not: by nature two or three classes stand a little apart
+    from the others, and networks without a backdoor would be accused.
 
     Args:
         value: The gap of the class, which may be any of the largest.

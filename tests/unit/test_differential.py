@@ -114,18 +114,24 @@ def test_the_law_among_classes_holds_its_level_and_sees_up_to_three() -> None:
     draws = torch.Generator().manual_seed(0)
     alarms, found = 0, 0
     for _ in range(400):
-        gaps = (
-            (0.1 + 0.1 * torch.randn(10, generator=draws, dtype=torch.float64)).sort(descending=True).values
-        )
+        gaps = 0.1 + 0.1 * torch.randn(10, generator=draws, dtype=torch.float64)
+        gaps = gaps.sort(descending=True).values
         alarms += tail_among(float(gaps[0]), gaps[1:]) <= 0.05
         gaps[:3] = torch.tensor([1.0, 0.95, 0.9])
+        rest = [torch.cat([gaps[:i], gaps[i + 1 :]]) for i in range(3)]
         found += all(
-            tail_among(float(gaps[i]), torch.cat([gaps[:i], gaps[i + 1 :]])) <= 0.05 for i in range(3)
+            tail_among(float(gap), others) <= 0.05 for gap, others in zip(gaps[:3], rest, strict=True)
         )
     assert alarms <= 34  # 20 of 400 at most are expected, with a deviation of 4.4
     assert found >= 380
-    few = torch.full((5,), 0.1, dtype=torch.float64)
-    assert tail_among(0.1, few) == 1.0 and tail_among(0.9, few) < 0.01
+
+
+def test_classes_that_stand_a_little_apart_by_nature_are_not_trimmed() -> None:
+    """The gaps of a patch on a clean network, and on one with a backdoor towards class 0."""
+    clean = torch.tensor([0.354, 0.046, 0.25, 0.338, 0.227, 0.48, 0.025, 0.137, 0.216, 0.17]).double()
+    assert tail_among(0.48, clean[clean != 0.48]) > 0.05
+    natural = torch.tensor([1.0, 0, 0, 0, 0, 0, 0.1, 0, 0]).double()
+    assert tail_among(0.41, natural) > 0.05
 
 
 def test_a_gap_away_from_the_predicted_class_has_no_class() -> None:

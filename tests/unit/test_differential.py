@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from planted import block_data, planted
 from tiny import tiny_classifier, tiny_data
+from unbackdoor.engine import differential_survey
 from unbackdoor.engine.differential_search import Opponents, Stage, window_places
 from unbackdoor.engine.differential_survey import (
     UNTARGETED,
+    Conviction,
+    Survey,
     convictions,
     survey,
+    surveyed,
     tail_among,
     tail_of_largest,
 )
@@ -58,6 +63,20 @@ def test_a_plain_case_ends_the_survey_unless_all_is_asked_for() -> None:
     pair = opponents(CORNER)
     short = survey(pair, seed="test", whole=False)
     assert not short.whole and len(short.differences) < len(survey(pair, seed="test", whole=True).differences)
+
+
+def test_a_plain_class_that_is_not_convicted_asks_for_the_longer_searches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[bool] = []
+
+    def judge(result: Survey, *_: object, **__: object) -> tuple[list[Conviction], float]:
+        asked.append(result.whole)
+        return [], 0.2
+
+    monkeypatch.setattr(differential_survey, "convictions", judge)
+    result, convicted, p_value = surveyed(opponents(CORNER), twin, seed="test", whole=False)
+    assert asked == [False, True] and result.whole and (convicted, p_value) == ([], 0.2)
 
 
 def test_plain_squares_are_found_by_forward_passes_alone() -> None:

@@ -158,6 +158,36 @@ def windows_of_each(opponents: Opponents, classes: Sequence[int], seed: str) -> 
     return opponents.search("window", classes, places=places, stages=stages, seed=seed, single=True)
 
 
+def surveyed(
+    opponents: Opponents,
+    other_twin: Callable[[], Twin],
+    *,
+    seed: str,
+    whole: bool,
+    gap: float = GAP,
+    lead: float = LEAD,
+) -> tuple[Survey, list[Conviction], float]:
+    """Return a survey and what :func:`convictions` says of it.
+
+    A class whose gap is plain ends the search early. Where it is not convicted after all, because another
+    class stands out in the same form, the longer searches are made: they may tell the two apart.
+
+    Args:
+        opponents: The network, its twin, and the images.
+        other_twin: See :func:`convictions`.
+        seed: Names the draws.
+        whole: Whether all forms are searched in any case.
+        gap: See :func:`convictions`.
+        lead: See :func:`convictions`.
+    """
+    result = survey(opponents, seed=seed, whole=whole)
+    convicted, p_value = convictions(result, opponents, other_twin, gap=gap, lead=lead)
+    if convicted or result.whole:
+        return result, convicted, p_value
+    result = survey(opponents, seed=seed, whole=True)
+    return result, *convictions(result, opponents, other_twin, gap=gap, lead=lead)
+
+
 def convictions(
     result: Survey,
     opponents: Opponents,

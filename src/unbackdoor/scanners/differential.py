@@ -20,7 +20,7 @@ import math
 from dataclasses import replace
 
 from unbackdoor.engine.differential_search import Opponents
-from unbackdoor.engine.differential_survey import GAP, UNTARGETED, Survey, convictions, survey
+from unbackdoor.engine.differential_survey import GAP, UNTARGETED, Survey, surveyed
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.twin import USABLE, relearned_twin
 from unbackdoor.registry import Config, option, scanner
@@ -55,9 +55,13 @@ def scan(model: Classifier, data: CleanData, cfg: DifferentialConfig, *, run: Ru
         )
         return ScanReport("undecided", skipped={"comparison with a twin": reason})
     opponents = Opponents(model, twin.model, data.all, run)
-    result = survey(opponents, seed="first", whole=cfg.whole)
-    convicted, p_value = convictions(
-        result, opponents, lambda: relearned_twin(model, data, run, number=1), gap=cfg.gap, lead=math.inf
+    result, convicted, p_value = surveyed(
+        opponents,
+        lambda: relearned_twin(model, data, run, number=1),
+        seed="first",
+        whole=cfg.whole,
+        gap=cfg.gap,
+        lead=math.inf,
     )
     classes = tuple(one.label for one in convicted if one.label != UNTARGETED)
     largest = result.differences[0]

@@ -32,8 +32,7 @@ from unbackdoor.engine.differential_survey import (
     UNTARGETED,
     Conviction,
     Survey,
-    convictions,
-    survey,
+    surveyed,
 )
 from unbackdoor.engine.inference import accuracy
 from unbackdoor.engine.run import Run
@@ -115,11 +114,11 @@ def purify(model: Classifier, data: CleanData, cfg: AutoConfig, *, run: Run) -> 
         result = Survey(tuple(led), model.classes, whole=False)
         suspects = list(dict.fromkeys(d.change.label for d in led))[: cfg.targets]
     else:
-        result = survey(opponents, seed="first", whole=False)
-        convicted, _ = convictions(
-            result,
+        result, convicted, _ = surveyed(
             opponents,
             lambda: relearned_twin(model, data, run, number=1),
+            seed="first",
+            whole=False,
             gap=cfg.gap,
             lead=cfg.lead,
         )

@@ -53,6 +53,10 @@ class Format(StrEnum):
 
 
 SuiteName = Annotated[str, typer.Argument(help="Label of a suite such as smoke-v1, or a .toml file.")]
+Reference = Annotated[
+    Path | None,
+    typer.Option(help="Published numbers to lay beside ours, as a .csv file.", show_default=False),
+]
 StoreFolder = Annotated[Path, typer.Option("--store", help="Folder of the results.", rich_help_panel="Data")]
 SuiteFolder = Annotated[
     Path | None,
@@ -273,10 +277,7 @@ def import_(
 def report(
     suite: Annotated[str, typer.Argument(help="Label of a suite in the store, or a .jsonl file of rows.")],
     out: Annotated[Path, typer.Option(help="Folder of index.html and report.md.")] = Path("bench-report"),
-    reference: Annotated[
-        Path | None,
-        typer.Option(help="Published numbers to lay beside ours, as a .csv file.", show_default=False),
-    ] = None,
+    reference: Reference = None,
     store: StoreFolder = STORE,
     force: options.Force = False,
 ) -> None:
@@ -314,10 +315,7 @@ def leaderboard(
         list[str], typer.Argument(help="Labels of suites in the store, or .jsonl files of rows.")
     ],
     out: Annotated[Path, typer.Option(help="Folder of index.html.")] = Path("leaderboard"),
-    reference: Annotated[
-        Path | None,
-        typer.Option(help="Published numbers to lay beside ours, as a .csv file.", show_default=False),
-    ] = None,
+    reference: Reference = None,
     store: StoreFolder = STORE,
     force: options.Force = False,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -88,6 +89,9 @@ class Viewed:
             from matplotlib.figure import Figure
         except ImportError:
             raise MissingExtra("matplotlib", "report", "a chart") from None
+        if "ipykernel" in sys.modules:
+            # In a notebook, this import and nothing else makes that figures are shown.
+            import matplotlib.pyplot  # noqa: F401
         figure = Figure(figsize=(6.4, 3.2), layout="constrained")
         axes = figure.add_subplot()
         bars = self.bars()

@@ -199,7 +199,7 @@ class Inspection(Viewed):
 
     def headline(self) -> str:
         """Return what the file is in one line."""
-        words = f"{self.path}: {self.format}, {self.parameters:,} numbers; {IN_WORDS[self.loading]}"
+        words = f"{self.path}: {self.format}, {self.parameters:,} numbers. {IN_WORDS[self.loading]}"
         return words if self.problem is None else f"{words} Not readable: {self.problem}"
 
     def rows(self) -> list[dict[str, Any]]:

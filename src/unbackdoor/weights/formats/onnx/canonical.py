@@ -174,14 +174,15 @@ class _Unfolding:
 
     def _unfolded(self, node: Any, depth: int) -> list[Any]:
         function = self._functions.get(_key(node.domain, node.op_type, getattr(node, "overload", "")))
+        # A call costs a step as an operator does, or a tower of empty functions would never end.
+        self._count += 1
+        if self._count > MAX_NODES:
+            raise UnsafeFile(
+                "the functions of the model unfold into too many operators",
+                expected=f"at most {MAX_NODES}",
+                where=self._path,
+            )
         if function is None:
-            self._count += 1
-            if self._count > MAX_NODES:
-                raise UnsafeFile(
-                    "the functions of the model unfold into too many operators",
-                    expected=f"at most {MAX_NODES}",
-                    where=self._path,
-                )
             return [node]
         if depth >= _DEEPEST:
             raise UnsafeFile(
@@ -189,8 +190,6 @@ class _Unfolding:
                 got=short(node.op_type),
                 where=self._path,
             )
-        # An empty function costs a step as well, or a tower of them would never end.
-        self._count += 1
         self._instances += 1
         versions = [entry.version for entry in function.opset_import if entry.domain in STANDARD]
         if versions and max(versions) != self._opset:

@@ -36,8 +36,9 @@ test: lint
 test-all: lint
 	$(BIN)/python -m pytest -n 2
 
+# More test processes than cores, as there are more loops: all of them wait for their turn.
 test-busy: $(READY)
-	$(BIN)/python scripts/busy_machine.py --runs 5 --loops 4 -- $(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python scripts/busy_machine.py --runs 5 --loops 4 -- $(BIN)/python -m pytest -n 4 -m "not slow"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -164,6 +165,21 @@ def test_dots_lie_on_their_tracks_in_the_order_of_suspicion(pages: dict[str, Pat
     assert len(seen) == 12 and all(-0.05 <= place <= 1 for _, place in seen)
     values = [value for value, _ in rows]
     assert values == sorted(values) and min(values) == -18, "negative values are drawn, the smallest first"
+
+
+@pytest.mark.parametrize("name", ["audit", "scan", "many classes"])
+def test_the_ends_of_an_axis_stand_in_one_line_beside_each_other(
+    pages: dict[str, Path], browser: Browser, name: str
+) -> None:
+    browser.open(pages[name], width=390)
+    tracks = browser.evaluate(
+        "[...document.querySelectorAll('.axis .track')].filter((t) => t.offsetParent !== null).map((t) => "
+        "[...t.children].map((e) => e.getBoundingClientRect()).map((r) => [r.left, r.right, r.height]))"
+    )
+    assert tracks
+    for ends in tracks:
+        assert all(height < 24 for *_, height in ends)
+        assert all(left[1] <= right[0] for left, right in itertools.pairwise(ends))
 
 
 def test_a_table_of_a_benchmark_sorts(pages: dict[str, Path], browser: Browser) -> None:

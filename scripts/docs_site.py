@@ -42,8 +42,26 @@ def main() -> None:
     for name, text in pages.items():
         (out / "methods" / name).write_text(text, encoding="utf-8")
     (out / "api.md").write_text(api_page(), encoding="utf-8")
+    notebook_pages(out / "notebooks")
     for page in out.rglob("*.md"):
         page.write_text(with_links_inside(page.read_text(encoding="utf-8"), page, out), encoding="utf-8")
+
+
+def notebook_pages(folder: Path) -> None:
+    """Put a page in the place of each notebook of a folder, with what it printed and drew."""
+    from nbconvert import MarkdownExporter
+
+    for notebook in sorted(folder.glob("*.ipynb")):
+        # Pictures lie beside the page, under names of their notebook.
+        exporter = MarkdownExporter()
+        text, found = exporter.from_filename(
+            str(notebook), resources={"unique_key": notebook.stem, "output_files_dir": notebook.stem}
+        )
+        for name, content in found["outputs"].items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+        notebook.with_suffix(".md").write_text(text, encoding="utf-8")
+        notebook.unlink()
 
 
 def method_pages() -> Iterator[tuple[str, str]]:

@@ -43,7 +43,7 @@ RESULTS, PAGES, GUIDE = ROOT / "results", ROOT / "docs" / "results", ROOT / "doc
 QUOTING = (GUIDE, ROOT / "docs" / "scanners.md", ROOT / "README.md")  # pages with numbers between marks
 BEGIN, END = "<!-- {}: made by scripts/results.py -->", "<!-- end of {} -->"
 FOUR, SHORT, BESIDE = "four-systems-v1", "four-systems-short-v1", "trigger-unlearning-v1"
-PLAIN, ZOO = "cifar10-small-v1", "zoo-v1"
+PLAIN, STRONG, ZOO = "cifar10-small-v1", "repairs-strong-v1", "zoo-v1"
 SCANNERS = ("scanners-v1", "scanners-one-percent-v1")
 FOREIGN, SCREENING, REMEDIES = "foreign-models", "screening", "remedies"
 ONE_PERCENT = 0.01
@@ -400,7 +400,12 @@ def methods(is_current: IsCurrent | None = None) -> Table:
 
 def quotes() -> dict[str, Callable[[IsCurrent | None], str]]:
     """Return what makes each text that pages quote between two marks, by the name in the marks."""
-    return {"methods": _methods_block, "detection": detection_sentence, "detection-1%": one_percent_sentence}
+    return {
+        "methods": _methods_block,
+        "detection": detection_sentence,
+        "detection-1%": one_percent_sentence,
+        "repair": repair_sentence,
+    }
 
 
 def quoting(file: Path, is_current: IsCurrent | None = None) -> str:
@@ -439,6 +444,34 @@ def one_percent_sentence(is_current: IsCurrent | None = None) -> str:
         f"of {combined.backdoored} with 1 % of poison, whose attack took in part, it found "
         f"{combined.found.hits or 'none'}{mark}"
     )
+
+
+def repair_sentence(is_current: IsCurrent | None = None) -> str:
+    """Return what the default repair did to the strong networks, with 500 clean images."""
+    every = _repairs(STRONG, is_current).where(lambda row: (row.defense, row.clean_images) == ("auto", 500))
+    rows, mark = (every.current, "") if every.current else (every.older, f" ({OLDER} measured by older code)")
+    attacked = [row for row in rows if row.asr is not None and row.asr_before is not None]
+    clean = [row for row in rows if row.attack == "none" and row.acc is not None]
+    before = _span([percent(row.asr_before) for row in attacked if row.asr_before is not None])
+    after = _span([percent(row.asr) for row in attacked if row.asr is not None])
+    lost = _span([f"{100 * _lost(row):.1f}" for row in attacked])
+    costs = [100 * _lost(row) for row in clean]
+    return (
+        f"On {len(attacked)} backdoored networks of the strong recipes it brought the attack's success from {before} "
+        f"to {after} for {lost} points of accuracy; {len(clean)} clean "
+        f"{'one' if len(clean) == 1 else 'ones'} lost {max(costs):.1f} points at most{mark}"
+    )
+
+
+def _lost(row: Row) -> float:
+    assert row.acc is not None and row.acc_before is not None
+    return row.acc_before - row.acc
+
+
+def _span(values: list[str]) -> str:
+    """Return the smallest and the largest of some numbers as they are written."""
+    low, high = (f(values, key=lambda text: float(text.split()[0])) for f in (min, max))
+    return low if low == high else f"{low} to {high}"
 
 
 def _combined(scans: Rows[ScanRow]) -> tuple[Detection, str]:

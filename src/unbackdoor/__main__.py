@@ -3,6 +3,7 @@
 What the command line is made of takes several tenths of a second to import, and torch some seconds.
 """
 
+import os
 import sys
 
 # Commands that open a model, or train one: seconds go by before they have something to show.
@@ -12,6 +13,9 @@ _SILENT = frozenset({"--quiet", "-q", "--help"})
 
 def main() -> None:
     """Run the command line."""
+    # Threads that wait for each other by spinning take the processor from those that they wait for wherever
+    # something else runs as well (benchmarks/waiting.py). Whoever sets it otherwise is heard.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = sys.argv[1:]
     if words[:1] == ["--version"]:
         from unbackdoor import __version__

@@ -44,7 +44,7 @@ def test_the_comparison_with_released_code_asks_for_a_checkout(tmp_path: Path) -
     assert done.stderr.splitlines()[-1].endswith("name at least one checkout")
 
 
-SLOW = ["training", "rnp", "awm", "ims", "tac", "tac_repair", "bench_scale", "bench_overhead"]
+SLOW = ["training", "rnp", "awm", "ims", "tac", "tac_repair", "bench_scale", "bench_overhead", "waiting"]
 
 
 @pytest.mark.parametrize("name", ["loading", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
@@ -87,6 +87,18 @@ def test_it_runs_and_prints_ratios(name: str, tmp_path: Path) -> None:
     assert record["label"] in done.stdout
     assert record["machine"]["threads"] == 1
     assert not (tmp_path / "cache").exists()  # nothing is left behind in the user's cache
+
+
+def test_the_command_line_asks_for_threads_that_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    from unbackdoor.__main__ import main
+
+    monkeypatch.setattr(sys, "argv", ["unbackdoor", "--version"])
+    for before, after in (("ACTIVE", "ACTIVE"), (None, "PASSIVE")):
+        monkeypatch.setenv("OMP_WAIT_POLICY", before or "")
+        if before is None:
+            del os.environ["OMP_WAIT_POLICY"]
+        main()
+        assert os.environ["OMP_WAIT_POLICY"] == after
 
 
 def test_a_ratio_is_the_median_of_neighbours(harness: ModuleType) -> None:

@@ -225,7 +225,7 @@ def infer_normalisation(
         tuple(normalisations) if normalisations is not None else usual_normalisations(images.shape[0])
     )
     if not len(images) or not variants or not candidates:
-        raise InputError("there is nothing to judge by", expected="images, variants and conventions")
+        raise InputError("there is nothing to judge by", expected="images, variants and normalisations")
     rows = _rows_in_turns(images, run)
     classes = 0 if images.labels is None else len(images.truth.unique())
     judged = images if classes > 1 else replace(images, labels=None)
@@ -255,7 +255,7 @@ def infer_normalisation(
         if done and not clock.allows(len(alive) * (min(size, len(rows)) - done)):
             break
         part, seen = judged.subset(rows[done:size]), judged.subset(rows[:size])
-        for pair in run.progress(alive, f"trying conventions on {len(seen)} images"):
+        for pair in run.progress(alive, f"trying normalisations on {len(seen)} images"):
             new = _logits(variants[pair[0]], pair[1], part, run)
             logits[pair] = torch.cat([logits[pair], new]) if done else new
             trials[pair] = _trial(pair, logits[pair], seen)

@@ -27,6 +27,7 @@ from unbackdoor.report.benchmark.ranges import range_table
 from unbackdoor.report.benchmark.records import (
     check_table,
     crossed_table,
+    full_size_table,
     repair_table,
     screening_table,
     trigger_table,
@@ -46,6 +47,7 @@ FOUR, SHORT, BESIDE = "four-systems-v1", "four-systems-short-v1", "trigger-unlea
 PLAIN, STRONG, ZOO = "cifar10-small-v1", "repairs-strong-v1", "zoo-v1"
 SCANNERS = ("scanners-v1", "scanners-one-percent-v1")
 FOREIGN, SCREENING, REMEDIES = "foreign-models", "screening", "remedies"
+FULL_SIZE = "full-size"
 ONE_PERCENT = 0.01
 SYSTEMS = ("rnp", "awm", "ims", "tac", "neural_cleanse")
 METHODS = (
@@ -65,7 +67,7 @@ Record = Mapping[str, Any]
 def suites() -> list[str]:
     """Return the labels of the suites whose rows are committed."""
     names = [file.stem for file in sorted(RESULTS.glob("*.jsonl")) if not file.stem.endswith(".scans")]
-    return [name for name in names if name not in (FOREIGN, SCREENING, REMEDIES)]
+    return [name for name in names if name not in (FOREIGN, SCREENING, REMEDIES, FULL_SIZE)]
 
 
 def documents() -> dict[str, Callable[[IsCurrent | None], Document]]:
@@ -76,6 +78,7 @@ def documents() -> dict[str, Callable[[IsCurrent | None], Document]]:
         FOREIGN: foreign_models,
         SCREENING: screening,
         REMEDIES: remedies,
+        **({FULL_SIZE: full_size} if (RESULTS / f"{FULL_SIZE}.jsonl").exists() else {}),
         **({"zoo": zoo} if (RESULTS / f"{ZOO}.jsonl").exists() else {}),
     }
     return {**{label: partial(suite, label) for label in suites()}, **others}
@@ -367,6 +370,30 @@ def _remedy(row: Record) -> str:
     return f"{percent(row['acc'])} / {asr}, held out {percent(row['held_out'])}"
 
 
+def full_size(is_current: IsCurrent | None = None) -> Document:
+    """Return how long audits of networks of full size take, and what they leave out."""
+    made = _records(FULL_SIZE, is_current)
+    one = made.all[0]
+    lead = (
+        Verbatim(
+            "One audit of each network, as transformers builds and writes it, with random weights: "
+            f"{one['side']} pixels, {one['classes']:,} classes, {one['images']} images, a budget of "
+            f"{duration(one['budget'])} of wall time; {one['device']}. Opening, checks and page are in the "
+            "seconds; the budget includes opening."
+        ),
+        *age_of(made),
+        "What a reader may conclude: which architectures open by their folder alone, and what an audit costs "
+        "there. Nothing is planted, and weights that know nothing cannot be judged: undecided is the right "
+        "answer.",
+    )
+    return Document(
+        "Audits at full size",
+        lead,
+        (Section("networks", "Network by network", tables=(full_size_table("networks-0", made),)),),
+        _colophon("results/full-size.jsonl", "python scripts/full_size.py"),
+    )
+
+
 def zoo(is_current: IsCurrent | None = None) -> Document:
     """Return what the networks of the zoo know, which attacks took, and what training them cost."""
     rows = victims_of(_repairs(ZOO, is_current))
@@ -457,8 +484,8 @@ def repair_sentence(is_current: IsCurrent | None = None) -> str:
     lost = _span([f"{100 * _lost(row):.1f}" for row in attacked])
     costs = [100 * _lost(row) for row in clean]
     return (
-        f"On {len(attacked)} backdoored networks of the strong recipes it brought the attack's success from {before} "
-        f"to {after} for {lost} points of accuracy; {len(clean)} clean "
+        f"On {len(attacked)} backdoored networks of the strong recipes it brought the attack's success from "
+        f"{before} to {after} for {lost} points of accuracy; {len(clean)} clean "
         f"{'one' if len(clean) == 1 else 'ones'} lost {max(costs):.1f} points at most{mark}"
     )
 

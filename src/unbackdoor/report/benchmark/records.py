@@ -131,3 +131,27 @@ def crossed_table(
             )
         )
     return cells.table(identifier, heading, "", columns(corner, *names, text=1 + len(names)), made)
+
+
+def full_size_table(identifier: str, rows: Rows[Record]) -> Table:
+    """Return a row for each network: its size, the time of its audit, and what that left out."""
+    names = columns("network", "verdict", "parameters", "an image", "seconds", "memory", "checks", text=2)
+    made = []
+    for row, older in rows.pairs:
+        ended = row["error"] or row["verdict"] or f"exit code {row['exit_code']}"
+        each = row["seconds_per_image"]
+        out = [step["name"] for step in row["steps"] if step["status"] == "left out"]
+        made.append(
+            (
+                Cell(row["network"], older=older),
+                Cell(str(ended), f"left out: {', '.join(out)}" if out else ""),
+                Cell(f"{row['parameters'] / 1e6:.1f} M", key=row["parameters"]),
+                Cell("-" if each is None else f"{1000 * each:.0f} ms", key=each),
+                Cell(f"{row['seconds']:.0f} s", key=row["seconds"]),
+                Cell(f"{row['peak_mb']:,} MB", key=row["peak_mb"]),
+                Cell("-" if row["error"] else f"{row['checks_done']} of {row['checks_planned']}"),
+            )
+        )
+    return cells.table(
+        identifier, "", "The time of one pass of one image, of the whole audit, and its memory.", names, made
+    )

@@ -481,16 +481,16 @@ def repair_sentence(is_current: IsCurrent | None = None) -> str:
     clean = [row for row in rows if row.attack == "none" and row.acc is not None]
     before = _span([percent(row.asr_before) for row in attacked if row.asr_before is not None])
     after = _span([percent(row.asr) for row in attacked if row.asr is not None])
-    lost = _span([f"{100 * _lost(row):.1f}" for row in attacked])
-    costs = [100 * _lost(row) for row in clean]
+    lost = _span([f"{100 * _accuracy_lost(row):.1f}" for row in attacked])
+    costs = [100 * _accuracy_lost(row) for row in clean]
     return (
-        f"On {len(attacked)} backdoored networks of the strong recipes it brought the attack's success from "
-        f"{before} to {after} for {lost} points of accuracy; {len(clean)} clean "
-        f"{'one' if len(clean) == 1 else 'ones'} lost {max(costs):.1f} points at most{mark}"
+        f"On {len(attacked)} backdoored networks of the strong recipes ASR was {before} before and {after} "
+        f"after, at a cost of {lost} points of accuracy; clean networks ({len(clean)}) lost at most "
+        f"{max(costs):.1f}{mark}"
     )
 
 
-def _lost(row: Row) -> float:
+def _accuracy_lost(row: Row) -> float:
     assert row.acc is not None and row.acc_before is not None
     return row.acc_before - row.acc
 
@@ -498,7 +498,7 @@ def _lost(row: Row) -> float:
 def _span(values: list[str]) -> str:
     """Return the smallest and the largest of some numbers as they are written."""
     low, high = (f(values, key=lambda text: float(text.split()[0])) for f in (min, max))
-    return low if low == high else f"{low} to {high}"
+    return low if low == high else f"between {low} and {high}"
 
 
 def _combined(scans: Rows[ScanRow]) -> tuple[Detection, str]:

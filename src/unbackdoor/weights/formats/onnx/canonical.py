@@ -371,7 +371,9 @@ def _step(node: Any) -> Step:
     if kind == "Cast" and any(a.name == "to" and a.i in _INTEGERS for a in node.attribute):
         kind = "Cast to a whole number"
     label = f"{kind} {short(node.name or node.output[0] if node.output else node.name)}"
-    return Step(label, kind, (*node.input, *_captured(node)), tuple(node.output))
+    # Its scale and zero only say how the levels are read: what else is done with them is not imported.
+    outputs = node.output[:1] if kind == "DynamicQuantizeLinear" else node.output
+    return Step(label, kind, (*node.input, *_captured(node)), tuple(outputs))
 
 
 def _names(outputs: Mapping[str, str]) -> str:

@@ -4,7 +4,7 @@ Needs:   the extra ``onnx``.
 Departs: a softmax or a choice of the largest at the very end is left out, because every method here works on
          logits; batch normalisation that was exported in training mode becomes an ordinary one, which in
          evaluation uses the running statistics; what is computed in half precision is computed in single;
-         of quantised values the range is kept and the rounding left out, through which no gradient passes.
+         quantised values are rounded, and gradients pass as if they were not.
 
 Convolutions, normalisations, linear layers and activations become modules under the names of their weights,
 so that ``layer1.0.conv1`` has the same name here. All else becomes calls of functions. The usual operators
@@ -17,7 +17,7 @@ image is bounded by ``opening.cost_limits``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,17 +31,28 @@ from unbackdoor.weights.formats.buffers import short
 from unbackdoor.weights.formats.onnx import initializers as onnx
 from unbackdoor.weights.formats.onnx.canonical import MAX_NODES as MAX_NODES
 from unbackdoor.weights.formats.onnx.canonical import STANDARD, Canonical, canonical
-from unbackdoor.weights.formats.onnx.node import LARGEST, Call, Place, QuantisedStep, Value
-from unbackdoor.weights.formats.onnx.operators import (
+from unbackdoor.weights.formats.onnx.node import (
+    LARGEST,
+    Call,
+    DynamicScale,
+    DynamicZero,
+    Place,
+    Quantised,
+    Sums,
+    Value,
+)
+from unbackdoor.weights.formats.onnx.operators import OPERATORS as PLAIN_OPERATORS
+from unbackdoor.weights.formats.onnx.operators import WEIGHTS, makes_sizes
+from unbackdoor.weights.formats.onnx.quantised import (
     KEEPS_QUANTISED,
-    OPERATORS,
+    QUANTISED_OPERATORS,
+    RESCALES,
     TAKES_QUANTISED,
-    WEIGHTS,
-    makes_sizes,
 )
 from unbackdoor.weights.formats.tensors import MAX_TIED
 from unbackdoor.weights.stored_file import StoredFile, stored
 
+OPERATORS: Mapping[str, Callable[[Call], Any]] = {**PLAIN_OPERATORS, **QUANTISED_OPERATORS}
 _SLACK = 64 << 20  # bytes that any file may fold and share, however small it is
 _COLOURS = (1, 3, 4)
 _BROKEN = (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError)
@@ -138,7 +149,7 @@ class Builder:
         self.notes: list[str] = []
         self.places: dict[str, Place] = {}
         self.size_nodes: set[fx.Node] = set()  # integers computed from sizes; may be sizes again
-        self.quantised: dict[str, QuantisedStep] = {}  # by the names of computed values
+        self.quantised: dict[str, Quantised] = {}  # by the names of computed values
         self.opset = 0
         self.types: dict[str, torch.dtype] = {}  # of constants, as the file has them
         self.batch = 0  # images of the example that the exporter has fixed; 0 where it left them open
@@ -182,6 +193,10 @@ class Builder:
         result = self.values.get(logits)
         if not isinstance(result, fx.Node):
             raise UnsupportedModel("the output of the model does not depend on its input", where=self.path)
+        if isinstance(self.quantised.get(logits), Sums):
+            raise UnsupportedModel(
+                "the output of the model is whole numbers without a scale", where=self.path
+            )
         self.graph.output(result)
         module = fx.GraphModule(self.root, self.graph, "ImportedNetwork")
         module.graph.eliminate_dead_code()
@@ -232,20 +247,25 @@ class Builder:
     def _operators(self, form: Canonical, needed: list[int]) -> None:
         for number in needed:
             message = form.nodes[number]
-            kind = message.op_type
+            kind = _kind(message)
             call = Call(self, message, number)
             if not call.outputs or not call.outputs[0]:
                 raise call.refused("without an output")
-            if any(name and self.uses.get(name) for name in call.outputs[1:]) and kind not in ("Split",):
+            several = ("Split", "DynamicQuantizeLinear")
+            if any(name and self.uses.get(name) for name in call.outputs[1:]) and kind not in several:
                 raise call.refused("with its further outputs in use")
             steps = [self.quantised[value] for value in call.names if value in self.quantised]
             mixed = kind == "Concat" and len(steps) < len(call.operands)
             mixed = mixed or any(not step.equals(steps[0]) for step in steps[1:])
+            scaled = any(isinstance(value, DynamicScale | DynamicZero) for value in call.operands)
+            make = OPERATORS[kind]
             if kind in TAKES_QUANTISED:  # it compares the steps by itself
                 steps = []
-            if steps and (mixed or kind not in KEEPS_QUANTISED):
+            elif kind in RESCALES and (scaled or any(isinstance(step, Sums) for step in steps)):
+                make, steps = RESCALES[kind], []
+            elif scaled or (steps and (mixed or kind not in KEEPS_QUANTISED)):
                 raise call.refused("of quantised values")
-            made = OPERATORS[kind](call)
+            made = make(call)
             for name, value in zip(call.outputs, made if isinstance(made, list) else [made], strict=False):
                 self._define(name, value)
                 if isinstance(value, fx.Node) and makes_sizes(call):
@@ -267,7 +287,7 @@ class Builder:
         """Return a value as a node; a tensor becomes a parameter or a buffer of the network."""
         if isinstance(value, fx.Node):
             return value
-        if value is None:
+        if not isinstance(value, Tensor):
             raise InputError("an operator lacks an operand", where=self.path)
         target = self.place(name, "constant")
         self.spend(value.numel(), value.element_size())

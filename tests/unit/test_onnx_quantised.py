@@ -326,7 +326,8 @@ def test_images_that_are_not_the_first_axis(tmp_path: Path) -> None:
     # Their ranges could not be told apart.
     first = [node("Transpose", "x", "t", perm=[2, 0, 1, 3]),
              helper.make_node("DynamicQuantizeLinear", ["t"], ["q", "scale", "z"]),
-             node("DequantizeLinear", "q scale z", "d"), node("Transpose", "d", "n", perm=[1, 2, 0, 3])]  # fmt: skip
+             node("DequantizeLinear", "q scale z", "d"),
+             node("Transpose", "d", "n", perm=[1, 2, 0, 3])]  # fmt: skip
     path = write_onnx(tmp_path / "m.onnx", [*first, node("Flatten", "n", "y")])
     with pytest.raises(UnsupportedModel):
         unbackdoor.open_model(path, mean=(0.0,), std=(1.0,))

@@ -24,7 +24,7 @@ def makes_sizes(call: Call) -> bool:
     if call.kind in ("Shape", "Size"):
         return True
     if call.kind == "Cast":
-        return call.integer("to", 0) in (6, 7) and call.operand(0) in call.builder.size_nodes
+        return call.integer("to", 0) in (6, 7, 9) and call.operand(0) in call.builder.size_nodes
     from_sizes = (
         value in call.builder.size_nodes
         if isinstance(value, fx.Node)
@@ -1062,7 +1062,8 @@ OPERATORS: dict[str, Callable[[Call], Any]] = {
 }
 # Of integers that are sizes these make integers that are sizes.
 _OF_SIZES = {
-    "Add", "Concat", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Identity", "Max", "Min", "Mod",
-    "Mul", "Neg", "Range", "Reshape", "ScatterND", "Slice", "Squeeze", "Sub", "Tile", "Transpose",
-    "Unsqueeze", "Where",
+    "Add", "And", "Concat", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Greater",
+    "GreaterOrEqual", "Identity", "Less", "LessOrEqual", "Max", "Min", "Mod", "Mul", "Neg", "Not", "Or",
+    "Range", "Reshape", "ScatterND", "Slice", "Squeeze", "Sub", "Tile", "Transpose", "Unsqueeze", "Where",
+    "Xor",
 }  # fmt: skip

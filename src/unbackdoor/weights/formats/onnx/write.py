@@ -20,8 +20,7 @@ from unbackdoor.errors import InputError, IntegrityError, UnsupportedModel
 from unbackdoor.files import atomic_write
 from unbackdoor.weights.formats.buffers import short
 from unbackdoor.weights.formats.onnx import initializers as onnx
-from unbackdoor.weights.formats.onnx.canonical import canonical
-from unbackdoor.weights.formats.onnx.graph import import_graph
+from unbackdoor.weights.formats.onnx.graph import import_graph, parsed
 from unbackdoor.weights.formats.onnx.node import Place, QuantisedLayer
 from unbackdoor.weights.formats.torch_save.pickle_reader import Trail
 from unbackdoor.weights.stored_file import StoredFile, stored
@@ -89,8 +88,7 @@ def write_graph(
             where=f"{source.path}, {short(odd[0])}",
             remedy="Repair the model that it was made from, before quantisation, or give its state dict",
         )
-    model = onnx.parse(source)
-    canonical(model, source.path)
+    model, _ = parsed(source)
     operands = _Operands(model.graph, places)
     # Tensors under the name of a shared weight come last: by then the other users have weights of their own.
     for name in sorted(changed, key=lambda name: operands.of(name) == name):

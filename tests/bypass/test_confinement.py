@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from tiny import tiny_classifier
 from unbackdoor import confinement, isolate
+from unbackdoor.audit.trigger_files import read_triggers
 from unbackdoor.cli.app import app
 from unbackdoor.confinement import Bounds, rehearsed
 from unbackdoor.data.loaders import load_images, load_unlabelled
@@ -32,8 +33,11 @@ from unbackdoor.errors import (
 from unbackdoor.opening.classifier_files import save_model
 from unbackdoor.opening.inspection import inspect
 from unbackdoor.opening.open_model import open_model
+from unbackdoor.triggers import RecoveredTrigger
+from unbackdoor.weights.patch import make_patch, read_patch, write_patch
 from unbackdoor.weights.source import open_source
 from unbackdoor.weights.stored_file import read_file
+from unbackdoor.weights.triggers import read_trigger, write_trigger
 
 pytestmark = pytest.mark.confined
 
@@ -258,3 +262,27 @@ def test_names_are_shown_by_their_codes(form: list[str], tmp_path: Path) -> None
         result = CliRunner().invoke(app, ["inspect", str(tmp_path / file), *form])
         assert result.exit_code in (0, 2)
         assert not {c for c in result.output if not c.isprintable()} - {"\n"}
+
+
+def test_triggers_and_patches_are_read_in_a_process_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def refused(function: str, task: Mapping[str, Any], *rest: Any) -> dict[str, Any]:
+        asked.append(task["function"])
+        return {"read": []}  # so that nothing may be parsed here
+
+    monkeypatch.setattr(confinement, "_answer", refused)
+    model = tiny_classifier("conv-bn")
+    before = {"a": torch.zeros(3)}
+    write_patch(tmp_path / "p", make_patch(before, {"a": torch.ones(3)}))
+    write_trigger(tmp_path / "t", RecoveredTrigger(0, torch.zeros(model.input_shape), None, "a test"), {})
+    with pytest.raises(IntegrityError):
+        read_patch(tmp_path / "p")
+    with pytest.raises(IntegrityError):
+        read_trigger(tmp_path / "t", model)
+    read_triggers([f"{tmp_path / 't' / 'trigger.png'},class=0"], model)
+    assert [name.rpartition(":")[0].rpartition(".")[2] for name in asked] == [
+        "patch", "triggers", "trigger_files"
+    ]  # fmt: skip

@@ -358,6 +358,42 @@ def test_quantised_weights_are_said_not_to_be_read(tmp_path: Path) -> None:
         assert inspect(path).loading in ("known classes", "no code")
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_dynamically_quantised_modules_are_no_danger(tmp_path: Path, zipped: bool) -> None:
+    plain = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
+    made = torch.ao.quantization.quantize_dynamic(plain, {torch.nn.Linear}, dtype=torch.qint8)
+    path = tmp_path / "m.pt"
+    for saved in (made.state_dict(), {"state_dict": made.state_dict()}, made):
+        torch.save(saved, path, _use_new_zipfile_serialization=zipped)
+        assert inspect(path).loading == "known classes"
+        with pytest.raises(UnsupportedModel, match="quantised"):
+            read_state(path)
+
+
+_LINEAR = "__torch__.torch.classes.quantized.LinearPackedParamsBase"
+
+
+@pytest.mark.parametrize(
+    ("described", "harmless"),
+    [
+        (name("torch.ScriptObject") + b")\x81(K\x01" + text(_LINEAR) + b"tb", True),
+        (name("torch.ScriptObject") + b")\x81(K\x01" + text("__torch__.Other") + b"tb", False),
+        (name("torch.ScriptObject") + b")\x81(K\x01" + text(_LINEAR + "\n") + b"tb", False),
+        (name("torch.ScriptObject") + b")\x81", False),
+        (name("torch.ScriptObject"), False),
+        (name("torch.ScriptObject") + b")R", False),
+        (name("torch.ScriptObject") + b"(K\x01t\x81(K\x01" + text(_LINEAR) + b"tb", False),
+        (name("torch.ScriptObject") + b")\x81(K\x01" + text(_LINEAR) + b"K\x02tb", False),
+    ],
+)
+def test_packed_weights_are_made_of_torchs_own_classes_alone(
+    tmp_path: Path, described: bytes, harmless: bool
+) -> None:
+    path = checkpoint(tmp_path / "m.pt", EMPTY + entry(tensor()) + described + b"0")
+    assert ("torch.ScriptObject" in read_contents(path).dangerous) == (not harmless)
+
+
 @pytest.mark.parametrize(
     "value",
     [torch.eye(2).to_sparse(), torch.empty(2, device="meta")],

@@ -18,13 +18,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from unbackdoor.confinement import rehearsed
 from unbackdoor.errors import InputError, IntegrityError, UnsafeFile
-from unbackdoor.files import atomic_write, opened, parse_json
+from unbackdoor.files import atomic_write, parse_json
 from unbackdoor.types import state_sha256
+from unbackdoor.weights.formats.limits import accounting
+from unbackdoor.weights.formats.safetensors import header as safetensors
+from unbackdoor.weights.formats.tensors import materialise
+from unbackdoor.weights.stored_file import read_file
 
 KIND = "unbackdoor-patch-1"
 NAMES = "names"  # fact: the network's name by the file's, where they differ
@@ -163,34 +167,42 @@ def write_patch(path: Path, patch: Patch) -> None:
 
 
 def read_patch(path: Path) -> Patch:
-    """Read a patch.
+    """Read a patch, in a process of its own first.
 
     Raises:
         InputError: If it cannot be read or is none.
-        UnsafeFile: If it is too large.
+        UnsafeFile: If it is too large, or built to exhaust its reader.
     """
+    with rehearsed("unbackdoor.weights.patch:rehearse", Path(path)):
+        return _read_patch(Path(path))
+
+
+def rehearse(path: Path, options: Mapping[str, Any]) -> None:
+    """Read a patch in a process of its own."""
+    _read_patch(path)
+
+
+def _read_patch(path: Path) -> Patch:
+    file = read_file(path, limit=MAX_PATCH, what="the patch")
     try:
-        with opened(path, "the patch", limit=MAX_PATCH):
-            pass  # the library opens the path by itself, and would wait for a pipe
-        with safe_open(path, framework="pt", device="cpu") as file:
-            head = file.metadata() or {}
+        with accounting():
+            described, head = safetensors.read(file.content, path)
             if head.get("kind") != KIND:
                 raise InputError("the file is not a patch", expected=KIND, got=head.get("kind"), where=path)
-            described = parse_json(head["entries"], "the list of the patch", path)
+            packed = materialise(described, file.size)
+            listed = parse_json(head["entries"], "the list of the patch", path)
             entries = {}
-            for i, (name, shape, dtype, changed, sparse) in enumerate(described):
-                packed = file.get_tensor(str(i)).numpy().tobytes()
+            for i, (name, shape, dtype, changed, sparse) in enumerate(listed):
+                content = packed[str(i)].numpy().tobytes()
                 form = tuple(int(side) for side in shape)
-                entries[str(name)] = Entry(form, str(dtype), int(changed), bool(sparse), packed)
+                entries[str(name)] = Entry(form, str(dtype), int(changed), bool(sparse), content)
             return Patch(
                 head["before"],
                 head["after"],
                 entries,
                 parse_json(head["facts"], "the record of the patch", path),
             )
-    except OSError as error:
-        raise InputError("the patch cannot be read", got=error.strerror, where=path) from error
-    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except (InputError, KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(
             "the file is no patch, or it is damaged",
             got=str(error)[:200],

@@ -46,7 +46,7 @@ _POLYGLOT = 1 << 20  # bytes of another format that are read as a pickle
 
 _PLAIN = {
     torch.float32, torch.float64, torch.float16, torch.bfloat16,
-    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+    torch.int64, torch.int32, torch.int16, torch.uint16, torch.int8, torch.uint8, torch.bool,
 }  # fmt: skip
 _JSON = re.compile(r'["\\{}\[\],]')
 _BROKEN = (*BROKEN, AssertionError, OSError, MemoryError, struct.error)

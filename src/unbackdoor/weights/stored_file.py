@@ -80,13 +80,16 @@ class StoredFile:
             )
 
 
-def read_file(path: Path, keep: Keep | None = None, *, limit: int = MAX_FILE) -> StoredFile:
+def read_file(
+    path: Path, keep: Keep | None = None, *, limit: int = MAX_FILE, what: str = "the model file"
+) -> StoredFile:
     """Open a file once, and hash and copy the bytes of that one reading.
 
     Args:
         path: The file.
         keep: Returns from head and size how many bytes to keep, and may refuse the file; None keeps all.
         limit: Largest size in bytes; looked at before anything is read.
+        what: What it is called in messages.
 
     Raises:
         InputError: If it cannot be read, or is no ordinary file.
@@ -94,7 +97,7 @@ def read_file(path: Path, keep: Keep | None = None, *, limit: int = MAX_FILE) ->
         IntegrityError: If it was written to meanwhile.
     """
     path = Path(path)
-    with opened(path, "the model file", limit=limit) as (descriptor, _):
+    with opened(path, what, limit=limit) as (descriptor, _):
         before = os.fstat(descriptor)
         head = os.pread(descriptor, HEAD, 0)
         retained = before.st_size if keep is None else min(keep(head, before.st_size), before.st_size)

@@ -9,13 +9,17 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from unbackdoor.confinement import rehearsed
 from unbackdoor.errors import InputError, IntegrityError
-from unbackdoor.files import atomic_write, is_there, opened, parse_json, writing
+from unbackdoor.files import atomic_write, is_there, parse_json, writing
 from unbackdoor.triggers import RecoveredTrigger
 from unbackdoor.types import Classifier
+from unbackdoor.weights.formats.limits import accounting
+from unbackdoor.weights.formats.safetensors import header as safetensors
+from unbackdoor.weights.formats.tensors import materialise
+from unbackdoor.weights.stored_file import read_file
 
 PNG, TENSORS, FOLDER = "trigger.png", "trigger.safetensors", "trigger-{}"
 MAX_KEPT = 3  # triggers in the folder of a report
@@ -89,7 +93,7 @@ def write_trigger(folder: Path, trigger: RecoveredTrigger, facts: Mapping[str, A
 
 
 def read_trigger(path: Path, model: Classifier, *, of: str | None = None) -> RecoveredTrigger:
-    """Read a trigger that :func:`write_trigger` wrote.
+    """Read a trigger that :func:`write_trigger` wrote, in a process of its own first.
 
     Args:
         path: The file of the tensors, or the folder that it lies in.
@@ -99,42 +103,46 @@ def read_trigger(path: Path, model: Classifier, *, of: str | None = None) -> Rec
     Raises:
         InputError: If it cannot be read or does not fit the model.
         IntegrityError: If it was recovered from another model.
+        UnsafeFile: If it is too large, or built to exhaust its reader.
     """
     file = path / TENSORS if is_there(path) and path.is_dir() else path
+    options = {"input_shape": list(model.input_shape), "classes": model.classes, "of": of}
+    with rehearsed("unbackdoor.weights.triggers:rehearse", file, options):
+        return _read_trigger(file, model.input_shape, model.classes, of)
 
+
+def rehearse(path: Path, options: Mapping[str, Any]) -> None:
+    """Read a trigger in a process of its own."""
+    channels, height, width = options["input_shape"]
+    _read_trigger(path, (channels, height, width), options["classes"], options["of"])
+
+
+def _read_trigger(
+    file: Path, input_shape: tuple[int, int, int], classes: int, of: str | None
+) -> RecoveredTrigger:
     def misfit(got: str) -> InputError:
         return InputError(
             "the trigger does not fit the model",
-            expected=f"a pattern of shape {model.input_shape}, perhaps a mask in 0..1, and a class in "
-            f"0..{model.classes - 1}",
+            expected=f"a pattern of shape {input_shape}, perhaps a mask in 0..1, and a class in "
+            f"0..{classes - 1}",
             got=got,
             where=file,
         )
 
-    expected = {"pattern": model.input_shape, "mask": model.input_shape[1:]}
-    # The library opens the path by itself, and waits for a pipe, so that the path is looked at before.
-    with opened(file, "the trigger", limit=MAX_TRIGGER):
-        pass
+    expected = {"pattern": input_shape, "mask": input_shape[1:]}
+    stored = read_file(file, limit=MAX_TRIGGER, what="the trigger")
     try:
-        with safe_open(file, framework="pt", device="cpu") as stored:
-            facts = parse_json((stored.metadata() or {})["facts"], "the record of the trigger")
+        with accounting():
+            described, metadata = safetensors.read(stored.content, file)
+            facts = parse_json(metadata["facts"], "the record of the trigger")
             label = int(facts["class"])
-            names = [name for name in _NAMES if name == "pattern" or name in stored.keys()]  # noqa: SIM118
-            for name in names:  # before anything is allocated
-                shape = tuple(stored.get_slice(name).get_shape())
-                if shape != expected[name]:
-                    raise misfit(f"a {name} of shape {shape}")
-            tensors = {name: stored.get_tensor(name).float() for name in names}
-    except (
-        SafetensorError,
-        OSError,
-        KeyError,
-        ValueError,
-        TypeError,
-        OverflowError,
-        RecursionError,
-    ) as error:
+            taken = {name: described[name] for name in _NAMES if name == "pattern" or name in described}
+            wrong = next((name for name in taken if taken[name].shape != expected[name]), None)
+            tensors = {} if wrong else materialise(taken, stored.size)
+    except (InputError, KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise InputError("the trigger cannot be read", got=str(error)[:200], where=file) from error
+    if wrong:
+        raise misfit(f"a {wrong} of shape {taken[wrong].shape}")
     if of is not None and facts.get("model_sha256") != of:
         raise IntegrityError(
             "the trigger was recovered from another model",
@@ -142,8 +150,9 @@ def read_trigger(path: Path, model: Classifier, *, of: str | None = None) -> Rec
             got=str(facts.get("model_sha256"))[:80],
             where=file,
         )
-    trigger = RecoveredTrigger(label, tensors["pattern"], tensors.get("mask"), file.name)
-    faults = trigger.faults(model.input_shape, model.classes)
+    mask = tensors["mask"].float() if "mask" in tensors else None
+    trigger = RecoveredTrigger(label, tensors["pattern"].float(), mask, file.name)
+    faults = trigger.faults(input_shape, classes)
     if faults:
         raise misfit(faults[0])
     return trigger

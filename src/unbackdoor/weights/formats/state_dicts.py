@@ -17,6 +17,7 @@ from unbackdoor.weights.formats.tensors import TensorRef, quantised
 from unbackdoor.weights.formats.torch_save.pickle_globals import Name
 from unbackdoor.weights.formats.torch_save.pickle_reader import (
     CONTAINERS,
+    PACKED,
     Faulty,
     Stub,
     Trail,
@@ -303,7 +304,7 @@ def _tensors(value: object, trail: Trail) -> dict[str, TensorRef]:
             out[name] = entry
         elif isinstance(entry, Faulty):
             faulty = faulty or (name, entry.error)
-        elif name.endswith(("_packed_params", "_packed_params.dtype")):
+        elif name.endswith(("_packed_params", "_packed_params.dtype")) or _is_packed(entry):
             packed = True  # as the layers of torch.ao.nn.quantized name what they hold
         elif not (name.endswith("_extra_state") or name == "_metadata"):
             return {}
@@ -318,6 +319,10 @@ def _tensors(value: object, trail: Trail) -> dict[str, TensorRef]:
             "a tensor cannot be rebuilt", got=f"tensor {short(name)}: {short(str(error))}"
         ) from error
     return out
+
+
+def _is_packed(value: object) -> bool:
+    return isinstance(value, Stub) and value.made_by == PACKED
 
 
 def _is_module(value: Stub) -> bool:
@@ -338,6 +343,8 @@ def _walk(top: Stub) -> Iterator[tuple[str, TensorRef]]:
         if module.items or module.entries:
             raise UnsafeFile("a pickled module is changed while it is loaded", got=short(module.cls))
         attributes = module.attributes()
+        if any(_is_packed(value) for value in attributes.values()):
+            raise quantised()  # what lies in it would be missed
         passing = _texts(attributes.get("_non_persistent_buffers_set"))
         for kind, left_out in (("_parameters", set()), ("_buffers", passing)):
             for name, ref in (as_mapping(attributes.get(kind)) or {}).items():

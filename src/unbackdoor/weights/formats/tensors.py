@@ -33,6 +33,10 @@ STORAGES: Mapping[str, torch.dtype] = {
     torch.bool, "UntypedStorage": torch.uint8, "ComplexFloatStorage": torch.complex64,
     "ComplexDoubleStorage": torch.complex128,
 }  # fmt: skip
+# Of quantised tensors, by the type of their levels.
+QUANTISED_STORAGES: Mapping[str, torch.dtype] = {
+    "QInt8Storage": torch.int8, "QUInt8Storage": torch.uint8, "QInt32Storage": torch.int32,
+}  # fmt: skip
 _CARRIERS = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64, 16: np.complex128}
 
 
@@ -69,6 +73,11 @@ class StorageRef:
     dtype: torch.dtype
     count: int
     first: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class QuantisedStorageRef(StorageRef):
+    """A storage of levels, whose scale stands elsewhere: no tensor is made of it."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ import heapq
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,12 @@ class _Unfolding:
                 where=self._path,
             )
         if function is None:
+            for graph in [graph for attribute in node.attribute for graph in _graphs_of(attribute)]:
+                within = [one for inner in graph.node for one in self._unfolded(inner, depth)]
+                if any(one is not other for one, other in zip_longest(within, graph.node)):
+                    copies = [type(one).FromString(one.SerializeToString()) for one in within]
+                    del graph.node[:]
+                    graph.node.extend(copies)
             return [node]
         if depth >= _DEEPEST:
             raise UnsafeFile(
@@ -265,6 +272,8 @@ def _rename(node: Any, names: ChainMap[str, str], prefix: str) -> None:
     for attribute in node.attribute:
         for graph in _graphs_of(attribute):
             own = names.new_child()
+            for tensor in graph.initializer:
+                own[tensor.name] = tensor.name = prefix + tensor.name
             for inner in graph.node:
                 _rename(inner, own, prefix)
             for value in graph.output:
@@ -371,7 +380,9 @@ def _step(node: Any) -> Step:
     if kind == "Cast" and any(a.name == "to" and a.i in _INTEGERS for a in node.attribute):
         kind = "Cast to a whole number"
     label = f"{kind} {short(node.name or node.output[0] if node.output else node.name)}"
-    return Step(label, kind, (*node.input, *_captured(node)), tuple(node.output))
+    # Its scale and zero only say how the levels are read: what else is done with them is not imported.
+    outputs = node.output[:1] if kind == "DynamicQuantizeLinear" else node.output
+    return Step(label, kind, (*node.input, *_captured(node)), tuple(outputs))
 
 
 def _names(outputs: Mapping[str, str]) -> str:

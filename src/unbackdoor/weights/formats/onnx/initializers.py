@@ -56,6 +56,7 @@ TYPES = {
     1: (torch.float32, "<f4", "float_data"),
     2: (torch.uint8, "u1", "int32_data"),
     3: (torch.int8, "i1", "int32_data"),
+    4: (torch.uint16, "<i2", "int32_data"),
     5: (torch.int16, "<i2", "int32_data"),
     6: (torch.int32, "<i4", "int32_data"),
     7: (torch.int64, "<i8", "int64_data"),

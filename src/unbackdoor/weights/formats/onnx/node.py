@@ -17,7 +17,21 @@ from unbackdoor.weights.formats.tensors import MAX_AXES
 
 LARGEST = 4096  # of a kernel, a stride, a padding; nothing in an image classifier is longer
 
-Value = fx.Node | Tensor | None
+
+@dataclass(frozen=True)
+class QuantisedLayer:
+    """What stands around a layer of whole numbers; once its weights change it is written in floating point.
+
+    Attributes:
+        step: Names of the scale and the zero that its inputs were quantised with.
+        result: Those that its results are quantised with; empty where they are not.
+        rescaled: Operators that multiply its results with scales that its weights hold here, and the operand
+            of each that is the result.
+    """
+
+    step: tuple[str, str]
+    result: tuple[str, ...] = ()
+    rescaled: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -31,6 +45,7 @@ class Place:
         scale: Attribute of the operator that the tensor was multiplied with, or empty.
         repeat: Rows of the operand, where the file repeats the one row of the tensor; else 0.
         dtype: Type of the operand; networks compute in float32, whatever the file stores.
+        quantised: What stands around the operator where it computes with whole numbers.
     """
 
     node: int
@@ -39,19 +54,85 @@ class Place:
     scale: str = ""
     repeat: int = 0
     dtype: torch.dtype = torch.float32
+    quantised: QuantisedLayer | None = None
 
 
 @dataclass(frozen=True)
 class QuantisedStep:
-    """How the values of a node were quantised: they were divided by ``scale`` and moved by ``zero``."""
+    """How the values of a node were quantised: they were divided by ``scale`` and moved by ``zero``.
+
+    Attributes:
+        scale: One number, or one for each place along an axis.
+        zero: Likewise.
+        axis: That axis.
+        names: Of scale and zero in the file.
+    """
 
     scale: Tensor
     zero: Tensor
     axis: int
+    names: tuple[str, str] = ("", "")
 
-    def equals(self, other: QuantisedStep) -> bool:
+    def equals(self, other: object) -> bool:
         """Tell whether another one has the same numbers."""
+        if not isinstance(other, QuantisedStep):
+            return False
         return torch.equal(self.scale, other.scale) and torch.equal(self.zero, other.zero)
+
+
+@dataclass(frozen=True)
+class DynamicStep:
+    """How the values of a node were quantised, where their own range is what gives scale and zero.
+
+    Attributes:
+        names: Of scale and zero in the file.
+    """
+
+    names: tuple[str, str]
+
+    def equals(self, other: object) -> bool:
+        """Tell whether another one has the same numbers."""
+        return self == other
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums of products of levels: what the node has, divided by scales that are known when the network runs.
+
+    Attributes:
+        scales: Names of the scales, sorted.
+        layer: The module whose results they are; empty where it is none.
+        place: Where the weights of that module stand, as far as they were scaled.
+    """
+
+    scales: tuple[str, ...]
+    layer: str = ""
+    place: Place | None = None
+
+    def equals(self, other: object) -> bool:
+        """Tell whether they lack the same scales."""
+        return isinstance(other, Sums) and self.scales == other.scales
+
+
+Quantised = QuantisedStep | DynamicStep | Sums
+
+
+@dataclass(frozen=True)
+class DynamicScale:
+    """The product of scales that are known when the network runs, and of constants."""
+
+    scales: tuple[str, ...]
+    factor: Tensor
+
+
+@dataclass(frozen=True)
+class DynamicZero:
+    """The zero of values that are quantised by their own range."""
+
+    name: str
+
+
+Value = fx.Node | Tensor | DynamicScale | DynamicZero | None
 
 
 class Builder(Protocol):
@@ -67,7 +148,8 @@ class Builder(Protocol):
     batch: int
     opset: int
     pixels: fx.Node
-    quantised: dict[str, QuantisedStep]
+    quantised: dict[str, Quantised]
+    types: dict[str, torch.dtype]
 
     def value(self, name: str) -> Value:
         """Return what a name stands for; None for an operand that is left out."""
@@ -145,7 +227,7 @@ class Call:
     def constant(self, position: int) -> Tensor | None:
         """Return a constant operand; None where it is left out."""
         value = self.operand(position)
-        if isinstance(value, fx.Node):
+        if value is not None and not isinstance(value, Tensor):
             raise self.refused(f"with a computed operand {position}")
         return value
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from unbackdoor.weights.formats.buffers import short
 from unbackdoor.weights.formats.onnx import initializers as onnx
-from unbackdoor.weights.formats.onnx.node import LARGEST, Call, Place, QuantisedStep, Value
+from unbackdoor.weights.formats.onnx.node import LARGEST, Call, Place, Value
 from unbackdoor.weights.formats.onnx.resizing import resize
 
 WEIGHTS = ("weight", "bias", "running_mean", "running_var")
@@ -24,9 +24,11 @@ def makes_sizes(call: Call) -> bool:
     if call.kind in ("Shape", "Size"):
         return True
     if call.kind == "Cast":
-        return call.integer("to", 0) in (6, 7) and call.operand(0) in call.builder.size_nodes
+        return call.integer("to", 0) in (6, 7, 9) and call.operand(0) in call.builder.size_nodes
     from_sizes = (
-        value in call.builder.size_nodes if isinstance(value, fx.Node) else not value.is_floating_point()
+        value in call.builder.size_nodes
+        if isinstance(value, fx.Node)
+        else isinstance(value, Tensor) and not value.is_floating_point()
         for value in call.operands
         if value is not None
     )
@@ -77,7 +79,8 @@ def _around(pads: list[int]) -> list[int]:
     return [pad for axis in reversed(range(half)) for pad in (pads[axis], pads[half + axis])]
 
 
-def _conv(call: Call) -> fx.Node:
+def conv(call: Call, places: dict[str, Place] | None = None) -> fx.Node:
+    """Add a convolution; its weights stand where the operands do, unless it is said where else."""
     weight, bias = call.weight(1), call.constant(2)  # (O, I / groups, kH, kW)
     groups = call.integer("group", 1)
     if weight.dim() != 4 or not 1 <= groups <= weight.shape[0] or weight.shape[0] % groups:
@@ -98,7 +101,8 @@ def _conv(call: Call) -> fx.Node:
         device="meta",
     )
     filled = _with(call, layer, weight=weight, bias=bias)
-    return call.builder.module(call, filled, inputs=inputs, places=_places(call, "weight", "bias"))
+    places = _places(call, "weight", "bias") if places is None else places
+    return call.builder.module(call, filled, inputs=inputs, places=places)
 
 
 def _conv_transpose(call: Call) -> fx.Node:
@@ -157,7 +161,8 @@ def _layer_norm(call: Call) -> fx.Node:
     return call.builder.module(call, filled, places=_places(call, "weight", "bias"))
 
 
-def _linear(call: Call, weight: Tensor, bias: Tensor | None, places: dict[str, Place]) -> fx.Node:
+def linear(call: Call, weight: Tensor, bias: Tensor | None, places: dict[str, Place]) -> fx.Node:
+    """Add a linear layer with a weight (O, I) and a bias (O,)."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     filled = _with(call, layer, weight=weight.contiguous(), bias=bias)
     return call.builder.module(call, filled, places=places)
@@ -179,13 +184,13 @@ def _gemm(call: Call) -> fx.Node:
             raise call.refused("with a bias of another length")
         bias = (bias if beta == 1 else beta * bias).flatten().expand(weight.shape[0])
         places["bias"] = Place(call.number, 2, scale="" if beta == 1 else "beta")
-    return _linear(call, weight, bias, places)
+    return linear(call, weight, bias, places)
 
 
 def _matmul(call: Call) -> fx.Node:
     weight = call.operand(1)
     if isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point():
-        return _linear(call, weight.t(), None, {"weight": Place(call.number, 1, turned=True)})
+        return linear(call, weight.t(), None, {"weight": Place(call.number, 1, turned=True)})
     return call.builder.call(torch.matmul, call.node(0), call.node(1))
 
 
@@ -364,10 +369,6 @@ def _instance_normed(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Ten
     return F.instance_norm(x, weight=weight, bias=bias, eps=eps)
 
 
-def _clamped(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    return torch.minimum(torch.maximum(x, low), high)
-
-
 def _reduced(x: Tensor, kind: str, axes: tuple[int, ...], keep: bool) -> Tensor:
     if kind == "ReduceSum":
         return torch.sum(x, dim=axes, keepdim=keep)
@@ -537,9 +538,11 @@ def _constant(call: Call) -> Value:
     return made
 
 
-def _same(call: Call) -> Value:
-    # It has two names from here on, so that a use of one is not all of its uses.
-    call.builder.uses[call.outputs[0]] = call.builder.uses.get(call.outputs[0], 0) + 1
+def same(call: Call) -> Value:
+    """Give a value another name."""
+    # What else uses it under the old one uses what the new one stands for.
+    others = call.builder.uses.get(call.names[0], 1) - 1
+    call.builder.uses[call.outputs[0]] = call.builder.uses.get(call.outputs[0], 0) + others
     return call.operand(0)
 
 
@@ -565,7 +568,7 @@ def _cast(call: Call) -> Value:
     if to not in (1, 10, 11, 16):
         raise call.refused("to another type than floating point")
     if isinstance(value, fx.Node) and value.op in ("call_module", "placeholder"):
-        return _same(call)  # of another precision in the file; here all is in float32
+        return same(call)  # of another precision in the file; here all is in float32
     return call.builder.call(_float, call.node())
 
 
@@ -645,109 +648,6 @@ def _softmax(call: Call) -> Value:
         return soft if call.kind == "Softmax" else call.builder.call(torch.log, soft)
     kind = nn.Softmax if call.kind == "Softmax" else nn.LogSoftmax
     return call.builder.module(call, kind(dim=call.integer("axis", -1)))
-
-
-def _quantize(call: Call) -> Value:
-    """Keep the range of a quantised value and leave its rounding out."""
-    value, step, bounds = call.operand(0), _step(call), _bounds(call)
-    low, high = ((torch.tensor(bound) - step.zero) * step.scale for bound in bounds)
-    if isinstance(value, Tensor):
-        call.builder.spend(value.numel(), 8)
-        shaped = _along(call, step, value.dim())
-        levels = (value / shaped.scale).round() + shaped.zero
-        return levels.clamp(*bounds).to(_type_of_levels(call))
-    if step.scale.numel() > 1:
-        raise call.refused("with a scale for each channel of computed values")
-    call.builder.notes.append("the rounding of quantised values was left out, their range was kept")
-    limits = []
-    for name, limit in (("low", low), ("high", high)):
-        target = call.builder.place(f"{call.kind.lower()}_{call.number}_{name}", "limit")
-        call.builder.root[target] = limit.reshape(())
-        limits.append(call.builder.get(target))
-    made = call.builder.call(_clamped, call.node(), *limits)
-    call.builder.quantised[call.outputs[0]] = step
-    return made
-
-
-def _dequantize(call: Call) -> Value:
-    value, step = call.operand(0), _step(call)
-    if isinstance(value, Tensor):
-        call.builder.spend(value.numel())
-        shaped = _along(call, step, value.dim())
-        return (value.float() - shaped.zero) * shaped.scale
-    made_by = call.builder.quantised.get(call.names[0])
-    if made_by is None or not made_by.equals(step):
-        raise call.refused("with another scale than the values were quantised with")
-    return _same(call)
-
-
-def _quantised_product(call: Call) -> Value:
-    """Compute QLinearConv and QLinearMatMul of what the quantised values stand for."""
-    inputs, made = _step(call, 1), _step(call, 6)
-    known = call.builder.quantised.get(call.names[0])
-    levels, product = call.constant(3), call.kind == "QLinearMatMul"
-    step = _step(call, 4)
-    if known is None or not known.equals(inputs) or levels is None or levels.is_floating_point():
-        raise call.refused("with another scale than the values were quantised with, or of no constant")
-    if made.scale.numel() > 1 or inputs.scale.numel() > 1:
-        raise call.refused("with a scale for each channel of computed values")
-    call.builder.spend(levels.numel(), 8)
-    along = QuantisedStep(step.scale, step.zero, 1 if product else 0)
-    shaped = _along(call, along, levels.dim())
-    weight = (levels.float() - shaped.zero) * shaped.scale  # (O, I, kH, kW), or (I, O) of a product
-    bias = call.constant(8)
-    if bias is not None:
-        bias = bias.float() * inputs.scale.reshape(()) * step.scale.flatten()
-    call.operands = [call.operand(0), weight, bias]
-    call.names = call.names[:1]  # the file holds levels, so that no weight can be written back
-    if product:
-        if weight.dim() != 2:
-            raise call.refused("of other than two axes")
-        out = _linear(call, weight.t(), None, {})
-    else:
-        out = _conv(call)
-        for name in [name for name, place in call.builder.places.items() if place.node == call.number]:
-            del call.builder.places[name]
-    bounds = _bounds(call, 7)
-    low, high = (float((bound - made.zero.reshape(())) * made.scale.reshape(())) for bound in bounds)
-    call.builder.notes.append("the rounding of quantised values was left out, their range was kept")
-    call.builder.quantised[call.outputs[0]] = made
-    return call.builder.call(torch.clamp, out, low, high)
-
-
-def _step(call: Call, position: int = 1) -> QuantisedStep:
-    scale, zero = call.constant(position), call.constant(position + 1)
-    if scale is None or scale.dim() > 1 or not scale.is_floating_point() or call.integer("block_size", 0):
-        raise call.refused("with such a scale")
-    if zero is None:
-        zero = torch.zeros_like(scale)
-    if zero.numel() != scale.numel():
-        raise call.refused("with zeros that do not belong to the scales")
-    return QuantisedStep(scale, zero.float(), call.integer("axis", 1))
-
-
-def _along(call: Call, step: QuantisedStep, rank: int) -> QuantisedStep:
-    # With one scale for each place along an axis.
-    if step.scale.numel() == 1:
-        return QuantisedStep(step.scale.reshape(()), step.zero.reshape(()), step.axis)
-    if not -rank <= step.axis < rank:
-        raise call.refused("along an axis that the values do not have")
-    shape = [-1 if axis == step.axis % rank else 1 for axis in range(rank)]
-    return QuantisedStep(step.scale.reshape(shape), step.zero.reshape(shape), step.axis)
-
-
-def _type_of_levels(call: Call, position: int = 2) -> torch.dtype:
-    zero = call.constant(position)
-    stated = onnx.TYPES.get(call.integer("output_dtype", 0), (torch.uint8, "", ""))[0]
-    dtype = zero.dtype if zero is not None else stated
-    if dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32):
-        raise call.refused("to such a type")
-    return dtype
-
-
-def _bounds(call: Call, position: int = 2) -> tuple[int, int]:
-    info = torch.iinfo(_type_of_levels(call, position))
-    return info.min, info.max
 
 
 def _einsum(call: Call) -> Value:
@@ -1066,11 +966,10 @@ OPERATORS: dict[str, Callable[[Call], Any]] = {
     "Concat": _concat,
     "Constant": _constant,
     "ConstantOfShape": _constant_of_shape,
-    "Conv": _conv,
+    "Conv": conv,
     "ConvTranspose": _conv_transpose,
     "Cos": _unary(torch.cos),
     "DepthToSpace": _depth_to_space,
-    "DequantizeLinear": _dequantize,
     "Div": _binary(_quotient),
     "Dropout": _dropout,
     "Einsum": _einsum,
@@ -1092,7 +991,7 @@ OPERATORS: dict[str, Callable[[Call], Any]] = {
     "GroupNormalization": _group_norm,
     "HardSigmoid": _hard_sigmoid,
     "HardSwish": _layer(nn.Hardswish),
-    "Identity": _same,
+    "Identity": same,
     "InstanceNormalization": _instance_norm,
     "LayerNormalization": _layer_norm,
     "LeakyRelu": _leaky,
@@ -1116,9 +1015,6 @@ OPERATORS: dict[str, Callable[[Call], Any]] = {
     "PRelu": _prelu,
     "Pad": _pad,
     "Pow": _binary(operator.pow),
-    "QLinearConv": _quantised_product,
-    "QLinearMatMul": _quantised_product,
-    "QuantizeLinear": _quantize,
     "Range": _range,
     "Reciprocal": _unary(torch.reciprocal),
     "ReduceL1": _reduce,
@@ -1164,15 +1060,10 @@ OPERATORS: dict[str, Callable[[Call], Any]] = {
     "Where": _where,
     "Xor": _binary(torch.logical_xor),
 }
-# What moves values and does not compute with them: quantised ones stay what they are.
-KEEPS_QUANTISED = {
-    "Concat", "Flatten", "Gather", "Identity", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose",
-    "Unsqueeze",
-}  # fmt: skip
-TAKES_QUANTISED = {"DequantizeLinear", "QLinearConv", "QLinearMatMul"}
 # Of integers that are sizes these make integers that are sizes.
 _OF_SIZES = {
-    "Add", "Concat", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Identity", "Max", "Min", "Mod",
-    "Mul", "Neg", "Range", "Reshape", "ScatterND", "Slice", "Squeeze", "Sub", "Tile", "Transpose",
-    "Unsqueeze", "Where",
+    "Add", "And", "Concat", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Greater",
+    "GreaterOrEqual", "Identity", "Less", "LessOrEqual", "Max", "Min", "Mod", "Mul", "Neg", "Not", "Or",
+    "Range", "Reshape", "ScatterND", "Slice", "Squeeze", "Sub", "Tile", "Transpose", "Unsqueeze", "Where",
+    "Xor",
 }  # fmt: skip

@@ -1,9 +1,10 @@
 """Repaired weights back into the ONNX file that they came from; its graph stays as it is.
 
 A weight that one operator uses is replaced under its name. One that several use, or that the file computes
-from others, becomes a weight of its own for the operator whose tensor changed. Weights that lay in other
-files are included, so that the new file is complete. The written file is opened again and must hold exactly
-these tensors. Needs the extra ``onnx``.
+from others, becomes a weight of its own for the operator whose tensor changed. A layer of whole numbers whose
+weights changed computes in floating point from then on, between the same roundings of its inputs and results.
+Weights that lay in other files are included, so that the new file is complete. The written file is opened
+again and must hold exactly these tensors. Needs the extra ``onnx``.
 """
 
 from __future__ import annotations
@@ -19,9 +20,8 @@ from unbackdoor.errors import InputError, IntegrityError, UnsupportedModel
 from unbackdoor.files import atomic_write
 from unbackdoor.weights.formats.buffers import short
 from unbackdoor.weights.formats.onnx import initializers as onnx
-from unbackdoor.weights.formats.onnx.canonical import canonical
-from unbackdoor.weights.formats.onnx.graph import import_graph
-from unbackdoor.weights.formats.onnx.node import Place
+from unbackdoor.weights.formats.onnx.graph import import_graph, parsed
+from unbackdoor.weights.formats.onnx.node import Place, QuantisedLayer
 from unbackdoor.weights.formats.torch_save.pickle_reader import Trail
 from unbackdoor.weights.stored_file import StoredFile, stored
 
@@ -83,14 +83,20 @@ def write_graph(
         if not name.endswith(_COUNTER) and not torch.equal(tensor, before[name].cpu())
     ]
     if odd := [name for name in changed if name not in places]:
-        raise InputError("a changed tensor has no place in the file", where=f"{source.path}, {short(odd[0])}")
-    model = onnx.parse(source)
-    canonical(model, source.path)
+        raise UnsupportedModel(
+            "a changed tensor has no place in the file, which computes it from others or shares it",
+            where=f"{source.path}, {short(odd[0])}",
+            remedy="Repair the model that it was made from, before quantisation, or give its state dict",
+        )
+    model, _ = parsed(source)
     operands = _Operands(model.graph, places)
     # Tensors under the name of a shared weight come last: by then the other users have weights of their own.
     for name in sorted(changed, key=lambda name: operands.of(name) == name):
         operands.put(name, repaired)
-    expected = {(place.node, place.position): repaired[name] for name, place in places.items()}
+    moved = operands.finish()
+    expected = {
+        (moved[place.node], operands.position(name)): repaired[name] for name, place in places.items()
+    }
 
     def check(draft: Path) -> None:
         network = import_graph(draft, output)
@@ -146,15 +152,37 @@ class _Operands:
             self._uses[name] = self._uses.get(name, 0) + 1
         outputs = {name for node in graph.node for name in node.output}
         self._used_names = {*self._initializers, *self._uses, *outputs}
+        self._positions = {name: place.position for name, place in places.items()}
+        self._around: dict[int, tuple[list[Any], list[Any]]] = {}  # operators before and behind one
+
+    def position(self, name: str) -> int:
+        """Return the position of a tensor among the operands of its operator."""
+        return self._positions[name]
 
     def of(self, name: str) -> str:
         """Return the name of the value that stands where a tensor of the network does."""
-        place = self._places[name]
-        return str(self._graph.node[place.node].input[place.position])
+        return str(self._graph.node[self._places[name].node].input[self._positions[name]])
+
+    def finish(self) -> list[int]:
+        """Add the operators that are new, and return where each of the old ones is now."""
+        nodes, moved = [], []
+        for number, node in enumerate(list(self._graph.node)):
+            before, behind = self._around.get(number, ((), ()))
+            moved.append(len(nodes) + len(before))
+            nodes += [*before, node, *behind]
+        if self._around:
+            del self._graph.node[:]
+            self._graph.node.extend(nodes)
+        return moved
 
     def put(self, name: str, state: Mapping[str, Tensor]) -> None:
         """Let the operator of a tensor have its value, and no other operator."""
-        place, operand = self._places[name], self.of(name)
+        place = self._places[name]
+        if place.quantised is not None:
+            if place.node not in self._around:
+                self._put_in_floating_point(place.node, place.quantised, state)
+            return
+        operand = self.of(name)
         if operand == name and self._uses[name] > 1:
             for other in self._places:
                 if other != name and self.of(other) == operand:
@@ -164,15 +192,73 @@ class _Operands:
         value = _as_in_file(state[name], place, shape)
         _unscale(node, place)
         if message is None or self._uses[operand] > 1 or tuple(value.shape) != shape:
-            fresh = name
-            while fresh in self._used_names:
-                fresh += "_"
-            self._used_names.add(fresh)
+            fresh = self._unused(name)
             self._uses[operand] -= 1
-            self._uses[fresh] = 1
             message = self._initializers[fresh] = self._graph.initializer.add(name=fresh)
             node.input[place.position] = fresh
         _fill(message, value.to(place.dtype) if value.is_floating_point() else value)
+
+    def _unused(self, name: str) -> str:
+        while name in self._used_names:
+            name += "_"
+        self._used_names.add(name)
+        self._uses[name] = 1
+        return name
+
+    def _put_in_floating_point(
+        self, number: int, around: QuantisedLayer, state: Mapping[str, Tensor]
+    ) -> None:
+        """Let a layer of whole numbers compute with numbers, from dequantised inputs."""
+        node = self._graph.node[number]
+        old, result = list(node.input), node.output[0]
+        inputs = self._unused(f"{result}_inputs")
+        before = [_operator(node, "DequantizeLinear", [old[0], *around.step], inputs)]
+        behind = []
+        if around.result:
+            node.output[0] = self._unused(f"{result}_numbers")
+            behind = [_operator(node, "QuantizeLinear", [node.output[0], *around.result], result)]
+        node.op_type = _IN_FLOATING_POINT[node.op_type]
+        tensors = sorted(
+            (place.position, name) for name, place in self._places.items() if place.node == number
+        )
+        node.input[:] = [inputs]
+        for position, (_, name) in enumerate(tensors, 1):
+            fresh, self._positions[name] = self._unused(name), position
+            message = self._initializers[fresh] = self._graph.initializer.add(name=fresh)
+            _fill(message, _as_in_file(state[name], self._places[name], None).contiguous())
+            node.input.append(fresh)
+        for at, kept in around.rescaled:
+            scaling = self._graph.node[at]
+            scaling.op_type = "Identity"
+            self._drop(scaling.input[1 - kept])
+            scaling.input[:] = [scaling.input[kept]]
+        for name in (*around.step, *around.result):
+            self._uses[name] = self._uses.get(name, 0) + 1
+        for name in old[1:]:
+            self._drop(name)
+        self._around[number] = before, behind
+        # What the file says of the type of its results does not hold any more.
+        for value in [value for value in self._graph.value_info if value.name == result]:
+            self._graph.value_info.remove(value)
+
+    def _drop(self, name: str) -> None:
+        """Remove an operand from an operator, and a weight that nothing uses any more from the file."""
+        self._uses[name] = self._uses.get(name, 0) - 1
+        if not self._uses[name] and name in self._initializers:
+            self._graph.initializer.remove(self._initializers.pop(name))
+
+
+_IN_FLOATING_POINT = {
+    "ConvInteger": "Conv", "MatMulInteger": "MatMul", "QLinearConv": "Conv", "QLinearMatMul": "MatMul",
+}  # fmt: skip
+
+
+def _operator(like: Any, kind: str, inputs: list[str], output: str) -> Any:
+    made = type(like)()
+    made.op_type = kind
+    made.input.extend(inputs)
+    made.output.append(output)
+    return made
 
 
 def _as_in_file(tensor: Tensor, place: Place, shape: tuple[int, ...] | None) -> Tensor:

@@ -15,7 +15,16 @@ import torch
 
 from unbackdoor.errors import InputError, UnsafeFile
 from unbackdoor.weights.formats.buffers import Buffer, short
-from unbackdoor.weights.formats.tensors import StorageRef, Store, TensorRef, Window, natural, sizes
+from unbackdoor.weights.formats.tensors import (
+    QUANTISED_STORAGES,
+    QuantisedStorageRef,
+    StorageRef,
+    Store,
+    TensorRef,
+    Window,
+    natural,
+    sizes,
+)
 from unbackdoor.weights.formats.torch_save import pickle_reader as pickles
 from unbackdoor.weights.formats.torch_save.pickle_globals import Name
 from unbackdoor.weights.formats.torch_save.pickle_reader import Trail
@@ -289,11 +298,16 @@ class _Storages:
         if location.partition(":")[0] == "meta":
             raise TypeError("a storage without content")
         self.kinds[key] = (pickles.storage_type(kind), cast(int, count))
-        return StorageRef(self._store, key, *self.kinds[key])
+        return _class_of(kind)(self._store, key, *self.kinds[key])
 
     def met(self, key: object) -> bool:
         """Tell whether a storage of this key was referred to, also one that cannot be made."""
         return isinstance(key, str) and key in self._described
+
+
+def _class_of(kind: object) -> type[StorageRef]:
+    quantised = isinstance(kind, Name) and kind.name in QUANTISED_STORAGES
+    return QuantisedStorageRef if quantised else StorageRef
 
 
 class _legacy_storage:
@@ -332,7 +346,7 @@ class _legacy_storage:
             raise UnsafeFile("a view of a storage is described in two ways", got=short(key))
         if not natural(first) or not natural(size) or cast(int, first) + cast(int, size) > base.count:
             raise TypeError("a view without a size")
-        return StorageRef(base.store, base.key, base.dtype, cast(int, size), cast(int, first))
+        return type(base)(base.store, base.key, base.dtype, cast(int, size), cast(int, first))
 
 
 def _place(
@@ -457,7 +471,7 @@ def _tar_storages(content: bytes, trail: Trail, objects: dict[object, Any]) -> N
         dtype = pickles.storage_type(kind)
         name, at = str(_number(key)), stream.tell()
         stream.seek(_place(content, at, store, name, dtype))
-        objects[key] = StorageRef(store, name, dtype, store.windows[name].size // dtype.itemsize)
+        objects[key] = _class_of(kind)(store, name, dtype, store.windows[name].size // dtype.itemsize)
     for view in cast("list[Any]", _read(stream, trail, _nothing)):
         target, root, first, size = view
         if not natural(first) or not natural(size):
@@ -465,7 +479,7 @@ def _tar_storages(content: bytes, trail: Trail, objects: dict[object, Any]) -> N
         base = objects[_number(root)]
         if first + size > base.count:
             raise TypeError("a view beyond its storage")
-        objects[_number(target)] = StorageRef(store, base.key, base.dtype, size, base.first + first)
+        objects[_number(target)] = type(base)(store, base.key, base.dtype, size, base.first + first)
 
 
 @_guarded

@@ -59,8 +59,9 @@ _LIBRARY = re.compile(
     r"|torch\.(q(u?int)(8|32|4x2|2x4)|bits\d+(x\d+)?|u?int[1-7]|float4_\w+)|torch\.per_(tensor|channel)_\w+"
     r"|torch\.(cuda\.)?(sparse\.)?[A-Z]\w*Tensor|torch\.cuda\.[A-Z]\w*Storage"
     r"|torch\.serialization\._get_layout"
-    # It opens a pickle inside; its names are recorded when it is read, see ``pickle_reader``.
-    r"|torch\.storage\._load_from_bytes|unbackdoor\.types\.Classifier"
+    # It opens a pickle inside; its names are recorded when it is read, see ``pickle_reader``. So is what the
+    # second makes: one of the packed weights that are listed there.
+    r"|torch\.storage\._load_from_bytes|torch\.ScriptObject|unbackdoor\.types\.Classifier"
     r"|torch\.nn\.functional\.(relu6?|leaky_relu|elu|selu|celu|gelu|glu|silu|mish|hardtanh|hardswish"
     r"|hardsigmoid|tanh|sigmoid|softplus|softmax|log_softmax|logsigmoid|dropout[123]?d?|cross_entropy|nll_loss"
     r"|mse_loss|l1_loss|smooth_l1_loss|kl_div|binary_cross_entropy(_with_logits)?|interpolate|normalize)"

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import codecs
 import pickletools
+import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -29,7 +30,9 @@ from unbackdoor.weights.formats.limits import spend
 from unbackdoor.weights.formats.tensors import (
     DTYPES,
     MAX_AXES,
+    QUANTISED_STORAGES,
     STORAGES,
+    QuantisedStorageRef,
     StorageRef,
     TensorRef,
     natural,
@@ -163,6 +166,11 @@ _TOUCHED = "a tensor is changed after it was made, and readers differ in what it
 CHANGED = Name("an imported name", "that is changed while loading")
 _FROM_TYPE = Name("torch._tensor", "_rebuild_from_type_v2")
 _OPENS = Name("torch.storage", "_load_from_bytes")
+# An object of a class in C++ that its state names: these of torch's own hold packed weights, and run nothing.
+PACKED = Name("torch", "ScriptObject")
+_PACKED_CLASSES = re.compile(
+    r"__torch__\.torch\.classes\.(quantized\.(Linear|Conv[23]d|Embedding)PackedParamsBase|rnn\.CellParamsBase)"
+)
 _PLAIN_VALUES = (int, float, bytes, tuple, type(None))
 Persistent = Callable[[object], object]
 Nested = Callable[[bytes, "Trail", int], object]
@@ -227,6 +235,7 @@ class _Machine:
         self._memo: dict[int, Any] = {}
         self._unhashed_keys = 0
         self._unopened = 0  # calls of the function that opens inner pickles whose content was not read
+        self._unmade = 0  # uses of the class of packed weights that made none
         self._copied = 0  # entries of containers that were made from others
         self._deception: UnsafeFile | None = None  # the first; reading goes on, because names may follow
 
@@ -240,6 +249,8 @@ class _Machine:
         finally:
             if self._unopened:
                 self._trail.names[_OPENS] = "dangerous"
+            if self._unmade:
+                self._trail.names[PACKED] = "dangerous"
         if self._deception is not None:
             raise self._deception
         return described
@@ -272,6 +283,7 @@ class _Machine:
 
     def push(self, value: Any) -> None:
         self._unopened += isinstance(value, Name) and value == _OPENS
+        self._unmade += isinstance(value, Name) and value == PACKED
         self._stack.append(value)
 
     def pop(self) -> Any:
@@ -448,6 +460,7 @@ class _Machine:
                 self._deceives("the attributes of an object are set twice", target.cls)
             if target.cls in _MAPPINGS and not _is_remark(state, _MAPPING_ATTRIBUTES):
                 self._deceives("a dictionary is changed so that readers differ in what it holds", target.cls)
+            self._unmade -= _is_packed(target, state)
             target.state = state
 
     def persistent_text(self, argument: Any) -> None:
@@ -582,6 +595,8 @@ def _tensor(args: tuple[Any, ...], dtype: Any) -> TensorRef:
         raise storage.error
     if not isinstance(storage, StorageRef) or not natural(offset):
         raise TypeError("a tensor without a storage")
+    if isinstance(storage, QuantisedStorageRef):
+        raise quantised()
     if dtype is None:
         dtype = storage.dtype
     elif isinstance(dtype, Name) and dtype.module == "torch" and dtype.name in DTYPES:
@@ -589,6 +604,14 @@ def _tensor(args: tuple[Any, ...], dtype: Any) -> TensorRef:
     else:
         raise TypeError("a tensor of an unknown type")
     return TensorRef(storage, dtype, offset, sizes(shape), sizes(stride))
+
+
+def _is_packed(made: Stub, state: object) -> bool:
+    """Tell whether setting the state of a new object makes packed weights of it, and nothing else."""
+    if made.made_by != PACKED or made.args != () or made.state is not None:
+        return False
+    named = isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], str)
+    return named and _PACKED_CLASSES.fullmatch(state[1]) is not None
 
 
 def _makes_only(args: tuple[Any, ...]) -> bool:
@@ -631,12 +654,10 @@ def storage_type(name: object) -> torch.dtype:
     Raises:
         TypeError: If it is none.
     """
-    if (
-        isinstance(name, Name)
-        and name.module in ("torch", "torch.cuda", "torch.storage")
-        and name.name in STORAGES
-    ):
-        return STORAGES[name.name]
+    if isinstance(name, Name) and name.module in ("torch", "torch.cuda", "torch.storage"):
+        known = {**STORAGES, **QUANTISED_STORAGES}
+        if name.name in known:
+            return known[name.name]
     raise TypeError(f"no storage class: {short(str(name))}")
 
 

@@ -69,7 +69,9 @@ def probe_repairs(
     networks = _Networks(store, place or {}, config, progress)
     todo: list[tuple[Cell, ProbeRow]] = []
     for cell, repair in repairs_of(store, label):
-        if cell.state != "done" or not matches(name_of(repair.model_dump()), only, part):
+        # A suite that is not split has no parts to choose from.
+        wanted = matches(name_of(repair.model_dump()), only, part if repair.part else None)
+        if cell.state != "done" or not wanted:
             continue
         row = ProbeRow(**repair.model_dump(include=_OF_REPAIR), **networks.versions(cell, repair))
         there = rows.get(row.key())

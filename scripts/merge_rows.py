@@ -5,8 +5,8 @@
 
 A suite of many days is measured in pieces, and a method may change between two of them. An export holds only
 what the present code made. This keeps the committed rows that the export has no newer one for, and those that
-say which code made them, in their column ``code``, where the newer one does not. The scans beside both files
-are merged too.
+say which code made them, in their column ``code``, where the newer one does not. The scans and the
+probes beside both files are merged too.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from unbackdoor.bench.rows import Row, ScanRow, read_rows, read_scans, write_rows
+from unbackdoor.bench.rows import ProbeRow, Row, ScanRow, read_probes, read_rows, read_scans, write_rows
 
-R = TypeVar("R", Row, ScanRow)
+R = TypeVar("R", Row, ScanRow, ProbeRow)
 
 
 def main() -> None:
-    """Merge rows, and scans where there are some."""
+    """Merge rows, and scans and probes where there are some."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("committed", type=Path)
     parser.add_argument("new", type=Path)
@@ -30,8 +30,10 @@ def main() -> None:
     write_rows(arguments.committed, merged(read_rows(arguments.committed), read_rows(arguments.new)))
     committed, new = (path.with_suffix(".scans.jsonl") for path in (arguments.committed, arguments.new))
     if new.exists():
-        old = read_scans(committed) if committed.exists() else []
-        write_rows(committed, merged(old, read_scans(new)))
+        write_rows(committed, merged(read_scans(committed), read_scans(new)))
+    committed, new = (path.with_suffix(".probes.jsonl") for path in (arguments.committed, arguments.new))
+    if new.exists():
+        write_rows(committed, merged(read_probes(committed), read_probes(new)))
 
 
 def merged(committed: Iterable[R], new: Iterable[R]) -> list[R]:

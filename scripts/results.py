@@ -16,7 +16,7 @@ from typing import Any
 from unbackdoor.bench.code_version import is_current_of
 from unbackdoor.bench.detection import COMBINED, Detection, detections
 from unbackdoor.bench.results import WEAK
-from unbackdoor.bench.rows import Row, ScanRow, read_rows, read_scans
+from unbackdoor.bench.rows import Row, ScanRow, read_probes, read_rows, read_scans
 from unbackdoor.bench.suites import SHIPPED, find_suite, load_suite
 from unbackdoor.files import atomic_write
 from unbackdoor.report.benchmark import bench_report
@@ -48,6 +48,7 @@ PLAIN, STRONG, ZOO = "cifar10-small-v1", "repairs-strong-v1", "zoo-v1"
 SCANNERS = ("scanners-v1", "scanners-one-percent-v1")
 FOREIGN, SCREENING, REMEDIES = "foreign-models", "screening", "remedies"
 FULL_SIZE = "full-size"
+BESIDE_ROWS = (".scans", ".probes")  # files beside the rows of a suite
 ONE_PERCENT = 0.01
 SYSTEMS = ("rnp", "awm", "ims", "tac", "neural_cleanse")
 METHODS = (
@@ -66,7 +67,7 @@ Record = Mapping[str, Any]
 
 def suites() -> list[str]:
     """Return the labels of the suites whose rows are committed."""
-    names = [file.stem for file in sorted(RESULTS.glob("*.jsonl")) if not file.stem.endswith(".scans")]
+    names = [file.stem for file in sorted(RESULTS.glob("*.jsonl")) if not file.stem.endswith(BESIDE_ROWS)]
     return [name for name in names if name not in (FOREIGN, SCREENING, REMEDIES, FULL_SIZE)]
 
 
@@ -101,6 +102,7 @@ def suite(label: str, is_current: IsCurrent | None = None) -> Document:
     made = bench_report(
         rows,
         scans=scans,
+        probes=read_probes(RESULTS / f"{label}.probes.jsonl"),
         colophon=Verbatim(f"Made by `python scripts/results.py` from {source}{how}."),
         is_current=is_current,
         all_rows=label in ABOUT,

@@ -14,7 +14,15 @@ from typing import Any
 import pytest
 
 from unbackdoor.bench.code_version import is_current, is_current_of
-from unbackdoor.bench.rows import Row, ScanRow, read_rows, read_scans, write_rows
+from unbackdoor.bench.rows import (
+    ProbeRow,
+    Row,
+    ScanRow,
+    read_probes,
+    read_rows,
+    read_scans,
+    write_rows,
+)
 from unbackdoor.report.tables import ABSENT, LEGEND, OLDER
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +71,7 @@ OTHER_COLUMNS = {
     [
         f
         for f in sorted((ROOT / "results").glob("*.jsonl"))
-        if not {f.stem, f.suffixes[0][1:]} & {*OTHER_COLUMNS, "scans"}
+        if not {f.stem, f.suffixes[0][1:]} & {*OTHER_COLUMNS, "scans", "probes"}
     ],
     ids=lambda f: f.stem,
 )
@@ -82,7 +90,7 @@ def test_rates_are_rates_and_der_follows_from_them(file: Path) -> None:
 
 @pytest.mark.parametrize("file", sorted((ROOT / "results").glob("*-v*.jsonl")), ids=lambda f: f.stem)
 def test_rows_of_versioned_code_name_their_commit_and_their_victims(file: Path) -> None:
-    read = read_scans if file.suffixes[0] == ".scans" else read_rows
+    read = {".scans": read_scans, ".probes": read_probes}.get(file.suffixes[0], read_rows)
     for row in read(file):
         # The older rows without a commit were exported from results that did not carry one yet.
         assert not row.code or (row.commit and row.victim_code)
@@ -124,22 +132,29 @@ ROW = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("scans", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "read", "ending"),
+    [
+        (Row, read_rows, ".jsonl"),
+        (ScanRow, read_scans, ".scans.jsonl"),
+        (ProbeRow, read_probes, ".probes.jsonl"),
+    ],
+    ids=["repairs", "scans", "probes"],
+)
 @pytest.mark.parametrize(("old", "new", "kept"), [("", "", 2), ("", "b", 2), ("a", "b", 2), ("a", "", 1)])
 def test_a_merge_keeps_the_row_that_names_its_code(
-    tmp_path: Path, old: str, new: str, kept: int, scans: bool
+    tmp_path: Path, old: str, new: str, kept: int, kind: Any, read: Any, ending: str
 ) -> None:
     """Else a row of unknown code took the place of a row whose code is known."""
-    kind, method = (ScanRow, "scanner") if scans else (Row, "defense")
+    method = "scanner" if kind is ScanRow else "defense"
     lines = [kind(**ROW, **{method: name}) for name in ("none", "ft")]
-    place, beside = ("rows.scans.jsonl", "new.scans.jsonl") if scans else ("rows.jsonl", "new.jsonl")
+    place, beside = f"rows{ending}", f"new{ending}"
     for name in ("rows.jsonl", "new.jsonl"):
         (tmp_path / name).touch()
     write_rows(tmp_path / place, [row.model_copy(update={"code": old, "seconds": 1}) for row in lines[:1]])
     write_rows(tmp_path / beside, [row.model_copy(update={"code": new, "seconds": 2}) for row in lines])
     command = [sys.executable, str(ROOT / "scripts" / "merge_rows.py"), "rows.jsonl", "new.jsonl"]
     subprocess.run(command, cwd=tmp_path, check=True)
-    read = read_scans if scans else read_rows
     merged = [(getattr(row, method), row.code, row.seconds) for row in read(tmp_path / place)]
     assert merged == [("none", new if kept == 2 else old, kept), ("ft", new, 2)]
 

@@ -21,8 +21,10 @@ from unbackdoor.errors import InputError
 from unbackdoor.registry import ARCHITECTURES, ATTACKS, DEFENSES, SCANNERS, SCREENERS, Part, Registry
 
 OWN = "unbackdoor"
+CONTROL = "none"  # the attack of networks that were trained clean
 IMPORTED = "imported "  # before the version of a victim that was taken over and is pinned by its weights
 TRAINING, SCANNING = f"{OWN}.bench.train_step", f"{OWN}.bench.scan_step"
+PROBES = f"{OWN}.bench.probes"
 STEPS, SPLITS = f"{OWN}.bench.steps", f"{OWN}.data.splits"
 # Modules at which a closure ends, because no change behind them can alter a number unnoticed:
 ENDS = frozenset(
@@ -193,6 +195,14 @@ def scan_version(scanner: str, attack: str, architecture: str, sources: Sources 
     return _version(SCANNING, parts, sources)
 
 
+def probe_version(attack: str, architecture: str, sources: Sources | None = None) -> str:
+    """Return the version of the code that probes a repair; see :func:`repair_version`.
+
+    The repair has a version of its own, which is no part of this one.
+    """
+    return _version(PROBES, (ATTACKS[attack], _family(architecture)), sources)
+
+
 def sample_version() -> str:
     """Return the version of the code that draws a defender's images."""
     return _cached_version((SPLITS,), "")
@@ -236,24 +246,33 @@ def is_current(row: Any) -> bool:
     """Return whether a row was measured by the code that is installed.
 
     The victim of the row must be of that code too, or one that was taken over: it is pinned by its weights.
+    Of probes, the repair and the clean network beside it must be so as well.
 
     Args:
-        row: A row of a repair or a scan, or the same as a mapping. A row without a version was measured by
-            older code, and so was one whose method, attack or architecture is not there any more.
+        row: A row of a repair, a scan or probes, or the same as a mapping. A row without a version was
+            measured by older code, and so was one whose method, attack or architecture is not there any more.
     """
     of: Callable[[str], Any] = row.get if isinstance(row, Mapping) else lambda name: getattr(row, name, None)
-    code, victim = of("code"), of("victim_code")
+    attack, architecture = str(of("attack")), str(of("architecture"))
+    probed = of("repair_code") is not None
+    code, victim, control = of("repair_code" if probed else "code"), of("victim_code"), of("control_code")
     if not code or not victim:
         return False
     try:
-        by, name = (scan_version, of("scanner")) if of("scanner") else (repair_version, of("defense"))
-        if code != by(str(name), str(of("attack")), str(of("architecture"))):
+        if probed and of("code") != probe_version(attack, architecture):
             return False
-        return str(victim).startswith(IMPORTED) or victim == victim_version(
-            str(of("attack")), str(of("architecture"))
+        by, name = (scan_version, of("scanner")) if of("scanner") else (repair_version, of("defense"))
+        return (
+            code == by(str(name), attack, architecture)
+            and _is_current_victim(str(victim), attack, architecture)
+            and (not control or _is_current_victim(str(control), CONTROL, architecture))
         )
     except InputError:
         return False
+
+
+def _is_current_victim(code: str, attack: str, architecture: str) -> bool:
+    return code.startswith(IMPORTED) or code == victim_version(attack, architecture)
 
 
 def _family(architecture: str) -> Part[Any]:

@@ -253,16 +253,21 @@ def name_of(labels: Mapping[str, Any]) -> str:
     return "/".join(parts)
 
 
+def matches(name: str, only: str | None = None, part: str | None = None) -> bool:
+    """Return whether the name of a cell fits a pattern and a part; None fits all."""
+    if part is not None and not name.endswith(f"/part={part}"):
+        return False
+    only = only and only.replace("[", "[[]")  # names of networks have brackets, patterns have none
+    return only is None or fnmatchcase(name, only) or fnmatchcase(name, f"*{only}*")
+
+
 def _matching(
     members: Iterable[tuple[str, str | None, str]], only: str | None, part: str | None
 ) -> list[str]:
     """Return the keys whose names match, in order, each with its victim before it and none twice."""
-    only = only and only.replace("[", "[[]")  # names of networks have brackets, patterns have none
     keys: dict[str, None] = {}
     for key, parent, name in members:
-        if part is not None and not name.endswith(f"/part={part}"):
-            continue
-        if only is None or fnmatchcase(name, only) or fnmatchcase(name, f"*{only}*"):
+        if matches(name, only, part):
             if parent is not None:
                 keys.setdefault(parent)
             keys.setdefault(key)

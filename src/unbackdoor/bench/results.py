@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -25,7 +25,12 @@ _T95 = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 def rows_of(store: Store, label: str) -> list[Row]:
     """Return one row for every finished or failed repair of a suite, in the suite's order."""
-    return [_row(*ended) for ended in _ended(store, label, "repair")]
+    return [row for _, row in repairs_of(store, label)]
+
+
+def repairs_of(store: Store, label: str) -> list[tuple[Cell, Row]]:
+    """Return the finished or failed repairs of a suite, each with its row, in the suite's order."""
+    return [(ended[0], _row(*ended)) for ended in _ended(store, label, "repair")]
 
 
 def scans_of(store: Store, label: str) -> list[ScanRow]:
@@ -40,15 +45,20 @@ class _Victim:
     processor_seconds: float | None
 
 
+def version_of_victim(cell: Cell, pinned: Container[str]) -> str:
+    """Return the column ``victim_code`` of a victim, given the addresses of those that were taken over."""
+    # A victim of a time before there were versions says which attack's module it was trained with.
+    code = str(cell.spec.get("code", cell.spec.get("attack_code", "")))
+    return IMPORTED + code if cell.key in pinned else code
+
+
 def _ended(store: Store, label: str, kind: str) -> Iterator[tuple[Cell, dict[str, Any], _Victim]]:
     """Yield the ended cells of a kind, each with the labels of its row and its victim."""
     members, pinned = store.members(label), store.pinned()
     victims = {
         cell.key: _Victim(
             cell.result["scores"] if cell.result else {},
-            # A victim of a time before there were versions says which attack's module it was trained with.
-            (IMPORTED if cell.key in pinned else "")
-            + str(cell.spec.get("code", cell.spec.get("attack_code", ""))),
+            version_of_victim(cell, pinned),
             (cell.result or {}).get("processor_seconds"),
         )
         for cell, _ in members

@@ -46,8 +46,8 @@ class _Experiment(BaseModel):
         return tuple(names[: names.index("defender_seed") + 1])
 
 
-class Row(_Experiment):
-    """One measured repair; the order of the fields is the order of the columns."""
+class _Repair(_Experiment):
+    """The columns that identify a repair, and the rates of its victim."""
 
     defense: str
     preset: str = "default"
@@ -56,6 +56,11 @@ class Row(_Experiment):
     defender_seed: int
     acc_before: float | None = None
     asr_before: float | None = None
+
+
+class Row(_Repair):
+    """One measured repair; the order of the fields is the order of the columns."""
+
     ra_before: float | None = None
     acc: float | None = None
     asr: float | None = None
@@ -101,6 +106,45 @@ class ScanRow(_Experiment):
     error: str | None = None
 
 
+class ProbeRow(_Repair):
+    """The probes of one repair; the order of the fields is the order of the columns.
+
+    Columns that end in ``_before`` are of the victim, those that end in ``_control`` of the clean network.
+    """
+
+    acc: float | None = None
+    asr: float | None = None
+    relearn_steps: tuple[int, ...] = ()
+    relearned: tuple[float, ...] = ()
+    relearned_before: tuple[float, ...] = ()
+    relearned_control: tuple[float, ...] = ()
+    steps_to_half: int | None = None
+    steps_to_half_before: int | None = None
+    steps_to_half_control: int | None = None
+    alternative: float | None = None
+    alternative_before: float | None = None
+    alternative_control: float | None = None
+    pacc: float | None = None
+    pacc_before: float | None = None
+    pacc_control: float | None = None
+    moved: float | None = None
+    moved_before: float | None = None
+    moved_control: float | None = None
+    moved_class: int | None = None
+    moved_class_before: int | None = None
+    moved_class_control: int | None = None
+    seconds: float | None = None
+    device: str = ""
+    commit: str = ""
+    code: str = ""
+    repair_code: str = ""
+    victim_code: str = ""
+    control_code: str = ""
+    part: str = ""
+    flags: tuple[str, ...] = ()
+    error: str | None = None
+
+
 def read_rows(path: Path) -> list[Row]:
     """Read a JSON-lines file of rows; an absent file has none.
 
@@ -113,6 +157,11 @@ def read_rows(path: Path) -> list[Row]:
 def read_scans(path: Path) -> list[ScanRow]:
     """Read a JSON-lines file of scans, as :func:`read_rows` does."""
     return list(_rows(path, ScanRow)) if is_there(path) else []
+
+
+def read_probes(path: Path) -> list[ProbeRow]:
+    """Read a JSON-lines file of probes, as :func:`read_rows` does."""
+    return list(_rows(path, ProbeRow)) if is_there(path) else []
 
 
 def write_rows(path: Path, rows: Iterable[BaseModel]) -> None:

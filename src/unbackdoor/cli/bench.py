@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from unbackdoor.bench.driver import Progress
     from unbackdoor.bench.engines import Engine
-    from unbackdoor.bench.rows import Row, ScanRow
+    from unbackdoor.bench.rows import ProbeRow, Row, ScanRow
     from unbackdoor.bench.suites import Suite
 
 bench = typer.Typer(no_args_is_help=True, help="Run suites of attacks and defenses, and report the rows.")
@@ -69,6 +69,7 @@ SuiteFolder = Annotated[
 ]
 STORE = Path("runs/bench")
 _SCANS = ".scans"  # before the ending of the file that holds a suite's scans
+_PROBES = ".probes"  # likewise
 
 
 @bench.command("run")
@@ -260,6 +261,47 @@ def export(
             say(f"{len(export_victims(opened, suite, victims))} victims: {victims}")
 
 
+@bench.command("probe")
+def probe(
+    suite: Annotated[str, typer.Argument(help="Label of a suite in the store.")],
+    only: Annotated[
+        str | None,
+        typer.Option(help="Probe only what matches, as for bench run.", show_default=False),
+    ] = None,
+    part: Annotated[Part, typer.Option(help="Part of a suite that is split.")] = Part.all,
+    out: Annotated[
+        Path | None, typer.Option(help="File; default: results/SUITE.probes.jsonl.", show_default=False)
+    ] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Probe again what failed.")] = False,
+    store: StoreFolder = STORE,
+    data_root: options.DataRoot = None,
+    device: options.Device = "cpu",
+    quiet: options.Quiet = False,
+) -> None:
+    """Look behind the ASR of finished repairs: can the backdoor be learned again, or reached otherwise?
+
+    Each repaired network, its victim and a network that was trained clean are asked the same. Rows are added
+    to the file one by one, and what has one is not probed again: a run may be killed at any moment and
+    started again.
+    """
+    from unbackdoor.bench.probe_rows import probe_repairs
+    from unbackdoor.cli.progress import Display
+
+    file = out or Path("results") / f"{suite}{_PROBES}.jsonl"
+    place = {
+        "data_root": str(data_root) if data_root else None,
+        "cache": os.environ.get("UNBACKDOOR_CACHE"),
+        "device": device,
+    }
+    with _holding(suite, store) as opened, Display(quiet=quiet) as display:
+        count = probe_repairs(
+            opened, suite, file,
+            only=only, part=None if part is Part.all else part.value, retry=retry, place=place,
+            progress=display,
+        )  # fmt: skip
+    say(f"{count} repairs probed: {file}")
+
+
 @bench.command("import")
 def import_(
     folder: Annotated[Path, typer.Argument(help="Folder of victims, from bench export --victims.")],
@@ -300,6 +342,7 @@ def report(
     made = bench_report(
         rows,
         scans=_scans(suite, store),
+        probes=_probes(suite),
         published=published,
         colophon=f"Made by unbackdoor {__version__} of {len(rows):,} rows.",
     )
@@ -443,6 +486,13 @@ def _scans(name: str, store: Path) -> list[ScanRow]:
         return read_scans(Path(name.removesuffix(".jsonl") + _SCANS + ".jsonl"))
     with _holding(name, store) as opened:
         return scans_of(opened, name)
+
+
+def _probes(name: str) -> list[ProbeRow]:
+    from unbackdoor.bench.rows import read_probes
+
+    rows = Path(name) if name.endswith(".jsonl") else Path("results") / f"{name}.jsonl"
+    return read_probes(rows.with_name(f"{rows.stem}{_PROBES}{rows.suffix}"))
 
 
 def _holding(name: str, store: Path) -> Any:

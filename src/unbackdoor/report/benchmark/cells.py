@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 
 from unbackdoor.bench.results import Mean
-from unbackdoor.bench.rows import Row, ScanRow
+from unbackdoor.bench.rows import ProbeRow, Row, ScanRow
 from unbackdoor.metrics import Rate
 from unbackdoor.report.tables import ABSENT, MOST_ROWS, Cell, Column, Table
 from unbackdoor.report.words import NOTHING, duration
@@ -78,7 +78,7 @@ def chosen(selection: str) -> str:
     return "oracle: chosen with the truth" if selection == ORACLE else f"chosen by {name(selection)}"
 
 
-def attack(row: Row | ScanRow, *, older: bool = False, means: bool = False) -> Cell:
+def attack(row: Row | ScanRow | ProbeRow, *, older: bool = False, means: bool = False) -> Cell:
     """Return the attack of a row with its poison rate and target."""
     small = [OLDER_CODE] if older and means else []
     if row.attack == "none":

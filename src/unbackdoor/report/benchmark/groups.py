@@ -9,7 +9,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from pydantic import BaseModel
 
 from unbackdoor.bench.results import WEAK, Mean
-from unbackdoor.bench.rows import Row, ScanRow
+from unbackdoor.bench.rows import ProbeRow, Row, ScanRow
 from unbackdoor.report.benchmark.cells import name
 
 K = TypeVar("K", bound=Hashable)
@@ -27,7 +27,7 @@ class Setting(NamedTuple):
     recipe: str
 
     @classmethod
-    def of(cls, row: Row | ScanRow) -> Setting:
+    def of(cls, row: Row | ScanRow | ProbeRow) -> Setting:
         """Return the setting of a row."""
         return cls(row.dataset, row.architecture, row.width, row.recipe)
 
@@ -137,12 +137,16 @@ def attack_groups(rows: Iterable[Row]) -> dict[tuple[Any, ...], Group]:
     """Return rows in groups that differ in their seeds only."""
     groups: dict[tuple[Any, ...], Group] = {}
     for row in rows:
-        key = (row.attack, row.poison_rate, row.target, defense_of(row), row.selection, row.clean_images)
-        groups.setdefault(key, Group(row)).rows.append(row)
+        groups.setdefault(attack_key(row), Group(row)).rows.append(row)
     return groups
 
 
-def defense_of(row: Row) -> str:
+def attack_key(row: Row | ProbeRow) -> tuple[Any, ...]:
+    """Return what repairs have in common that differ in their seeds only."""
+    return (row.attack, row.poison_rate, row.target, defense_of(row), row.selection, row.clean_images)
+
+
+def defense_of(row: Row | ProbeRow) -> str:
     """Return the name of a defense with its preset."""
     return row.defense if row.preset == "default" else f"{row.defense}:{row.preset}"
 

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 from unbackdoor.bench.reference import PublishedTable
 from unbackdoor.bench.results import WEAK
-from unbackdoor.bench.rows import Row, ScanRow
+from unbackdoor.bench.rows import ProbeRow, Row, ScanRow
 from unbackdoor.bench.victims import ATTACK_TOOK
 from unbackdoor.errors import InputError
 from unbackdoor.report.benchmark.cells import ORACLE, counted, name
 from unbackdoor.report.benchmark.charts import chart_section
 from unbackdoor.report.benchmark.groups import IsCurrent, Rows, Setting, defense_of
+from unbackdoor.report.benchmark.probes import probe_section
 from unbackdoor.report.benchmark.published import published_section
 from unbackdoor.report.benchmark.repairs import (
     attack_section,
@@ -64,6 +65,7 @@ def bench_report(
     rows: Sequence[Row],
     *,
     scans: Sequence[ScanRow] = (),
+    probes: Sequence[ProbeRow] = (),
     published: PublishedTable | None = None,
     colophon: str = "",
     is_current: IsCurrent | None = None,
@@ -75,6 +77,7 @@ def bench_report(
         rows: Of one suite or several; means are taken within a data set, an architecture, a width and a
             training recipe only, and over rows of the current code or of older code, never of both.
         scans: What scanners said of the same victims.
+        probes: What probes found in the repaired networks.
         published: Numbers of others, shown beside ours where the setting matches.
         colophon: Last line.
         is_current: Whether a row (as a mapping) was measured by the current code; the benchmark's own
@@ -90,12 +93,14 @@ def bench_report(
             "there are no rows to report", remedy="Run the suite first: unbackdoor bench run SUITE"
         )
     repairs, scan_rows = Rows.of(rows, is_current), Rows.of(scans, is_current)
+    probe_rows = Rows.of(probes, is_current)
     settings = repairs.by(Setting.of)
     sections = [
         summary_section(settings),
         chart_section(settings),
         attack_section(settings),
         scan_section(scan_rows),
+        probe_section(probe_rows),
         *([published_section(settings, published)] if published else []),
         left_out_section(repairs),
         failed_section(repairs),
@@ -106,13 +111,13 @@ def bench_report(
     ]
     return Document(
         title="Benchmark " + name(", ".join(sorted({f"{row.suite}-v{row.version}" for row in rows}))),
-        lead=_lead(repairs, scan_rows, settings),
+        lead=_lead(repairs, settings, age_of(repairs, scan_rows, probe_rows)),
         sections=tuple(s for s in sections if s.tables or s.charts or s.terms or s.identifier == "conclude"),
         colophon=colophon,
     )
 
 
-def _lead(repairs: Rows[Row], scans: Rows[ScanRow], settings: Mapping[Setting, Rows[Row]]) -> tuple[str, ...]:
+def _lead(repairs: Rows[Row], settings: Mapping[Setting, Rows[Row]], age: Sequence[str]) -> tuple[str, ...]:
     rows = repairs.all
     attacks = {row.attack for row in rows} - {"none"}
     budgets = sorted({row.clean_images for row in rows})
@@ -129,7 +134,7 @@ def _lead(repairs: Rows[Row], scans: Rows[ScanRow], settings: Mapping[Setting, R
         f"{counted(failed, 'row')} failed; {weak:,} left out of every mean because the attack did not take; "
         f"{oracle:,} chosen with the truth and ranked apart."
     )
-    return (first, second, *age_of(repairs, scans))
+    return (first, second, *age)
 
 
 def _conclusions(rows: Sequence[Row]) -> tuple[str, ...]:
@@ -144,7 +149,7 @@ def _conclusions(rows: Sequence[Row]) -> tuple[str, ...]:
     )
 
 
-def age_of(*kinds: Rows[Row] | Rows[ScanRow]) -> list[str]:
+def age_of(*kinds: Rows[Row] | Rows[ScanRow] | Rows[ProbeRow]) -> list[str]:
     """Say how many rows are of older code; nothing if there are none."""
     older, every = sum(len(rows.older) for rows in kinds), sum(len(rows.pairs) for rows in kinds)
     if not older:

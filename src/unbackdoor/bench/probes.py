@@ -21,7 +21,7 @@ from unbackdoor.attacks import AttackTruth, stamped
 from unbackdoor.data.batches import to_float
 from unbackdoor.engine.descent import Batch, descend
 from unbackdoor.engine.heads import head_name
-from unbackdoor.engine.inference import accuracy, frozen, images_per_pass, logits_of, mode, predict
+from unbackdoor.engine.inference import frozen, images_per_pass, logits_of, mode, predict
 from unbackdoor.engine.run import Run
 from unbackdoor.engine.training import Recipe
 from unbackdoor.metrics import agreement
@@ -188,14 +188,19 @@ def relearning(
         schedule="constant",
         augmentation="none",
     )
-    curve = [accuracy(pupil, judged, run)]
+
+    def asr() -> float:
+        with mode(pupil, training=False):
+            return agreement(predict(pupil, judged, run).argmax(1), judged.truth).value
+
+    curve = [asr()]
 
     def loss(batch: Batch) -> Tensor:
         return F.cross_entropy(logits_of(pupil, batch.pixels, run), batch.labels)
 
     def measure() -> None:
         if len(curve) <= steps:  # the last epoch may have a few steps more
-            curve.append(accuracy(pupil, judged, run))
+            curve.append(asr())
 
     descend(pupil, lesson, recipe, loss, run, label="re-learning", after_step=measure)
     return curve

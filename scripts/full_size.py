@@ -82,7 +82,7 @@ def audited(name: str, budget: float) -> dict[str, Any]:
         "verdict": said.get("verdict"),
         "checks_done": said.get("checks_done"),
         "checks_planned": said.get("checks_planned"),
-        "steps": [{k: step.get(k) for k in ("name", "status")} for step in said.get("steps", [])],
+        "steps": [{k: step[k] for k in ("step", "status", "seconds")} for step in said.get("steps", [])],
         "seconds_per_image": said.get("seconds_per_image"),
         "error": f"{error['type']}: {error['message']}" if error else None,
         "device": describe_device(Run.create()),

@@ -68,7 +68,9 @@ def read_npz(
             remedy="Save one integer per image",
         )
     labels = np.ascontiguousarray(raw, dtype=np.int64)
-    names, labels = checked_labels(labels, names, lambda i: f"{where}, row {i}", str(path), partial)
+    # Without names nothing says which classes there are; the images may be few of a larger set.
+    some = partial or names is None
+    names, labels = checked_labels(labels, names, lambda i: f"{where}, row {i}", str(path), some)
     return as_images(pixels, labels, names, title)
 
 

@@ -140,7 +140,7 @@ def full_size_table(identifier: str, rows: Rows[Record]) -> Table:
     for row, older in rows.pairs:
         ended = row["error"] or row["verdict"] or f"exit code {row['exit_code']}"
         each = row["seconds_per_image"]
-        out = [step["name"] for step in row["steps"] if step["status"] == "left out"]
+        out = [step["step"] for step in row["steps"] if step["status"] == "left out"]
         made.append(
             (
                 Cell(row["network"], older=older),

@@ -161,7 +161,7 @@ def _integer_product(call: Call) -> Value:
         layer, place = "", None
     else:
         zero = call.constant(3)
-        if levels is None or levels.is_floating_point():
+        if not isinstance(levels, torch.Tensor) or levels.is_floating_point():
             raise call.refused("without whole numbers as weights")
         zeros = torch.zeros(()) if zero is None else zero.float()
         step = QuantisedStep(torch.ones_like(zeros), zeros, 0)

@@ -165,7 +165,8 @@ class _Operands:
 
     def finish(self) -> list[int]:
         """Add the operators that are new, and return where each of the old ones is now."""
-        nodes, moved = [], []
+        nodes: list[Any] = []
+        moved: list[int] = []
         for number, node in enumerate(list(self._graph.node)):
             before, behind = self._around.get(number, ((), ()))
             moved.append(len(nodes) + len(before))

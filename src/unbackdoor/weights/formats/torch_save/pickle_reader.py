@@ -610,8 +610,9 @@ def _is_packed(made: Stub, state: object) -> bool:
     """Tell whether setting the state of a new object makes packed weights of it, and nothing else."""
     if made.made_by != PACKED or made.args != () or made.state is not None:
         return False
-    named = isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], str)
-    return named and _PACKED_CLASSES.fullmatch(state[1]) is not None
+    if not isinstance(state, tuple) or len(state) != 2 or not isinstance(state[1], str):
+        return False
+    return _PACKED_CLASSES.fullmatch(state[1]) is not None
 
 
 def _makes_only(args: tuple[Any, ...]) -> bool:

@@ -61,6 +61,7 @@ def test_the_foundation_rows_are_whole() -> None:
 
 OTHER_COLUMNS = {
     "foreign-models",
+    "full-size",
     "screening",
     "remedies",
 }  # rows of scripts, which are no cells of a suite

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from unbackdoor.errors import UnsafeFile
+from unbackdoor.weights.sizes_only import SizesOnly
 
 _MOST = 1 << 22  # numbers that are computed from sizes, all together
 
@@ -30,36 +29,22 @@ def sizes_alone(network: nn.Module, shape: tuple[int, ...], where: Path) -> tupl
     """
     state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     bare = {name: t.detach().to("meta") if t.is_floating_point() else t for name, t in state.items()}
-    with torch.no_grad(), _SizesOnly(where):
+    with torch.no_grad(), _Bounded(where):
         out: tuple[Tensor, ...] = functional_call(network, bare, (torch.empty(shape, device="meta"),))
     return tuple(torch.empty(0) if one.is_meta else one for one in out)
 
 
-class _SizesOnly(TorchDispatchMode):
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Answer no: else the first call imports torch._dynamo, which takes as long as torch itself."""
-        return False
-
+class _Bounded(SizesOnly):
     def __init__(self, where: Path) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._where = where
         self._computed = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        flat, tree = tree_flatten((args, kwargs or {}))
-        if any(isinstance(t, Tensor) and t.is_meta for t in flat):
-            flat = [t.to("meta") if isinstance(t, Tensor) else t for t in flat]
-        args, kwargs = tree_unflatten(flat, tree)
-        out = func(*args, **(kwargs or {}))
-        every = out if isinstance(out, tuple | list) else (out,)
-        self._computed += sum(t.numel() for t in every if isinstance(t, Tensor) and not t.is_meta)
+    def made(self, func: Any, args: tuple[Any, ...], tensors: list[Tensor]) -> None:
+        self._computed += sum(t.numel() for t in tensors if not t.is_meta)
         if self._computed > _MOST:
             raise UnsafeFile(
                 "the graph computes absurdly much from sizes",
                 expected=f"at most {_MOST} numbers",
                 where=self._where,
             )
-        return out

@@ -13,10 +13,10 @@ from tiny import tiny_classifier, tiny_data
 from unbackdoor.audit.scanning import scan as audit
 from unbackdoor.engine.canonical_form import canonical_form
 from unbackdoor.engine.run import Run
+from unbackdoor.engine.stamp_search import Stamp, library
 from unbackdoor.engine.trusted_caller import scan
 from unbackdoor.errors import InputError
 from unbackdoor.scanners.logit_leak import leaning
-from unbackdoor.scanners.stamp_library import Stamp, library
 from unbackdoor.types import Classifier, CleanData, Images, ScanReport
 
 DATA = CleanData.split(block_data(160))

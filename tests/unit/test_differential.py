@@ -13,6 +13,7 @@ from unbackdoor.engine import differential_survey
 from unbackdoor.engine.differential_search import Opponents, Stage, window_places
 from unbackdoor.engine.differential_survey import (
     UNTARGETED,
+    ChanceLaw,
     Conviction,
     Survey,
     convictions,
@@ -38,11 +39,16 @@ def twin() -> Twin:
     return Twin(planted(), 1.0, 1.0, ())
 
 
+def never() -> Twin:
+    raise AssertionError("a second twin was made for nothing")
+
+
 def test_a_shortcut_of_one_network_is_found_and_convicted() -> None:
     pair = opponents(CORNER)
     result = survey(pair, seed="test", whole=True)
     assert result.gaps().index(max(result.gaps())) == CORNER
-    convicted, p_value = convictions(result, pair, twin)
+    # What moves to the class would explain what leaves all others, so that those need no law of their own.
+    convicted, p_value = convictions(result, ChanceLaw(pair, never))
     assert [one.label for one in convicted] == [CORNER] and p_value < 0.05
     best = result.best(CORNER)
     assert best is not None and best.moved > 0.5 and best.gap == best.moved - best.moved_twin
@@ -53,16 +59,15 @@ def test_two_equal_networks_have_no_gap_and_ask_for_no_second_twin() -> None:
     result = survey(pair, seed="test", whole=True)
     assert max(result.gaps()) == 0.0
 
-    def never() -> Twin:
-        raise AssertionError("a second twin was made for nothing")
-
-    assert convictions(result, pair, never) == ([], 1.0)
+    assert convictions(result, ChanceLaw(pair, never)) == ([], 1.0)
 
 
 def test_a_plain_case_ends_the_survey_unless_all_is_asked_for() -> None:
     pair = opponents(CORNER)
-    short = survey(pair, seed="test", whole=False)
-    assert not short.whole and len(short.differences) < len(survey(pair, seed="test", whole=True).differences)
+    short, whole = (survey(pair, seed="test", whole=one) for one in (False, True))
+    assert not short.whole and len(short.differences) < len(whole.differences)
+    gone_on = survey(pair, seed="test", whole=True, begun=short)
+    assert [d.gap for d in gone_on.differences] == [d.gap for d in whole.differences] and gone_on.whole
 
 
 def test_a_plain_class_that_is_not_convicted_asks_for_the_longer_searches(
@@ -125,7 +130,7 @@ def test_the_law_of_the_largest_holds_its_level() -> None:
 
 def test_two_targets_do_not_hide_each_other() -> None:
     pair = opponents(CORNER, 5)
-    convicted, p_value = convictions(survey(pair, seed="test", whole=True), pair, twin, lead=2.0)
+    convicted, p_value = convictions(survey(pair, seed="test", whole=True), ChanceLaw(pair, twin), lead=2.0)
     assert {one.label for one in convicted} == {CORNER, 5} and p_value < 0.05
 
 

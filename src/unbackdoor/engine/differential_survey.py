@@ -49,11 +49,13 @@ class Survey:
         differences: Every change that came to the end of its search, largest gap first.
         classes: K.
         whole: Whether all forms were searched, or a plain case ended it before.
+        searches: How many were made.
     """
 
     differences: tuple[Difference, ...]
     classes: int
     whole: bool
+    searches: int = 0
 
     def best(self, label: int) -> Difference | None:
         """Return the change with the largest gap towards a class; -1 for away from the predicted one."""
@@ -100,23 +102,26 @@ class Conviction:
     p_value: float | None
 
 
-def survey(opponents: Opponents, *, seed: str, whole: bool) -> Survey:
+def survey(opponents: Opponents, *, seed: str, whole: bool, begun: Survey | None = None) -> Survey:
     """Search with every form, towards every class and away from the predicted one.
 
     Args:
         opponents: The network, its twin, and the images.
         seed: Names the draws.
         whole: Whether all forms are searched even if a class is plain before.
+        begun: A survey of the same networks and draws that ended early; it is gone on with.
     """
     classes = list(range(opponents.model.classes))
-    differences: list[Difference] = []
-    ended = False
-    for search in _searches(opponents, classes, seed):
+    differences = [] if begun is None else list(begun.differences)
+    searches = _searches(opponents, classes, seed)
+    made = 0 if begun is None else begun.searches
+    for search in searches[made:]:
         differences += opponents.with_classes(opponents.measure(search()))
-        ended = not whole and max(d.gap for d in differences) >= PLAIN
-        if ended:
+        made += 1
+        if not whole and max(d.gap for d in differences) >= PLAIN:
             break
-    return Survey(tuple(sorted(differences, key=lambda d: -d.gap)), len(classes), not ended)
+    ordered = tuple(sorted(differences, key=lambda d: -d.gap))
+    return Survey(ordered, len(classes), made == len(searches), made)
 
 
 def _searches(
@@ -174,51 +179,37 @@ def surveyed(
 
     Args:
         opponents: The network, its twin, and the images.
-        other_twin: See :func:`convictions`.
+        other_twin: See :class:`ChanceLaw`.
         seed: Names the draws.
         whole: Whether all forms are searched in any case.
         gap: See :func:`convictions`.
         lead: See :func:`convictions`.
     """
-    result = survey(opponents, seed=seed, whole=whole)
-    convicted, p_value = convictions(result, opponents, other_twin, gap=gap, lead=lead)
+    result, law = survey(opponents, seed=seed, whole=whole), ChanceLaw(opponents, other_twin)
+    convicted, p_value = convictions(result, law, gap=gap, lead=lead)
     if convicted or result.whole:
         return result, convicted, p_value
-    result = survey(opponents, seed=seed, whole=True)
-    return result, *convictions(result, opponents, other_twin, gap=gap, lead=lead)
+    result = survey(opponents, seed=seed, whole=True, begun=result)
+    return result, *convictions(result, law, gap=gap, lead=lead)
 
 
 def convictions(
-    result: Survey,
-    opponents: Opponents,
-    other_twin: Callable[[], Twin],
-    *,
-    gap: float = GAP,
-    lead: float = LEAD,
+    result: Survey, law: ChanceLaw, *, gap: float = GAP, lead: float = LEAD
 ) -> tuple[list[Conviction], float]:
     """Return what the survey convicts, strongest first, and the p-value of its largest gap.
 
-    The p-value is 1 where no gap is large enough to ask for the law of chance.
+    The p-value is 1 where no gap is large enough to ask for the law of chance. Changes that lead to no class
+    are judged where all was searched and no class is convicted: a class that is would explain them.
 
     Args:
         result: The survey.
-        opponents: The network, the twin of the survey, and the images.
-        other_twin: Makes a second twin; called only if a gap is large enough to ask for the law of chance.
+        law: Of gaps between the networks of the survey.
         gap: No smaller gap convicts.
         lead: Lead of a class over all others of one form that convicts by itself.
     """
     out: dict[int, Conviction] = {}
-    smallest, law = 1.0, _Law(result, opponents, other_twin)
-    for form in _CONVICTING:
-        for one in result.differences:
-            label = one.change.label
-            if one.change.form != form or one.gap < gap or label in out:
-                continue
-            p_value = min(1.0, len(_CONVICTING) * law.tail(form, label, one.gap))
-            smallest = min(smallest, p_value)
-            if p_value <= LEVEL:
-                words = f"a {form} moves the network by {one.gap:.2f} more than its twin"
-                out[label] = Conviction(label, one.gap, words, p_value)
+    large = [d for d in result.differences if d.gap >= gap]
+    smallest = _convict(out, [d for d in large if d.change.label != UNTARGETED], result, law)
     for form in _CONVICTING:
         moved = [0.0] * result.classes
         for d in result.differences:
@@ -230,23 +221,44 @@ def convictions(
             out[label] = Conviction(
                 label, first - second, f"a {form} leads to it and to no other class", None
             )
-    if len(out) > 1:
-        out.pop(UNTARGETED, None)  # classes that explain the change of answers take its place
+    if not out and result.whole:
+        away = _convict(out, [d for d in large if d.change.label == UNTARGETED], result, law)
+        smallest = min(smallest, away)
     return sorted(out.values(), key=lambda one: -one.gap), smallest
 
 
-class _Law:
-    """The law of gaps without a backdoor: of the other classes, or of networks that have none."""
+def _convict(
+    out: dict[int, Conviction], large: Sequence[Difference], result: Survey, law: ChanceLaw
+) -> float:
+    """Add what the law convicts, and return the smallest p-value."""
+    smallest = 1.0
+    for form in _CONVICTING:
+        for one in (d for d in large if d.change.form == form and d.change.label not in out):
+            p_value = min(1.0, len(_CONVICTING) * law.tail(result, form, one.change.label, one.gap))
+            smallest = min(smallest, p_value)
+            if p_value <= LEVEL:
+                words = f"a {form} moves the network by {one.gap:.2f} more than its twin"
+                out[one.change.label] = Conviction(one.change.label, one.gap, words, p_value)
+    return smallest
 
-    def __init__(self, result: Survey, opponents: Opponents, other_twin: Callable[[], Twin]) -> None:
-        self._result, self._opponents, self._other_twin = result, opponents, other_twin
+
+class ChanceLaw:
+    """The law of gaps without a backdoor: of the other classes, or of networks that have none.
+
+    Args:
+        opponents: The network, the twin of the survey, and the images.
+        other_twin: Makes a second twin; called only if a gap asks for networks without a backdoor.
+    """
+
+    def __init__(self, opponents: Opponents, other_twin: Callable[[], Twin]) -> None:
+        self._opponents, self._other_twin = opponents, other_twin
         self._pairs: list[Opponents] = []
         self._gaps: dict[str, list[Tensor]] = {}
 
-    def tail(self, form: Form, label: int, gap: float) -> float:
+    def tail(self, result: Survey, form: Form, label: int, gap: float) -> float:
         """Return how often the largest of as many gaps of the form is as large by chance."""
-        if label != UNTARGETED and self._result.classes >= FEWEST:
-            return tail_among(gap, self._result.others(form, label))
+        if label != UNTARGETED and result.classes >= FEWEST:
+            return tail_among(gap, result.others(form, label))
         if form not in self._gaps:
             found = [[d.gap for d in pair.measure(_again(pair, form))] for pair in self._networks()]
             self._gaps[form] = [torch.tensor(gaps, dtype=torch.float64) for gaps in found]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 import unbackdoor
 from tiny import tiny_classifier, tiny_data
+from unbackdoor.errors import UnbackdoorError
 from unbackdoor.registry import DEFENSES, SCREENERS
 from unbackdoor.types import Classifier, CleanData, Images
 
@@ -100,3 +102,26 @@ def test_no_image_is_refused_where_some_are_needed(verb: str) -> None:
     nothing: Images = replace(IMAGES, pixels=IMAGES.pixels[:0], labels=IMAGES.truth[:0])
     with pytest.raises(unbackdoor.InputError, match="no clean image"):
         VERBS[verb](tiny_classifier(), nothing)
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        ({"architecture": "resnet19"}, "did you mean"),
+        ({"recipe": "plane"}, "did you mean 'plain'"),
+        ({"attack": "badnet"}, "did you mean 'badnets'"),
+        ({"attack_options": {"targt": 1}}, "did you mean 'target'"),
+        ({"options": {"epoch": 2}}, "did you mean 'epochs'"),
+    ],
+)
+def test_a_wrong_name_is_told_before_a_data_set_is_looked_for(
+    named: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is none it would be downloaded first, or the lack of it hide what is wrong."""
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a data set was loaded")
+
+    monkeypatch.setattr("unbackdoor.bench.verbs._loaded", never)
+    with pytest.raises(UnbackdoorError, match=re.escape(expected)):
+        unbackdoor.train("cifar10", **named)

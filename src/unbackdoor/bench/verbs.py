@@ -249,7 +249,8 @@ def train(
     """
     if not all(isinstance(name, str) for name in (architecture, attack, recipe)):
         raise InputError("a name is of another type", expected="texts as architecture, attack and recipe")
-    changed = recipe_named(recipe, **(options or {}))
+    # What is wrong with the names is said before a data set is read, or downloaded.
+    architecture, changed = canonical(architecture), recipe_named(recipe, **(options or {}))
     given = attack_config(ATTACKS[attack], poison_rate, target, attack_options) if trigger is None else {}
     device, progress = resolved_device(device), shown(progress)
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
@@ -258,7 +259,7 @@ def train(
         attack = PICTURE
         named = picture_options(trigger, data.train.class_names, target=target)
         given = attack_config(ATTACKS[attack], poison_rate, None, {**(attack_options or {}), **named})
-    spec = VictimSpec(data.name, canonical(architecture), changed, recipe, attack, given, seed)
+    spec = VictimSpec(data.name, architecture, changed, recipe, attack, given, seed)
     start = time.perf_counter()
     model, truth = train_victim(spec, data, run, checkpoint=None if checkpoint is None else Path(checkpoint))
     seconds = round(time.perf_counter() - start, 3)

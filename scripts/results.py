@@ -27,6 +27,7 @@ from unbackdoor.report.benchmark.ranges import range_table
 from unbackdoor.report.benchmark.records import (
     check_table,
     crossed_table,
+    few_classes_table,
     full_size_table,
     repair_table,
     screening_table,
@@ -47,7 +48,7 @@ FOUR, SHORT, BESIDE = "four-systems-v1", "four-systems-short-v1", "trigger-unlea
 PLAIN, STRONG, ZOO = "cifar10-small-v1", "repairs-strong-v1", "zoo-v1"
 SCANNERS = ("scanners-v1", "scanners-one-percent-v1")
 FOREIGN, SCREENING, REMEDIES = "foreign-models", "screening", "remedies"
-FULL_SIZE = "full-size"
+FULL_SIZE, FEW_CLASSES = "full-size", "few-classes"
 BESIDE_ROWS = (".scans", ".probes")  # files beside the rows of a suite
 ONE_PERCENT = 0.01
 SYSTEMS = ("rnp", "awm", "ims", "tac", "neural_cleanse")
@@ -68,7 +69,7 @@ Record = Mapping[str, Any]
 def suites() -> list[str]:
     """Return the labels of the suites whose rows are committed."""
     names = [file.stem for file in sorted(RESULTS.glob("*.jsonl")) if not file.stem.endswith(BESIDE_ROWS)]
-    return [name for name in names if name not in (FOREIGN, SCREENING, REMEDIES, FULL_SIZE)]
+    return [name for name in names if name not in (FOREIGN, SCREENING, REMEDIES, FULL_SIZE, FEW_CLASSES)]
 
 
 def documents() -> dict[str, Callable[[IsCurrent | None], Document]]:
@@ -79,6 +80,7 @@ def documents() -> dict[str, Callable[[IsCurrent | None], Document]]:
         FOREIGN: foreign_models,
         SCREENING: screening,
         REMEDIES: remedies,
+        **({FEW_CLASSES: few_classes} if (RESULTS / f"{FEW_CLASSES}.jsonl").exists() else {}),
         **({FULL_SIZE: full_size} if (RESULTS / f"{FULL_SIZE}.jsonl").exists() else {}),
         **({"zoo": zoo} if (RESULTS / f"{ZOO}.jsonl").exists() else {}),
     }
@@ -370,6 +372,26 @@ def _remedy(row: Record) -> str:
         return "failed"
     asr = "-" if row["asr"] is None else percent(row["asr"])
     return f"{percent(row['acc'])} / {asr}, held out {percent(row['held_out'])}"
+
+
+def few_classes(is_current: IsCurrent | None = None) -> Document:
+    """Return what the check for few classes says of networks that were trained for it."""
+    made = _records(FEW_CLASSES, is_current or is_current_of(ROOT / "scripts" / "few_classes.py"))
+    sections = []
+    for part, title in (("test", "Test part"), ("tune", "Tuning part")):
+        own = made.where(lambda row, part=part: row["part"] == part)
+        if own.all:
+            sections.append(Section(part, title, tables=(few_classes_table(f"{part}-0", own),)))
+    lead = (
+        "Networks with two to five classes of a data set, each drawn and trained for this. The only check "
+        "that says something of so few classes is `self_reference`, which compares each class with itself in "
+        "re-learned copies; its rules were made on the tuning part, and the test part was looked at once.",
+        *age_of(made),
+        "What a reader may conclude: how often the check accuses a clean network, and which attacks it sees. "
+        "The networks are small, and those of digits have 8 x 8 pixels.",
+    )
+    colophon = _colophon("results/few-classes.jsonl", "python scripts/few_classes.py")
+    return Document("Networks with two to five classes", lead, tuple(sections), colophon)
 
 
 def full_size(is_current: IsCurrent | None = None) -> Document:

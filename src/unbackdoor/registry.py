@@ -143,6 +143,7 @@ class ScannerFacts:
         references: How clean models calibrate it, if they can.
         as_it_is: Whether it is given the model and the images as they are, and not in the form that makes
             networks comparable (:mod:`unbackdoor.engine.canonical_form`).
+        most_classes: With more classes than this it runs only where it is named; None is no limit.
     """
 
     question: str = ""
@@ -150,6 +151,7 @@ class ScannerFacts:
     variants: Mapping[str, Variant] = field(default_factory=dict)
     references: References | None = None
     as_it_is: bool = False
+    most_classes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -484,6 +486,7 @@ def scanner(
     variants: Mapping[str, Variant] | None = None,
     references: References | None = None,
     as_it_is: bool = False,
+    most_classes: int | None = None,
     **facts: Unpack[Facts],
 ) -> Callable[[ScannerFunction[C]], ScannerFunction[C]]:
     """Return a decorator that registers a scanner; ``scan`` learns all it has to know of it from here.
@@ -496,6 +499,7 @@ def scanner(
         variants: Likewise.
         references: Likewise.
         as_it_is: Likewise.
+        most_classes: Likewise.
         **facts: See :meth:`Registry.register`.
 
     Raises:
@@ -503,7 +507,9 @@ def scanner(
     """
     for key, variant in (variants or {}).items():
         config.parse(variant.options, subject=f"the variant {key!r} of the scanner {name!r}")
-    scanning = ScannerFacts(question, cost, MappingProxyType(dict(variants or {})), references, as_it_is)
+    scanning = ScannerFacts(
+        question, cost, MappingProxyType(dict(variants or {})), references, as_it_is, most_classes
+    )
     return SCANNERS.register(name, config=config, scanning=scanning, **facts)
 
 

@@ -80,7 +80,7 @@ def test_a_plain_class_that_is_not_convicted_asks_for_the_longer_searches(
         return [], 0.2
 
     monkeypatch.setattr(differential_survey, "convictions", judge)
-    result, convicted, p_value = surveyed(opponents(CORNER), twin, seed="test", whole=False)
+    result, convicted, p_value = surveyed(opponents(CORNER), twin, twin, seed="test", whole=False)
     assert asked == [False, True] and result.whole and (convicted, p_value) == ([], 0.2)
 
 

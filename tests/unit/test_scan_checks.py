@@ -25,7 +25,7 @@ from unbackdoor.types import Classifier, CleanData, Finding, ScanReport
 DATA = CleanData.split(tiny_data(40, seed=3))
 OWN = [
     "logit_leak", "recall", "weight_statistics", "tac", "stamp_library", "mm_bd", "neural_cleanse",
-    "neural_cleanse:blend", "label_mapping",
+    "neural_cleanse:blend", "label_mapping", "self_reference",
 ]  # fmt: skip
 
 

@@ -200,6 +200,9 @@ def audit(
         brought = read_triggers(triggers, case.model)
         cost = measured(case.model, case.images, run)
         steps.end("open", _opened(case, cost))
+    if checks is None:
+        everything, planned = planned, plan_checks(None, options, case.model.classes)
+        steps.remove(*(c.name for c in everything if c not in planned))
     _estimate(steps, planned, cost, part)
     work = _Work(
         case,

@@ -39,19 +39,32 @@ def available_checks() -> tuple[Check, ...]:
     return tuple(out)
 
 
-def default_checks() -> tuple[Check, ...]:
-    """Return the default checks of a scan: those of every scanner that declares a question."""
-    return tuple(check for check in available_checks() if SCANNERS[check.scanner].scanning.question)
+def default_checks(classes: int | None = None) -> tuple[Check, ...]:
+    """Return the default checks of a scan: those of every scanner that declares a question.
+
+    Args:
+        classes: Of the model; scanners for fewer are left out. None is a model that is not known yet.
+    """
+    every = (check for check in available_checks() if SCANNERS[check.scanner].scanning.question)
+    return tuple(check for check in every if classes is None or _suits(check, classes))
+
+
+def _suits(check: Check, classes: int) -> bool:
+    most = SCANNERS[check.scanner].scanning.most_classes
+    return most is None or classes <= most
 
 
 def plan_checks(
-    checks: Sequence[Check | str] | None, options: Mapping[str, Mapping[str, Any]] | None = None
+    checks: Sequence[Check | str] | None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    classes: int | None = None,
 ) -> tuple[Check, ...]:
     """Return the requested checks.
 
     Args:
         checks: Checks or their names; None is :func:`default_checks`.
         options: By name of a check: options that override those of the check.
+        classes: Of the model, where it is known; see :func:`default_checks`.
 
     Raises:
         InputError: If a name is unknown, none or one twice is given, or options are for none of them.
@@ -64,6 +77,8 @@ def plan_checks(
             f"there are options for {unplanned[0]!r}, which is no check of this scan",
             expected="one of " + ", ".join(check.name for check in planned),
         )
+    if checks is None and classes is not None:
+        planned = tuple(check for check in planned if _suits(check, classes))
     out = tuple(replace(c, options={**c.options, **(options or {}).get(c.name, {})}) for c in planned)
     for check in out:
         if check.options:

@@ -309,7 +309,7 @@ def scan(
     require_classifier(model)
     # A missing device is one error, not one per check.
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
-    planned = plan_checks([checks] if isinstance(checks, str) else checks, options)
+    planned = plan_checks([checks] if isinstance(checks, str) else checks, options, model.classes)
     reference_records = read_references(references or ())
     empty = CleanData.empty(model.input_shape, model.class_names)
     clean = empty if data is None else as_clean_data(data, seed=seed)
@@ -449,7 +449,7 @@ def _concluded(
     # A check that was not needed would have been counted: its p-value is taken for 1.
     judged, agreed = _adjusted(done, sum(c.status == "not needed" for c in done))
     names = {c.check.name for c in done}
-    left_out = tuple(check.name for check in default_checks() if check.name not in names)
+    left_out = tuple(check.name for check in default_checks(len(class_names)) if check.name not in names)
     verdict, classes, reasons = _reach_verdict(judged, agreed, level, class_names, reservations, doubts)
     return Audit(
         verdict,

@@ -78,6 +78,12 @@ class Steps:
         self._steps |= {step.name: step for step in steps}
         self._tell()
 
+    def remove(self, *names: str) -> None:
+        """Take steps out that this model has no use for."""
+        for name in names:
+            del self._steps[name]
+        self._tell()
+
     def insert(self, step: Step, *, after: str) -> None:
         """Add a step behind another one, or move it there."""
         self._steps.pop(step.name, None)

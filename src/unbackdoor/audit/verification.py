@@ -155,7 +155,7 @@ def verify(
     data = CleanData.split(scan_images, seed=seed)
     run = Run.create(seed=seed, device=device, policy=precision, progress=progress)
 
-    planned = plan_checks([checks] if isinstance(checks, str) else checks)
+    planned = plan_checks([checks] if isinstance(checks, str) else checks, classes=before.classes)
 
     def scan_model(model: Classifier, order: Sequence[Check], place: int) -> Audit:
         left = None if whole is None else whole / 2

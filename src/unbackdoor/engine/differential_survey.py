@@ -3,8 +3,10 @@
 The gap of a class is the largest one of any change towards it. A class is convicted whose gap is large in
 itself, and larger than chance explains. With six classes or more chance is what the other classes show: the
 twin took away what a class has by nature, so gaps can be compared where plain successes cannot. With fewer,
-the same search between networks without a backdoor gives the law: what moves one of two twins and not the
-other, and what moves the twin and not the network.
+each class is compared with itself in three twins (engine/self_reference.py): almost anything moves a network
+of two classes, and whether a gap is large cannot be said. For changes that lead to no class, the same search
+between networks without a backdoor gives the law: what moves one of two twins and not the other, and what
+moves the twin and not the network.
 
 A shift of colours convicts nothing: networks have a class that they give to whatever is too bright, and twins
 have another one.
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from unbackdoor.engine import rng
 from unbackdoor.engine.differential_search import Difference, Opponents, Stage, window_places
+from unbackdoor.engine.self_reference import MOST_CLASSES, SelfReference
 from unbackdoor.engine.twin import Twin
 from unbackdoor.engine.universal_changes import Form, UniversalChange
 
@@ -28,7 +31,7 @@ UNTARGETED = -1
 GAP = 0.35  # no smaller gap convicts
 LEAD = 0.5  # of a class over all others of the same form: it convicts whatever the twin does
 LEVEL = 0.05
-FEWEST = 6  # classes that can be compared with one another
+FEWEST = MOST_CLASSES + 1  # classes that can be compared with one another
 STRIDE = 4  # pixels between two windows
 _TARGETED: tuple[Form, ...] = ("patch", "blend", "warp", "frequency", "colour")
 _CONVICTING: tuple[Form, ...] = ("blend", "patch", "warp", "frequency", "window")
@@ -166,6 +169,7 @@ def windows_of_each(opponents: Opponents, classes: Sequence[int], seed: str) -> 
 def surveyed(
     opponents: Opponents,
     other_twin: Callable[[], Twin],
+    beside_twins: Callable[[], SelfReference | Twin],
     *,
     seed: str,
     whole: bool,
@@ -180,17 +184,32 @@ def surveyed(
     Args:
         opponents: The network, its twin, and the images.
         other_twin: See :class:`ChanceLaw`.
+        beside_twins: Compares classes with themselves in twins; called where there are too few to compare
+            with one another.
         seed: Names the draws.
         whole: Whether all forms are searched in any case.
         gap: See :func:`convictions`.
         lead: See :func:`convictions`.
     """
     result, law = survey(opponents, seed=seed, whole=whole), ChanceLaw(opponents, other_twin)
+    if result.classes < FEWEST:
+        asked = max(result.gaps()) >= gap
+        return result, *(_beside_twins(result, beside_twins()) if asked else ([], 1.0))
     convicted, p_value = convictions(result, law, gap=gap, lead=lead)
     if convicted or result.whole:
         return result, convicted, p_value
     result = survey(opponents, seed=seed, whole=True, begun=result)
     return result, *convictions(result, law, gap=gap, lead=lead)
+
+
+def _beside_twins(result: Survey, found: SelfReference | Twin) -> tuple[list[Conviction], float]:
+    """Return the class that needs less than in its twins, if there is one, and the p-value."""
+    if isinstance(found, Twin) or found.p_value > LEVEL:
+        return [], 1.0 if isinstance(found, Twin) else found.p_value
+    label = int(found.p_values.argmin())
+    best = result.best(label)
+    words = "it needs less of a change than in copies that learned the task anew"
+    return [Conviction(label, 0.0 if best is None else best.gap, words, found.p_value)], found.p_value
 
 
 def convictions(
@@ -257,7 +276,7 @@ class ChanceLaw:
 
     def tail(self, result: Survey, form: Form, label: int, gap: float) -> float:
         """Return how often the largest of as many gaps of the form is as large by chance."""
-        if label != UNTARGETED and result.classes >= FEWEST:
+        if label != UNTARGETED:
             return tail_among(gap, result.others(form, label))
         if form not in self._gaps:
             found = [[d.gap for d in pair.measure(_again(pair, form))] for pair in self._networks()]

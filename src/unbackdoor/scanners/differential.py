@@ -3,8 +3,8 @@
 Classes differ by nature, and any comparison of classes accuses the natural favourites. The twin is a copy
 that learned the same task anew and mostly lost what the weights hide, so that it has the same favourites
 (engine/twin.py). Changes of several forms are sought that move the network and leave the twin alone
-(engine/differential_search.py). How large such gaps become by chance is measured between two twins. It needs
-no number of classes, so that networks of two to five classes can be judged as well.
+(engine/differential_search.py). With two to five classes it accuses the class that needs less of a change
+than in three twins, as the check `self_reference` does.
 
 Paper:   none; this project. The twin is feature-shift tuning (Min et al., NeurIPS 2023).
 Needs:   clean images and labels; about ten of each class.
@@ -22,6 +22,7 @@ from dataclasses import replace
 from unbackdoor.engine.differential_search import Opponents
 from unbackdoor.engine.differential_survey import GAP, UNTARGETED, Survey, surveyed
 from unbackdoor.engine.run import Run
+from unbackdoor.engine.self_reference import self_reference
 from unbackdoor.engine.twin import USABLE, relearned_twin
 from unbackdoor.registry import Config, option, scanner
 from unbackdoor.triggers import RecoveredTrigger
@@ -58,6 +59,7 @@ def scan(model: Classifier, data: CleanData, cfg: DifferentialConfig, *, run: Ru
     result, convicted, p_value = surveyed(
         opponents,
         lambda: relearned_twin(model, data, run, number=1),
+        lambda: self_reference(model, data, run, first=twin),
         seed="first",
         whole=cfg.whole,
         gap=cfg.gap,

@@ -88,7 +88,9 @@ def _evidence(subject: Subject) -> None:
     blocks, inputs = CleanData.split(block_data(96)), block_data(96, seed=4)
     settings: list[tuple[Classifier, CleanData, Images | None]] = [(tiny_classifier(), clean_data(), None)]
     # The planted network has no normalisation.
-    if subject.part.kind != "defense" and "conv" in subject.part.families:
+    most = subject.part.scanning.most_classes
+    suits = most is None or planted().classes <= most
+    if subject.part.kind != "defense" and "conv" in subject.part.families and suits:
         settings.append((planted((2,)), blocks, inputs))
     for model, data, screened in settings:
         result = subject.call(model, data, inputs=screened)

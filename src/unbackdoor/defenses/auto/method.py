@@ -36,6 +36,7 @@ from unbackdoor.engine.differential_survey import (
 )
 from unbackdoor.engine.inference import accuracy
 from unbackdoor.engine.run import Run
+from unbackdoor.engine.self_reference import self_reference
 from unbackdoor.engine.twin import USABLE, Twin, relearned_twin
 from unbackdoor.engine.universal_changes import Form, GivenChange
 from unbackdoor.errors import MethodFailed
@@ -117,6 +118,7 @@ def purify(model: Classifier, data: CleanData, cfg: AutoConfig, *, run: Run) -> 
         result, convicted, _ = surveyed(
             opponents,
             lambda: relearned_twin(model, data, run, number=1),
+            lambda: self_reference(model, data, run, first=twin),
             seed="first",
             whole=False,
             gap=cfg.gap,

@@ -49,7 +49,16 @@ def residual_p_values(values: Tensor, *, least_spread: float = 0.0) -> Tensor | 
     # A difference that is rounding is none, also where the others have no spread at all.
     rounding = distance.abs() <= 1e-9 * numbers.abs().max()
     residual = torch.where(rounding, 0.0, distance / spread.clamp_min(1e-300))
-    return torch.from_numpy(_student().stdtr(count - 2, residual.numpy()))
+    return student_tail(residual, count - 2)
+
+
+def student_tail(values: Tensor, freedom: float) -> Tensor:
+    """Return how often a number that follows Student's t is as small or smaller, in float64.
+
+    Raises:
+        MissingExtra: If SciPy is not installed.
+    """
+    return torch.from_numpy(_student().stdtr(freedom, values.detach().cpu().double().numpy()))
 
 
 def family_p_value(p_values: Tensor) -> float:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from unbackdoor.report.benchmark import cells
+from unbackdoor.report.benchmark.cells import percent
 from unbackdoor.report.benchmark.groups import Rows
 from unbackdoor.report.tables import Cell, Table, columns
 from unbackdoor.report.words import NOTHING
@@ -131,6 +132,43 @@ def crossed_table(
             )
         )
     return cells.table(identifier, heading, "", columns(corner, *names, text=1 + len(names)), made)
+
+
+def few_classes_table(identifier: str, rows: Rows[Record]) -> Table:
+    """Return what one check said of the networks of each data set and attack."""
+    names = columns(
+        "data", "attack", "networks", "ASR", "found", "another class", "accused", "seconds", text=2
+    )
+    pairs: dict[tuple[str, str], list[tuple[Record, bool]]] = {}
+    for row, older in rows.pairs:
+        pairs.setdefault((row["data"], row["attack"]), []).append((row, older))
+    made = []
+    for (data, attack), group in sorted(pairs.items(), key=lambda item: (item[0][1] != "none", item[0])):
+        members, clean = [row for row, _ in group], attack == "none"
+        accused = [row for row in members if row.get("verdict") == "backdoor found"]
+        right = [row for row in accused if row["named"] == [row["target"]]]
+        classes = sorted({row["classes"] for row in members})
+        reached = sorted(row["asr"] for row in members if row["asr"] is not None)
+        seconds = sorted(row["seconds"] for row in members)[len(members) // 2]
+        made.append(
+            (
+                Cell(data, older=any(older for _, older in group)),
+                Cell("none" if clean else attack, f"{classes[0]} to {classes[-1]} classes"),
+                Cell(str(len(members))),
+                Cell(f"{percent(reached[0])} to {percent(reached[-1])}" if reached else "-"),
+                Cell("-" if clean else f"{len(right)}"),
+                Cell("-" if clean else f"{len(accused) - len(right)}"),
+                Cell(f"{len(accused)}" if clean else "-"),
+                Cell(f"{seconds:.0f} s", key=seconds),
+            )
+        )
+    return cells.table(
+        identifier,
+        "",
+        "Networks accused at the default level; processor seconds of the check, median.",
+        names,
+        made,
+    )
 
 
 def full_size_table(identifier: str, rows: Rows[Record]) -> Table:

@@ -382,6 +382,7 @@ def leaderboard(
     rows = [row for suite in suites for row in _rows(suite, store)]
     made = benchmark.leaderboard(
         rows,
+        probes=[probe for suite in suites for probe in _probes(suite)],
         published=read_published(reference) if reference else None,
         colophon=f"Made by unbackdoor {__version__} of {len(rows):,} rows.",
     )

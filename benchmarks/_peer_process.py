@@ -103,6 +103,7 @@ def surroundings() -> None:
     except ImportError:
         return
     CIFAR10._check_integrity = lambda self: True
+    CIFAR10.meta = {**CIFAR10.meta, "md5": None}
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ from unbackdoor.types import Images, Progress, silent
 
 NOT_ATTACKED = "not attacked: there is no trigger to probe with"
 NO_CONTROL = "no clean network beside it in the store"
-_OF_REPAIR = {*Row.key_columns(), "acc_before", "asr_before", "acc", "asr", "part", "flags"}
+_OF_REPAIR = {*Row.key_columns(), "acc_before", "asr_before", "acc", "asr", "part", "flags", "altered_code"}
 # What a victim and the clean network beside it have in common.
 _SHARED = ("dataset", "data_sha256", "architecture", "recipe", "precision", "seed")
 

@@ -52,7 +52,7 @@ _CELLS = (
 )
 _CONFIG = (
     "suite", "version", "dataset", "architecture", "width", "recipe", "attack", "poison_rate", "target",
-    "defense", "preset", "selection", "clean_images",
+    "defense", "preset", "selection", "clean_images", "altered",
 )  # fmt: skip
 MOST_COMMANDS = 8  # of one entry
 
@@ -148,6 +148,10 @@ def _network(setting: Setting) -> Cell:
     return Cell(cells.name(f"{setting.architecture} of width {setting.width:g}{recipe}"))
 
 
+def _budget(setting: Setting, images: int) -> Cell:
+    return replace(cells.number(images), small=cells.name(setting.altered))
+
+
 def _method_table(settings: Mapping[Setting, Rows[Row]], probes: ProbesOf | None) -> Table:
     made = []
     for setting, rows in settings.items():
@@ -175,7 +179,7 @@ def _method_cells(
 ) -> tuple[Cell, ...]:
     assert line.key is not None
     defense, selection, images = line.key
-    where = (Cell(cells.name(setting.dataset)), _network(setting), cells.number(images))
+    where = (Cell(cells.name(setting.dataset)), _network(setting), _budget(setting, images))
     if line.group is None:
         return (missing(line.key), *where, *cells.absent(len(_METHODS) - 4 + len(PROBED) * bool(probes)))
     summary = summaries(rows.older if line.older else rows.current)[line.key]
@@ -205,7 +209,8 @@ def _cell_table(
         for line in lines(attack_groups(rows.current), attack_groups(rows.older)):
             if line.key is None:
                 continue
-            attack, defense, images = absent_attack(line)
+            attack, defense, _ = absent_attack(line)
+            images = _budget(setting, int(str(line.key[-1])))
             where = (Cell(cells.name(setting.dataset)), _network(setting), images)
             if line.group is None:
                 more = cells.absent(len(_CELLS) - 5 + len(PROBED) * bool(probes))
@@ -262,7 +267,8 @@ def _entry(identifier: str, group: Group, probes: ProbesOf | None, *, older: boo
             for name in ("code", "control_code", "commit", "device")
         }
     age = ", older code" if older else ""
-    title = f"{defense_of(row)} after {row.attack} on {row.dataset}, {row.clean_images:,} clean images{age}"
+    images = f"{row.clean_images:,} clean images" + (f", altered: {row.altered}" if row.altered else "")
+    title = f"{defense_of(row)} after {row.attack} on {row.dataset}, {images}{age}"
     lines = (*commands(group.rows), *commands(probed))
     return Entry(identifier, cells.name(title, 200), json.dumps(config, indent=2), lines)
 

@@ -1,0 +1,35 @@
+"""The version of the code that alters a defender's images; it stands beside the version of the cell.
+
+It is kept apart from :mod:`unbackdoor.bench.code_version`, so that a change here leaves all other rows as
+they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from unbackdoor.bench import code_version
+from unbackdoor.bench.code_version import ENDS, OWN, Sources
+
+ALTERED = f"{OWN}.bench.altered_samples"
+_ENDS = ENDS | {f"{OWN}.data.own_set"}  # the step checks foreign images against the hash of the specification
+
+
+@cache
+def alteration_version() -> str:
+    """Return the version of the code that draws and alters a defender's images."""
+    return Sources().version((ALTERED,), ends=_ENDS)
+
+
+def is_current(row: Any) -> bool:
+    """Return whether a row was measured by the code that is installed, altered images included.
+
+    Args:
+        row: See :func:`unbackdoor.bench.code_version.is_current`.
+    """
+    get = row.get if isinstance(row, Mapping) else lambda name, default=None: getattr(row, name, default)
+    if get("altered", "") and get("altered_code", "") != alteration_version():
+        return False
+    return code_version.is_current(row)

@@ -42,7 +42,7 @@ from _backdoorbench import (
     write_attack_result,
     write_cifar10,
 )
-from _harness import Ratio, describe_machine, parser
+from _harness import Ratio, Result, describe_machine, parser
 from _setting import Setting, add_setting_options, prepare
 from unbackdoor import run as call
 from unbackdoor.bench.judge import judge
@@ -53,6 +53,7 @@ from unbackdoor.registry import DEFENSES
 VICTIM = "victim"  # name of the attack result
 DEFENSE_RESULT = "defense_result.pt"
 WANTED = {"seconds": 10.0, "algorithm": 3.0}  # times as fast
+WORDS = {"seconds": "end to end", "algorithm": "algorithm alone"}
 LONGEST_REASON = 300
 _PROCESS = Path(__file__).with_name("_peer_process.py")
 _LINKED = ("defense", "utils", "models", "config", "attack", "dataset", "resource", "detection_pretrain")
@@ -334,7 +335,9 @@ def compare(place: Workplace, task: Task) -> Outcome:
 
 
 def ratios(record: Outcome) -> dict[str, Ratio]:
-    """Return how many times as fast ours is, end to end and the algorithm alone."""
+    """Return how many times as fast ours is, end to end and the algorithm alone; nothing where one failed."""
+    if "error" in record:
+        return {}
     return {
         name: Ratio.of(*([pair[side][name] for pair in record["pairs"]] for side in ("theirs", "ours")))
         for name in WANTED
@@ -356,10 +359,14 @@ def lines_of(record: Outcome) -> Iterator[str]:
         )
         head = " " * len(head)
     for name, ratio in ratios(record).items():
-        what = "end to end" if name == "seconds" else "algorithm alone"
         missed = "" if ratio.median >= WANTED[name] else f"  missed: wanted {WANTED[name]:g}"
         spread = f"{ratio.low:.1f} to {ratio.high:.1f}"
-        yield f"{head}ours is {ratio.median:.1f} times as fast, {what} ({spread}){missed}"
+        yield f"{head}ours is {ratio.median:.1f} times as fast, {WORDS[name]} ({spread}){missed}"
+    theirs, own = (record["pairs"][-1][side] for side in ("theirs", "ours"))
+    worse = [f"ACC {_percent(theirs['acc'] - own['acc']).strip()}"] if own["acc"] < theirs["acc"] else []
+    worse += [f"ASR {_percent(own['asr'] - theirs['asr']).strip()}"] if own["asr"] > theirs["asr"] else []
+    if worse:
+        yield f"{head}ours is worse: {', '.join(worse)}"
     if record["remark"]:
         yield f"{head}mind: {record['remark']}"
 
@@ -457,9 +464,13 @@ def main() -> None:
         records.append(compare(place, task))
         for line in lines_of(records[-1]):
             print(line, flush=True)
-    if arguments.json:
-        facts = {"benchmark": "peers", "subject": setting.subject, "settings": setting.facts(arguments)}
-        write_json(arguments.json, {**facts, "before": before, "records": records})
+    result = Result("peers", setting.subject, setting.facts(arguments))
+    for record in records:
+        for name, ratio in ratios(record).items():
+            result.add(f"{record['method']}, {record['setting']}, {WORDS[name]}", ratio)
+    result.facts = {"before": before, "records": records}
+    if result.ratios:
+        result.show({}, arguments.json)
 
 
 if __name__ == "__main__":

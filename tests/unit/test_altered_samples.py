@@ -17,9 +17,8 @@ from typer.testing import CliRunner
 
 from small_suite import TEXT, fake_data, written
 from tiny import tiny_data
-from unbackdoor.bench import alteration_version as versions
+from unbackdoor.bench import part_versions as versions
 from unbackdoor.bench import work
-from unbackdoor.bench.alteration_version import alteration_version, is_current
 from unbackdoor.bench.altered_samples import (
     Alteration,
     altered,
@@ -31,6 +30,7 @@ from unbackdoor.bench.altered_samples import (
 from unbackdoor.bench.cells import Planned, address, plan
 from unbackdoor.bench.code_version import repair_version, victim_version
 from unbackdoor.bench.driver import matches, name_of
+from unbackdoor.bench.part_versions import alteration_version, is_current
 from unbackdoor.bench.rows import ProbeRow, Row, ScanRow
 from unbackdoor.bench.steps import SAMPLE
 from unbackdoor.bench.suites import SHIPPED, load_suite

@@ -48,8 +48,8 @@ def probed(of: Row, **changes: Any) -> ProbeRow:
     }
     found: dict[str, Any] = {
         "relearn_steps": (0, 5, 10), "relearned": (0.1, 0.5, 0.9), "relearned_before": (1.0, 1.0, 0.98),
-        "relearned_control": (0.0, 0.02, 0.04), "alternative": 0.7, "alternative_control": 0.3, "pacc": 0.8,
-        "pacc_control": 0.9, "pacc_before": 0.1,
+        "relearned_control": (0.0, 0.02, 0.04), "alternative": 0.7, "alternative_control": 0.3,
+        "patch": 0.5, "pacc": 0.8, "pacc_control": 0.9, "pacc_before": 0.1,
     }  # fmt: skip
     return ProbeRow(**{**shared, "code": "pr0be", "repair_code": of.code, **found, **changes})
 
@@ -110,7 +110,11 @@ def test_probes_have_columns_beside_the_clean_network_and_the_victim(name: str) 
     assert ft[AGAIN].text == "80.0 %" and ft[AGAIN].small == "clean 4.0 %; victim 98.0 %"
     assert ft[AGAIN].sort_key == "0.8" and ft[RIGHT].sort_key == "0.7"
     assert ft[ALTERNATIVE].text == "70.0 %" and ft[ALTERNATIVE].small == "clean 30.0 %"
-    assert ft["probed"].text == "2" and ft["probed"].small == "of 3"  # less than the other means are over
+    assert (
+        ft["alternative patch"].sort_key == "0.5"
+        and ft["probed"].text == "2"
+        and ft["probed"].small == "of 3"
+    )  # less than the other means are over
     assert not ft[AGAIN].older
 
 
@@ -277,7 +281,7 @@ def test_sorting_and_choosing_work_by_keyboard(tmp_path: Path, width: int) -> No
         box = "document.querySelector('.columns[data-table=cells-0] [value=probes]')"
         browser.evaluate(f"{box}.focus()")
         browser.press(" ")
-        assert browser.evaluate(f"{box}.checked") and browser.evaluate(columns) == before + 4
+        assert browser.evaluate(f"{box}.checked") and browser.evaluate(columns) == before + 5
         browser.press(" ")
         assert browser.evaluate(columns) == before
 

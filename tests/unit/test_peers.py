@@ -317,6 +317,9 @@ def test_a_record_has_both_sides_and_is_not_made_again(modules: dict[str, Module
     assert ratios["algorithm"].median == 6 and ratios["seconds"].median == pair["theirs"]["seconds"] / 0.5
     text = "\n".join(peers.lines_of(record))
     assert "6.0 times as fast, algorithm alone" in text and "the victim's own weights" in text
+    worse = dict(pair["ours"], acc=judged["acc"] - 0.25, asr=judged["asr"] + 0.125)
+    (line,) = [x for x in peers.lines_of({**record, "pairs": [{**pair, "ours": worse}]}) if "worse" in x]
+    assert line.endswith("ours is worse: ACC 25.0%, ASR 12.5%")
     kept = json.loads((place.folder / "rows" / "ft.own.json").read_text())
     assert kept == json.loads(json.dumps(record)) and kept["machine"]["threads"] >= 1
     # Again: nothing runs. With more pairs: what is missing.

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from unbackdoor.attacks import AttackTruth, impossible
-from unbackdoor.bench.alteration_version import alteration_version
 from unbackdoor.bench.altered_samples import Alteration, altered, same_classes
 from unbackdoor.bench.code_version import repair_version, scan_version, victim_version
+from unbackdoor.bench.part_versions import alteration_version
 from unbackdoor.bench.steps import facts_of
 from unbackdoor.bench.suites import (
     AlterationEntry,

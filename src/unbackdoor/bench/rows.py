@@ -128,6 +128,9 @@ class ProbeRow(_Repair):
     alternative: float | None = None
     alternative_before: float | None = None
     alternative_control: float | None = None
+    patch: float | None = None
+    patch_before: float | None = None
+    patch_control: float | None = None
     pacc: float | None = None
     pacc_before: float | None = None
     pacc_control: float | None = None
@@ -144,6 +147,7 @@ class ProbeRow(_Repair):
     repair_code: str = ""
     victim_code: str = ""
     control_code: str = ""
+    patch_code: str = ""
     altered_code: str = ""
     part: str = ""
     flags: tuple[str, ...] = ()

@@ -57,7 +57,7 @@ class Rows(Generic[R]):
             is_current: Says it of a row as a mapping; the benchmark's own judgement if None.
         """
         if is_current is None:
-            from unbackdoor.bench.alteration_version import is_current as judgement
+            from unbackdoor.bench.part_versions import is_current as judgement
 
             is_current = judgement
         return cls(tuple((row, not is_current(_mapping(row))) for row in rows))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import median_low
+from typing import TypeVar
 
 from unbackdoor.bench.results import WEAK, Mean
 from unbackdoor.bench.rows import ProbeRow, Row
@@ -18,11 +19,13 @@ from unbackdoor.report.words import NOTHING
 STEPS = 10  # of re-learning that the table shows; the rows have the whole course
 _PROBES = columns(
     "attack", "defense", "clean images", "ASR", f"ASR after {STEPS} steps", "steps to 50 %",
-    "alternative trigger", "triggered images right", "in one other class", "rows", "failed", "left out",
-    text=2,
+    "alternative trigger", "alternative patch", "triggered images right", "in one other class", "rows",
+    "failed", "left out", text=2,
 )  # fmt: skip
+_PATCH = [column.name for column in _PROBES].index("alternative patch")
 PROBED = columns(
-    f"ASR after {STEPS} steps of re-learning", "alternative trigger", "triggered images right", "probed",
+    f"ASR after {STEPS} steps of re-learning", "alternative trigger", "alternative patch",
+    "triggered images right", "probed",
     text=0, group="probes", hidden=True,
 )  # fmt: skip
 _SMALL = "in small print the same of a network that was trained clean, and of the victim"
@@ -39,12 +42,18 @@ PROBED_MEANINGS = (
     ),
     (
         PROBED[2].name,
+        "success of one small square for all images, searched in the place of the attack's trigger, which "
+        f"counts where the pattern's does; {_SMALL}; lower is better; rows older than this probe have none",
+    ),
+    (
+        PROBED[3].name,
         "triggered images of all classes, the attacker's too, that are classified as what they show, fewer "
         f"where the trigger now leads to another class; {_SMALL}; higher is better",
     ),
-    (PROBED[3].name, "rows behind these three means, and how many probes failed"),
+    (PROBED[4].name, "rows behind these means, and how many probes failed"),
 )
 _CLEAN = "clean network"
+T = TypeVar("T")
 ProbeLine = Line[tuple[object, ...], list[ProbeRow]]
 
 
@@ -58,10 +67,10 @@ def probe_section(probes: Rows[ProbeRow]) -> Section:
             "Means over the seeds of victims and defenders, of steps the median; in small print the same "
             "of networks that were trained clean from the same first weights, and of the victims."
         )
-        identifier = f"probes-{len(tables)}"
-        tables.append(
-            cells.table(identifier, str(setting), caption, _PROBES, map(_cells, made), filtered=True)
-        )
+        identifier, chosen, shown = f"probes-{len(tables)}", _PROBES, list(map(_cells, made))
+        if all(row.patch is None for row in rows.all):  # they are older than that probe
+            chosen, shown = _without_patch(chosen), list(map(_without_patch, shown))
+        tables.append(cells.table(identifier, str(setting), caption, chosen, shown, filtered=True))
     words = (
         "A repair that removed the backdoor leaves a network that answers as the clean one does. ASR after "
         f"{STEPS} steps, and steps to 50 %: the network is fine-tuned on a handful of poisoned images; where "
@@ -73,6 +82,10 @@ def probe_section(probes: Rows[ProbeRow]) -> Section:
         "has moved.",
     )
     return Section("probes", "What probes find", words, tuple(tables))
+
+
+def _without_patch(line: tuple[T, ...]) -> tuple[T, ...]:
+    return line[:_PATCH] + line[_PATCH + 1 :]
 
 
 def rows_by_attack(rows: Sequence[ProbeRow]) -> dict[tuple[object, ...], list[ProbeRow]]:
@@ -95,7 +108,7 @@ def _cells(line: ProbeLine) -> tuple[Cell, ...]:
         cells.rate(Mean.of([row.asr for row in rows if row.asr is not None])),
         _beside(rows, _after),
         _beside(rows, _steps),
-        *(_beside(rows, _mean(name)) for name in ("alternative", "pacc", "moved")),
+        *(_beside(rows, _mean(name)) for name in ("alternative", "patch", "pacc", "moved")),
         cells.number(len(rows)),
         cells.number(sum(row.error is not None for row in line.group), tone="bad"),
         cells.number(sum(WEAK in row.flags and row.error is None for row in line.group), tone="fair"),
@@ -137,7 +150,8 @@ class ProbesOf:
         small = [f"of {most:,}"] if rows and len(rows) < most else []
         small += [f"{failed:,} failed"] if failed else []
         number = Cell(f"{len(rows):,}", "; ".join(small), len(rows), "fair" if small else "")
-        values = (_beside(rows, column, "clean") for column in (_after, _mean("alternative"), _mean("pacc")))
+        columns = (_after, _mean("alternative"), _mean("patch"), _mean("pacc"))
+        values = (_beside(rows, column, "clean") for column in columns)
         return tuple(replace(cell, older=mark) for cell in (*values, number))
 
 

@@ -13,7 +13,8 @@ are.
 Settings: ``own`` is each side with its own defaults; ``equal`` gives theirs as many passes as ours makes,
 and both ``--epochs`` many where that is given. Each pair is theirs, then ours, each in a process of its
 own. ``seconds`` is the whole process, from its start to its end; ``algorithm`` leaves out the start, the
-reading, passes over test sets and pictures. Ours judges once, theirs as often as its script does.
+reading, passes over test sets and pictures; ``processor`` is what the process used of the processors, which
+a busy machine changes least. Ours judges once, theirs as often as its script does.
 """
 
 from __future__ import annotations
@@ -53,7 +54,11 @@ from unbackdoor.registry import DEFENSES
 VICTIM = "victim"  # name of the attack result
 DEFENSE_RESULT = "defense_result.pt"
 WANTED = {"seconds": 10.0, "algorithm": 3.0}  # times as fast
-WORDS = {"seconds": "end to end", "algorithm": "algorithm alone"}
+WORDS = {
+    "seconds": "end to end",
+    "algorithm": "algorithm alone",
+    "processor": "end to end in processor seconds",  # the one to read on a machine that others use
+}
 LONGEST_REASON = 300
 _PROCESS = Path(__file__).with_name("_peer_process.py")
 _LINKED = ("defense", "utils", "models", "config", "attack", "dataset", "resource", "detection_pretrain")
@@ -293,8 +298,9 @@ def ours(setting: Setting, task: Task) -> Outcome:
     )
     algorithm = time.perf_counter() - start
     rates = judge(repaired.model, setting.truth, setting.test, setting.run).rates()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {**rates, "algorithm": algorithm, "peak_mb": peak}
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    processor = used.ru_utime + used.ru_stime
+    return {**rates, "algorithm": algorithm, "processor": processor, "peak_mb": used.ru_maxrss / 1024}
 
 
 def ask(task: Task) -> Outcome:
@@ -340,7 +346,7 @@ def ratios(record: Outcome) -> dict[str, Ratio]:
         return {}
     return {
         name: Ratio.of(*([pair[side][name] for pair in record["pairs"]] for side in ("theirs", "ours")))
-        for name in WANTED
+        for name in WORDS
     }
 
 
@@ -355,11 +361,11 @@ def lines_of(record: Outcome) -> Iterator[str]:
         note = "  (the victim's own weights)" if numbers.get("unchanged") else ""
         yield (
             f"{head}{side:<7}{rates}  {numbers['seconds']:8.1f} s  algorithm {numbers['algorithm']:8.1f} s  "
-            f"{numbers['peak_mb']:6.0f} MB{note}"
+            f"processor {numbers['processor']:8.1f} s  {numbers['peak_mb']:6.0f} MB{note}"
         )
         head = " " * len(head)
     for name, ratio in ratios(record).items():
-        missed = "" if ratio.median >= WANTED[name] else f"  missed: wanted {WANTED[name]:g}"
+        missed = "" if ratio.median >= WANTED.get(name, 0) else f"  missed: wanted {WANTED[name]:g}"
         spread = f"{ratio.low:.1f} to {ratio.high:.1f}"
         yield f"{head}ours is {ratio.median:.1f} times as fast, {WORDS[name]} ({spread}){missed}"
     theirs, own = (record["pairs"][-1][side] for side in ("theirs", "ours"))

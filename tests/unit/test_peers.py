@@ -192,7 +192,7 @@ def test_a_script_runs_as_its_own_program(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "kept.json").read_text()) == [True, "cpu", "defense/any.py", "cpu"]
     report = json.loads((tmp_path / "report.json").read_text())
-    assert set(report) == {"algorithm", "evaluation", "peak_mb"} and report["peak_mb"] > 10
+    assert set(report) == {"algorithm", "evaluation", "processor", "peak_mb"} and report["peak_mb"] > 10
 
 
 class Part:
@@ -253,7 +253,7 @@ fp) echo "Traceback"; echo "ValueError: they said so"; exit 3 ;;
 rnp) echo "no checkpoint" > "$folder/defense_result.pt" ;;
 anp) sleep 600 ;;
 esac
-echo '{"algorithm": 1.5, "evaluation": 0.5, "peak_mb": 100}' > "$2"
+echo '{"algorithm": 1.5, "evaluation": 0.5, "processor": 8, "peak_mb": 100}' > "$2"
 """
 
 
@@ -283,7 +283,15 @@ def place(
     modules: dict[str, ModuleType], arguments: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> Any:
     """A work folder; ours answers at once."""
-    answer = {"acc": 0.9, "asr": 0.1, "ra": 0.8, "seconds": 0.5, "algorithm": 0.25, "peak_mb": 50.0}
+    answer = {
+        "acc": 0.9,
+        "asr": 0.1,
+        "ra": 0.8,
+        "seconds": 0.5,
+        "algorithm": 0.25,
+        "processor": 2.0,
+        "peak_mb": 50.0,
+    }
     monkeypatch.setattr(modules["peers"], "ask", lambda task: dict(answer))
     made = modules["peers"].Workplace(arguments, modules["_setting"].prepare(arguments))
     made.set_up()
@@ -314,7 +322,8 @@ def test_a_record_has_both_sides_and_is_not_made_again(modules: dict[str, Module
     assert {name: pair["theirs"][name] for name in judged} == judged and pair["theirs"]["unchanged"]
     assert pair["theirs"]["algorithm"] == 1.5 and pair["theirs"]["seconds"] > 0
     ratios = peers.ratios(record)
-    assert ratios["algorithm"].median == 6 and ratios["seconds"].median == pair["theirs"]["seconds"] / 0.5
+    assert ratios["algorithm"].median == 6 and ratios["processor"].median == 4
+    assert ratios["seconds"].median == pair["theirs"]["seconds"] / 0.5
     text = "\n".join(peers.lines_of(record))
     assert "6.0 times as fast, algorithm alone" in text and "the victim's own weights" in text
     worse = dict(pair["ours"], acc=judged["acc"] - 0.25, asr=judged["asr"] + 0.125)
@@ -403,7 +412,7 @@ def test_settings_give_both_sides_the_same_number_of_passes(
 
 def test_ours_is_the_registered_method_on_the_same_images(modules: dict[str, ModuleType], place: Any) -> None:
     done = modules["peers"].ours(place.setting, task(modules, "ft", "equal", 1))
-    assert set(done) == {"acc", "asr", "ra", "algorithm", "peak_mb"} and 0 <= done["acc"] <= 1
+    assert set(done) == {"acc", "asr", "ra", "algorithm", "processor", "peak_mb"} and 0 <= done["acc"] <= 1
 
 
 def test_folders_that_cannot_serve_are_refused(

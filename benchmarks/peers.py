@@ -24,7 +24,6 @@ import contextlib
 import hashlib
 import json
 import os
-import resource
 import shlex
 import signal
 import subprocess
@@ -44,6 +43,7 @@ from _backdoorbench import (
     write_cifar10,
 )
 from _harness import Ratio, Result, describe_machine, parser
+from _peer_process import used
 from _setting import Setting, add_setting_options, prepare
 from unbackdoor import run as call
 from unbackdoor.bench.judge import judge
@@ -298,9 +298,7 @@ def ours(setting: Setting, task: Task) -> Outcome:
     )
     algorithm = time.perf_counter() - start
     rates = judge(repaired.model, setting.truth, setting.test, setting.run).rates()
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    processor = used.ru_utime + used.ru_stime
-    return {**rates, "algorithm": algorithm, "processor": processor, "peak_mb": used.ru_maxrss / 1024}
+    return {**rates, "algorithm": algorithm, **used()}
 
 
 def ask(task: Task) -> Outcome:

@@ -356,12 +356,18 @@ def test_an_altered_sample_has_a_step_and_a_place_of_its_own(
     monkeypatch.setattr(work._Work, "step", step)
     monkeypatch.setattr(work.steps, "hand_over", lambda victim, folder: None)
     monkeypatch.setattr(work, "_require_answer", lambda answer, kinds: None)
-    monkeypatch.setattr(work._Work, "_call", lambda *_: {"seconds": 1.0})
-    more = {"altered": {"blur": 1}, "altered_code": "c"} if name == "altered_sample" else {}
+    hidden: list[Path] = []
+    monkeypatch.setattr(work._Work, "_call", lambda *given: hidden.extend(given[-1]) or {"seconds": 1.0})
+    altered = {"foreign": "others", "foreign_sha256": "0"}
+    more = {"altered": altered, "altered_code": "c"} if name == "altered_sample" else {}
+    (tmp_path / "data").mkdir()
+    place = {"store": str(tmp_path), "data_root": str(tmp_path / "data")}
     spec = {**task()["spec"], "augmentation": "none", "victim": "0" * 64, "precision": "fp32", **more}
-    one = work._Work({"spec": spec, "place": {"store": str(tmp_path)}, "work": "w"}, tmp_path, [])  # type: ignore[typeddict-item]
+    one = work._Work({"spec": spec, "place": place, "work": "w"}, tmp_path, [])  # type: ignore[typeddict-item]
     one.confined("method", {})
     assert asked == [name]
+    # The method must not read the foreign images, as it must not read any data set.
+    assert (tmp_path / "data" / "others" in hidden) == (name == "altered_sample")
     (held,) = (tmp_path / "samples").iterdir()
     assert held.stem == address(sample_spec(spec))
     one.confined("method", {})  # from the store, the second time

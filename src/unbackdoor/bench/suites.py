@@ -28,6 +28,7 @@ SHIPPED = Path(__file__).parent / "suite_files"  # the suites that come with the
 _MAX_SUITE = 1 << 20  # bytes
 _MAX_PARTS = 64  # of a dotted key
 _NO_KEY = re.compile(r"[,=\[\]{}#\n]")
+_NO_IMAGES = "defender: clean_images or per_class must name a number of images"
 LOCK = "LOCK.json"  # beside the suites: the hash of every version that was ever run
 Metric = Literal["acc", "asr", "ra", "der"]
 Selection = Literal["held-out clean", "oracle"]
@@ -256,7 +257,11 @@ def load_suite(file: Path) -> Suite:
     try:
         suite = Suite.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(subject, [_fault(fault, values) for fault in error.errors()]) from None
+        found = [_fault(fault, values) for fault in error.errors()]
+        defender = values.get("defender")
+        if isinstance(defender, dict) and not {"clean_images", "per_class"} & defender.keys():
+            found.append(_NO_IMAGES)
+        raise ConfigError(subject, found) from None
     faults = list(_faults(suite))
     if file.stem != suite.label:
         faults.append(f"the file of {suite.label} must be called {suite.label}.toml, and is {file.name}")
@@ -333,7 +338,7 @@ def _faults(suite: Suite) -> Iterator[str]:
     if "none" not in {attack.name for attack in suite.attack}:
         yield "attack: the clean control 'none' is missing; every suite runs it"
     if not suite.defender.counts(1):
-        yield "defender: clean_images or per_class must name a number of images"
+        yield _NO_IMAGES
     for where, entry in (
         ("defender", suite.defender),
         *(("alteration", entry) for entry in suite.alteration),

@@ -38,7 +38,7 @@ _MODULES = {
 }
 # These bring the other steps along. The first optimizer of a process imports torch's compiler, a second
 # of work that is done once in the server.
-preload(*_MODULES.values(), "torch._dynamo")
+preload(_MODULES["train"], _MODULES["scan"], "torch._dynamo")
 _COST: dict[str, tuple[type, ...]] = {
     "seconds": (float,),
     "peak_mb": (float,),
@@ -145,6 +145,8 @@ class _Work:
         root, cache = (self.job["place"].get(name) for name in ("data_root", "cache"))
         places = places_of_data(Path(str(root)) if root else None, Path(str(cache)) if cache else None)
         private = [self.store, *places]
+        if root and (foreign := self.spec.get("altered", {}).get("foreign")):
+            private.append(Path(str(root)) / foreign)
         try:
             answer = self._call(name, task, self.folder, private)
             _require_answer(answer, _ANSWER_COLUMNS[name])

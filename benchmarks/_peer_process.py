@@ -52,7 +52,7 @@ class Clocks:
             batches = iterate(loader)
             return self._evaluating(batches) if of_tests(loader.dataset) else batches
 
-        torch.load, DataLoader.__iter__ = loading, iterating  # type: ignore[assignment, method-assign]
+        torch.load, DataLoader.__iter__ = loading, iterating  # type: ignore[method-assign]
         try:
             from matplotlib.figure import Figure
         except ImportError:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from browser import PROGRAMS, Browser, find_browser
 from unbackdoor.bench.driver import name_of
 from unbackdoor.bench.results import WEAK
-from unbackdoor.bench.rows import Row, write_rows
+from unbackdoor.bench.rows import ProbeRow, Row, write_rows
 from unbackdoor.cli import app
 from unbackdoor.errors import InputError
 from unbackdoor.report.benchmark import leaderboard
@@ -41,6 +41,19 @@ def row(**changes: Any) -> Row:
     return Row(**{**values, **(clean if changes.get("attack") == "none" else {}), **changes})
 
 
+def probed(of: Row, **changes: Any) -> ProbeRow:
+    """Return the probes of a repair."""
+    shared = {
+        name: getattr(of, name) for name in (*Row.key_columns(), "victim_code", "commit", "flags", "asr")
+    }
+    found: dict[str, Any] = {
+        "relearn_steps": (0, 5, 10), "relearned": (0.1, 0.5, 0.9), "relearned_before": (1.0, 1.0, 0.98),
+        "relearned_control": (0.0, 0.02, 0.04), "alternative": 0.7, "alternative_control": 0.3,
+        "patch": 0.5, "pacc": 0.8, "pacc_control": 0.9, "pacc_before": 0.1,
+    }  # fmt: skip
+    return ProbeRow(**{**shared, "code": "pr0be", "repair_code": of.code, **found, **changes})
+
+
 ROWS = [
     *(row(victim_seed=seed, asr=asr) for seed, asr in enumerate((0.1, 0.2, 0.6))),
     row(attack="none", poison_rate=0.0, acc=0.90),
@@ -52,8 +65,18 @@ ROWS = [
 ]
 
 
-def made(rows: list[Row] | None = None) -> Document:
-    return leaderboard(rows or ROWS, is_current=lambda row: row["commit"] != "0ld")
+PROBES = [
+    probed(ROWS[0]),
+    probed(ROWS[1], relearned=(0.2, 0.6, 0.7), pacc=0.6),
+    probed(ROWS[3], relearned=(), relearn_steps=(), alternative=None, pacc=None),  # a clean model
+    probed(ROWS[4], commit="0ld"),
+    probed(ROWS[6]),
+    probed(ROWS[0], victim_seed=9),
+]
+
+
+def made(rows: list[Row] | None = None, probes: list[ProbeRow] | None = None) -> Document:
+    return leaderboard(rows or ROWS, probes=probes or (), is_current=lambda row: row["commit"] != "0ld")
 
 
 def table(document: Document, name: str) -> Table:
@@ -74,6 +97,75 @@ def test_a_line_has_the_mean_the_interval_the_worst_case_and_every_cost() -> Non
     )
     assert ft["ACC lost"].text == "1.0 %" and ft["ACC lost on clean models"].text == "5.0 %"
     assert ft["cost"].text == "2.0 s" and "300 MB" in ft["cost"].small and ft["rows"].text == "3"
+
+
+AGAIN, ALTERNATIVE, RIGHT = (
+    "ASR after 10 steps of re-learning", "alternative trigger", "triggered images right"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["methods-0", "cells-0"])
+def test_probes_have_columns_beside_the_clean_network_and_the_victim(name: str) -> None:
+    ft = line(made(probes=PROBES), name, "ft", *(["cifar10"] if name == "methods-0" else ["badnets"]))
+    assert ft[AGAIN].text == "80.0 %" and ft[AGAIN].small == "clean 4.0 %; victim 98.0 %"
+    assert ft[AGAIN].sort_key == "0.8" and ft[RIGHT].sort_key == "0.7"
+    assert ft[ALTERNATIVE].text == "70.0 %" and ft[ALTERNATIVE].small == "clean 30.0 %"
+    assert (
+        ft["alternative patch"].sort_key == "0.5"
+        and ft["probed"].text == "2"
+        and ft["probed"].small == "of 3"
+    )  # less than the other means are over
+    assert not ft[AGAIN].older
+
+
+def test_a_page_without_probes_has_no_columns_of_them() -> None:
+    assert "probes" not in table(made(), "cells-0").groups and "of these were probed" not in to_html(made())
+    assert table(made(probes=PROBES), "cells-0").groups["probes"] is False  # hidden at first
+
+
+def test_probes_that_failed_are_counted_and_those_of_a_weak_attack_are_in_no_mean() -> None:
+    probes = [
+        probed(ROWS[0]),
+        probed(ROWS[1], error="MethodFailed: diverged", relearned=(), pacc=None, alternative=None),
+        probed(ROWS[7]),  # whose attack did not take
+    ]
+    document = made(probes=probes)
+    ft = line(document, "methods-0", "ft", "cifar10")
+    assert ft["probed"].text == "1" and ft["probed"].small == "of 3; 1 failed" and ft[AGAIN].text == "90.0 %"
+    weak = line(document, "cells-0", "fp", "blended")
+    assert weak["probed"].text == "0" and weak[AGAIN].sort_key == ""
+
+
+def test_older_probes_are_marked_and_never_stand_beside_another_repair() -> None:
+    document = made(probes=PROBES)
+    # Of the current repair, probed by older code: marked by itself.
+    rnp = line(document, "cells-0", "rnp", "badnets")
+    assert rnp[AGAIN].older and not rnp["defense"].older
+    # Of an older repair: in its line, which is marked as a whole.
+    fp = [r for r in table(document, "cells-0").rows if r[0].text == "fp" and r[0].older]
+    assert len(fp) == 1 and fp[0][-1].text == "1" and not fp[0][-1].older
+    # Of a repair that has been measured again since: nowhere, and said so.
+    again = made([row(code="n3w")], probes=[probed(row())])
+    assert line(again, "cells-0", "ft", "badnets")["probed"].text == "0"
+    assert "1 probe more" in " ".join(again.lead) and "1 probe more" in " ".join(document.lead)
+    # Where some are of the current code, the older ones are left out.
+    both = made(probes=[probed(ROWS[0]), probed(ROWS[1], commit="0ld", relearned=(0.0, 0.0, 0.0))])
+    ft = line(both, "cells-0", "ft", "badnets")
+    assert ft[AGAIN].text == "90.0 %" and not ft[AGAIN].older
+
+
+def test_every_column_of_the_probes_is_explained_and_measured_again_by_a_command() -> None:
+    document = made(probes=PROBES)
+    terms = {term for section in document.sections for term, _ in section.terms}
+    for name in ("methods-0", "cells-0"):
+        found = table(document, name)
+        assert {column.name for column in found.columns if column.group == "probes"} <= terms
+        assert all(len(r) == len(found.columns) for r in found.rows)
+    link = line(document, "cells-0", "rnp", "badnets")["defense"].link
+    entry = next(e for section in document.sections for e in section.entries if e.identifier == link)
+    run, probe = map(shlex.split, entry.commands)
+    assert run[:3] == ["unbackdoor", "bench", "run"] and probe[:3] == ["unbackdoor", "bench", "probe"]
+    assert run[3:] == probe[3:] and json.loads(entry.config)["probes"]["code"] == ["pr0be"]
 
 
 def test_older_rows_are_marked_left_out_of_means_and_ranked_behind() -> None:
@@ -134,6 +226,7 @@ def test_names_of_strangers_are_text() -> None:
 def test_the_command_writes_one_page_of_several_files(tmp_path: Path) -> None:
     for name, rows in (("a.jsonl", ROWS[:4]), ("b.jsonl", ROWS[4:])):
         write_rows(tmp_path / name, rows)
+    write_rows(tmp_path / "a.probes.jsonl", [probed(ROWS[0])])
     words = [
         "bench",
         "leaderboard",
@@ -144,7 +237,9 @@ def test_the_command_writes_one_page_of_several_files(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0 and done.stdout.strip() == str(tmp_path / "o" / "index.html")
     page = (tmp_path / "o" / "index.html").read_text()
-    assert "of 9 rows" in page and not re.search("https?://", page)
+    assert (
+        "of 10 rows" in page and "1 repair of these were probed" in page and not re.search("https?://", page)
+    )
     again = CliRunner().invoke(app, words)
     assert again.exit_code == 2 and "the file exists" in again.stderr
     assert CliRunner().invoke(app, [*words, "--force"]).exit_code == 0
@@ -159,7 +254,9 @@ PROGRAM = find_browser()
 @pytest.mark.parametrize("width", [1280, 390])
 def test_sorting_and_choosing_work_by_keyboard(tmp_path: Path, width: int) -> None:
     assert PROGRAM is not None
-    (tmp_path / "index.html").write_text(to_html(made()))
+    long = {"attack": "badnets_all_to_all", "architecture": "airbench[expansion=2]", "recipe": "implanted"}
+    rows = [*ROWS, *(row(**long, defense="random_prune", victim_seed=seed, asr=1.0) for seed in range(4))]
+    (tmp_path / "index.html").write_text(to_html(made(rows, PROBES)))
     with Browser(PROGRAM, tmp_path / "profile") as browser:
         browser.open(tmp_path / "index.html", width=width)
         if KEPT:
@@ -174,6 +271,19 @@ def test_sorting_and_choosing_work_by_keyboard(tmp_path: Path, width: int) -> No
                     f".map((r) => r.cells[{column}].dataset.f ?? r.cells[{column}].innerText)"
                 )
             )
+
+        # Columns of a group are there when they are asked for; without them no table scrolls.
+        wide = "[...document.querySelectorAll('.wide')].filter((w) => w.scrollWidth > w.clientWidth).length"
+        cells = "[...document.querySelector('#cells-0 tbody tr').cells]"
+        columns = f"{cells}.filter((c) => c.offsetParent).length"
+        assert browser.evaluate(wide) == 0
+        before = browser.evaluate(columns)
+        box = "document.querySelector('.columns[data-table=cells-0] [value=probes]')"
+        browser.evaluate(f"{box}.focus()")
+        browser.press(" ")
+        assert browser.evaluate(f"{box}.checked") and browser.evaluate(columns) == before + 5
+        browser.press(" ")
+        assert browser.evaluate(columns) == before
 
         everything = shown(1)
         # The attack: a list that is focused and typed into.

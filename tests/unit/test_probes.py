@@ -21,6 +21,9 @@ from unbackdoor.bench import probe_rows, steps
 from unbackdoor.bench.cells import Planned, plan
 from unbackdoor.bench.code_version import is_current, probe_version, repair_version, victim_version
 from unbackdoor.bench.judge import judge
+from unbackdoor.bench.part_versions import is_current as is_current_in_all_parts
+from unbackdoor.bench.part_versions import patch_version
+from unbackdoor.bench.patch_probe import _place, patch_trigger
 from unbackdoor.bench.probe_rows import NO_CONTROL, NOT_ATTACKED, probe_repairs
 from unbackdoor.bench.probes import (
     RELEARN_STEPS,
@@ -144,6 +147,31 @@ def test_another_trigger_is_found_where_the_way_is_open(
     assert lowest <= success <= highest
 
 
+@pytest.mark.parametrize(
+    ("network", "lowest", "highest"),
+    [(planted((5,)), 0.9, 1), (planted(), 0, 0.2), (planted((3,)), 0, 0.2)],
+    ids=["open", "clean", "another class"],
+)
+def test_a_patch_is_found_where_the_way_is_open(network: Classifier, lowest: float, highest: float) -> None:
+    """A dark corner leads to class 5; no other square in the first block can, which is class 0."""
+    cfg = ProbeConfig(search_images=64, batch_size=32, search_steps=20)
+    images = block_data(160), block_data(80, seed=1)
+    before = network.sha256()
+    found, again = (patch_trigger(network, truth_of(black_corner, 5), *images, RUN, config=cfg) for _ in "ab")
+    assert found is not None and lowest <= found <= highest
+    assert found == again and network.sha256() == before
+    assert not any(module._forward_pre_hooks for module in network.modules())
+
+
+def test_a_patch_lies_where_the_trigger_changes_most() -> None:
+    change = torch.zeros(8, 8)
+    change[2, 3], change[5:7, 6:8] = 3, 1
+    assert _place(change, 2) == (5, 6)  # four of 1 are more than one of 3
+    assert _place(change, 1) == (2, 3) and _place(torch.zeros(8, 8), 8) == (0, 0)
+    _, nothing = poison(tiny_data(40), "none")
+    assert patch_trigger(tiny_classifier(), nothing, tiny_data(40), tiny_data(40, seed=1), RUN) is None
+
+
 def test_probes_leave_the_network_as_it_was_and_answer_the_same_again() -> None:
     model, truth = backdoored()
     before = model.sha256()
@@ -224,6 +252,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         return None if truth.attack == "none" else found
 
     monkeypatch.setattr(probe_rows, "probe", answer)
+    monkeypatch.setattr(probe_rows, "patch_trigger", lambda *images, **how: 0.75)
 
 
 def timeless(file: Path) -> list[dict[str, Any]]:
@@ -252,7 +281,8 @@ def test_the_command_asks_each_repair_its_victim_and_a_clean_network_the_same(
     assert row.error is None and row.flags == () and row.relearn_steps == RELEARN_STEPS
     assert is_current(row) and row.seconds is not None and row.device and row.commit
     # The three networks are one and the same here.
-    for name in Probed.__dataclass_fields__:
+    assert row.patch is not None and row.patch_code == patch_version()
+    for name in (*Probed.__dataclass_fields__, "patch"):
         mine, *others = (getattr(row, name + end) for end in ("", "_before", "_control"))
         assert others == [mine, mine] and (mine is not None or name == "steps_to_half")
     words[2] = "try-v2"
@@ -406,6 +436,34 @@ def test_a_table_shows_each_probe_beside_the_clean_network() -> None:
     assert older[0].older and [cell.text for cell in older[9:]] == ["1", "0", "0"]
     (table,) = probe_section(Rows.of(rows, lambda row: False)).tables
     assert table.rows[0][0].text == "current code" and all(row[0].older for row in table.rows[1:])
+
+
+def test_the_patch_has_a_column_once_a_row_has_it() -> None:
+    rows = [row_of(patch=0.5, patch_control=0.25), row_of(victim_seed=1)]
+    for wanted in (rows, rows[1:]):
+        (table,) = probe_section(Rows.of(wanted, lambda row: True)).tables
+        names = [column.name for column in table.columns]
+        assert ("alternative patch" in names) == (len(wanted) == 2)
+        assert all(len(line) == len(names) for line in table.rows)
+        if len(wanted) == 2:
+            cell = table.rows[0][names.index("alternative patch")]
+            assert (cell.text, cell.small) == ("50.0 %", "clean network 25.0 %")
+
+
+def test_a_row_from_before_the_patch_is_current_and_is_probed_again(
+    store: Store, tmp_path: Path, quick: None
+) -> None:
+    file = tmp_path / "probes.jsonl"
+    place = {"device": "cpu"}
+    assert probe_repairs(store, "try-v1", file, place=place) == 4
+    rows = read_probes(file)
+    before = [row.model_copy(update={"patch": None, "patch_code": ""}) for row in rows]
+    attacked = [row for row in rows if row.patch is not None]
+    assert len(attacked) == 2 and all(map(is_current_in_all_parts, [*rows, *before]))
+    assert not is_current_in_all_parts(attacked[0].model_copy(update={"patch_code": "0" * 16}))
+    write_rows(file, before)
+    assert probe_repairs(store, "try-v1", file, place=place) == 4
+    assert timeless(file) == [row.model_dump(exclude={"seconds"}) for row in rows]
 
 
 def test_a_report_has_the_section_only_where_there_are_probes() -> None:

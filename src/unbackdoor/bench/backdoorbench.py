@@ -30,7 +30,7 @@ MODEL, CARD, TRIGGERED, RECORD = "model.safetensors", "model.json", "triggered.n
 _FOLDER = "bd_test_dataset"  # of the images beside the file
 _WEIGHTS = "model"  # key of the set of weights that BackdoorBench loads
 # What BackdoorBench subtracts and divides by, from utils/aggregate_block/dataset_and_transform_generate.py.
-_NORMALISATION = {
+NORMALISATION = {
     "mnist": ((0.5,), (0.5,)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
@@ -182,7 +182,7 @@ def import_backdoorbench(
     said = read_attack_result(source)
     names = tuple(class_names) if class_names is not None else _names(said)
     triggered = _triggered(said, source.path, None if images is None else Path(images), names, progress)
-    usual = _NORMALISATION.get(said.dataset, (None, None)) if mean is None and std is None else (mean, std)
+    usual = NORMALISATION.get(said.dataset, (None, None)) if mean is None and std is None else (mean, std)
     opened = open_model(
         source,
         arch=arch,

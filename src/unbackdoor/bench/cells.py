@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -17,9 +17,12 @@ from typing import Any
 import torch
 
 from unbackdoor.attacks import AttackTruth, impossible
+from unbackdoor.bench.altered_samples import Alteration, altered, same_classes
 from unbackdoor.bench.code_version import repair_version, scan_version, victim_version
+from unbackdoor.bench.part_versions import alteration_version
 from unbackdoor.bench.steps import facts_of
 from unbackdoor.bench.suites import (
+    AlterationEntry,
     AttackEntry,
     ModelEntry,
     RecipeEntry,
@@ -34,6 +37,7 @@ from unbackdoor.engine.training import recipe_named
 from unbackdoor.errors import ConfigError, UnbackdoorError
 from unbackdoor.networks.build import canonical
 from unbackdoor.registry import ATTACKS, DEFENSES, SCANNERS, Part
+from unbackdoor.types import Images
 
 
 @dataclass(frozen=True)
@@ -65,23 +69,28 @@ def address(spec: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def plan(suite: Suite, data: Mapping[str, DataSet]) -> list[Planned]:
+def plan(
+    suite: Suite, data: Mapping[str, DataSet], foreign: Mapping[str, Images] | None = None
+) -> list[Planned]:
     """Expand a suite into its cells, victims before the repairs that need them.
 
     Args:
         suite: A suite without faults of its own.
         data: The loaded data sets by name.
+        foreign: Images of foreign sets by name. Where they are not there, the cells of an alteration that
+            needs them are left out.
 
     Raises:
         ConfigError: If the data do not allow what the suite asks for; all such faults at once.
     """
-    faults = list(_impossible(suite, data))
+    foreign = foreign or {}
+    faults = list(_impossible(suite, data, foreign))
     if faults:
         raise ConfigError(f"the suite {suite.label}", faults)
-    return list(_cells(suite, data))
+    return list(_cells(suite, data, foreign))
 
 
-def _cells(suite: Suite, data: Mapping[str, DataSet]) -> Iterator[Planned]:
+def _cells(suite: Suite, data: Mapping[str, DataSet], foreign: Mapping[str, Images]) -> Iterator[Planned]:
     shared = {
         "torch": ".".join(torch.__version__.split(".")[:2]),
         "precision": suite.precision,
@@ -122,7 +131,8 @@ def _cells(suite: Suite, data: Mapping[str, DataSet]) -> Iterator[Planned]:
             }
             victim = Planned(address(spec), "victim", spec, None, labels)
             yield victim
-            yield from _repairs_and_scans(suite, shared, victim)
+            defenders = list(_defenders(suite, loaded.train.classes, foreign))
+            yield from _repairs_and_scans(suite, shared, victim, defenders)
 
 
 def _victims(
@@ -141,18 +151,42 @@ def _victims(
             yield model, width, recipe, attack, options, seed
 
 
-def _repairs_and_scans(suite: Suite, shared: Mapping[str, Any], victim: Planned) -> Iterator[Planned]:
-    """Yield the repairs and scans of a victim, for every number of clean images and seed of the defender."""
+Defender = tuple[str, dict[str, Any] | None, int]  # the name and specification of an alteration, and images
+
+
+def _defenders(suite: Suite, classes: int, foreign: Mapping[str, Images]) -> Iterator[Defender]:
+    """Yield the defenders of a suite, first those whose images are as they were drawn."""
+    yield from (("", None, count) for count in suite.defender.counts(classes))
+    for entry in suite.alteration:
+        spec = entry.alteration
+        if entry.foreign:
+            if entry.foreign not in foreign:
+                continue
+            spec["foreign_sha256"] = foreign[entry.foreign].fingerprint()
+        yield from ((entry.name, spec, count) for count in entry.counts(classes, suite.defender))
+
+
+def _repairs_and_scans(
+    suite: Suite, shared: Mapping[str, Any], victim: Planned, defenders: Sequence[Defender]
+) -> Iterator[Planned]:
+    """Yield the repairs and scans of a victim, for every defender and seed of the draw."""
     parts = (victim.labels["attack"], victim.labels["architecture"])
-    for count, seed in product(suite.defender.clean_images, suite.defender.seeds):
+    for (name, alteration, count), seed in product(defenders, suite.defender.seeds):
+        # Nothing of an alteration stands in the specification of a cell that has none.
+        more: dict[str, Any] = {}
+        if alteration is not None:
+            more = {"altered": alteration, "altered_code": alteration_version()}
         defender_spec = {
             **shared,
             "victim": victim.key,
             **{name: victim.spec[name] for name in ("dataset", "data_sha256", "augmentation")},
             "clean_images": count,
             "seed": seed,
+            **more,
         }
         labels = {**victim.labels, "clean_images": count, "defender_seed": seed}
+        if alteration is not None:
+            labels["altered"] = name
         for defense in suite.defense:
             part: Part[Any] = DEFENSES[defense.name]
             for preset in defense.presets:
@@ -184,7 +218,7 @@ def _repairs_and_scans(suite: Suite, shared: Mapping[str, Any], victim: Planned)
                 yield Planned(address(spec), "scan", spec, victim.key, {**labels, **named})
 
 
-def _impossible(suite: Suite, data: Mapping[str, DataSet]) -> Iterator[str]:
+def _impossible(suite: Suite, data: Mapping[str, DataSet], foreign: Mapping[str, Images]) -> Iterator[str]:
     for entry in suite.data:
         loaded = data[entry.name]
         for part, expected, images in (
@@ -197,11 +231,18 @@ def _impossible(suite: Suite, data: Mapping[str, DataSet]) -> Iterator[str]:
                     f"expected {expected[:12]}, got {images.fingerprint()[:12]}"
                 )
         training, pool = reserve(loaded.train)
-        for count in suite.defender.clean_images:
+        for count in suite.defender.counts(pool.classes):
             try:
                 draw_clean(pool, count=count, seed=suite.defender.seeds[0])
             except UnbackdoorError as error:
                 yield f"defender.clean_images {count} of {entry.name}: {error}"
+        for alteration in suite.alteration:
+            if alteration.foreign and alteration.foreign not in foreign:
+                continue
+            try:
+                _alter(pool, alteration, suite, foreign)
+            except UnbackdoorError as error:
+                yield f"alteration {alteration.name} of {entry.name}: {error}"
         planned = [attack for _, _, _, attack, _, _ in _victims(suite, entry.name)]
         for attack in suite.attack:
             if attack not in planned:
@@ -212,3 +253,11 @@ def _impossible(suite: Suite, data: Mapping[str, DataSet]) -> Iterator[str]:
                 )
                 for fault in impossible(training, truth):
                     yield f"attack {attack.name} on {entry.name}: {fault}"
+
+
+def _alter(pool: Images, entry: AlterationEntry, suite: Suite, foreign: Mapping[str, Images]) -> None:
+    """Draw what an alteration asks for, once for each number of images."""
+    what = Alteration(**entry.alteration)
+    source = same_classes(foreign[what.foreign], pool, what.classes) if what.foreign else pool
+    for count in entry.counts(pool.classes, suite.defender):
+        altered(source, what, count=count, seed=suite.defender.seeds[0])

@@ -98,7 +98,7 @@ def _name(row: ScanRow) -> str:
 def _network(row: ScanRow) -> tuple[object, ...]:
     return (
         *(row.dataset, row.architecture, row.width, row.recipe, row.attack, row.poison_rate, row.target),
-        *(row.victim_seed, row.clean_images, row.defender_seed),
+        *(row.victim_seed, row.clean_images, row.altered, row.defender_seed),
     )
 
 

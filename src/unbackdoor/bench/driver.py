@@ -244,7 +244,9 @@ def name_of(labels: Mapping[str, Any]) -> str:
     method = labels.get("defense") or labels.get("scanner")
     if method:
         parts.append(method if labels["preset"] == "default" else f"{method}:{labels['preset']}")
-        parts += [f"images={labels['clean_images']}", f"sample={labels['defender_seed']}"]
+        parts.append(f"images={labels['clean_images']}")
+        parts += [f"altered={labels['altered']}"] if labels.get("altered") else []
+        parts.append(f"sample={labels['defender_seed']}")
     else:
         parts.append("victim")
     parts += [f"rate={labels['poison_rate']:g}", f"seed={labels['victim_seed']}", labels["recipe"]]

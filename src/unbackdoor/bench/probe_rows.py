@@ -16,7 +16,9 @@ from typing import Any
 from unbackdoor.bench.code_version import CONTROL, probe_version
 from unbackdoor.bench.driver import matches, name_of
 from unbackdoor.bench.machine import describe_device
-from unbackdoor.bench.probes import RELEARN_STEPS, ProbeConfig, Probed, probe
+from unbackdoor.bench.part_versions import patch_version
+from unbackdoor.bench.patch_probe import patch_trigger
+from unbackdoor.bench.probes import RELEARN_STEPS, ProbeConfig, probe
 from unbackdoor.bench.repairs import running_commit
 from unbackdoor.bench.results import repairs_of, version_of_victim
 from unbackdoor.bench.rows import ProbeRow, Row, read_probes, write_rows
@@ -30,7 +32,7 @@ from unbackdoor.types import Images, Progress, silent
 
 NOT_ATTACKED = "not attacked: there is no trigger to probe with"
 NO_CONTROL = "no clean network beside it in the store"
-_OF_REPAIR = {*Row.key_columns(), "acc_before", "asr_before", "acc", "asr", "part", "flags"}
+_OF_REPAIR = {*Row.key_columns(), "acc_before", "asr_before", "acc", "asr", "part", "flags", "altered_code"}
 # What a victim and the clean network beside it have in common.
 _SHARED = ("dataset", "data_sha256", "architecture", "recipe", "precision", "seed")
 
@@ -86,7 +88,7 @@ def probe_repairs(
 
 
 def _versions(row: ProbeRow) -> tuple[str, ...]:
-    return (row.code, row.repair_code, row.victim_code, row.control_code)
+    return (row.code, row.repair_code, row.victim_code, row.control_code, row.patch_code)
 
 
 class _Networks:
@@ -97,7 +99,7 @@ class _Networks:
     ) -> None:
         self._store, self._place, self._config, self._progress = store, place, config, progress
         self._images: dict[str, tuple[Images, Images]] = {}
-        self._beside: tuple[str, Probed | None, Probed | None] = ("", None, None)
+        self._beside: tuple[str, dict[str, Any], dict[str, Any]] = ("", {}, {})
 
     def versions(self, cell: Cell, repair: Row) -> dict[str, str]:
         """Return the columns that name the code behind the row of a repair."""
@@ -107,6 +109,7 @@ class _Networks:
             "repair_code": repair.code,
             "victim_code": repair.victim_code,
             "control_code": version_of_victim(control, self._pinned) if control else "",
+            "patch_code": patch_version(),
         }
 
     def probed(self, cell: Cell) -> dict[str, Any]:
@@ -123,21 +126,25 @@ class _Networks:
         try:
             truth = load_truth(self._store.artefact(victim.key) / MODEL)
 
-            def ask(of: Cell, file: str) -> Probed | None:
+            def ask(of: Cell, file: str, suffix: str = "") -> dict[str, Any]:
                 model = model_of(self._store.artefact(of.key) / file)
-                return probe(model, truth, training, test, run, config=self._config)
+                found = probe(model, truth, training, test, run, config=self._config)
+                if found is None:
+                    return {}
+                patch = patch_trigger(model, truth, training, test, run, config=self._config)
+                return {**found.columns(suffix), f"patch{suffix}": patch}
 
             start = time.perf_counter()
             repaired = ask(cell, REPAIRED)
             columns["seconds"] = round(time.perf_counter() - start, 3)
-            if repaired is None:
+            if not repaired:
                 return {**columns, "flags": (NOT_ATTACKED,)}
             control = self._control(victim)
             if self._beside[0] != victim.key:
                 # The repairs of a victim stand together, so only the last is kept.
-                self._beside = (victim.key, ask(victim, MODEL), ask(control, MODEL) if control else None)
-            for one, suffix in zip((repaired, *self._beside[1:]), ("", "_before", "_control"), strict=True):
-                columns |= one.columns(suffix) if one else {}
+                beside = ask(control, MODEL, "_control") if control else {}
+                self._beside = (victim.key, ask(victim, MODEL, "_before"), beside)
+            columns |= {**repaired, **self._beside[1], **self._beside[2]}
         except UnbackdoorError as error:
             return {**columns, "error": f"{type(error).__name__}: {error}"}
         return {**columns, "relearn_steps": RELEARN_STEPS, "flags": () if control else (NO_CONTROL,)}

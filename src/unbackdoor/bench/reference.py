@@ -80,7 +80,7 @@ class PublishedTable:
 
     def match(self, row: Row) -> Published | None:
         """Return the cell of the same architecture, poison rate, attack and defense, if there is one."""
-        if row.dataset != _DATASET:
+        if row.dataset != _DATASET or row.altered:
             return None
         key = (
             _ARCHITECTURES.get(row.architecture, ""),

@@ -108,6 +108,7 @@ def _measured(cell: Cell, victim: _Victim) -> dict[str, Any]:
         "commit": result.get("commit", ""),
         "code": cell.spec.get("code", ""),
         "victim_code": victim.code,
+        "altered_code": cell.spec.get("altered_code", ""),
         "victim_processor_seconds": victim.processor_seconds and round(victim.processor_seconds, 1),
         "flags": tuple(flags),
         "error": cell.error,

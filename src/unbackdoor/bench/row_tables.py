@@ -18,7 +18,7 @@ from unbackdoor.text import printable
 _READ = (
     "dataset", "architecture", "width", "attack", "poison_rate", "victim_seed", "defense", "scanner",
     "preset",
-    "clean_images", "acc_before", "asr_before", "ra_before", "acc", "asr", "ra", "der",
+    "clean_images", "altered", "acc_before", "asr_before", "ra_before", "acc", "asr", "ra", "der",
     "verdict", "p_value", "right", "target_found", "error",
 )  # fmt: skip
 _PERCENT = {"acc_before", "asr_before", "ra_before", "acc", "asr", "ra", "der"}

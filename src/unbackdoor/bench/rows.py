@@ -53,6 +53,7 @@ class _Repair(_Experiment):
     preset: str = "default"
     selection: str = "held-out clean"
     clean_images: int
+    altered: str = ""
     defender_seed: int
     acc_before: float | None = None
     asr_before: float | None = None
@@ -72,6 +73,7 @@ class Row(_Repair):
     commit: str = ""
     code: str = ""
     victim_code: str = ""
+    altered_code: str = ""
     victim_processor_seconds: float | None = None
     part: str = ""
     flags: tuple[str, ...] = ()
@@ -84,6 +86,7 @@ class ScanRow(_Experiment):
     scanner: str
     preset: str = "default"
     clean_images: int
+    altered: str = ""
     defender_seed: int
     acc_before: float | None = None
     asr_before: float | None = None
@@ -100,6 +103,7 @@ class ScanRow(_Experiment):
     commit: str = ""
     code: str = ""
     victim_code: str = ""
+    altered_code: str = ""
     victim_processor_seconds: float | None = None
     part: str = ""
     flags: tuple[str, ...] = ()
@@ -124,6 +128,9 @@ class ProbeRow(_Repair):
     alternative: float | None = None
     alternative_before: float | None = None
     alternative_control: float | None = None
+    patch: float | None = None
+    patch_before: float | None = None
+    patch_control: float | None = None
     pacc: float | None = None
     pacc_before: float | None = None
     pacc_control: float | None = None
@@ -140,6 +147,8 @@ class ProbeRow(_Repair):
     repair_code: str = ""
     victim_code: str = ""
     control_code: str = ""
+    patch_code: str = ""
+    altered_code: str = ""
     part: str = ""
     flags: tuple[str, ...] = ()
     error: str | None = None

@@ -10,12 +10,13 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from unbackdoor.bench.altered_samples import Alteration
 from unbackdoor.data.datasets import dataset_names
 from unbackdoor.engine.training import RECIPES, recipe_named
 from unbackdoor.errors import ConfigError, InputError, IntegrityError
@@ -27,6 +28,7 @@ SHIPPED = Path(__file__).parent / "suite_files"  # the suites that come with the
 _MAX_SUITE = 1 << 20  # bytes
 _MAX_PARTS = 64  # of a dotted key
 _NO_KEY = re.compile(r"[,=\[\]{}#\n]")
+_NO_IMAGES = "defender: clean_images or per_class must name a number of images"
 LOCK = "LOCK.json"  # beside the suites: the hash of every version that was ever run
 Metric = Literal["acc", "asr", "ra", "der"]
 Selection = Literal["held-out clean", "oracle"]
@@ -86,10 +88,37 @@ class AttackEntry(_Table):
 
 
 class DefenderEntry(_Table):
-    """What the defenders own: numbers of clean images, and the seeds of the draws."""
+    """What the defenders own: numbers of clean images, in all or of each class, and seeds of the draws."""
 
-    clean_images: tuple[int, ...] = Field(min_length=1)
+    clean_images: tuple[int, ...] = ()
+    per_class: tuple[int, ...] = ()
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+
+    def counts(self, classes: int) -> tuple[int, ...]:
+        """Return the numbers of clean images of a data set, each once."""
+        return tuple(dict.fromkeys((*self.clean_images, *(classes * number for number in self.per_class))))
+
+
+class AlterationEntry(Alteration):
+    """Further defenders, whose images are altered; crossed with all methods and seeds.
+
+    Without ``clean_images`` and ``per_class`` of its own it has those of the defender.
+    """
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    clean_images: tuple[int, ...] = ()
+    per_class: tuple[int, ...] = ()
+
+    def counts(self, classes: int, defender: DefenderEntry) -> tuple[int, ...]:
+        """Return the numbers of clean images of a data set."""
+        own = DefenderEntry(clean_images=self.clean_images, per_class=self.per_class)
+        return own.counts(classes) or defender.counts(classes)
+
+    @property
+    def alteration(self) -> dict[str, Any]:
+        """What is done, as a specification has it: without what says nothing, so that more may be added."""
+        own = ("name", "clean_images", "per_class")
+        return self.model_dump(mode="json", exclude=set(own), exclude_defaults=True)
 
 
 class DefenseEntry(_Table):
@@ -145,6 +174,7 @@ class Suite(_Table):
     recipe: tuple[RecipeEntry, ...] = (RecipeEntry(),)
     attack: tuple[AttackEntry, ...] = Field(min_length=1)
     defender: DefenderEntry
+    alteration: tuple[AlterationEntry, ...] = ()
     defense: tuple[DefenseEntry, ...] = Field(min_length=1)
     scanner: tuple[ScannerEntry, ...] = ()
     split: SplitEntry | None = None
@@ -163,6 +193,13 @@ class Suite(_Table):
             del content["scanner"]
         if self.split is None:
             del content["split"]
+        if not self.defender.per_class:
+            del content["defender"]["per_class"]
+        content["alteration"] = [
+            entry.model_dump(mode="json", exclude_defaults=True) for entry in self.alteration
+        ]
+        if not self.alteration:
+            del content["alteration"]
         for defense in content["defense"]:
             if not defense["choices"]:
                 del defense["choices"]
@@ -220,7 +257,11 @@ def load_suite(file: Path) -> Suite:
     try:
         suite = Suite.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(subject, [_fault(fault, values) for fault in error.errors()]) from None
+        found = [_fault(fault, values) for fault in error.errors()]
+        defender = values.get("defender")
+        if isinstance(defender, dict) and not {"clean_images", "per_class"} & defender.keys():
+            found.append(_NO_IMAGES)
+        raise ConfigError(subject, found) from None
     faults = list(_faults(suite))
     if file.stem != suite.label:
         faults.append(f"the file of {suite.label} must be called {suite.label}.toml, and is {file.name}")
@@ -296,8 +337,28 @@ def _faults(suite: Suite) -> Iterator[str]:
         yield "defense: the null row 'none' is missing; every suite runs it"
     if "none" not in {attack.name for attack in suite.attack}:
         yield "attack: the clean control 'none' is missing; every suite runs it"
-    if min(suite.defender.clean_images) < 1:
-        yield f"defender.clean_images: must be at least 1, got {min(suite.defender.clean_images)}"
+    if not suite.defender.counts(1):
+        yield _NO_IMAGES
+    for where, entry in (
+        ("defender", suite.defender),
+        *(("alteration", entry) for entry in suite.alteration),
+    ):
+        for amount in ("clean_images", "per_class"):
+            if min(getattr(entry, amount), default=1) < 1:
+                yield f"{where}.{amount}: must be at least 1, got {min(getattr(entry, amount))}"
+    yield from _alteration_faults(suite.alteration)
+
+
+def _alteration_faults(entries: Sequence[AlterationEntry]) -> Iterator[str]:
+    names = [entry.name for entry in entries]
+    for name in dict.fromkeys(names):
+        if names.count(name) > 1:
+            yield f"alteration: two are called {name!r}"
+    for entry in entries:
+        if not entry.alteration:
+            yield f"alteration {entry.name}: nothing is altered"
+        if entry.classes and not entry.foreign:
+            yield f"alteration {entry.name}: classes belong to a foreign set, and none is named"
 
 
 def _cross_faults(suite: Suite, model: ModelEntry) -> Iterator[str]:

@@ -31,10 +31,14 @@ from unbackdoor.files import is_disk_full
 from unbackdoor.isolate import SCRATCH, Limits, call, log_of, preload
 
 _STEPS = "unbackdoor.bench.steps"
-_MODULES = {"train": "unbackdoor.bench.train_step", "scan": "unbackdoor.bench.scan_step"}
+_MODULES = {
+    "train": "unbackdoor.bench.train_step",
+    "scan": "unbackdoor.bench.scan_step",
+    "altered_sample": "unbackdoor.bench.altered_samples",
+}
 # These bring the other steps along. The first optimizer of a process imports torch's compiler, a second
 # of work that is done once in the server.
-preload(*_MODULES.values(), "torch._dynamo")
+preload(_MODULES["train"], _MODULES["scan"], "torch._dynamo")
 _COST: dict[str, tuple[type, ...]] = {
     "seconds": (float,),
     "peak_mb": (float,),
@@ -125,7 +129,7 @@ class _Work:
         sample = self.store / "samples" / f"{address(sample_spec(self.spec))}.safetensors"
         if not sample.exists():
             with _folder(self.store, f"{self.job['work']}-sample") as aside:
-                self.step("sample", folder=aside)
+                self.step("altered_sample" if "altered" in self.spec else "sample", folder=aside)
                 sample.parent.mkdir(exist_ok=True)
                 # Moved here, because a step that is killed leaves its drafts where it writes.
                 (aside / steps.SAMPLE).replace(sample)
@@ -141,6 +145,8 @@ class _Work:
         root, cache = (self.job["place"].get(name) for name in ("data_root", "cache"))
         places = places_of_data(Path(str(root)) if root else None, Path(str(cache)) if cache else None)
         private = [self.store, *places]
+        if root and (foreign := self.spec.get("altered", {}).get("foreign")):
+            private.append(Path(str(root)) / foreign)
         try:
             answer = self._call(name, task, self.folder, private)
             _require_answer(answer, _ANSWER_COLUMNS[name])
@@ -187,7 +193,8 @@ class _Work:
 def sample_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Return all that a defender's sample depends on, out of the specification of a repair or a scan."""
     names = ("dataset", "data_sha256", "augmentation", "clean_images", "seed")
-    return {**{name: spec[name] for name in names}, "code": sample_version()}
+    more = {name: spec[name] for name in ("altered", "altered_code") if name in spec}
+    return {**{name: spec[name] for name in names}, **more, "code": sample_version()}
 
 
 def _victim(work: _Work) -> dict[str, Any]:

@@ -382,6 +382,7 @@ def leaderboard(
     rows = [row for suite in suites for row in _rows(suite, store)]
     made = benchmark.leaderboard(
         rows,
+        probes=[probe for suite in suites for probe in _probes(suite)],
         published=read_published(reference) if reference else None,
         colophon=f"Made by unbackdoor {__version__} of {len(rows):,} rows.",
     )
@@ -437,6 +438,7 @@ def clean(
 
 
 def _planned(name: str, folder: Path | None, data_root: Path | None) -> tuple[Suite, list[Any], str]:
+    from unbackdoor.bench.altered_samples import foreign_images
     from unbackdoor.bench.cells import plan
     from unbackdoor.bench.suites import SHIPPED, check_lock, find_suite, load_suite
     from unbackdoor.cli.progress import Display
@@ -447,7 +449,19 @@ def _planned(name: str, folder: Path | None, data_root: Path | None) -> tuple[Su
     check_lock(suite, file.parent)
     with Display() as display:
         data = {d.name: load_dataset(d.name, root=data_root, progress=display) for d in suite.data}
-    return suite, plan(suite, data), file.read_text(encoding="utf-8")
+    foreign = {}
+    for entry in suite.alteration:
+        if entry.foreign:
+            try:
+                foreign[entry.foreign] = foreign_images(entry.foreign, _root(data_root), None)
+            except InputError as error:
+                note(f"The cells of {entry.name} are left out: {error}")
+    return suite, plan(suite, data, foreign), file.read_text(encoding="utf-8")
+
+
+def _root(data_root: Path | None) -> Path | None:
+    named = os.environ.get("UNBACKDOOR_DATA")
+    return data_root or (Path(named) if named else None)
 
 
 def _engine(kind: EngineName, slots: int, scheduler: str | None, gpus: float) -> Engine:

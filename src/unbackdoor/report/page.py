@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from unbackdoor.files import atomic_write
 from unbackdoor.report import words
 from unbackdoor.text import printable
+
+_LONG = 16  # letters of a word that does not fit into a column
 
 
 def render(template: str, **content: Any) -> str:
@@ -32,7 +35,22 @@ def render(template: str, **content: Any) -> str:
     )
     for name in ("percent", "rate", "interval", "duration"):
         environment.filters[name] = getattr(words, name)
+    environment.filters["breakable"] = breakable
     return environment.get_template(template).render(**content)
+
+
+def breakable(text: str) -> Markup:
+    """Let long names break at their joints, such as those of ``badnets_all_to_all``.
+
+    Example:
+        >>> breakable("airbench[expansion=2] of width 32")
+        Markup('airbench<wbr>[expansion=2] of width 32')
+    """
+    words = re.split(r"(\s+)", str(_visible(text)))
+    return Markup("").join(
+        Markup("<wbr>").join(re.split(r"(?<=[_:])|(?=\[)", word)) if len(word) > _LONG else escape(word)
+        for word in words
+    )
 
 
 def _visible(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup
 
@@ -25,6 +26,8 @@ class Column:
     number: bool = True
     order: str = ""  # ascending or descending
     long: bool = False  # sentences, which may break anywhere
+    group: str = ""  # a page shows and hides the columns of a group together
+    hidden: bool = False  # until a reader wants to see its group
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,11 @@ class Table:
     total: int | None = None
     filtered: bool = False
     facets: tuple[int, ...] = ()
+
+    @property
+    def groups(self) -> dict[str, bool]:
+        """Groups of its columns, with True for those that are shown at first."""
+        return {column.group: not column.hidden for column in self.columns if column.group}
 
     def values(self, column: int) -> list[str]:
         """Return what stands in a column, each once: in the order of its numbers, or of its words."""
@@ -152,6 +160,6 @@ class Document:
     command: str = "unbackdoor bench report"
 
 
-def columns(*names: str, text: int = 1) -> tuple[Column, ...]:
-    """Return columns of numbers after ``text`` columns of words."""
-    return tuple(Column(name, number=place >= text) for place, name in enumerate(names))
+def columns(*names: str, text: int = 1, **more: Any) -> tuple[Column, ...]:
+    """Return columns of numbers after ``text`` columns of words; what else is said holds for all of them."""
+    return tuple(Column(name, number=place >= text, **more) for place, name in enumerate(names))

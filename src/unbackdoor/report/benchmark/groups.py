@@ -25,15 +25,17 @@ class Setting(NamedTuple):
     architecture: str
     width: float
     recipe: str
+    altered: str = ""
 
     @classmethod
     def of(cls, row: Row | ScanRow | ProbeRow) -> Setting:
         """Return the setting of a row."""
-        return cls(row.dataset, row.architecture, row.width, row.recipe)
+        return cls(row.dataset, row.architecture, row.width, row.recipe, row.altered)
 
     def __str__(self) -> str:
         words = f"{name(self.dataset)}, {name(self.architecture)} of width {self.width:g}"
-        return words if self.recipe == "plain" else f"{words}, recipe {name(self.recipe)}"
+        words += "" if self.recipe == "plain" else f", recipe {name(self.recipe)}"
+        return words + (f", the defender's images altered: {name(self.altered)}" if self.altered else "")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Rows(Generic[R]):
             is_current: Says it of a row as a mapping; the benchmark's own judgement if None.
         """
         if is_current is None:
-            from unbackdoor.bench.code_version import is_current as judgement
+            from unbackdoor.bench.part_versions import is_current as judgement
 
             is_current = judgement
         return cls(tuple((row, not is_current(_mapping(row))) for row in rows))

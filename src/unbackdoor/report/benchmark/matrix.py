@@ -85,7 +85,7 @@ def _took(rows: Sequence[Row]) -> list[Row]:
 
 def _cell(row: Row) -> tuple[Any, ...]:
     victim = (row.dataset, row.architecture, row.width, row.recipe, row.attack, row.poison_rate, row.target)
-    return (*victim, row.victim_seed, row.clean_images, row.defender_seed)
+    return (*victim, row.victim_seed, row.clean_images, row.altered, row.defender_seed)
 
 
 def _key(row: Row) -> Key:

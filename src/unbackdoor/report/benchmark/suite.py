@@ -139,7 +139,12 @@ def _lead(repairs: Rows[Row], settings: Mapping[Setting, Rows[Row]], age: Sequen
 
 def _conclusions(rows: Sequence[Row]) -> tuple[str, ...]:
     """Say what these rows can tell, by how many networks and samples they are of."""
-    victims = {(Setting.of(r), r.attack, r.poison_rate, r.target, r.victim_seed) for r in rows}
+    # Altered images are another setting and not another network.
+    settings = [Setting.of(row)._replace(altered="") for row in rows]
+    victims = {
+        (setting, row.attack, row.poison_rate, row.target, row.victim_seed)
+        for setting, row in zip(settings, rows, strict=True)
+    }
     samples = {row.defender_seed for row in rows}
     return (
         f"The rows are of {counted(len(victims), 'network')} and {counted(len(samples), 'sample')} of clean "

@@ -32,7 +32,18 @@
     });
   }
 
-  for (const line of document.querySelectorAll(".filter")) {
+  // Columns of a group are hidden until they are asked for, so that a table fits the page.
+  for (const line of document.querySelectorAll(".columns")) {
+    const rows = [...document.getElementById(line.dataset.table).rows], heads = [...rows[0].cells];
+    const show = ({ value, checked }) => heads.forEach((head, at) => {
+      if (head.dataset.group === value) for (const row of rows) row.cells[at].hidden = !checked;
+    });
+    line.hidden = false;
+    line.querySelectorAll("input").forEach(show);  // a browser may remember what was checked
+    line.addEventListener("input", (event) => show(event.target));
+  }
+
+  for (const line of document.querySelectorAll(".filter:not(.columns)")) {
     const rows = [...document.getElementById(line.dataset.table).tBodies[0].rows];
     const texts = rows.map((row) => row.textContent.toLowerCase());
     const told = line.querySelector("output");

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import typer
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -26,7 +27,9 @@ from unbackdoor import files
 from unbackdoor.audit.references import read_references
 from unbackdoor.bench.rows import read_rows
 from unbackdoor.bench.suites import load_suite
+from unbackdoor.cli.app import app
 from unbackdoor.cli.auditor import class_names
+from unbackdoor.cli.settings import read_settings
 from unbackdoor.data.loaders import load_images
 from unbackdoor.data.sources import image_files, label_table, parquet
 from unbackdoor.errors import ConfigError, InputError, UnbackdoorError, UnsafeFile
@@ -39,7 +42,7 @@ from unbackdoor.weights.formats import state_dicts
 from unbackdoor.weights.formats.buffers import short
 from unbackdoor.weights.formats.limits import Account, Limits, accounting
 from unbackdoor.weights.formats.onnx import initializers
-from unbackdoor.weights.formats.torch_save import checkpoints
+from unbackdoor.weights.formats.torch_save import checkpoints, pickle_reader
 from unbackdoor.weights.formats.torch_save.pickle_reader import Trail
 from unbackdoor.weights.formats.torchscript.archive import _texts
 from unbackdoor.weights.patch import read_patch
@@ -160,17 +163,22 @@ def test_one_account_is_for_all_parts_of_a_file() -> None:
         assert inner is outer
 
 
-def test_long_integers_are_no_keys(tmp_path: Path) -> None:
-    class Loud(int):
-        def __hash__(self) -> int:
-            raise AssertionError("hashed")
+def test_long_integers_are_no_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replaced = []
 
+    class Noted(pickle_reader.UnhashedKey):
+        def __init__(self, *given: Any) -> None:
+            replaced.append(given)
+            super().__init__(*given)
+
+    monkeypatch.setattr(pickle_reader, "UnhashedKey", Noted)
     number = (1 << 800_000).to_bytes(100_001, "little")
     content = b"\x80\x02}(" + b"\x8b" + len(number).to_bytes(4, "little") + number + b"q\x00K\x01"
     content += b"h\x00K\x01" * 200 + b"u."
     (tmp_path / "m.pkl").write_bytes(content)
     found = read_contents(tmp_path / "m.pkl")
     assert isinstance(found.problem, InputError)  # it ends, and says that there is no state dict
+    assert len(replaced) == 201  # none of them was hashed
 
 
 def test_masks_are_looked_at_once() -> None:
@@ -482,14 +490,32 @@ def test_a_card_that_states_a_large_input_is_refused(tmp_path: Path) -> None:
     assert load_model(tmp_path / "m.safetensors", input_shape=model.input_shape).classes == model.classes
 
 
+TOO_MUCH_TOML = [
+    "a." * 50_000 + "b = 1", "[" + "a." * 50_000 + "b]", "a = " + "[" * 50_000, "a = {b = " * 5_000,
+    "a" + ".b" * 60 + " = {c" + ".d" * 60 + " = 1}", "a = " + "9" * 5_000, "a = 0x" + "f" * 500_000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["unbackdoor.toml", "pyproject.toml"])
+@pytest.mark.parametrize("text", TOO_MUCH_TOML, ids=lambda text: text[:8])
+def test_options_that_are_built_to_exhaust_are_refused(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises((ConfigError, InputError)):
+        read_settings(tmp_path / name, typer.main.get_command(app))
+
+
+@pytest.mark.parametrize("text", TOO_MUCH_TOML, ids=lambda text: text[:8])
+def test_such_a_file_of_another_project_is_left_alone(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pyproject.toml").write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert read_settings(None, typer.main.get_command(app)) is None
+
+
 @pytest.mark.parametrize(
-    "text",
-    [
-        "a." * 50_000 + "b = 1", "[" + "a." * 50_000 + "b]", "a = " + "[" * 50_000, "a = {b = " * 5_000,
-        "a" + ".b" * 60 + " = {c" + ".d" * 60 + " = 1}", "a = 1e999", "\ufeff", "a = '\0'",
-    ],
-    ids=lambda text: text[:8],
-)  # fmt: skip
+    "text", [*TOO_MUCH_TOML, "a = 1e999", "\ufeff", "a = '\0'"], ids=lambda text: text[:8]
+)
 def test_suites_that_are_built_to_exhaust_are_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "s-v1.toml").write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError):

@@ -7,7 +7,6 @@ code that would be run, nor say that files are replaced, and what it sets is tol
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from unbackdoor.errors import ConfigError, InputError, UnbackdoorError
 from unbackdoor.files import is_there, read_text
+from unbackdoor.toml_text import parse_toml
 
 FILES = ("unbackdoor.toml", "pyproject.toml")
 _LARGEST = 1 << 20  # bytes
@@ -87,11 +87,11 @@ def _table(path: Path, *, named: bool) -> Mapping[str, Any] | None:
             return None  # another project's file
         raise
     try:
-        content = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        content = parse_toml(text)
+    except ValueError as error:
         if not ours and not named and "tool.unbackdoor" not in text:
             return None
-        raise InputError("the file of options is no TOML", got=str(error)[:200], where=path) from None
+        raise InputError("the file of options is no TOML", got=str(error), where=path) from None
     tool = content.get("tool")
     if not ours or (isinstance(tool, dict) and "unbackdoor" in tool):
         content = tool.get("unbackdoor") if isinstance(tool, dict) else None  # type: ignore[assignment]

@@ -95,38 +95,53 @@ def rebuilt(scheme: Callable[[], object], shape: tuple[int, ...] = (2, 3)) -> ob
 
 
 ONE, PER_ROW = torch.per_tensor_affine, torch.per_channel_affine
-F, I = (lambda *x: torch.tensor(x, dtype=torch.float64)), (lambda *x: torch.tensor(x))
+
+
+def floats(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values)
+
+
+def whole_tensor(scale: object, zero: object) -> Callable[[], object]:
+    return lambda: (ONE, scale, zero)
+
+
 SCHEMES: dict[str, Callable[[], object]] = {
     **{
-        f"a scale of {scale}": lambda scale=scale: (ONE, scale, 0)  # type: ignore[misc]
+        f"a scale of {scale}": whole_tensor(scale, 0)
         for scale in (0.0, -1.0, float("inf"), float("nan"), 1e-320, 1e39, 10**400, True, "1")
     },
-    **{
-        f"a zero point of {zero}": lambda zero=zero: (ONE, 0.1, zero)  # type: ignore[misc]
-        for zero in (128, -129, 1 << 70, 0.5, None, True)
-    },
+    **{f"a zero point of {zero}": whole_tensor(0.1, zero) for zero in (128, -129, 1 << 70, 0.5, None, True)},
     "no numbers": lambda: (ONE,),
     "a number too many": lambda: (ONE, 0.1, 0, 0),
     "no scheme": lambda: (),
     "no tuple": lambda: [ONE, 0.1, 0],
-    "an unknown scheme": lambda: (torch.per_channel_symmetric, F(1, 1), I(0, 0), 0),
-    "points that are no levels": lambda: (torch.per_channel_affine_float_qparams, F(1, 1), F(0.5, 0), 0),
-    "an axis beyond": lambda: (PER_ROW, F(1, 1), I(0, 0), 2),
-    "an axis before": lambda: (PER_ROW, F(1, 1), I(0, 0), -1),
-    "an axis of another length": lambda: (PER_ROW, F(1, 1), I(0, 0), 1),
-    "too few scales": lambda: (PER_ROW, F(1), I(0, 0), 0),
-    "too many points": lambda: (PER_ROW, F(1, 1), I(0, 0, 0), 0),
-    "scales in a table": lambda: (PER_ROW, F(1, 1).reshape(2, 1), I(0, 0), 0),
-    "a row with a scale of 0": lambda: (PER_ROW, F(1, 0), I(0, 0), 0),
-    "a row with a scale of nan": lambda: (PER_ROW, F(1, float("nan")), I(0, 0), 0),
-    "a row with a point beyond": lambda: (PER_ROW, F(1, 1), I(0, 200), 0),
-    "scales of whole numbers": lambda: (PER_ROW, I(1, 1), I(0, 0), 0),
-    "points of fractions": lambda: (PER_ROW, F(1, 1), F(0, 0), 0),
-    "complex scales": lambda: (PER_ROW, F(1, 1).to(torch.complex64), I(0, 0), 0),
+    "an unknown scheme": lambda: (torch.per_channel_symmetric, floats(1, 1), ints(0, 0), 0),
+    "points that are no levels": lambda: (
+        torch.per_channel_affine_float_qparams,
+        floats(1, 1),
+        floats(0.5, 0),
+        0,
+    ),
+    "an axis beyond": lambda: (PER_ROW, floats(1, 1), ints(0, 0), 2),
+    "an axis before": lambda: (PER_ROW, floats(1, 1), ints(0, 0), -1),
+    "an axis of another length": lambda: (PER_ROW, floats(1, 1), ints(0, 0), 1),
+    "too few scales": lambda: (PER_ROW, floats(1), ints(0, 0), 0),
+    "too many points": lambda: (PER_ROW, floats(1, 1), ints(0, 0, 0), 0),
+    "scales in a table": lambda: (PER_ROW, floats(1, 1).reshape(2, 1), ints(0, 0), 0),
+    "a row with a scale of 0": lambda: (PER_ROW, floats(1, 0), ints(0, 0), 0),
+    "a row with a scale of nan": lambda: (PER_ROW, floats(1, float("nan")), ints(0, 0), 0),
+    "a row with a point beyond": lambda: (PER_ROW, floats(1, 1), ints(0, 200), 0),
+    "scales of whole numbers": lambda: (PER_ROW, ints(1, 1), ints(0, 0), 0),
+    "points of fractions": lambda: (PER_ROW, floats(1, 1), floats(0, 0), 0),
+    "complex scales": lambda: (PER_ROW, floats(1, 1).to(torch.complex64), ints(0, 0), 0),
     "quantised scales": lambda: (
         PER_ROW,
-        torch.quantize_per_tensor(F(1, 1).float(), 1, 0, torch.qint8),
-        I(0, 0),
+        torch.quantize_per_tensor(floats(1, 1).float(), 1, 0, torch.qint8),
+        ints(0, 0),
         0,
     ),
     "lists of other lengths": lambda: (PER_ROW, [1.0], [0, 0], 0),
@@ -189,7 +204,7 @@ def test_two_sets_on_the_same_levels_are_told_apart(tmp_path: Path) -> None:
             self.scale = scale
 
         def __reduce__(self) -> tuple[Any, ...]:
-            arguments = (storage, 0, (2, 3), stride, (ONE, self.scale, 0), False, {})
+            arguments: tuple[Any, ...] = (storage, 0, (2, 3), stride, (ONE, self.scale, 0), False, {})
             return (torch._utils._rebuild_qtensor, arguments)
 
     torch.save(
@@ -288,7 +303,7 @@ def test_a_quantised_network_opens_and_a_repair_is_written_in_floats(tmp_path: P
     write_repaired(out, repaired, opened, step={}, record={})
     state = read_state(out)
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
-    again = open_model(out, **({"arch": spec} if suffix == ".pt" else {}), size=(8, 8), mean=(), std=())
+    again = open_model(out, arch=spec if suffix == ".pt" else None, size=(8, 8), mean=(), std=())
     with torch.no_grad():
         assert torch.equal(again.model(pixels), repaired(pixels))
 

@@ -254,7 +254,7 @@ def test_a_named_network_of_a_library_takes_the_head_that_the_file_has(
         assert linear.features == (8 if "a" in tokens else 4)
         repaired = opened.model.copy()
         with torch.no_grad():
-            linear.of(repaired).module.weight.mul_(0.5)  # type: ignore[union-attr, operator]
+            linear.of(repaired).module.weight.mul_(0.5)
         write_repaired(tmp_path / "out.pth", repaired, opened, step={}, record={})
         written = read_state(tmp_path / "out.pth")
         last = list(layers[kind].state_dict())[-2]

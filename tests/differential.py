@@ -66,9 +66,23 @@ def same_bits(one: Tensor, other: Any) -> bool:
     return torch.equal(a, b)
 
 
+def floats_of(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return a state dict with what torch itself makes of its quantised tensors and packed pairs."""
+    out: dict[Any, Any] = {}
+    for name, entry in state.items():
+        layer = name.removesuffix("_packed_params._packed_params") if isinstance(name, str) else name
+        if layer != name and isinstance(entry, tuple):
+            out[f"{layer}weight"] = entry[0].dequantize()
+            out |= {f"{layer}bias": entry[1]} if entry[1] is not None else {}
+        else:
+            quantised = isinstance(entry, Tensor) and entry.is_quantized
+            out[name] = entry.dequantize() if quantised else entry
+    return out
+
+
 def _mappings(value: object, depth: int) -> Iterator[dict[str, Any]]:
     if isinstance(value, Mapping):
-        tensors = {name: entry for name, entry in value.items() if isinstance(entry, Tensor)}
+        tensors = {name: entry for name, entry in floats_of(value).items() if isinstance(entry, Tensor)}
         if all(isinstance(name, str) for name in tensors):
             yield tensors
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -30,6 +31,7 @@ from unbackdoor.errors import (
     UnsafeFile,
     UnsupportedModel,
 )
+from unbackdoor.files import sha256_file
 from unbackdoor.opening.classifier_files import save_model
 from unbackdoor.opening.inspection import inspect
 from unbackdoor.opening.open_model import open_model
@@ -282,7 +284,33 @@ def test_triggers_and_patches_are_read_in_a_process_of_their_own(
         read_patch(tmp_path / "p")
     with pytest.raises(IntegrityError):
         read_trigger(tmp_path / "t", model)
-    read_triggers([f"{tmp_path / 't' / 'trigger.png'},class=0"], model)
+    with pytest.raises(IntegrityError):
+        read_triggers([f"{tmp_path / 't' / 'trigger.png'},class=0"], model)
     assert [name.rpartition(":")[0].rpartition(".")[2] for name in asked] == [
-        "patch", "triggers", "trigger_files"
+        "patch", "triggers", "trigger_picture"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("swapped", ["patch.png", "mask.png"])
+def test_a_picture_that_is_swapped_after_its_rehearsal_is_refused(
+    swapped: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, name in enumerate(("patch.png", "mask.png", "another.png")):
+        Image.new("RGB", (2, 2), (40 * number + 40,) * 3).save(tmp_path / name)
+    text = f"{tmp_path / 'patch.png'},class=0,mask=mask.png"
+    model = tiny_classifier("conv-bn")
+    rehearsals: list[frozenset[str]] = []
+
+    def answered(*_: Any) -> dict[str, Any]:
+        # As the child reads them; it then lies in wait until the parent does.
+        digests = [sha256_file(tmp_path / name) for name in ("patch.png", "mask.png")]
+        rehearsals.append(frozenset(digests))
+        if len(rehearsals) > 1:
+            (tmp_path / "another.png").replace(tmp_path / swapped)
+        return {"read": digests}
+
+    monkeypatch.setattr(confinement, "_answer", answered)
+    read_triggers([text], model)
+    with pytest.raises(IntegrityError, match="changed while it was read"):
+        read_triggers([text], model)
+    assert len(set(rehearsals)) == 1

@@ -339,38 +339,6 @@ def test_what_changes_an_imported_name_is_dangerous(tmp_path: Path, target: str,
     assert inspect(path).loading == "dangerous"
 
 
-@pytest.mark.filterwarnings("ignore:torch.quantize_per")
-def test_quantised_weights_are_said_not_to_be_read(tmp_path: Path) -> None:
-    whole = torch.quantize_per_tensor(torch.rand(3, 3), 0.1, 0, torch.qint8)
-    rows = torch.quantize_per_channel(torch.rand(3, 3), torch.rand(3) + 0.1, torch.zeros(3), 0, torch.qint8)
-    for number_, state in enumerate(
-        (
-            {"a": torch.ones(1), "b": whole},
-            {"a": rows},
-            {"fc.scale": torch.ones(1), "fc._packed_params.dtype": torch.qint8},
-            {"state_dict": {"fc._packed_params._packed_params": (whole, torch.ones(3))}},
-        )
-    ):
-        path = tmp_path / f"{number_}.pt"
-        torch.save(state, path)
-        with pytest.raises(UnsupportedModel, match="quantised"):
-            read_state(path)
-        assert inspect(path).loading in ("known classes", "no code")
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("zipped", [True, False])
-def test_dynamically_quantised_modules_are_no_danger(tmp_path: Path, zipped: bool) -> None:
-    plain = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
-    made = torch.ao.quantization.quantize_dynamic(plain, {torch.nn.Linear}, dtype=torch.qint8)
-    path = tmp_path / "m.pt"
-    for saved in (made.state_dict(), {"state_dict": made.state_dict()}, made):
-        torch.save(saved, path, _use_new_zipfile_serialization=zipped)
-        assert inspect(path).loading == "known classes"
-        with pytest.raises(UnsupportedModel, match="quantised"):
-            read_state(path)
-
-
 _LINEAR = "__torch__.torch.classes.quantized.LinearPackedParamsBase"
 
 

@@ -283,12 +283,17 @@ class Purification(Result):
         if in_file.other_tensors:
             keys = ", ".join(map(key_in_words, in_file.other_tensors[:10]))
             out.append(f"the further tensors of the file ({keys}) are not in what is written")
+        if in_file.dequantised:
+            out.append(
+                f"the whole numbers of {len(in_file.dequantised)} quantised tensors, and their scales, are "
+                "not in what is written: it holds floating point, under names as before quantisation"
+            )
         if in_file.program and not in_file.examined:
             out.append("the file's own program was not examined and is not in what is written")
         return tuple(out)
 
     def save(self, path: Path | str, *, force: bool = False) -> Path:
-        """Write the repaired model under the names and number types of its owner.
+        """Write the repaired model under the names and number types of its owner; floats if it is quantised.
 
         Args:
             path: The suffix decides: ``.safetensors`` with a card of this package; ``.pt``, ``.pth``,

@@ -156,7 +156,7 @@ def purify(
     from unbackdoor.audit.own_methods import defense_of
     from unbackdoor.audit.purifying import DEFAULT_METHOD
     from unbackdoor.audit.verbs import require_points
-    from unbackdoor.opening.write_back import output_name
+    from unbackdoor.opening.write_back import output_name, require_places
 
     if max_accuracy_drop is not None:
         with warnings.catch_warnings(record=True) as noticed:
@@ -182,6 +182,7 @@ def purify(
         run = shared.open_run(seed, device, precision, display)
         case = auditor.open_case(source, user_options, run, display, quiet=quiet)
         out = output_name(out, case.opened)
+        require_places(out, case.opened)
         _require_outputs(out, others, report, source, records, force=force)
         try:
             done = unbackdoor.purify(

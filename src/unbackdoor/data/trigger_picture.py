@@ -12,14 +12,17 @@ A transparent picture is its own mask. A picture of the size of the model's imag
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from unbackdoor.confinement import rehearsed, seen
 from unbackdoor.data.conform import GREY
 from unbackdoor.data.decode import explained
 from unbackdoor.data.decode_worker import Undecodable, decode_rgba
@@ -39,6 +42,11 @@ def names_picture(text: Path | str) -> bool:
     """Return whether a text names a picture rather than the tensors of a recovered trigger."""
     path, _ = _parts(text)
     return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def picture_path(text: Path | str) -> Path:
+    """Return the path in a text that names a picture."""
+    return _parts(text)[0]
 
 
 def picture_label(text: Path | str, class_names: Sequence[str], *, required: bool = True) -> int | None:
@@ -65,7 +73,7 @@ def read_trigger_picture(
     *,
     label: int | None = None,
 ) -> RecoveredTrigger:
-    """Read a trigger from a picture.
+    """Read a trigger from a picture, in a process of its own first, and from the very bytes that it read.
 
     Args:
         text: The picture's path, and behind commas what is stated above.
@@ -76,7 +84,29 @@ def read_trigger_picture(
     Raises:
         InputError: If a file cannot be read, or what is stated does not fit the model.
         UnsafeFile: If a picture declares an absurd number of pixels.
+        IntegrityError: If a picture was replaced in the meantime.
     """
+    text = str(Path.cwd() / text)  # that process may stand in another folder
+    options = {
+        "text": text,
+        "input_shape": list(input_shape),
+        "class_names": list(class_names),
+        "label": label,
+    }
+    # Libraries of pictures decode it.
+    with rehearsed("unbackdoor.data.trigger_picture:rehearse", picture_path(text), options):
+        return _read(text, input_shape, class_names, label)
+
+
+def rehearse(path: Path, options: Mapping[str, Any]) -> None:
+    """Read a picture in a process of its own."""
+    channels, height, width = options["input_shape"]
+    _read(options["text"], (channels, height, width), options["class_names"], options["label"])
+
+
+def _read(
+    text: str, input_shape: tuple[int, int, int], class_names: Sequence[str], label: int | None
+) -> RecoveredTrigger:
     path, stated = _parts(text)
     _require_known(stated, str(text))
     label = _label(stated, class_names, str(text)) if label is None else label
@@ -130,7 +160,9 @@ def _label(facts: Mapping[str, str], names: Sequence[str], where: str) -> int:
 def _picture(path: Path, size: tuple[int, int] | None) -> Tensor:
     """Return red, green, blue and opacity (4, h, w) in [0, 1]."""
     try:
-        pixels = decode_rgba(read_bounded(path))
+        content = read_bounded(path)
+        seen(hashlib.sha256(content).hexdigest(), path)
+        pixels = decode_rgba(content)
     except Undecodable as error:
         raise explained({**error.facts, "remedy": "Give another picture"}, str(path)) from error
     if size is not None and pixels.shape[:2] != size:

@@ -4,7 +4,8 @@
 
 One token a position of an ``nn.Sequential``: ``l128`` a linear layer to 128 values, ``l`` the last one, to
 the classes (with ``n`` behind it: no bias), ``b`` a batch norm, ``y`` a layer norm, ``a`` the activation,
-``d`` a dropout or whatever else does nothing in use.
+``p`` a PReLU, ``d`` a dropout or whatever else does nothing in use. With ``head_place=list`` the head stands
+in the place of the whole ``nn.Sequential`` that the last linear layer lies in, such as that of a VGG.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from unbackdoor.errors import ConfigError, UnsupportedModel
 from unbackdoor.networks.sequential import ACTIVATIONS
 from unbackdoor.networks.spec import PYTHON, Spec
 
-HEAD, ACTIVATION = "head", "head_activation"
-OPTIONS = (HEAD, ACTIVATION)
-_TOKEN = re.compile(r"l(\d{0,5})(n?)|[abdy]")
+HEAD, ACTIVATION, PLACE = "head", "head_activation", "head_place"
+PLACES = ("layer", "list")
+OPTIONS = (HEAD, ACTIVATION, PLACE)
+_DEFAULTS = {ACTIVATION: "relu", PLACE: PLACES[0]}
+_TOKEN = re.compile(r"l(\d{0,5})(n?)|[abdpy]")
 _MAX_LAYERS = 40
 
 
@@ -45,11 +48,12 @@ def canonical_head(head: dict[str, str], where: str) -> dict[str, str]:
         faults.append(f"head: expected tokens such as l256-a-d-l, got {head.get(HEAD, 'none')[:80]!r}")
     elif [token for token in tokens if token in ("l", "ln")] != tokens[-1:]:
         faults.append("head: it must end in its one layer l or ln without a number")
-    if head.get(ACTIVATION, "relu") not in ACTIVATIONS:
-        faults.append(f"{ACTIVATION}: expected one of {', '.join(ACTIVATIONS)}")
+    for key, choices in ((ACTIVATION, tuple(ACTIVATIONS)), (PLACE, PLACES)):
+        if head.get(key, _DEFAULTS[key]) not in choices:
+            faults.append(f"{key}: expected one of {', '.join(choices)}")
     if faults:
         raise ConfigError(where, faults)
-    return {key: text for key, text in head.items() if (key, text) != (ACTIVATION, "relu")}
+    return {key: text for key, text in head.items() if _DEFAULTS.get(key) != text}
 
 
 def with_head(network: nn.Module, head: dict[str, str], classes: int, where: str) -> nn.Module:
@@ -64,10 +68,18 @@ def with_head(network: nn.Module, head: dict[str, str], classes: int, where: str
         raise UnsupportedModel(
             "the network does not end in a linear layer that a head could replace", where=where
         )
-    path, last = ends[-1]
+    path, first = ends[-1]
+    if head.get(PLACE) == PLACES[1]:
+        path = path.rpartition(".")[0]
+        inner = network.get_submodule(path) if path else network
+        if not path or not isinstance(inner, nn.Sequential):
+            raise UnsupportedModel(
+                "the last linear layer lies in no list that a head could replace", where=where
+            )
+        first = next(m for m in inner.modules() if isinstance(m, nn.Linear))
     activations: dict[str, type[nn.Module]] = {str(name): kind for name, kind in ACTIVATIONS.items()}
     activation = activations[head.get(ACTIVATION, "relu")]
-    layers = _layers(head[HEAD].split("-"), last.in_features, classes, activation)
+    layers = _layers(head[HEAD].split("-"), first.in_features, classes, activation)
     network.set_submodule(path, nn.Sequential(*layers))
     return network
 
@@ -82,5 +94,5 @@ def _layers(tokens: Iterable[str], width: int, classes: int, activation: type[nn
         elif token in "by":
             layers.append(nn.BatchNorm1d(width) if token == "b" else nn.LayerNorm(width))
         else:
-            layers.append(activation() if token == "a" else nn.Identity())
+            layers.append({"a": activation, "p": nn.PReLU}.get(token, nn.Identity)())
     return layers

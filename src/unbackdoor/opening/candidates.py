@@ -11,11 +11,17 @@ from torch import Tensor
 
 from unbackdoor.errors import InputError, MissingExtra, UnbackdoorError, UnsupportedModel
 from unbackdoor.networks.build import canonical, preprocessing_of
-from unbackdoor.networks.heads import ACTIVATION
+from unbackdoor.networks.heads import ACTIVATION, HEAD
 from unbackdoor.networks.sources.optional_libraries import is_installed
-from unbackdoor.networks.spec import OWN, read_spec
+from unbackdoor.networks.spec import OWN, PYTHON, read_spec
 from unbackdoor.opening.load_tensors import proposal
-from unbackdoor.opening.recognise_architecture import IN_ORDER, Candidate, in_libraries, nearest
+from unbackdoor.opening.recognise_architecture import (
+    IN_ORDER,
+    Candidate,
+    in_libraries,
+    nearest,
+    with_several_layers,
+)
 from unbackdoor.opening.recognise_chain import averaged
 from unbackdoor.weights.incomplete import adapted_layers
 
@@ -81,6 +87,10 @@ def find_candidates(
     """
     named = read_spec(arch) if arch is not None else None
     if named is not None and named.source != OWN:
+        own_head = named.source == PYTHON or HEAD in named.options
+        other = None if own_head else with_several_layers(str(named), state)
+        if other is not None:
+            return _with_all_choices([other], named.options, _NAMED)
         return CandidateSet({None: (str(named),)}, _NAMED)
     canonical_spec = canonical(arch) if arch is not None else ""
     candidates = [c for c in nearest(state, side=side) if c.fits]

@@ -52,7 +52,7 @@ class TensorFact:
     Attributes:
         name: As in the state dict.
         shape: Its sizes.
-        dtype: Such as ``float32``.
+        dtype: Its type in the file, such as ``float32``, or ``qint8``, which is read as float32.
         not_finite: How many of its values are NaN or infinite.
     """
 
@@ -163,6 +163,7 @@ class Inspection(Viewed):
         other_tensors: Keys of further entries that hold tensors, such as the state of an optimizer.
         program: The program that the file holds around its tensors, in words; empty for tensors alone.
         program_examined: Whether a scan examines that program: it opens as it is.
+        quantised: Names of the tensors that are whole numbers with a scale; they are read as float32.
     """
 
     path: str
@@ -186,6 +187,7 @@ class Inspection(Viewed):
     other_tensors: tuple[str, ...] = ()
     program: str = ""
     program_examined: bool = False
+    quantised: tuple[str, ...] = ()
 
     @property
     def executes(self) -> bool:
@@ -199,7 +201,8 @@ class Inspection(Viewed):
 
     def headline(self) -> str:
         """Return what the file is in one line."""
-        words = f"{self.path}: {self.format}, {self.parameters:,} numbers. {IN_WORDS[self.loading]}"
+        kind = f"quantised {self.format}" if self.quantised else self.format
+        words = f"{self.path}: {kind}, {self.parameters:,} numbers. {IN_WORDS[self.loading]}"
         return words if self.problem is None else f"{words} Not readable: {self.problem}"
 
     def rows(self) -> list[dict[str, Any]]:
@@ -256,7 +259,7 @@ def _inspect(model: Path | Source, progress: Progress) -> Inspection:
     source = model if isinstance(model, Source) else open_source(model)
     contents = source.contents
     next(steps, None)
-    tensors = tuple(_facts(contents.tensors))
+    tensors = tuple(_facts(contents.tensors, contents.quantised))
     graph, lies = (None, False) if source.graph is None else _graph(source.graph)
     if contents.format in _PROGRAMS and contents.problem is None and not contents.dangerous:
         graph, lies = _program(source)
@@ -282,6 +285,7 @@ def _inspect(model: Path | Source, progress: Progress) -> Inspection:
         other_tensors=contents.others,
         program=contents.program,
         program_examined=graph is not None and graph.problem is None,
+        quantised=tuple(contents.quantised),
     )
     for _ in steps:
         pass
@@ -353,10 +357,11 @@ def _sets(contents: Contents) -> Iterable[SetFact]:
         )
 
 
-def _facts(state: Mapping[str, Tensor]) -> Iterable[TensorFact]:
+def _facts(state: Mapping[str, Tensor], quantised: Mapping[str, str]) -> Iterable[TensorFact]:
     for name, tensor in state.items():
         bad = int((~torch.isfinite(tensor)).sum()) if tensor.is_floating_point() else 0
-        yield TensorFact(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), bad)
+        kind = quantised.get(name, str(tensor.dtype).removeprefix("torch."))
+        yield TensorFact(name, tuple(tensor.shape), kind, bad)
 
 
 def _candidates(state: Mapping[str, Tensor]) -> tuple[CandidateFact, ...]:

@@ -15,7 +15,7 @@ from unbackdoor.networks.geometry import Geometry
 from unbackdoor.networks.sources import SOURCES
 from unbackdoor.networks.spec import OWN, read_spec
 from unbackdoor.opening.recognise_architecture import IN_ORDER, nearest
-from unbackdoor.opening.rename_tensors import Adapted, Difference, adapt, compare
+from unbackdoor.opening.rename_tensors import Adapted, Difference, adapt, compare, names_of_library
 from unbackdoor.weights.formats.buffers import listed
 
 _PROPOSED = 3
@@ -77,7 +77,8 @@ def fill(
     spec = read_spec(architecture)
     names_in = None if spec.source == OWN else SOURCES[spec.source].names_in
     if names_in is not None:
-        return _as_its_library(bare, state, names_in(bare, state), architecture, input_shape, classes, where)
+        names = names_of_library(names_in, bare, state)
+        return _as_its_library(bare, state, names, architecture, input_shape, classes, where)
     adapted = adapt(state, expected, in_order=spec.source == OWN and spec.name == IN_ORDER)
     if not adapted.fits:
         raise misfit(adapted.difference, len(expected), state, where=where, side=input_shape[1])

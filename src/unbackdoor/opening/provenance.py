@@ -8,7 +8,7 @@ from typing import Any
 
 from unbackdoor.opening.normalisation_guess import InferredNormalisation, Normalisation
 from unbackdoor.opening.rename_tensors import Adapted
-from unbackdoor.weights.formats.buffers import short
+from unbackdoor.weights.formats.buffers import listed, short
 from unbackdoor.weights.read import Contents
 
 _NOT_EXAMINED = "the file's own program was not examined"
@@ -118,6 +118,7 @@ class InFile:
         examined: Whether the network that was opened is that program.
         output: The output of the graph that gives the logits, where it was named.
         remarks: What in the program watches the pixels outside the network's body, in words.
+        dequantised: Names of tensors that are quantised in the file, and numbers in the network.
     """
 
     weights: str = ""
@@ -127,6 +128,7 @@ class InFile:
     examined: bool = False
     output: str | None = None
     remarks: tuple[str, ...] = ()
+    dequantised: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -146,6 +148,7 @@ class InFile:
             examined,
             output,
             remarks,
+            tuple(contents.quantised),
         )
 
     @property
@@ -176,6 +179,12 @@ class InFile:
                 f"The file holds further weights, of which nothing is said here: {others}. Opened were those "
                 f"under {key_in_words(self.weights)}"
             )
+        if self.dequantised:
+            out.append(
+                f"The file is quantised: {len(self.dequantised)} tensors were dequantised to float32. What "
+                "else it rounds while it runs is not rounded here, so that single answers may differ. A "
+                "repair is written in floating point"
+            )
         return tuple(out)
 
     def in_words(self) -> list[tuple[str, str]]:
@@ -189,6 +198,9 @@ class InFile:
         ]
         if self.other_tensors:
             out.append(("further tensors", ", ".join(key_in_words(key) for key in self.other_tensors[:10])))
+        if self.dequantised:
+            names = listed(self.dequantised, 3)
+            out.append(("quantised", f"{len(self.dequantised)} tensors, dequantised to float32: {names}"))
         if self.output is not None:
             out.append(("output", key_in_words(self.output)))
         if self.program:

@@ -7,6 +7,7 @@ are looked up in a table of hashes, so that nothing of theirs is imported or bui
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,22 +16,25 @@ import torch
 from torch import Tensor
 
 from unbackdoor.errors import UnbackdoorError
-from unbackdoor.networks.build import canonical, network
+from unbackdoor.networks.build import canonical, network, preprocessing_of
 from unbackdoor.networks.geometry import Geometry
-from unbackdoor.networks.heads import ACTIVATION, HEAD
+from unbackdoor.networks.heads import ACTIVATION, HEAD, PLACE, PLACES
 from unbackdoor.networks.resnet import DEPTHS
 from unbackdoor.networks.sequential import ACTIVATIONS
+from unbackdoor.networks.sources import SOURCES
 from unbackdoor.networks.sources.optional_libraries import is_installed
 from unbackdoor.networks.spec import OWN, read_spec
 from unbackdoor.opening.architecture_table import Match, linear_heads, lookup, same_shapes
 from unbackdoor.opening.recognise_chain import Chain, chains, modules
-from unbackdoor.opening.recognise_head import find_head
+from unbackdoor.opening.recognise_head import Head, find_head, find_heads
 from unbackdoor.opening.rename_tensors import (
     adapt,
     fold_masks,
+    form,
     head_of,
     leave_auxiliary,
     leave_training,
+    names_of_library,
     numbered_head,
     take_normalisation,
     without_body_prefix,
@@ -40,6 +44,7 @@ from unbackdoor.opening.reparametrised import merge
 IN_ORDER = "sequential_cnn"
 _MAX_TENSORS = 20_000
 _MAX_CANDIDATES = 12
+_MAX_HEADS = 4  # that may be meant in one file; each is tried
 _MAX_PREFIXES = 8  # wrappers around a network
 # Each of them may have to be built and tried, at the cost of the file itself.
 _MAX_OF_LIBRARIES = 6
@@ -75,7 +80,7 @@ class Candidate:
     same: tuple[str, ...] = ()
 
 
-def nearest(state: Mapping[str, Tensor], *, side: int | None = None) -> list[Candidate]:
+def nearest(state: Mapping[str, Tensor], *, side: int | None = None, heads: bool = True) -> list[Candidate]:
     """Return the architectures that a state dict fits, then those that it nearly fits, the nearest first.
 
     Only names and shapes are used, nothing is run, and no other library is imported.
@@ -83,6 +88,7 @@ def nearest(state: Mapping[str, Tensor], *, side: int | None = None) -> list[Can
     Args:
         state: Tensors by name; a wrapper's prefix, a normalising layer and pruning masks do no harm.
         side: Pixels a side of the images that the model is for, or None.
+        heads: Whether a head of several layers may stand in the place of one.
     """
     if not state or len(state) > _MAX_TENSORS:
         return []
@@ -107,7 +113,7 @@ def nearest(state: Mapping[str, Tensor], *, side: int | None = None) -> list[Can
         candidates += _of_libraries(match, channels)
     elif not any(c.fits for c in candidates):
         candidates += _under_other_names(names, channels, classes)
-    if not any(c.fits for c in candidates):
+    if heads and not any(c.fits for c in candidates):
         candidates += _under_other_heads(stored, names, side)
     unique = {candidate.spec: candidate for candidate in candidates if candidate.matched >= _WORTH_NAMING}
     ranked = sorted(unique.values(), key=lambda c: (not c.fits, -round(c.matched, 3)))
@@ -360,39 +366,77 @@ def _of_libraries(match: Match, channels: int | None) -> Iterator[Candidate]:
 
 def _under_other_heads(stored: Shapes, names: Shapes, side: int | None) -> Iterator[Candidate]:
     """Yield the networks that fit where a head of several layers is one linear layer."""
-    head = find_head(names)
-    if head is None:
-        return
-    one = torch.empty(head.classes, head.inputs, device="meta")
-    body = {name: tensor for name, tensor in names.items() if not name.startswith(f"{head.name}.")}
-    single = {**body, "fc.weight": one, "fc.bias": one[:, 0]}
-    for candidate in nearest(single, side=side):
-        spec = (
-            f"{candidate.spec.removesuffix(']')}{',' if ']' in candidate.spec else '['}{HEAD}={head.tokens}]"
-        )
-        if not candidate.fits or not _has_head(spec, stored, candidate):
-            continue
-        choices = {ACTIVATION: tuple(ACTIVATIONS)} if head.activated else {}
-        note = "the activation in the head cannot be seen" if head.activated else ""
-        yield replace(
-            candidate,
-            spec=spec,
-            note="; ".join(text for text in (candidate.note, note) if text),
-            choices={**candidate.choices, **choices},
-            same=(),
-        )
+    for head in itertools.islice(find_heads(names), _MAX_HEADS):
+        one = torch.empty(head.classes, head.inputs, device="meta")
+        body = {name: tensor for name, tensor in names.items() if name not in head.names}
+        single = {**body, "fc.weight": one, "fc.bias": one[:, 0]}
+        fitting = [
+            _with_head_of(candidate, head)
+            for candidate in nearest(single, side=side, heads=False)
+            if candidate.fits
+        ]
+        found = [candidate for candidate in fitting if _has_head(candidate.spec, stored, candidate)]
+        if found:
+            yield from found
+            return
 
 
-def _has_head(spec: str, stored: Shapes, candidate: Candidate) -> bool:
+def _with_head_of(candidate: Candidate, head: Head, **options: str) -> Candidate:
+    parsed = read_spec(candidate.spec)
+    choices = {ACTIVATION: tuple(ACTIVATIONS)} if head.activated else {}
+    return replace(
+        candidate,
+        spec=str(replace(parsed, options={**parsed.options, HEAD: head.tokens, **options})),
+        note="; ".join(text for text in (candidate.note, head.note) if text),
+        choices={**candidate.choices, **choices},
+        same=(),
+    )
+
+
+def with_several_layers(spec: str, state: Shapes) -> Candidate | None:
+    """Return a named network of a library with the head of several layers that a state dict has; else None.
+
+    Args:
+        spec: The network, as the user named it.
+        state: Tensors by name.
+    """
+    stored, names = _without_extras(state)
+    heads = list(itertools.islice(find_heads(names), _MAX_HEADS))
+    if not heads:
+        return None
+    stated = preprocessing_of(spec).size
+    plain = Candidate(spec, False, heads[0].classes, _ends(names, None)[0], stated[0] if stated else None)
+    if _has_head(spec, stored, plain, exact=False):
+        return None  # as VGG, whose own head is of several layers
+    for head in heads:
+        for place in PLACES:
+            candidate = _with_head_of(replace(plain, classes=head.classes), head, **{PLACE: place})
+            candidate = replace(candidate, spec=canonical(candidate.spec))
+            if _has_head(candidate.spec, stored, candidate, exact=False):
+                return replace(candidate, fits=True, matched=1.0, side=None)
+    return None
+
+
+def _has_head(spec: str, stored: Shapes, candidate: Candidate, *, exact: bool = True) -> bool:
+    """Tell whether a spec has these tensors; unless ``exact``, for images of another size."""
     parsed = read_spec(spec)
-    if parsed.source != OWN and not is_installed(parsed.source):
+    if exact and parsed.source != OWN and not is_installed(parsed.source):
         return True  # all but the head is in the table
     side = candidate.side or (32 if parsed.source == OWN else _USUAL)
     geometry = Geometry(candidate.input_channels or 3, side, side, candidate.classes or 1)
     try:
-        return adapt(stored, network(spec, geometry, device="meta").state_dict()).fits
+        expected = network(spec, geometry, device="meta")
     except (UnbackdoorError, RuntimeError, NotImplementedError):
         return False
+    names_in = None if parsed.source == OWN else SOURCES[parsed.source].names_in
+    if names_in is not None:
+        return set(names_of_library(names_in, expected, stored).values()) == expected.state_dict().keys()
+    skeleton = expected.state_dict()
+    adapted = adapt(stored, skeleton)
+    if exact or adapted.difference.missing or adapted.difference.unexpected:
+        return adapted.fits
+    head = {name for head in find_heads(skeleton) for name in head.names}
+    return all(form(adapted.state[name]) == form(skeleton[name]) for name in head)
 
 
 def _under_other_names(names: Shapes, channels: int | None, classes: int | None) -> Iterator[Candidate]:

@@ -27,10 +27,10 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unbackdoor.opening.recognise_chain import modules
-from unbackdoor.opening.recognise_head import find_head
+from unbackdoor.opening.recognise_head import find_head, find_heads
 from unbackdoor.opening.reparametrised import merge
 from unbackdoor.weights.formats.buffers import listed
 
@@ -210,6 +210,39 @@ def adapt(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, in_ord
     return Adapted(translated, difference, renamed, dropped, filled, folded, merged, mean=mean, std=std)
 
 
+def names_of_library(
+    names_in: Callable[[nn.Module, Iterable[str]], dict[str, str]],
+    bare: nn.Module,
+    state: Mapping[str, Tensor],
+) -> dict[str, str]:
+    """Return the network's names by the file's, of what a library loads; a head of several layers by order.
+
+    Args:
+        names_in: The library's rules.
+        bare: The network.
+        state: Tensors by the file's names.
+    """
+    head = _head_by_order(state, bare.state_dict())
+    found = names_in(bare, [head.get(name, name) for name in state])
+    return {name: found[head.get(name, name)] for name in state if head.get(name, name) in found}
+
+
+def _head_by_order(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the network's names by the file's in a head of several layers; nothing where they differ."""
+    here, there = (next(find_heads(tensors), None) for tensors in (expected, state))
+    if here is None or there is None or len(here.layers) != len(there.layers):
+        return {}
+    layers = dict(zip(there.layers, here.layers, strict=True))
+    out = {}
+    for name in there.names:
+        layer, _, leaf = name.rpartition(".")
+        new = f"{layers[layer]}.{leaf}"
+        if new not in expected or form(expected[new]) != form(state[name]):
+            return {}
+        out[name] = new
+    return out
+
+
 def compare(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Difference:
     """Return where two sets of tensors differ in names and shapes."""
     different = tuple(
@@ -331,7 +364,10 @@ def _translate(
     rules = [_by_synonyms, _by_children]
     if in_order:
         rules = [_by_order]
-    names = {name: name for name in expected if name in state}  # the network's name -> the file's
+    # The network's name -> the file's. In a head the same name may stand for another layer.
+    names = {new: old for old, new in _head_by_order(state, expected).items()}
+    used = set(names.values())
+    names |= {name: name for name in expected if name in state and name not in names and name not in used}
     for rule in rules:
         names = rule(state, expected, names)
     out = {new: state[old] for new, old in names.items()}
@@ -347,18 +383,11 @@ def _by_synonyms(
     used = set(names.values())
     free_old = [name for name in state if name not in used]
     head_new, head_old = head_of(expected), head_of(state)
-    several_new, several_old = find_head(expected), find_head(state)
-    places: dict[str, str] = {}
-    if several_new is not None and several_old is not None:
-        head_new = head_old = None
-        for several in (several_new, several_old):
-            places |= {layer: f"HEAD.{place}" for place, layer in enumerate(several.layers)}
+    if find_head(expected) is not None and find_head(state) is not None:
+        head_new = head_old = None  # of several layers, which are matched by their order
 
     def canonical_form(head: str | None, skips_are_single: bool) -> Callable[[str], str]:
         def apply(name: str) -> str:
-            layer, _, leaf = name.rpartition(".")
-            if layer in places:
-                return f"{places[layer]}.{leaf}"
             if head is not None and name.startswith(head + "."):
                 return "HEAD." + name.rpartition(".")[2]
             for pattern, text in _SYNONYMS:
@@ -463,17 +492,21 @@ def without_body_prefix(state: Mapping[str, Tensor]) -> dict[str, str]:
 
     Empty where there is no such prefix, or the names would collide.
     """
-    several = find_head(state)
-    head = several.name if several is not None else head_of(state)
-    usual = head if head is not None else "fc"
-    head = head if head is not None else numbered_head(state)
-    body = [name for name in state if head is not None and not name.startswith(f"{head}.")]
+    several = next(find_heads(state), None)
+    if several is not None and len({layer.partition(".")[0] for layer in several.layers}) > 1:
+        # Beside a body without its prefix they could not be told from its own layers.
+        places = {layer: f"fc.{place}" for place, layer in enumerate(several.layers)}
+        split = {name: name.rpartition(".") for name in several.names}
+        heads = {name: f"{places[layer]}.{leaf}" for name, (layer, _, leaf) in split.items()}
+    elif several is not None:
+        heads = {name: name for name in several.names}
+    else:
+        head = head_of(state) or numbered_head(state)
+        usual = "fc" if head is not None and head.isdecimal() else head
+        heads = {n: f"{usual}{n.removeprefix(str(head))}" for n in state if n.startswith(f"{head}.")}
+    body = [name for name in state if name not in heads] if heads else []
     prefix = _common_prefix(body)
-    within = set(body)
-    shorter = {
-        name.removeprefix(prefix) if name in within else usual + name.removeprefix(str(head)): name
-        for name in state
-    }
+    shorter = {heads.get(name) or name.removeprefix(prefix): name for name in state}
     return shorter if prefix and len(body) < len(state) == len(shorter) else {}
 
 

@@ -12,14 +12,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from unbackdoor.errors import InputError
+from unbackdoor.errors import InputError, UnsupportedModel
 from unbackdoor.files import atomic_write, sha256_file, write_json
 from unbackdoor.opening.binary import one_output
 from unbackdoor.opening.classifier_files import save_model
 from unbackdoor.opening.open_model import Opened
-from unbackdoor.opening.rename_tensors import CHANNEL_MASK
+from unbackdoor.opening.rename_tensors import CHANNEL_MASK, TRACKED
 from unbackdoor.opening.reparametrised import find_parts, split
 from unbackdoor.types import Classifier
+from unbackdoor.weights.formats.buffers import short
 from unbackdoor.weights.formats.onnx.write import require_room, write_graph, write_initializers
 from unbackdoor.weights.patch import NAMES, Patch, make_patch
 from unbackdoor.weights.read import read_state
@@ -141,7 +142,42 @@ def repaired_state(opened: Opened, model: Classifier) -> dict[str, Tensor]:
                 out[mask] = torch.ones_like(stored[mask])
         elif old in in_parts and not torch.equal(tensor, before[name]):
             out |= split(stored, in_parts[old], tensor)
+        elif old not in stored and not name.endswith(TRACKED) and not torch.equal(tensor, before[name]):
+            raise _without_place(opened, name)
     return out
+
+
+def require_places(path: Path, opened: Opened | None) -> None:
+    """Check before the work that every weight a repair may change has a place in the file it is written as.
+
+    Args:
+        path: The output; a card of this package holds the whole network.
+        opened: The original; None where it is of no file.
+
+    Raises:
+        UnsupportedModel: If one has none; names it.
+    """
+    if opened is None or opened.source is None or path.suffix == SAFETENSORS:
+        return
+    if opened.places is not None:
+        known = set(opened.places)
+    else:
+        stored = opened.source.contents.tensors
+        held = {*stored, *(one.name for one in find_parts(stored, opened.names.values()))}
+        known = {name for name in opened.model.network.state_dict() if opened.names.get(name, name) in held}
+    for name, _ in opened.model.network.named_parameters():
+        if name not in known:
+            raise _without_place(opened, name)
+
+
+def _without_place(opened: Opened, name: str) -> UnsupportedModel:
+    assert opened.source is not None
+    return UnsupportedModel(
+        "a weight that a repair may change has no place in the file, which computes it from others",
+        got=short(name),
+        where=opened.source.path,
+        remedy=f"Name the architecture and write {SAFETENSORS}, or repair what the file was made from",
+    )
 
 
 def write_repaired(

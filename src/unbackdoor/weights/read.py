@@ -25,7 +25,7 @@ from unbackdoor.weights.formats.limits import accounting
 from unbackdoor.weights.formats.onnx import initializers as onnx
 from unbackdoor.weights.formats.safetensors import header as safetensors
 from unbackdoor.weights.formats.state_dicts import Fact, find_all, find_state_dict, require_names
-from unbackdoor.weights.formats.tensors import materialise
+from unbackdoor.weights.formats.tensors import materialise, quantised
 from unbackdoor.weights.formats.torch_save import checkpoints
 from unbackdoor.weights.formats.torch_save.pickle_globals import Danger
 from unbackdoor.weights.formats.torch_save.pickle_reader import BROKEN, Trail
@@ -71,6 +71,7 @@ class Contents:
         others: Keys of further entries that hold tensors.
         program: The program that the file holds around its tensors, in words; empty for tensors alone.
         chosen: Whether the user has said which set is meant.
+        quantised: The types in the file of the tensors that are quantised there, and were dequantised.
     """
 
     format: Format
@@ -87,6 +88,7 @@ class Contents:
     others: tuple[str, ...] = ()
     program: str = ""
     chosen: bool = False
+    quantised: Mapping[str, str] = field(default_factory=dict)
 
     def choose(self, key: str, where: object = None) -> Contents:
         """Return the contents with another set of weights as theirs.
@@ -107,6 +109,7 @@ class Contents:
             # A plain set is run by code of the user's own; what is a program as a whole stays one.
             program=_of_module(found.module) if found.module else self.program if self.whole_program else "",
             chosen=True,
+            quantised=found.quantised,
         )
 
     @property
@@ -218,7 +221,8 @@ def read_contents(file: Path | StoredFile) -> Contents:
     return contents
 
 
-def _read_contents(file: StoredFile) -> Contents:
+def _read_contents(file: StoredFile, *, raw: bool = False) -> Contents:
+    """Read a file; ``raw`` leaves whole numbers beside their scale, which may lie in another shard."""
     trail = Trail()
     try:
         magic = sniff(file)
@@ -250,11 +254,13 @@ def _read_contents(file: StoredFile) -> Contents:
         )
     sets = reader.sets
     if state and not sets:  # of the tensors of a program, the program says which are used
-        sets = {"": plain_set(state)} if reader.program else sets_of(state)
+        sets = {"": plain_set(state)} if reader.program or raw else sets_of(state)
     if reader.key not in sets and sets and problem is None:
         # Where an average lies beside the weights under a prefix, the weights come first.
         reader.key = next(key for key in sets if key.startswith(reader.key))
     own = sets.get(reader.key, WeightSet(""))
+    if problem is None and own.problem is not None:
+        problem = _with_path(own.problem, file.path)
     where = [f"the weights lie under {short(own.key)[1:-1]}"] if own.key else []
     return Contents(
         reader.format,
@@ -270,6 +276,7 @@ def _read_contents(file: StoredFile) -> Contents:
         key=reader.key,
         others=reader.others,
         program=reader.program,
+        quantised=own.quantised,
     )
 
 
@@ -378,7 +385,7 @@ class _FileReader:
         for name, tensors in shards_of(bytes(self._file.content), self._path).items():
             path = self._path.parent / name
             shard = self._file.other(name, path)
-            contents = _read_contents(shard)
+            contents = _read_contents(shard, raw=True)
             self._file.others[name] = replace(shard, content=b"")  # its tensors have memory of their own
             self.format = contents.format
             self._trail.names.update(contents.names)  # type: ignore[arg-type]
@@ -386,6 +393,8 @@ class _FileReader:
                 raise contents.problem
             if len(contents.sets) != 1 or contents.key:
                 raise InputError("a shard holds more than its tensors", where=path)
+            if contents.quantised:
+                raise quantised("quantised tensors in shards")
             held = {contents.prefix + inner: tensor for inner, tensor in contents.tensors.items()}
             require_shard(tensors, held, path)
             state |= held

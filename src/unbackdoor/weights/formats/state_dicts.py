@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,12 @@ _MAX_SETS = 64  # sets of weights that are told apart; of an honest file there a
 # Entries that are searched for further sets. A pickle has fewer steps: more are there only by sharing.
 _MAX_SEARCHED = 4_000_000
 _MAX_OTHERS = 256  # further entries with tensors that are named
+# As the linear layers of torch.ao.nn.quantized name what they hold.
+_PACKED = "_packed_params._packed_params"
+_PACKED_MODULE = "_packed_params."
+_LINEAR = ".LinearPackedParamsBase"
+_QUANTISED_CONV = re.compile(r"torch\.(ao\.)?nn\.(intrinsic\.)?quantized\.[\w.]*\.Conv\w*")
+_CONV_STATE = 15  # entries of the state of such a layer; weight and bias are the eleventh and the twelfth
 _NUMPY_FORMATS = {"f8": "d", "f4": "f", "i8": "q", "i4": "i", "i2": "h", "u1": "B", "i1": "b", "b1": "?"}
 
 Fact = str | int | float | bool
@@ -300,17 +307,29 @@ def _tensors(value: object, trail: Trail) -> dict[str, TensorRef]:
         spend("visits")
         if not isinstance(name, str):
             return {}
-        if isinstance(entry, TensorRef):
-            out[name] = entry
-        elif isinstance(entry, Faulty):
-            faulty = faulty or (name, entry.error)
-        elif name.endswith(("_packed_params", "_packed_params.dtype")) or _is_packed(entry):
-            packed = True  # as the layers of torch.ao.nn.quantized name what they hold
-        elif not (name.endswith("_extra_state") or name == "_metadata"):
-            return {}
+        if name.endswith(_PACKED) and isinstance(entry, tuple):
+            entries: list[tuple[str, object]] = list(_unpacked(name.removesuffix(_PACKED), entry))
+        else:
+            entries = [(name, entry)]
+        packed = packed or not entries
+        for inner, one in entries:
+            if isinstance(one, Faulty):
+                faulty = faulty or (inner, one.error)
+            elif isinstance(one, TensorRef):
+                if inner in out or (inner != name and inner in mapping):
+                    raise InputError("a quantised state dict names a tensor twice", got=short(inner))
+                out[inner] = one
+            elif inner.endswith("_packed_params") or _is_packed(one):
+                packed = True
+            elif not (
+                inner.endswith(("_extra_state", "_packed_params.dtype"))
+                or inner == "_metadata"
+                or (one is None and inner.endswith("bias"))  # as quantised layers say that they have none
+            ):
+                return {}
     # Only now, because what holds anything else is no state dict, and a faulty tensor lies beside one.
     if packed:
-        raise quantised()
+        raise quantised("packed parameters of another layer than a linear one")
     if faulty is not None:
         name, error = faulty
         if isinstance(error, UnsupportedModel):
@@ -319,6 +338,14 @@ def _tensors(value: object, trail: Trail) -> dict[str, TensorRef]:
             "a tensor cannot be rebuilt", got=f"tensor {short(name)}: {short(str(error))}"
         ) from error
     return out
+
+
+def _unpacked(layer: str, pair: object) -> Iterator[tuple[str, object]]:
+    """Yield weight and bias that a quantised linear layer holds as a pair; nothing of what is none."""
+    if isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], TensorRef | Faulty):
+        yield f"{layer}weight", pair[0]
+        if isinstance(pair[1], TensorRef | Faulty):
+            yield f"{layer}bias", pair[1]
 
 
 def _is_packed(value: object) -> bool:
@@ -343,8 +370,14 @@ def _walk(top: Stub) -> Iterator[tuple[str, TensorRef]]:
         if module.items or module.entries:
             raise UnsafeFile("a pickled module is changed while it is loaded", got=short(module.cls))
         attributes = module.attributes()
-        if any(_is_packed(value) for value in attributes.values()):
-            raise quantised()  # what lies in it would be missed
+        held = list(_quantised_layer(prefix, module, attributes))
+        if not held and any(_is_packed(value) for value in attributes.values()):
+            raise quantised("packed parameters of another layer than a linear one")
+        for name, ref in held:
+            if isinstance(ref, Faulty):
+                raise ref.error
+            if isinstance(ref, TensorRef):
+                yield name, ref
         passing = _texts(attributes.get("_non_persistent_buffers_set"))
         for kind, left_out in (("_parameters", set()), ("_buffers", passing)):
             for name, ref in (as_mapping(attributes.get(kind)) or {}).items():
@@ -358,6 +391,23 @@ def _walk(top: Stub) -> Iterator[tuple[str, TensorRef]]:
             if isinstance(child, Stub) and isinstance(name, str) and id(child) not in above | {id(module)}
         ]
         todo += reversed(inner)
+
+
+def _quantised_layer(
+    prefix: str, module: Stub, attributes: Mapping[Any, Any]
+) -> Iterator[tuple[str, object]]:
+    """Yield weight and bias of a quantised layer of a pickled module; nothing of another module."""
+    packed, state = attributes.get("_packed_params"), module.state
+    if isinstance(packed, Stub) and _is_packed(packed) and prefix.endswith(_PACKED_MODULE):
+        pair, cls = packed.state if isinstance(packed.state, tuple) and len(packed.state) == 2 else (None, "")
+        if isinstance(cls, str) and cls.endswith(_LINEAR):
+            yield from _unpacked(prefix.removesuffix(_PACKED_MODULE), pair)
+    elif isinstance(state, tuple) and not attributes:
+        if not _QUANTISED_CONV.fullmatch(module.cls) or len(state) != _CONV_STATE:
+            raise UnsupportedModel(
+                "a pickled module keeps its tensors in a way of its own", got=short(module.cls)
+            )
+        yield from _unpacked(prefix, state[10:12])
 
 
 def _texts(value: object) -> set[str]:

@@ -77,18 +77,43 @@ class StorageRef:
 
 @dataclass(frozen=True, eq=False)
 class QuantisedStorageRef(StorageRef):
-    """A storage of levels, whose scale stands elsewhere: no tensor is made of it."""
+    """A storage of levels, whose scale stands elsewhere: no plain tensor is made of it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """How the levels of a quantised tensor become numbers: (level - zero point) * scale.
+
+    Attributes:
+        scale: One number, or one for each index along an axis.
+        zero_point: Likewise.
+        axis: That axis; None for one scale of the whole tensor.
+    """
+
+    scale: float | tuple[float, ...] | TensorRef
+    zero_point: int | tuple[int, ...] | TensorRef
+    axis: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class TensorRef:
-    """A tensor that a file describes; nothing has been read of it."""
+    """A tensor that a file describes; nothing has been read of it.
+
+    Attributes:
+        storage: Where its elements lie.
+        dtype: Their type there; of a quantised tensor, that of its levels.
+        offset: Element of the storage that it begins at.
+        shape: Its sizes.
+        stride: Elements from one to the next along each axis.
+        affine: Of a quantised tensor, which is read as float32; else None.
+    """
 
     storage: StorageRef
     dtype: torch.dtype
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    affine: Affine | None = None
 
     @property
     def count(self) -> int:
@@ -97,6 +122,17 @@ class TensorRef:
         for size in self.shape:
             total *= size
         return total
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that it takes once it is read."""
+        return self.count * (self.dtype if self.affine is None else torch.float32).itemsize
+
+    @property
+    def type_in_file(self) -> str:
+        """Its type in the file, as torch names it: ``float32``, ``qint8``."""
+        name = str(self.dtype).removeprefix("torch.")
+        return name if self.affine is None else f"q{name}"
 
 
 def natural(value: object) -> bool:
@@ -167,12 +203,13 @@ def materialise(refs: Mapping[str, TensorRef], file_size: int) -> dict[str, Tens
     Raises:
         InputError: If bytes are missing.
         UnsafeFile: If they describe far more than the file holds.
+        UnsupportedModel: If the scale or the zero point of a quantised tensor is none.
     """
     described = 0
     spend("tensors", len(refs))
     for name, ref in refs.items():
         check(name, ref)
-        described += ref.count * ref.dtype.itemsize
+        described += ref.bytes
     # With a stride of zero one stored number fills a tensor of any size: counted before copying.
     if described > MAX_TIED * file_size:
         raise UnsafeFile(
@@ -180,18 +217,76 @@ def materialise(refs: Mapping[str, TensorRef], file_size: int) -> dict[str, Tens
             expected=f"tensors of at most {MAX_TIED * file_size} bytes in a file of {file_size} bytes",
             got=f"{described} bytes",
         )
-    return {name: _copied(ref) for name, ref in refs.items()}
+    return {
+        name: _copied(ref) if ref.affine is None else _dequantised(name, ref, ref.affine)
+        for name, ref in refs.items()
+    }
 
 
-def quantised(where: object = None) -> UnsupportedModel:
-    """Return the error that says that quantised weights are not read, and what to do."""
+def quantised(got: str = "whole numbers, whose scale stands elsewhere") -> UnsupportedModel:
+    """Return the error that says that quantised weights are not read, and what to do.
+
+    Args:
+        got: Why not, in words.
+    """
     return UnsupportedModel(
-        "the weights are quantised, and quantised networks are not read",
-        expected="weights in floating point",
-        got="whole numbers, whose scale stands elsewhere",
-        where=where,
+        "the weights are quantised in a way that is not read",
+        expected="whole numbers beside their scale, one for each tensor or for each of its outputs",
+        got=got,
         remedy="Use the network that it was made from, before quantisation",
     )
+
+
+def dequantise(name: str, levels: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Return (levels - zero point) * scale as float32, exactly as torch computes it.
+
+    Args:
+        name: Name of the tensor, for messages.
+        levels: Whole numbers.
+        scale: One number, or what can be laid over the levels; of 64 bits it is multiplied in 64 bits.
+        zero_point: Whole numbers, likewise.
+
+    Raises:
+        UnsupportedModel: If a scale is not a positive number, or a zero point is no level.
+    """
+    usable = torch.isfinite(scale.float()) & (scale.float() > 0)  # as float32, which may make 0 of it
+    if not scale.is_floating_point() or not bool(usable.all()):
+        raise quantised(f"a scale that is zero, negative or not finite, tensor {short(name)}")
+    span = torch.iinfo(levels.dtype)
+    levels_only = (span.min <= zero_point) & (zero_point <= span.max) & (zero_point == zero_point.long())
+    if not bool(levels_only.all()):
+        raise quantised(f"a zero point that is no level, tensor {short(name)}")
+    wide = torch.int64 if levels.dtype == torch.int32 else torch.int32
+    distance = levels.to(wide) - zero_point.to(wide)
+    if wide == torch.int64 and distance.numel() and int(distance.abs().max()) >= 1 << 31:
+        raise quantised(f"levels whose distance from the zero point overflows, tensor {short(name)}")
+    if scale.dtype == torch.float64:
+        # Torch takes the difference of two numbers in float32 here, and multiplies in float64.
+        return ((levels.float() - zero_point.float()).double() * scale).float()
+    return distance.float() * scale.float()
+
+
+def _dequantised(name: str, ref: TensorRef, affine: Affine) -> Tensor:
+    levels = _copied(ref)
+    if affine.axis is None:
+        scale = torch.tensor(affine.scale, dtype=torch.float64).float()
+        return dequantise(name, levels, scale, torch.tensor(affine.zero_point))
+    count = ref.shape[affine.axis]
+    along = [count if axis == affine.axis else 1 for axis in range(len(ref.shape))]
+    scale = _along(name, affine.scale, count).double().reshape(along)
+    return dequantise(name, levels, scale, _along(name, affine.zero_point, count).reshape(along))
+
+
+def _along(name: str, values: object, count: int) -> Tensor:
+    """Return as many numbers as a tensor has indices along an axis."""
+    shape = values.shape if isinstance(values, TensorRef) else (len(values),)  # type: ignore[arg-type]
+    if shape != (count,):
+        raise quantised(f"scales or zero points {list(shape)[:4]} for {count} outputs, tensor {short(name)}")
+    if not isinstance(values, TensorRef):
+        return torch.tensor(values)
+    spend("tensors")
+    check(name, values)
+    return _copied(values)
 
 
 def _copied(ref: TensorRef) -> Tensor:

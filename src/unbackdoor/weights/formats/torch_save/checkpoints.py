@@ -494,6 +494,6 @@ def _tar_tensors(content: bytes, trail: Trail, objects: dict[object, Any]) -> No
         stride = struct.unpack(f"<{axes}q", stream.read(8 * axes))
         (offset,) = struct.unpack("<q", stream.read(8))
         base = objects[_number(storage)]
-        if not isinstance(base, StorageRef) or not natural(offset):
-            raise TypeError("a tensor without a storage")
+        if not isinstance(base, StorageRef) or isinstance(base, QuantisedStorageRef) or not natural(offset):
+            raise TypeError("a tensor without a plain storage")
         objects[_number(key)] = TensorRef(base, base.dtype, offset, sizes(shape), sizes(stride))

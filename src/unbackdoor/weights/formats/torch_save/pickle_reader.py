@@ -19,7 +19,7 @@ import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
 import torch
@@ -32,6 +32,7 @@ from unbackdoor.weights.formats.tensors import (
     MAX_AXES,
     QUANTISED_STORAGES,
     STORAGES,
+    Affine,
     QuantisedStorageRef,
     StorageRef,
     TensorRef,
@@ -48,6 +49,7 @@ MAX_NAMES = 1000
 _LONGEST = 500  # characters of a name; nothing that long can be imported
 _COUNTED = 64  # instructions that are put on the account at a time; so many for every pickle
 _WORD = 64  # bits of a key that is an integer
+_LARGEST_SCALE = 3.0e38  # float32 holds no larger one
 _NESTED = 3  # pickles within pickles that are opened
 
 # Everything that a malformed pickle raises in pickletools and here.
@@ -521,6 +523,11 @@ class _Machine:
             if bits is not None and any(args[bits:]):
                 raise InputError("the values of a tensor are negated or conjugated while it is loaded")
             return _tensor(args[:4], args[dtype] if dtype is not None else None)
+        if function == "_rebuild_qtensor":
+            if len(args) != 7:
+                raise TypeError(f"{function} with {len(args)} arguments")
+            _check_hooks(*args[5:])
+            return _quantised_tensor(args[:4], args[4])
         if function in _PARAMETERS:
             if len(args) != _PARAMETERS[function]:
                 raise TypeError(f"{function} with {len(args)} arguments")
@@ -589,21 +596,63 @@ class _Machine:
             return Faulty(error)
 
 
-def _tensor(args: tuple[Any, ...], dtype: Any) -> TensorRef:
+def _placed(args: tuple[Any, ...]) -> TensorRef:
     storage, offset, shape, stride = args
     if isinstance(storage, Faulty):
         raise storage.error
     if not isinstance(storage, StorageRef) or not natural(offset):
         raise TypeError("a tensor without a storage")
-    if isinstance(storage, QuantisedStorageRef):
+    return TensorRef(storage, storage.dtype, offset, sizes(shape), sizes(stride))
+
+
+def _tensor(args: tuple[Any, ...], dtype: Any) -> TensorRef:
+    ref = _placed(args)
+    if isinstance(ref.storage, QuantisedStorageRef):
         raise quantised()
     if dtype is None:
-        dtype = storage.dtype
-    elif isinstance(dtype, Name) and dtype.module == "torch" and dtype.name in DTYPES:
-        dtype = DTYPES[dtype.name]
-    else:
+        return ref
+    if not (isinstance(dtype, Name) and dtype.module == "torch" and dtype.name in DTYPES):
         raise TypeError("a tensor of an unknown type")
-    return TensorRef(storage, dtype, offset, sizes(shape), sizes(stride))
+    return replace(ref, dtype=DTYPES[dtype.name])
+
+
+def _quantised_tensor(args: tuple[Any, ...], scheme: Any) -> TensorRef:
+    ref = _placed(args)
+    if not isinstance(ref.storage, QuantisedStorageRef):
+        raise TypeError("a quantised tensor in a storage of another kind")
+    if not isinstance(scheme, tuple) or not scheme or not isinstance(scheme[0], Name):
+        raise TypeError("a quantised tensor without a scheme")
+    kind, *numbers = scheme
+    if str(kind) == "torch.per_tensor_affine":
+        scale, zero_point = numbers
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or type(zero_point) is not int:
+            raise TypeError("a scale that is no number")
+        if abs(zero_point) >= 1 << 31 or not -_LARGEST_SCALE <= scale <= _LARGEST_SCALE:
+            raise quantised("a scale or a zero point beyond all numbers")
+        return replace(ref, affine=Affine(float(scale), zero_point))
+    if str(kind) != "torch.per_channel_affine":
+        raise quantised(f"the scheme {short(str(kind))}")
+    scales, zero_points, axis = numbers
+    if not natural(axis) or axis >= len(ref.shape):
+        raise quantised("an axis of scales that the tensor does not have")
+    return replace(ref, affine=Affine(_numbers(scales, float), _numbers(zero_points, int), axis))
+
+
+def _numbers(values: Any, kind: type) -> Any:
+    if isinstance(values, Faulty):
+        raise values.error
+    if isinstance(values, TensorRef):
+        if values.affine is not None or values.dtype.is_complex:
+            raise TypeError("scales that are quantised themselves")
+        if values.dtype.is_floating_point != (kind is float) or values.dtype == torch.bool:
+            raise TypeError("scales or zero points of another type")
+        return values
+    if not isinstance(values, list) or not all(type(value) is kind for value in values):
+        raise TypeError("scales that are no list of numbers")
+    if any(abs(value) > _LARGEST_SCALE for value in values if value == value):
+        raise quantised("a scale or a zero point beyond all numbers")
+    spend("visits", len(values))
+    return tuple(values)
 
 
 def _is_packed(made: Stub, state: object) -> bool:
@@ -639,8 +688,6 @@ def _is_remark(state: object, taken: frozenset[str]) -> bool:
 
 
 def _not_read(function: str) -> UnsupportedModel:
-    if function == "_rebuild_qtensor":
-        return quantised()
     return UnsupportedModel(
         "the weights hold a tensor of a kind that is not read",
         expected="plain dense tensors",

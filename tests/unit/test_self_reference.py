@@ -11,7 +11,7 @@ from planted import block_data, planted
 from unbackdoor.audit.checks import default_checks, plan_checks
 from unbackdoor.audit.scanning import scan as scan_model
 from unbackdoor.engine import self_reference as engine
-from unbackdoor.engine.self_reference import SPREADS, differences_of, p_values_of
+from unbackdoor.engine.self_reference import differences_of, p_values_of, spreads_of
 from unbackdoor.engine.trusted_caller import scan
 from unbackdoor.engine.twin import Twin
 from unbackdoor.errors import UnsupportedModel
@@ -109,12 +109,20 @@ def test_what_lowers_all_classes_alike_and_what_raises_others_is_no_evidence() -
 
 @pytest.mark.parametrize("classes", [2, 3, 5])
 def test_the_law_keeps_its_level_for_the_spreads_that_it_was_made_of(classes: int) -> None:
-    draws = torch.Generator().manual_seed(0)
+    draws, spreads = torch.Generator().manual_seed(0), spreads_of(classes, (3, 32, 32))
     alarms = 0
     for _ in range(400):
         drawn = {
             kind: spread * torch.randn(classes, generator=draws, dtype=torch.float64)
-            for kind, spread in SPREADS.items()
+            for kind, spread in spreads.items()
         }
-        alarms += classes * float(p_values_of(drawn).min()) <= 0.05
+        alarms += classes * float(p_values_of(drawn, spreads).min()) <= 0.05
     assert alarms <= 34  # 20 of 400 at most are expected, with a deviation of 4.4
+
+
+def test_patches_of_larger_images_differ_by_more() -> None:
+    small, large = spreads_of(3, (1, 8, 8)), spreads_of(3, (3, 32, 32))
+    assert large["patch"] == pytest.approx(3 * small["patch"], rel=0.02)
+    assert all(large[kind] == small[kind] for kind in ("blend", "stamp"))
+    assert spreads_of(2, (1, 8, 8))["stamp"] > small["stamp"]
+    assert spreads_of(3, (1, 4, 4)) == small

@@ -18,6 +18,7 @@ Cost:    three twins, and for each of four networks a search for patches, one fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -34,9 +35,11 @@ from unbackdoor.types import Classifier, CleanData
 
 MOST_CLASSES = 5  # with more, classes are compared with one another
 TWINS = 3
-# Spreads of the differences of clean networks. Between two classes a stamp that leads to one is far from the
-# other, so that its losses differ by more.
+# Spreads of the differences of clean networks, whose images had 8 x 8 pixels. Those of patches grow with the
+# image, which has room for more sizes: on traffic signs of 32 x 32 pixels they were three times as large.
+# Between two classes a stamp that leads to one is far from the other, so that its losses differ by more.
 SPREADS: Mapping[str, float] = {"patch": 0.4, "blend": 0.25, "stamp": 0.4}
+_SIDE, _GROWTH = 8, 0.8
 _STAMP_OF_TWO = 1.6
 _FREEDOM = 5
 _FORMS: tuple[Form, ...] = ("patch", "blend")
@@ -105,7 +108,8 @@ def self_reference(
         kind: differences_of(value, torch.stack([other[kind] for other in beside]))
         for kind, value in needed.items()
     }
-    return SelfReference(differences, p_values_of(differences), searches, tuple(twins))
+    spreads = spreads_of(model.classes, model.input_shape)
+    return SelfReference(differences, p_values_of(differences, spreads), searches, tuple(twins))
 
 
 def differences_of(value: Tensor, twins: Tensor) -> Tensor:
@@ -123,11 +127,15 @@ def differences_of(value: Tensor, twins: Tensor) -> Tensor:
     return own - others.quantile(0.5, dim=1).clamp_max(0)
 
 
-def p_values_of(differences: Mapping[str, Tensor]) -> Tensor:
+def spreads_of(classes: int, shape: tuple[int, int, int]) -> dict[str, float]:
+    """Return the spread of each kind of difference, for networks of so many classes and images (C, H, W)."""
+    larger = max(1.0, math.sqrt(shape[1] * shape[2]) / _SIDE) ** _GROWTH
+    stamp = _STAMP_OF_TWO if classes == 2 else SPREADS["stamp"]
+    return {**SPREADS, "patch": SPREADS["patch"] * larger, "stamp": stamp}
+
+
+def p_values_of(differences: Mapping[str, Tensor], spreads: Mapping[str, float]) -> Tensor:
     """Return the p-value of each class (K,), over all kinds of changes: their harmonic mean."""
-    spreads = dict(SPREADS)
-    if len(next(iter(differences.values()))) == 2:
-        spreads["stamp"] = _STAMP_OF_TWO
     each = torch.stack([student_tail(d / spreads[kind], _FREEDOM) for kind, d in differences.items()])
     return (_DEPENDENCE / (1 / each).mean(0)).clamp_max(1)
 

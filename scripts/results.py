@@ -385,7 +385,8 @@ def few_classes(is_current: IsCurrent | None = None) -> Document:
     lead = (
         "Networks with two to five classes of a data set, each drawn and trained for this. The only check "
         "that says something of so few classes is `self_reference`, which compares each class with itself in "
-        "re-learned copies; its rules were made on the tuning part, and the test part was looked at once.",
+        "re-learned copies; its rules were made on the tuning part, and the test part was looked at once "
+        "(digits had been begun before the spread for larger images was set, which changes nothing there).",
         *age_of(made),
         "What a reader may conclude: how often the check accuses a clean network, and which attacks it sees. "
         "The networks are small, and those of digits have 8 x 8 pixels.",

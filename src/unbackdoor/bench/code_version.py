@@ -32,6 +32,7 @@ ENDS = frozenset(
         OWN,  # names that are imported at their first use, of all rooms
         f"{OWN}.errors",  # the words and classes of failures
         f"{OWN}.files",  # writes files whole or not at all
+        f"{OWN}.confinement",  # lets a process of its own read first; it refuses, or passes on the same
         f"{OWN}.bench.machine",  # memory and device of a cell
         f"{OWN}.weights.source",  # and this, by which they read the card
         f"{OWN}.opening.classifier_files",  # the steps check the weights against the hash of their card

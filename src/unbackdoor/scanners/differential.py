@@ -22,7 +22,7 @@ from dataclasses import replace
 from unbackdoor.engine.differential_search import Opponents
 from unbackdoor.engine.differential_survey import GAP, UNTARGETED, Survey, surveyed
 from unbackdoor.engine.run import Run
-from unbackdoor.engine.self_reference import self_reference
+from unbackdoor.engine.self_reference import TWINS, self_reference
 from unbackdoor.engine.twin import USABLE, relearned_twin
 from unbackdoor.registry import Config, option, scanner
 from unbackdoor.triggers import RecoveredTrigger
@@ -33,6 +33,9 @@ class DifferentialConfig(Config):
     """Options of the scan."""
 
     gap: float = option(GAP, "smallest gap that counts", source="docs/auto.md", gt=0, lt=1)
+    twins: int = option(
+        TWINS, "copies beside which two to five classes are compared", source="as self_reference", ge=1
+    )
     whole: bool = option(
         False, "search all forms even if a class is plain before", source="this project: time"
     )
@@ -44,6 +47,7 @@ class DifferentialConfig(Config):
     paper="this project",
     needs={"images", "labels"},
     cost=60,
+    quick={"twins": 1},
 )
 def scan(model: Classifier, data: CleanData, cfg: DifferentialConfig, *, run: Run) -> ScanReport:
     """Compare the network with a twin, and the gap with that between two twins."""
@@ -59,7 +63,7 @@ def scan(model: Classifier, data: CleanData, cfg: DifferentialConfig, *, run: Ru
     result, convicted, p_value = surveyed(
         opponents,
         lambda: relearned_twin(model, data, run, number=1),
-        lambda: self_reference(model, data, run, first=twin),
+        lambda: self_reference(model, data, run, first=twin, count=cfg.twins),
         seed="first",
         whole=cfg.whole,
         gap=cfg.gap,

@@ -36,7 +36,7 @@ from unbackdoor.engine.differential_survey import (
 )
 from unbackdoor.engine.inference import accuracy
 from unbackdoor.engine.run import Run
-from unbackdoor.engine.self_reference import self_reference
+from unbackdoor.engine.self_reference import TWINS, self_reference
 from unbackdoor.engine.twin import USABLE, Twin, relearned_twin
 from unbackdoor.engine.universal_changes import Form, GivenChange
 from unbackdoor.errors import MethodFailed
@@ -63,6 +63,9 @@ class AutoConfig(Config):
     worth_teaching: float = option(
         0.15, "gap from which a change is taught away", source="docs/auto.md", gt=0, lt=1
     )
+    twins: int = option(
+        TWINS, "copies beside which two to five classes are compared", source="as self_reference", ge=1
+    )
     targets: int = option(3, "classes that are repaired at most", source="this project", ge=1)
     rounds: int = option(5, "rounds of search and teaching at most", source="this project", ge=1)
     steps: int = option(160, "steps of teaching in a round", source="docs/auto.md", ge=1)
@@ -87,7 +90,7 @@ class AutoConfig(Config):
     paper="this project",
     needs={"images", "labels"},
     traits={SUSPICION},
-    quick={"rounds": 1, "steps": 20},
+    quick={"rounds": 1, "steps": 20, "twins": 1},
 )
 def purify(model: Classifier, data: CleanData, cfg: AutoConfig, *, run: Run) -> Purified:
     """Compare with a twin, and teach away what moves the network alone."""
@@ -118,7 +121,7 @@ def purify(model: Classifier, data: CleanData, cfg: AutoConfig, *, run: Run) -> 
         result, convicted, _ = surveyed(
             opponents,
             lambda: relearned_twin(model, data, run, number=1),
-            lambda: self_reference(model, data, run, first=twin),
+            lambda: self_reference(model, data, run, first=twin, count=cfg.twins),
             seed="first",
             whole=False,
             gap=cfg.gap,

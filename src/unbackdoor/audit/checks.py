@@ -45,13 +45,12 @@ def default_checks(classes: int | None = None) -> tuple[Check, ...]:
     Args:
         classes: Of the model; scanners for fewer are left out. None is a model that is not known yet.
     """
-    every = (check for check in available_checks() if SCANNERS[check.scanner].scanning.question)
-    return tuple(check for check in every if classes is None or _suits(check, classes))
-
-
-def _suits(check: Check, classes: int) -> bool:
-    most = SCANNERS[check.scanner].scanning.most_classes
-    return most is None or classes <= most
+    every = ((check, SCANNERS[check.scanner].scanning) for check in available_checks())
+    return tuple(
+        check
+        for check, facts in every
+        if facts.question and (classes is None or facts.most_classes is None or classes <= facts.most_classes)
+    )
 
 
 def plan_checks(
@@ -77,8 +76,8 @@ def plan_checks(
             f"there are options for {unplanned[0]!r}, which is no check of this scan",
             expected="one of " + ", ".join(check.name for check in planned),
         )
-    if checks is None and classes is not None:
-        planned = tuple(check for check in planned if _suits(check, classes))
+    if checks is None:  # options may be for a check that this model has no use for
+        planned = default_checks(classes)
     out = tuple(replace(c, options={**c.options, **(options or {}).get(c.name, {})}) for c in planned)
     for check in out:
         if check.options:

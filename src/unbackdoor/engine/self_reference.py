@@ -143,7 +143,7 @@ def p_values_of(differences: Mapping[str, Tensor], spreads: Mapping[str, float])
 def _needed(
     model: Classifier, data: CleanData, cfg: TriggerSearchConfig, run: Run
 ) -> tuple[dict[str, Tensor], dict[str, TriggerSearch]]:
-    """Return what each class needs (K,), by kind of change, and the first search of each form."""
+    """Return what each class needs (K,), by kind of change, and the search of each form."""
     images, form_of_all = replace(data.all, labels=None), form_for_checks(model, data, run)
     if form_of_all.model.classes == model.classes:
         model = form_of_all.model  # a loss means the same in all networks
